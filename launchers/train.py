@@ -1,0 +1,28 @@
+"""Trains a generator on token shards.
+
+    deepspeed launchers/train.py --config rear_xl.yaml
+    torchrun --nproc-per-node 8 launchers/train.py --config rear_xl.yaml strategy=ddp
+    python launchers/train.py --config demo.yaml strategy=single
+
+The same command again resumes from the newest checkpoint of run.dir.
+"""
+
+from rear_scale import cli
+from rear_scale.train import dry_run, setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import joined
+
+
+def main() -> None:
+    command = cli.parse(cli.make_parser(__doc__))
+    if command.args.dry_run:
+        dry_run.show(command.cfg, command.ranks)
+        return
+    data = setup.check_data(command.cfg, command.ranks)
+    with joined(command.ranks) as world:
+        tokens, codebook = data.open(world)
+        train(command.cfg, data.plan, world, tokens, codebook, Hooks())
+
+
+if __name__ == "__main__":
+    cli.run(main)

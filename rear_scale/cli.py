@@ -1,0 +1,123 @@
+"""What all launchers share: the command line, errors as one line, and a clean end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rear_scale import config, world
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.checkpoint import find as find_checkpoint
+from rear_scale.progress import say
+
+EXIT_INPUT_ERROR = 2
+_RANK_0_SPEAKS_FIRST_S = 10.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    cfg: ExperimentConfig
+    args: argparse.Namespace
+    ranks: world.Ranks
+
+
+@dataclass(frozen=True)
+class CheckpointCommand(Command):
+    """A command line whose config is that of a checkpoint."""
+
+    checkpoint: Checkpoint
+
+
+def make_parser(description: str, *, from_checkpoint: bool = False) -> argparse.ArgumentParser:
+    """--config NAME.yaml or --checkpoint PATH, overrides, --dry-run; launchers add what is theirs."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Overrides have the form section.field=value; --dry-run prints every field with its value.",
+    )
+    if from_checkpoint:
+        parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run folder or one of its checkpoints")
+    else:
+        parser.add_argument("--config", metavar="NAME.yaml", help="a file in configs/, or a path")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and what follows from it, and stop"
+    )
+    # deepspeed adds it; the variables of the environment say the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> Command:
+    """Raises InputError for whatever is wrong with the config, before any process group exists."""
+    # Options may stand before, between and after overrides.
+    args = parser.parse_intermixed_args()
+    if args.config is None:
+        raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
+    return Command(config.load(args.config, args.overrides), args, world.discover())
+
+
+def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
+    """As `parse`, with the config that the checkpoint was trained with. Raises InputError when there is no checkpoint."""
+    args = parser.parse_intermixed_args()
+    if args.checkpoint is None:
+        raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
+    found = find_checkpoint(args.checkpoint)
+    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=args.overrides)
+    return CheckpointCommand(cfg, args, world.discover(), found)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 1 anything else."""
+    code = 0
+    try:
+        main()
+    except InputError as error:
+        code = EXIT_INPUT_ERROR
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0":
+            say(f"error: {error}")
+        else:
+            # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say,
+            # the error is this rank's own.
+            time.sleep(_RANK_0_SPEAKS_FIRST_S)
+            say(f"error on rank {rank}: {error}")
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's own end: engines keep process groups alive into it, and gloo's threads then abort
+    # the process now and then after its work is done (exit code -6).
+    os._exit(code)
+
+
+def show_paths(command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    """The dry run of a command that turns files into files: its config, and which of them are there."""
+    if command.ranks.rank != 0:
+        return
+    print(config.to_yaml(command.cfg))
+    for name in (*inputs, *outputs):
+        value = command.cfg
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is None:
+            print(f"not set: {name}")
+        elif name in inputs and not Path(value).exists():
+            print(f"not found: {name}={value}")
+        else:
+            print(f"{name}: {value}{' (exists)' if Path(value).exists() else ''}")

@@ -1,0 +1,105 @@
+"""What follows from a config: run length, accumulation, marks in steps; and what a resumed run may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rear_scale.config.schema import ExperimentConfig, InputError, TrainConfig
+from rear_scale.config.values import leaves, to_dict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on a given number of ranks and images. Steps are optimizer updates."""
+
+    world_size: int
+    accumulation: int  # micro-steps per update
+    total_steps: int  # length of the schedules
+    last_step: int  # where this run ends: total_steps, or train.stop_at_step before it
+    images_per_epoch: int | None  # null = unknown: no shards, and no data.assumed_images
+    noise_start_step: int
+    noise_end_step: int
+
+    def epochs(self, steps: int, global_batch_size: int) -> float | None:
+        """Epochs of images that `steps` updates see."""
+        return None if self.images_per_epoch is None else steps * global_batch_size / self.images_per_epoch
+
+
+def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None) -> Plan:
+    """The numbers that follow from a config. Raises InputError for an indivisible batch or an unknown epoch length."""
+    train = cfg.train
+    if cfg.strategy.name == "single" and world_size != 1:
+        raise InputError(
+            f"strategy=single runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
+        )
+    _check_batch(train, world_size)
+    images_per_epoch = images_per_epoch or cfg.data.assumed_images
+    if train.total_steps is not None:
+        total_steps = train.total_steps
+    elif images_per_epoch is None:
+        raise InputError(
+            f"train.epochs={train.epochs} needs the number of images, but {cfg.data.train} has no manifest. "
+            "Make the shards first, or set data.assumed_images or train.total_steps"
+        )
+    else:
+        total_steps = max(1, round(train.epochs * images_per_epoch / train.global_batch_size))
+    noise = cfg.objective.noise
+    return Plan(
+        world_size=world_size,
+        accumulation=train.global_batch_size // (train.micro_batch_size * world_size),
+        total_steps=total_steps,
+        last_step=min(total_steps, train.stop_at_step or total_steps),
+        images_per_epoch=images_per_epoch,
+        noise_start_step=_as_steps(noise.start, total_steps),
+        noise_end_step=_as_steps(noise.end, total_steps),
+    )
+
+
+def _as_steps(value: float, total_steps: int) -> int:
+    """A share of the run (up to 1) or a number of steps (above 1), as steps."""
+    return round(value * total_steps) if value <= 1 else int(value)
+
+
+def _check_batch(train: TrainConfig, world_size: int) -> None:
+    per_step = train.micro_batch_size * world_size
+    if train.global_batch_size % per_step == 0:
+        return
+    rule = (
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+        f"train.micro_batch_size={train.micro_batch_size} x {world_size} ranks ({per_step})"
+    )
+    if train.global_batch_size % world_size:
+        near = max(1, round(train.global_batch_size / per_step)) * per_step
+        raise InputError(
+            f"{rule}, nor of the number of ranks. Use train.global_batch_size={near}, or another number of ranks"
+        )
+    per_rank = train.global_batch_size // world_size
+    fitting = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    below = max(size for size in fitting if size <= max(train.micro_batch_size, 1))
+    above = min((size for size in fitting if size >= train.micro_batch_size), default=below)
+    choices = " or ".join(str(size) for size in sorted({below, above}))
+    raise InputError(f"{rule}. Use train.micro_batch_size={choices}")
+
+
+# What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
+_FREE_ON_RESUME = ("strategy.", "train.micro_batch_size", "train.stop_at_step", "train.log_every", "checkpoint.", "resume.",
+                   "wandb.", "run.name", "run.dir", "data.", "tokenizer.weights", "tokenizer.training", "pretokenize.",
+                   "sample.", "evaluate.")  # fmt: skip
+
+
+def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:
+    """Raises InputError for the first field that would change the run and is not in resume.allow.
+
+    `saved` are the values of the checkpoint's config, `source` its name.
+    """
+    before, now = leaves(saved), leaves(to_dict(cfg))
+    for key in sorted(before.keys() | now.keys()):
+        allowed = key.startswith(_FREE_ON_RESUME) or any(
+            key == name or key.startswith(f"{name}.") for name in cfg.resume.allow
+        )
+        if before.get(key) != now.get(key) and not allowed:
+            raise InputError(
+                f"{key}={now.get(key)}, but {source} was trained with {key}={before.get(key)}: another value changes the run. "
+                f"Set it back, start another run.dir, or allow it with resume.allow=[{key}]"
+            )

@@ -1,0 +1,176 @@
+"""The rules of single configs: every one that needs no other machine, file or process."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+from rear_scale.config.schema import ExperimentConfig, InputError
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("fp32", "bf16")
+GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """ "; did you mean X?" where one of the known words is close, else nothing."""
+    by_lower = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
+    if not ok:
+        raise InputError(f"{name}={value} {rule}. {way_out}")
+
+
+def validate(cfg: ExperimentConfig) -> None:
+    """Checks every rule that needs no other machine, file or process. Raises InputError at the first that is broken."""
+    _validate_model(cfg)
+    _validate_objective(cfg)
+    _validate_training(cfg)
+    _validate_sampling(cfg)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(
+        value in choices,
+        name,
+        value,
+        f"is not one of {', '.join(choices)}",
+        f"Use one of them{suggest(value, list(choices))}",
+    )
+
+
+def _positive(cfg: ExperimentConfig, *names: str) -> None:
+    for name in names:
+        value = cfg
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value is not None:
+            _require(0 < value < math.inf, name, value, "must be above 0", f"Set {name} to a positive number")
+
+
+def _share(name: str, value: float) -> None:
+    _require(0 <= value <= 1, name, value, "must lie between 0 and 1", f"Set {name} to a share such as 0.1")
+
+
+def _validate_model(cfg: ExperimentConfig) -> None:
+    model = cfg.model
+    _positive(cfg, "model.depth", "model.width", "model.num_heads", "model.mlp_width", "model.num_classes")
+    _positive(cfg, "tokenizer.image_size", "tokenizer.num_tokens", "tokenizer.codebook_size", "tokenizer.codebook_dim")
+    _require(
+        model.width % model.num_heads == 0,
+        "model.width",
+        model.width,
+        f"is not a multiple of model.num_heads={model.num_heads}",
+        f"Use width {model.width // model.num_heads * model.num_heads or model.num_heads} or another number of heads",
+    )
+    for name in ("dropout", "attn_dropout"):
+        value = getattr(model, name)
+        _require(0 <= value < 1, f"model.{name}", value, "must lie in [0, 1)", "The papers use 0.1")
+    _one_of("model.modulation", model.modulation, ("per_class", "per_sample"))
+    # Shards hold uint16.
+    _require(
+        cfg.tokenizer.codebook_size <= 65_536,
+        "tokenizer.codebook_size",
+        cfg.tokenizer.codebook_size,
+        "does not fit the 16-bit tokens of the shards",
+        "Use at most 65536 codes",
+    )
+    _require(
+        model.num_classes <= 65_536,
+        "model.num_classes",
+        model.num_classes,
+        "does not fit the 16-bit labels of the shards",
+        "Use at most 65536 classes",
+    )
+    if cfg.tokenizer.training is not None:
+        _positive(cfg, *(f"tokenizer.training.{n}" for n in ("steps", "batch_size", "lr", "channels")))
+        _share("tokenizer.training.ema_decay", cfg.tokenizer.training.ema_decay)
+
+
+def _validate_objective(cfg: ExperimentConfig) -> None:
+    _share("objective.class_dropout", cfg.objective.class_dropout)
+    noise, heads = cfg.objective.noise, cfg.objective.heads
+    _share("objective.noise.max", noise.max)
+    for name in ("start", "end"):
+        value = getattr(noise, name)
+        _require(
+            value >= 0 and (value <= 1 or value == int(value)),
+            f"objective.noise.{name}",
+            value,
+            "is neither a share of the run (0 to 1) nor a whole number of steps",
+            "Use 0.75 for three quarters of the run, or 187500 for a step",
+        )
+    _positive(cfg, "objective.heads.hidden")
+    _require(
+        0 <= heads.weight < math.inf, "objective.heads.weight", heads.weight, "must not be negative", "The paper uses 1"
+    )
+    for name in ("encode_tap", "decode_tap"):
+        tap = getattr(heads, name)
+        if tap is not None:
+            _require(
+                0 <= tap <= cfg.model.depth,
+                f"objective.heads.{name}",
+                tap,
+                f"is outside 0..model.depth={cfg.model.depth} (a tap is a number of blocks done)",
+                f"Use 0 for the embeddings up to {cfg.model.depth} for the last block's output, or null for no head",
+            )
+
+
+def _validate_training(cfg: ExperimentConfig) -> None:
+    train, optim = cfg.train, cfg.optim
+    _require(
+        (train.epochs is None) != (train.total_steps is None),
+        "train.total_steps",
+        train.total_steps,
+        f"with train.epochs={train.epochs}: exactly one of the two sets the length of a run",
+        "Set train.total_steps=N or train.epochs=N",
+    )
+    _positive(cfg, "train.epochs", "train.total_steps", "train.stop_at_step", "train.log_every")
+    _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
+    _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
+    _one_of("train.precision", train.precision, PRECISIONS)
+    _one_of("strategy.name", cfg.strategy.name, STRATEGIES)
+    _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
+    _require(
+        0 <= optim.end_lr <= optim.lr,
+        "optim.end_lr",
+        optim.end_lr,
+        f"must lie between 0 and optim.lr={optim.lr}",
+        "The papers use 1e-5",
+    )
+    _require(
+        optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "must not be negative", "Use 0 for none"
+    )
+    _require(
+        0 <= optim.weight_decay < math.inf,
+        "optim.weight_decay",
+        optim.weight_decay,
+        "must not be negative",
+        "The papers use 0.03",
+    )
+    _require(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        "optim.betas",
+        optim.betas,
+        "must be two numbers in [0, 1)",
+        "The papers use [0.9,0.96]",
+    )
+
+
+def _validate_sampling(cfg: ExperimentConfig) -> None:
+    sample = cfg.sample
+    _positive(cfg, "sample.num_images", "sample.batch_size", "sample.temperature", "sample.guidance.power")
+    _one_of("sample.guidance.schedule", sample.guidance.schedule, GUIDANCE_SCHEDULES)
+    _require(
+        0 <= sample.guidance.scale < math.inf,
+        "sample.guidance.scale",
+        sample.guidance.scale,
+        "must not be negative",
+        "1 = no guidance",
+    )
+    _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
+    _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")

@@ -1,0 +1,59 @@
+"""Exact counts of parameters and of floating-point operations, from the shapes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.model import build_model
+
+
+def parameters_by_part(cfg: ExperimentConfig) -> dict[str, int]:
+    """Trainable parameters of each part, counted on a model without memory. `total` includes `heads`."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+    parts = {
+        "embeddings": 0,
+        "positions": 0,
+        "attention": 0,
+        "feed_forward": 0,
+        "modulation": 0,
+        "norms": 0,
+        "output": 0,
+        "heads": 0,
+    }
+    for name, weight in model.named_parameters():
+        parts[_part(name)] += weight.numel()
+    total = sum(parts.values())
+    return {**parts, "without_heads": total - parts["heads"], "total": total}
+
+
+def _part(name: str) -> str:
+    for fragment, part in (
+        ("align_mlp", "heads"),
+        ("adaLN_modulation", "modulation"),
+        (".attn.", "attention"),
+        (".mlp.", "feed_forward"),
+        (".norm", "norms"),
+        ("lm_head", "output"),
+        ("embeddings.weight", "embeddings"),
+    ):
+        if fragment in name:
+            return part
+    return "positions"  # cls_token and the position and timestep tables
+
+
+def train_flops_per_image(cfg: ExperimentConfig) -> int:
+    """Floating-point operations of forward and backward for one image, with modulation computed once per image.
+
+    A product of [m, k] and [k, n] counts 2 m k n; attention counts the causal half, S (S + 1) / 2 pairs of positions;
+    the backward pass counts twice the forward; recomputation under activation checkpointing is not counted.
+    """
+    D, N, S = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.num_tokens + 1
+    mlp_width = cfg.model.mlp_width or 4 * D
+    block = 2 * S * (4 * D * D + 2 * D * mlp_width + 6 * D * D) + 2 * S * (S + 1) * D
+    output = 2 * N * (2 * D * D + D * cfg.tokenizer.codebook_size)
+    heads = cfg.objective.heads
+    num_heads = sum(tap is not None for tap in (heads.encode_tap, heads.decode_tap))
+    head = 2 * (N - 1) * heads.hidden * (D + cfg.tokenizer.codebook_dim)
+    return 3 * (cfg.model.depth * block + output + num_heads * head)

@@ -1,0 +1,153 @@
+"""DeepSpeed ZeRO stages 1 to 3: the one file that imports the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rear_scale.parallel.strategy import Compute, Kind, Strategy
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+# On CPUs, DeepSpeed compiles a shared-memory all-reduce when it starts, and stops where there is no C++ compiler.
+# Gloo alone is as fast here.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# It reports every setting of every start; warnings are what a user can act on.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+# Its calls of older torch.distributed names are its own affair.
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+
+# Elements in flight per collective. Larger ones cost gigabytes of buffers and gain nothing.
+_BUCKET_ELEMENTS = 50_000_000
+
+
+class DeepSpeedStrategy(Strategy):
+    """Sharded optimizer (1), gradients (2) and weights (3). bf16 weights with float32 masters and gradient sums.
+
+    At stage 1 in bf16 the engine uses another optimizer wrapper (BF16_Optimizer) than for everything else.
+    """
+
+    @property
+    def stage(self) -> int:
+        return int(self.cfg.strategy.name.removeprefix("zero"))
+
+    def build(self, model: nn.Module) -> None:
+        # Takes over the process group that is there.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        self.model = model.to(self.world.device)
+        # Some of its memory reports are printed whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=self.make_optimizer(self.model),
+                config=self._config(),
+                dist_init_required=False,
+            )
+        self.zero = self.engine.optimizer
+
+    def _config(self) -> dict[str, Any]:
+        train = self.cfg.train
+        return {
+            "train_batch_size": train.global_batch_size,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_accumulation_steps": self.plan.accumulation,
+            "gradient_clipping": self.cfg.optim.grad_clip,
+            "bf16": {"enabled": train.precision == "bf16"},
+            # By default bf16 gradients are also summed in bf16, over micro-steps and over ranks.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": _BUCKET_ELEMENTS,
+                "allgather_bucket_size": _BUCKET_ELEMENTS,
+                "overlap_comm": self.world.device.type == "cuda",
+            },
+            "steps_per_print": None,
+        }
+
+    def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
+        loss, statistics = compute(self.engine)
+        self.engine.backward(loss)  # divides by the number of micro-steps
+        if micro_step < self.plan.accumulation - 1:
+            self.engine.step()  # not at an update yet: only counts the micro-step
+        return statistics
+
+    def grad_norm(self) -> Tensor:
+        # The engine measures the norm inside step(), which is too late to look at it first. Where its method can be
+        # replaced for one call, it gets what is known and does not measure again.
+        zero = self.zero
+        if isinstance(zero, BF16_Optimizer):
+            return torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
+        if self.stage == 3:
+            norm = combine_grad_norm_groups(type(zero)._get_norm_groups(zero))
+            zero._get_norm_groups = lambda: [norm]
+        else:
+            norm = type(zero).scaled_global_norm(zero)
+            zero.scaled_global_norm = lambda: norm
+        return torch.as_tensor(norm)
+
+    def step(self, lr: float) -> None:
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        self._relink()
+        for name, weight in self.model.named_parameters():
+            full = safe_get_full_fp32_param(weight) if kind == "param" else safe_get_full_optimizer_state(weight, kind)
+            assert full is not None, (name, kind, self.stage)
+            yield name, full
+
+    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        if kind != "param":
+            self._create_moments(optimizer_step)
+        self._relink()
+        for name, weight in self.model.named_parameters():
+            value = read(name).to(self.world.device)
+            if kind == "param":
+                safe_set_full_fp32_param(weight, value)
+            else:
+                safe_set_full_optimizer_state(weight, value, kind)
+
+    def _create_moments(self, optimizer_step: int) -> None:
+        base = self.zero.optimizer
+        for flat in self._master_partitions():
+            if "exp_avg" not in base.state[flat]:
+                step_device = flat.device if base.defaults["fused"] else "cpu"
+                base.state[flat] = {
+                    "step": torch.tensor(float(optimizer_step), device=step_device),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
+
+    def _master_partitions(self) -> list[Tensor]:
+        """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""
+        if isinstance(self.zero, BF16_Optimizer):
+            return self.zero.fp32_groups_flat_partition
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _relink(self) -> None:
+        # With several parameter groups, the engine links the moments of the later ones too early and never finds them.
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()

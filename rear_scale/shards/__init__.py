@@ -1,0 +1,1 @@
+"""Token sequences <-> tar shards, and image shards in."""

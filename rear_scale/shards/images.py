@@ -1,0 +1,162 @@
+"""Image shards: plain WebDataset tars of `%08d.png` and `%08d.cls` with a manifest that counts them.
+
+shard-000000.tar     members 00000000.png (or jpg, jpeg, webp) and 00000000.cls (the class id as text) per image
+index.json           shards with their counts, image size, class names
+"""
+
+# n images, C channels, S side in pixels
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rear_scale.config import InputError
+from rear_scale.shards.record import TarShard, read_index, tar_samples, write_index, write_tar
+
+FORMAT = "rear_scale image shards 1"
+IMAGES_PER_SHARD = 1000
+_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class ImageShards:
+    """A folder of image shards."""
+
+    folder: Path
+    image_size: int  # pixels, square
+    class_names: list[str]
+    label_counts: list[int]
+    shards: list[TarShard]
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def read(self, start: int = 0, end: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields (uint8 [S, S, 3], class id) of the images start .. end - 1, opening only the shards they lie in.
+
+        Raises InputError, naming the file, for a missing or truncated shard and for an image that cannot be read.
+        """
+        end = len(self) if end is None else end
+        first = 0
+        for shard in self.shards:
+            if first < end and first + shard.samples > start:
+                yield from self._read_shard(shard, max(start - first, 0), min(end - first, shard.samples))
+            first += shard.samples
+
+    def batches(
+        self, batch_size: int, start: int = 0, end: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (uint8 [n, S, S, 3], int64 [n]) of consecutive images; the last batch may be shorter."""
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for image, label in self.read(start, end):
+            images.append(image)
+            labels.append(label)
+            if len(images) == batch_size:
+                yield np.stack(images), np.array(labels)
+                images, labels = [], []
+        if images:
+            yield np.stack(images), np.array(labels)
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images (uint8 [n, S, S, 3]) and class ids (int64 [n]), for sets that fit in memory."""
+        return next(self.batches(len(self)))
+
+    def _read_shard(self, shard: TarShard, start: int, end: int) -> Iterator[tuple[np.ndarray, int]]:
+        path = self.folder / shard.file
+        if not path.is_file():
+            raise InputError(
+                f"not found: {path}, which {self.folder / 'index.json'} lists. Copy the shard folder again"
+            )
+        count = 0
+        try:
+            for count, sample in enumerate(tar_samples(path), start=1):
+                if start < count <= end:
+                    yield self._decode(sample), int(sample["cls"])
+                if count == end:
+                    return
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise InputError(f"{path}, image {count}: {error}. Copy the shard again") from error
+        raise InputError(f"{path} holds {count} images, but index.json says {shard.samples}. Copy the shard again")
+
+    def _decode(self, sample: dict[str, bytes]) -> np.ndarray:
+        extension = next((name for name in _EXTENSIONS if name in sample), None)
+        if extension is None:
+            raise ValueError(f"sample {sample['__key__']} has no {', '.join(_EXTENSIONS)}")
+        with Image.open(io.BytesIO(sample[extension])) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        if pixels.shape != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"sample {sample['__key__']} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
+            )
+        return pixels
+
+
+def open_images(folder: str | Path) -> ImageShards:
+    """Raises InputError when the folder has no manifest of image shards."""
+    values = read_index(folder, FORMAT)
+    try:
+        return ImageShards(
+            Path(folder),
+            values["image_size"],
+            values["class_names"],
+            values["label_counts"],
+            [TarShard(**shard) for shard in values["shards"]],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
+        ) from error
+
+
+def write_images(
+    folder: Path, images: Iterable[tuple[Image.Image, int]], image_size: int, class_names: list[str]
+) -> ImageShards:
+    """Writes square images of one size and their class ids as PNG shards, the manifest last. Bytes depend on the images alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[TarShard] = []
+    label_counts = [0] * len(class_names)
+    for group in _groups(images, IMAGES_PER_SHARD):
+        first = len(shards) * IMAGES_PER_SHARD
+        samples = (
+            {"__key__": f"{first + offset:08d}", "png": _png(image, image_size), "cls": str(label).encode()}
+            for offset, (image, label) in enumerate(group)
+        )
+        shards.append(write_tar(folder, len(shards), samples, count=len(group)))
+        for _, label in group:
+            label_counts[label] += 1
+    write_index(
+        folder,
+        {
+            "format": FORMAT,
+            "image_size": image_size,
+            "class_names": class_names,
+            "label_counts": label_counts,
+            "shards": [asdict(shard) for shard in shards],
+        },
+    )
+    return open_images(folder)
+
+
+def _png(image: Image.Image, image_size: int) -> bytes:
+    assert image.size == (image_size, image_size), (image.size, image_size)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _groups(items: Iterable[tuple[Image.Image, int]], size: int) -> Iterator[list[tuple[Image.Image, int]]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,154 @@
+"""The layout of a shard folder: tar shards of packed blocks, one manifest, one codebook. data/README.md describes it.
+
+shard-000000.tar     members 00000000.tokens.npy (uint16 [n, N]) and 00000000.label.npy (uint16 [n]) per block
+index.json           the manifest: what the tokens are, how many, and a checksum for every shard
+codebook.npy         float32 [K, D], so that training never needs the tokenizer's weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from rear_scale.config import InputError
+
+BLOCK_SAMPLES = 4096
+BLOCKS_PER_SHARD = 8
+SHARD_SAMPLES = BLOCK_SAMPLES * BLOCKS_PER_SHARD
+FORMAT = "rear_scale token shards 1"
+
+
+@dataclass(frozen=True)
+class TarShard:
+    file: str  # name inside the folder
+    samples: int
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """index.json of a folder of token shards."""
+
+    tokenizer: str  # name
+    tokenizer_sha256: str  # of the weight file that made the tokens
+    codebook_size: int  # K
+    codebook_dim: int  # D
+    num_tokens: int  # N, of one image
+    num_samples: int  # token sequences
+    crops_per_image: int  # sequences of one image; an epoch is counted in images
+    label_counts: list[int]  # samples of each class, by class id
+    class_names: list[str]
+    codebook_sha256: str
+    shards: list[TarShard]
+    format: str = FORMAT
+
+    @property
+    def num_images(self) -> int:
+        """Images of one epoch."""
+        return self.num_samples // self.crops_per_image
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content: shards, order and codebook, wherever the folder lies."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}.tar"
+
+
+def block_key(index: int) -> str:
+    """The WebDataset key of a block, counted over the whole folder."""
+    return f"{index:08d}"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Raises InputError when the folder has no manifest, or one that is not ours."""
+    values = read_index(folder, FORMAT)
+    try:
+        return Manifest(**{**values, "shards": [TarShard(**shard) for shard in values["shards"]]})
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
+        ) from error
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    write_index(folder, dataclasses.asdict(manifest))
+
+
+def read_index(folder: str | Path, expected_format: str) -> dict[str, Any]:
+    """The values of a folder's index.json. Raises InputError when there is none, or of another format."""
+    path = Path(folder) / "index.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"not found: {path}. Shards are complete when their manifest is written; make or copy them first"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Make the shards again") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != expected_format:
+        raise InputError(f"{path} has format {found!r}, but {expected_format!r} is wanted. Is this the right folder?")
+    return values
+
+
+def write_index(folder: str | Path, values: dict[str, Any]) -> None:
+    """Written last and in one piece: a folder with a manifest is complete."""
+    write_text_atomically(Path(folder) / "index.json", json.dumps(values, indent=1) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
+    """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
+    path = Path(folder) / "codebook.npy"
+    if not path.is_file():
+        raise InputError(f"not found: {path}. It is part of the shard folder: copy it, or make the shards again")
+    if file_sha256(path) != manifest.codebook_sha256:
+        raise InputError(f"{path} does not match the checksum in index.json. Copy the shard folder again")
+    return np.load(path)
+
+
+def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """WebDataset samples (undecoded: `__key__` and one bytes value per extension) of one tar file, in file order.
+
+    The stages of webdataset are called on an open file, because its own opener expands braces and URLs in the name.
+    """
+    with open(path, "rb") as stream:
+        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+
+
+def write_tar(folder: Path, index: int, samples: Iterable[dict[str, str | bytes]], count: int) -> TarShard:
+    """Writes WebDataset samples (`__key__` and bytes per extension) as one tar shard that stands for `count` items.
+
+    Written under another name and renamed when complete; the bytes depend on the samples alone.
+    """
+    path = folder / shard_name(index)
+    part = path.with_suffix(".part")
+    with webdataset.TarWriter(str(part), mtime=0, user="root", group="root", mode=0o444) as tar:
+        for sample in samples:
+            tar.write(sample)
+    part.replace(path)
+    return TarShard(path.name, count, path.stat().st_size, file_sha256(path))

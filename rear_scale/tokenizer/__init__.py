@@ -1,0 +1,37 @@
+"""Images <-> token ids. One file per tokenizer, all with the interface of base.py."""
+
+from __future__ import annotations
+
+import torch
+
+from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.tokenizer.compact import CompactTokenizer
+
+_TOKENIZERS: dict[str, type[Tokenizer]] = {"compact": CompactTokenizer}
+
+
+def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
+    """The frozen tokenizer of a config, with its weights.
+
+    Raises InputError when it has no weight file or one that does not fit the config.
+    """
+    if cfg.name not in _TOKENIZERS:
+        raise InputError(f"tokenizer.name={cfg.name} is not one of {', '.join(_TOKENIZERS)}. Use one of them")
+    if cfg.weights is None:
+        raise InputError(
+            f"tokenizer.weights is not set, but images need the weights of {cfg.name}. Set it to the file's path"
+        )
+    tokenizer = _TOKENIZERS[cfg.name].from_file(cfg.weights)
+    for field in ("image_size", "num_tokens", "codebook_size"):
+        found, wanted = getattr(tokenizer, field), getattr(cfg, field)
+        if found != wanted:
+            raise InputError(
+                f"tokenizer.{field}={wanted}, but {cfg.weights} has {found}. Set tokenizer.{field}={found}, or name another file"
+            )
+    if tokenizer.codebook.shape[1] != cfg.codebook_dim:
+        found = tokenizer.codebook.shape[1]
+        raise InputError(
+            f"tokenizer.codebook_dim={cfg.codebook_dim}, but {cfg.weights} has {found}. Set tokenizer.codebook_dim={found}"
+        )
+    return tokenizer.to(device).eval().requires_grad_(False)

@@ -1,0 +1,83 @@
+"""What a training run would be: the resolved config and the numbers that follow from it. Builds no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rear_scale.config import ExperimentConfig, InputError, Plan, derive, to_yaml
+from rear_scale.model.flops import parameters_by_part, train_flops_per_image
+from rear_scale.train.setup import read_checked
+from rear_scale.world import Ranks
+
+
+def show(cfg: ExperimentConfig, ranks: Ranks) -> None:
+    """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet."""
+    lines = [to_yaml(cfg).rstrip(), "", *_data_lines(cfg)]
+    plan = derive(cfg, ranks.world_size, _images_per_epoch(cfg))
+    lines += [*_run_lines(cfg, plan), *_model_lines(cfg)]
+    if ranks.rank == 0:
+        print("\n".join(lines), flush=True)
+
+
+def _data_lines(cfg: ExperimentConfig) -> list[str]:
+    lines = []
+    for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
+        if folder is None:
+            continue
+        if not (Path(folder) / "index.json").exists():
+            lines.append(f"not found: {name}={folder}")
+            continue
+        manifest = read_checked(cfg, folder)
+        lines.append(
+            f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images "
+            f"of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
+        )
+    return lines
+
+
+def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
+    try:
+        return read_checked(cfg, cfg.data.train).num_images
+    except InputError:
+        return None
+
+
+def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
+    train = cfg.train
+    images = plan.last_step * train.global_batch_size
+    lines = [
+        f"ranks: {plan.world_size}, strategy {cfg.strategy.name}, {train.precision}",
+        f"global batch: {train.global_batch_size:,} images = {train.micro_batch_size} per micro-step "
+        f"x {plan.accumulation} micro-steps x {plan.world_size} ranks",
+        f"epoch: {plan.images_per_epoch:,} images"
+        if plan.images_per_epoch
+        else "epoch: unknown until data.train is there",
+        f"images seen: {images:,}; tokens seen: {images * cfg.tokenizer.num_tokens:,}",
+    ]
+    marks = [
+        ("run length", plan.total_steps),
+        ("warm-up end", cfg.optim.warmup_steps),
+    ]
+    if cfg.objective.noise.max > 0:
+        marks += [("noise start", plan.noise_start_step), ("noise end", plan.noise_end_step)]
+    if plan.last_step < plan.total_steps:
+        marks.append(("stops early at", plan.last_step))
+    lines += [f"{name}: {_both_units(steps, cfg, plan)}" for name, steps in marks]
+    if cfg.optim.warmup_steps >= plan.total_steps:
+        lines.append(
+            f"note: the warm-up of {cfg.optim.warmup_steps:,} steps is as long as the run: the learning rate ends at "
+            f"{cfg.optim.lr * plan.total_steps / cfg.optim.warmup_steps:.2e} and never reaches optim.lr={cfg.optim.lr}"
+        )
+    return lines
+
+
+def _both_units(steps: int, cfg: ExperimentConfig, plan: Plan) -> str:
+    epochs = plan.epochs(steps, cfg.train.global_batch_size)
+    return f"{steps:,} steps" if epochs is None else f"{steps:,} steps = {epochs:,.1f} epochs"
+
+
+def _model_lines(cfg: ExperimentConfig) -> list[str]:
+    parts = parameters_by_part(cfg)
+    width = max(map(len, parts))
+    lines = ["parameters:", *(f"  {name.ljust(width)} {count:>15,}" for name, count in parts.items())]
+    return [*lines, f"training FLOPs per image: {train_flops_per_image(cfg):.4g}"]

@@ -1,0 +1,130 @@
+"""The folder of a run: what was asked, what ran it, how far it is.
+
+config.yaml      the resolved config            checkpoints/     see parallel/checkpoint.py
+starts.jsonl     one line per start: command, versions, commit, host, ranks
+status.json      state (running | done | preempted | failed), step, reason
+metrics.jsonl    one line per logged step
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rear_scale.config import ExperimentConfig, InputError, to_yaml
+from rear_scale.shards.record import write_text_atomically
+from rear_scale.world import World
+
+
+class RunFolder:
+    """Written by rank 0 alone."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process out of the folder. Raises InputError when one is in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"run.dir={self.path} is in use by another process. Wait for it, stop it, or set another run.dir"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def start(self, cfg: ExperimentConfig, world: World) -> None:
+        write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
+        with open(self.path / "starts.jsonl", "a") as file:
+            file.write(json.dumps(provenance(world)) + "\n")
+
+    def set_status(self, state: str, step: int, reason: str) -> None:
+        write_text_atomically(
+            self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+        )
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops what was logged after a step, and a line that a kill left unfinished: every step appears once."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if _logged_step(line) <= step]
+        write_text_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The logged steps of a run folder."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def provenance(world: World) -> dict[str, Any]:
+    """What is running: command, versions, commit, machine."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
+        "world_size": world.size,
+        "launcher": world.ranks.launcher,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("rear_scale", "torch", "deepspeed", "webdataset", "hydra-core", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this code, marked when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        ask = {"cwd": here, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-changed" if changed else head
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

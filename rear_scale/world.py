@@ -1,0 +1,213 @@
+"""Which rank this process is, its device, its process group, and a clean end.
+
+The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything else receives a World. Plain
+`python launchers/train.py` is the world of size one, with no branch of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rear_scale.config import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all of them, before any of them has spoken to another."""
+
+    rank: int
+    local_rank: int  # on this node
+    world_size: int
+    local_world_size: int  # processes on this node
+    master_addr: str | None  # null = a world of one, which needs no rendezvous
+    master_port: int | None
+    launcher: str  # deepspeed or torchrun ("environment"), slurm, single
+
+
+def discover(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Reads the variables of torchrun, deepspeed or srun; with none of them, a world of one.
+
+    Raises InputError when the variables contradict each other.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world_size = int(env["WORLD_SIZE"])
+        ranks = Ranks(
+            rank=int(env["RANK"]),
+            local_rank=int(env.get("LOCAL_RANK", 0)),
+            world_size=world_size,
+            # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size),
+            master_addr=env.get("MASTER_ADDR"),
+            master_port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None,
+            launcher="environment",
+        )
+    # SLURM_STEP_ID is there in tasks of srun alone: a batch script that starts plain python is one process.
+    elif (
+        "SLURM_PROCID" in env
+        and "SLURM_STEP_ID" in env
+        and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))) > 1
+    ):
+        world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+        ranks = Ranks(
+            rank=int(env["SLURM_PROCID"]),
+            local_rank=int(env["SLURM_LOCALID"]),
+            world_size=world_size,
+            local_world_size=_slurm_local_tasks(env, world_size),
+            master_addr=env.get("MASTER_ADDR") or _first_slurm_host(env),
+            # Any fixed function of the job will do: every task must find the same port without asking.
+            master_port=int(
+                env.get("MASTER_PORT")
+                or 20_000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20_000 + int(env["SLURM_STEP_ID"]) % 7
+            ),
+            launcher="slurm",
+        )
+    else:
+        return Ranks(0, 0, 1, 1, None, None, "single")
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise InputError(
+            f"RANK={ranks.rank} is not below WORLD_SIZE={ranks.world_size}. Unset both, or use torchrun, deepspeed or srun"
+        )
+    if ranks.world_size > 1 and (ranks.master_addr is None or ranks.master_port is None):
+        raise InputError(
+            f"WORLD_SIZE={ranks.world_size} needs MASTER_ADDR and MASTER_PORT. Use torchrun, deepspeed or srun, which set them"
+        )
+    return ranks
+
+
+def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
+    """Tasks on this node, from a list such as "8(x3),4" over the nodes of the step."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    per_node: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise InputError(f"SLURM_TASKS_PER_NODE={text} is not a list such as 8(x2),4. Start the job with srun")
+        per_node += [int(match[1])] * int(match[2] or 1)
+    return per_node[min(int(env.get("SLURM_NODEID", 0)), len(per_node) - 1)]
+
+
+def _first_slurm_host(env: Mapping[str, str]) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    if nodes and not re.search(r"[\[,]", nodes):
+        return nodes
+    try:
+        return subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise InputError(
+            f"SLURM_JOB_NODELIST={nodes}: scontrol cannot expand it ({error}). Set MASTER_ADDR to the first node's name"
+        ) from error
+
+
+@dataclass(frozen=True)
+class World:
+    """A joined process group. All ranks must call its methods in the same order."""
+
+    ranks: Ranks
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def sum(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """float64 sums over the ranks of a packed vector, on the CPU of every rank."""
+        packed = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
+        dist.all_reduce(packed)
+        return packed.cpu()
+
+    def gather(self, item: Any) -> list[Any]:
+        """The items of all ranks in rank order, on every rank. For small Python objects."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def from_main(self, item: Any) -> Any:
+        """Rank 0's item, on every rank. For small Python objects."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float = 1800) -> Iterator[World]:
+    """The process group of all ranks: NCCL on GPUs, gloo on CPUs. Leaves it cleanly when the block ends normally.
+
+    same_for_any_world: results must not depend on how many ranks share a machine. CPU kernels may round differently with
+    another number of threads, so each rank then has one; otherwise an equal share of the cores.
+
+    After an exception the group is left as it is: a rank that waits for the others there would hide the error.
+    """
+    device = _device(ranks)
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1 if same_for_any_world else _share_of_cores(ranks))
+    common = {
+        "backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "timeout": timedelta(seconds=timeout_s),
+        "device_id": device if device.type == "cuda" else None,
+    }
+    # DeepSpeed reads these too, and srun sets none of them.
+    os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
+    if ranks.master_addr is None or ranks.master_port is None:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
+    else:
+        os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
+        dist.init_process_group(init_method="env://", **common)
+    world = World(ranks, device)
+    yield world
+    # Without the meeting, gloo aborts at exit now and then when one rank is gone before another has finished.
+    world.barrier()
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # srun --gpus-per-task shows each task its own GPU as number 0.
+    index = ranks.local_rank if ranks.local_rank < visible else 0
+    if ranks.local_rank >= visible > 1:
+        raise InputError(
+            f"LOCAL_RANK={ranks.local_rank}, but this node shows {visible} GPUs. Start at most {visible} processes here"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _share_of_cores(ranks: Ranks) -> int:
+    """Threads of this rank. More threads than cores on a machine are several times slower."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,174 @@
+"""What several tests need: tiny shards, configs for them, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rear_scale.config import ExperimentConfig, load
+from rear_scale.shards import writer
+from rear_scale.shards.record import Manifest, file_sha256, write_manifest
+from rear_scale.world import Ranks, free_port, joined
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+# The tiny set: 16 tokens of 32 codes of width 8, 5 classes.
+NUM_TOKENS, CODEBOOK_SIZE, CODEBOOK_DIM, NUM_CLASSES = 16, 32, 8, 5
+
+
+def write_token_shards(folder: Path, num_samples: int, seed: int = 0) -> Path:
+    """Synthetic token shards whose sequences follow their class, so that something can be learnt."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, NUM_CLASSES, num_samples)
+    steps = generator.integers(0, 3, (num_samples, NUM_TOKENS)).cumsum(1)
+    tokens = (labels[:, None] * 5 + steps) % CODEBOOK_SIZE
+    shards = [
+        writer.write_shard(folder, index, tokens[start:end], labels[start:end], source="synthetic")
+        for index, start, end in writer.shard_ranges(num_samples)
+    ]
+    np.save(
+        folder / "codebook.npy",
+        np.random.default_rng(1).standard_normal((CODEBOOK_SIZE, CODEBOOK_DIM)).astype(np.float32),
+    )
+    write_manifest(
+        folder,
+        Manifest(
+            tokenizer="synthetic",
+            tokenizer_sha256="0" * 64,
+            codebook_size=CODEBOOK_SIZE,
+            codebook_dim=CODEBOOK_DIM,
+            num_tokens=NUM_TOKENS,
+            num_samples=num_samples,
+            crops_per_image=1,
+            label_counts=np.bincount(labels, minlength=NUM_CLASSES).tolist(),
+            class_names=[str(label) for label in range(NUM_CLASSES)],
+            codebook_sha256=file_sha256(folder / "codebook.npy"),
+            shards=shards,
+        ),
+    )
+    writer.remove_records(folder)
+    return folder
+
+
+def tiny_config_file(folder: Path, tokens: Path) -> Path:
+    """A reAR config for the tiny set, as a user would keep one outside configs/."""
+    path = folder / "tiny.yaml"
+    sizes = f"num_tokens: {NUM_TOKENS}, codebook_size: {CODEBOOK_SIZE}, codebook_dim: {CODEBOOK_DIM}"
+    path.write_text(
+        f"""
+defaults:
+  - base
+  - override objective: rear
+  - _self_
+run: {{name: tiny, dir: {folder / "run"}}}
+model: {{depth: 2, width: 32, num_heads: 2, num_classes: {NUM_CLASSES}}}
+tokenizer: {{name: compact, image_size: 16, {sizes}}}
+data: {{train: {tokens}, cache_dir: {folder / "cache"}}}
+objective: {{heads: {{hidden: 32}}}}
+optim: {{lr: 5e-3, warmup_steps: 2}}
+train: {{total_steps: 12, global_batch_size: 12, micro_batch_size: 6, precision: fp32, log_every: 1}}
+checkpoint: {{every_steps: 4}}
+"""
+    )
+    return path
+
+
+def tiny_config(folder: Path, tokens: Path, *overrides: str) -> ExperimentConfig:
+    return load(str(tiny_config_file(folder, tokens)), overrides)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(world, *arguments) in processes joined by gloo; its results in rank order. `function` is a module's own."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=_one_rank, args=(rank, world_size, port, queue, function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results = {}
+    for _ in processes:
+        rank, result = queue.get()
+        results[rank] = result
+    for process in processes:
+        process.join()
+    errors = [result for result in results.values() if isinstance(result, BaseException)]
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(world_size)]
+
+
+def _one_rank(
+    rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
+    ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
+    try:
+        with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
+            result = function(world, *arguments)
+        queue.put((rank, result))
+    except BaseException as error:
+        queue.put((rank, error))
+    # As the launchers end: not through the interpreter's own end, where gloo's threads abort now and then.
+    os._exit(0)
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(world, *arguments) in this process, a world of one."""
+    try:
+        with joined(Ranks(0, 0, 1, 1, None, None, "single"), same_for_any_world=True) as world:
+            return function(world, *arguments)
+    finally:
+        # A process ends after an error; a test goes on.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch(
+    *command: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a launcher as a user would: `launch("torchrun", "--nproc-per-node", "2", "launchers/train.py", ...)`."""
+    return subprocess.run(
+        command_line(*command),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**env),
+        check=False,
+    )
+
+
+def command_line(*command: str | Path) -> list[str]:
+    program, *arguments = map(str, command)
+    if program == "deepspeed":
+        arguments = ["--master_port", str(free_port()), *arguments]
+    if program == "torchrun":
+        arguments = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments]
+    return [
+        str(BIN / program),
+        *[str(ROOT / word) if word.startswith(("launchers/", "data/")) else word for word in arguments],
+    ]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's, without what a launcher or an earlier test has set, one thread per process."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("SLURM_")}
+    return {**clean, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **extra}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

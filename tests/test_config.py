@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rear_scale import config
+from rear_scale.config import InputError
+from rear_scale.train import dry_run
+from rear_scale.world import Ranks
+
+ALONE = Ranks(0, 0, 1, 1, None, None, "single")
+
+
+def error_of(name: str, *overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(InputError) as caught:
+        config.derive(config.load(name, overrides), world_size, 1437)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(config.CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.train=x", "data.assumed_images=1000"] if path.stem == "base" else []
+    if path.stem == "base":
+        overrides += ["tokenizer.name=maskgit_vqgan"]
+    dry_run.show(config.load(path.name, overrides), ALONE)
+    assert "without_heads" in capsys.readouterr().out
+
+
+def test_dry_run_prints_lengths_in_steps_and_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run.show(config.load("rear_xl.yaml"), ALONE)
+    text = capsys.readouterr().out
+    assert "run length: 250,000 steps = 399.6 epochs" in text
+    assert "warm-up end: 62,500 steps = 99.9 epochs" in text
+    assert "noise end: 187,500 steps = 299.7 epochs" in text
+    assert "not found: data.train=data/imagenet256/tokens/train" in text
+    assert "955,425,024" in text
+    assert "images seen: 512,000,000; tokens seen: 131,072,000,000" in text
+
+
+def test_a_misspelt_key_is_named_in_full_with_a_suggestion() -> None:
+    assert error_of("rear_xl.yaml", "model.depht=3").startswith(
+        "model.depht is not a config key; did you mean model.depth?"
+    )
+    assert "modl" in error_of("rear_xl.yaml", "modl.depth=3")
+    assert "model.depth is a single value" in error_of("rear_xl.yaml", "model.depth.x=3")
+
+
+def test_a_misspelt_key_in_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [demo, _self_]\nmodel: {widht: 3}\n")
+    assert "model.widht" in error_of(str(path))
+    assert "model.width" in error_of(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.depth=abc", "model.depth=abc is of the wrong type: it takes a whole number"),
+        ("optim.lr=fast", "optim.lr=fast is of the wrong type: it takes a number"),
+        ("optim.betas=[a,b]", "optim.betas"),
+        ("model.mlp_width=abc", "it takes a whole number or null"),
+        ("optim.lr=nan", "optim.lr=nan must be above 0"),
+        ("optim.lr=-1", "optim.lr=-1.0 must be above 0"),
+        ("model.dropout=1", "model.dropout=1.0 must lie in [0, 1)"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers"),
+        ("objective.class_dropout=1.5", "objective.class_dropout=1.5 must lie between 0 and 1"),
+        ("objective.heads.decode_tap=33", "objective.heads.decode_tap=33 is outside 0..model.depth=32"),
+        ("objective.heads.encode_tap=-1", "objective.heads.encode_tap=-1 is outside"),
+        ("objective.noise.end=1.5", "objective.noise.end=1.5 is neither a share"),
+        ("model.num_heads=7", "model.width=1280 is not a multiple of model.num_heads=7"),
+        ("train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
+        ("strategy=zero9", "strategy=zero9 is not one of"),
+        ("strategy.name=zero9", "strategy.name=zero9 is not one of"),
+        ("objective=reAR", "did you mean rear?"),
+        ("sample.guidance.schedule=cosine", "did you mean power_cosine?"),
+        ("train.epochs=null", "exactly one of the two"),
+        ("model.depth", "the form is section.field=value"),
+        ("~model.depth", "the form is section.field=value"),
+        ("+model.depth=3", "the form is section.field=value"),
+    ],
+)
+def test_errors_name_field_value_and_rule(override: str, expected: str) -> None:
+    assert expected in error_of("rear_xl.yaml", override)
+
+
+def test_an_unknown_config_lists_the_known_ones() -> None:
+    message = error_of("rear_xs.yaml")
+    assert "did you mean rear_xl.yaml?" in message
+    assert "demo.yaml" in message
+
+
+def test_an_indivisible_batch_names_the_micro_batches_that_fit() -> None:
+    message = error_of("demo.yaml", "train.micro_batch_size=24", world_size=2)
+    assert "train.global_batch_size=64 is not a multiple of train.micro_batch_size=24 x 2 ranks (48)" in message
+    assert message.endswith("Use train.micro_batch_size=16 or 32")
+    assert "train.global_batch_size=96" in error_of("demo.yaml", world_size=3)
+
+
+def test_the_way_out_of_an_indivisible_batch_works() -> None:
+    for size in (16, 32):
+        plan = config.derive(config.load("demo.yaml", [f"train.micro_batch_size={size}"]), 2, 1437)
+        assert plan.accumulation * size * 2 == 64
+    plan = config.derive(config.load("demo.yaml", ["train.global_batch_size=96"]), 3, 1437)
+    assert plan.accumulation == 1
+
+
+def test_strategy_single_refuses_a_larger_world() -> None:
+    assert "strategy=single runs one process, but 2 were started" in error_of(
+        "demo.yaml", "strategy=single", world_size=2
+    )
+
+
+@pytest.mark.parametrize("text", ["4e-4", "4.0e-4", "0.0004"])
+def test_floats_in_any_notation_are_numbers(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [demo, _self_]\noptim: {{lr: {text}}}\n")
+    assert config.load(str(path)).optim.lr == 0.0004
+    assert config.load("demo.yaml", [f"optim.lr={text}"]).optim.lr == 0.0004
+
+
+def test_an_override_of_one_length_replaces_the_other() -> None:
+    cfg = config.load("demo.yaml", ["train.epochs=10"])
+    assert cfg.train.total_steps is None
+    assert config.derive(cfg, 1, 1437).total_steps == round(10 * 1437 / 64)
+    assert config.load("demo.yaml", ["train.total_steps=7"]).train.total_steps == 7
+    assert "both set" in error_of("demo.yaml", "train.epochs=10", "train.total_steps=7")
+
+
+def test_an_epoch_length_must_come_from_somewhere() -> None:
+    cfg = config.load("demo.yaml", ["train.epochs=10", "data.assumed_images=null"])
+    with pytest.raises(InputError, match="train.epochs=10.0 needs the number of images"):
+        config.derive(cfg, 1, None)
+
+
+def test_noise_marks_are_shares_or_steps_and_never_refuse_a_short_run() -> None:
+    plan = config.derive(config.load("rear_xl.yaml", ["train.total_steps=30"]), 1, None)
+    assert (plan.noise_start_step, plan.noise_end_step) == (0, 22)
+    plan = config.derive(config.load("rear_xl.yaml", ["train.total_steps=30", "objective.noise.end=187500"]), 1, None)
+    assert plan.noise_end_step == 187_500
+
+
+def test_the_decode_tap_follows_the_depth() -> None:
+    assert config.load("rear_xl.yaml").objective.heads.decode_tap == 24
+    assert config.load("rear_xl.yaml", ["model.depth=4"]).objective.heads.decode_tap == 3
+    assert config.load("rear_xl.yaml", ["objective.heads.decode_tap=7"]).objective.heads.decode_tap == 7
+
+
+def test_demo_ar_differs_from_demo_in_name_and_objective_only() -> None:
+    rear, ar = (config.to_dict(config.load(name)) for name in ("demo.yaml", "demo_ar.yaml"))
+    different = {key for key in rear if rear[key] != ar[key]}
+    assert different == {"run", "objective"}
+    assert ar["objective"]["noise"]["max"] == 0
+    assert ar["objective"]["heads"]["encode_tap"] is None
+    assert ar["objective"]["heads"]["decode_tap"] is None
+
+
+def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
+    cfg = config.load("demo.yaml", ["run.seed=3"])
+    path = tmp_path / "saved.yaml"
+    path.write_text(config.to_yaml(cfg))
+    assert config.load(str(path)) == cfg
+    assert config.from_dict(config.to_dict(cfg), "saved") == cfg
+    changed = config.from_dict(config.to_dict(cfg), "saved", ["strategy=ddp", "sample.seed=4", "train.epochs=2"])
+    assert (changed.strategy.name, changed.sample.seed, changed.train.total_steps) == ("ddp", 4, None)
+
+
+def test_resume_names_a_changed_field_unless_it_is_allowed() -> None:
+    saved = config.to_dict(config.load("demo.yaml"))
+    free = [
+        "strategy=ddp",
+        "train.micro_batch_size=16",
+        "train.stop_at_step=5",
+        "wandb.mode=offline",
+        "data.train=elsewhere",
+    ]
+    config.check_resumable(config.load("demo.yaml", free), saved, "step_5")
+    with pytest.raises(InputError, match="optim.lr=0.5, but step_5 was trained with optim.lr=0.001"):
+        config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5"]), saved, "step_5")
+    config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5", "resume.allow=[optim.lr]"]), saved, "step_5")
+    config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5", "resume.allow=[optim]"]), saved, "step_5")

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CODEBOOK_SIZE, NUM_CLASSES, tiny_config
+from torch.nn import functional as F
+
+from rear_scale import config, rng
+from rear_scale.objective import STATISTICS, Objective, losses, noise, schedules
+
+CPU = torch.device("cpu")
+
+
+def test_learning_rate_has_the_papers_shape() -> None:
+    rate = {"peak": 4e-4, "end": 1e-5, "warmup_steps": 62_500, "total_steps": 250_000}
+    assert schedules.learning_rate(1, **rate) == pytest.approx(6.4e-9)
+    assert schedules.learning_rate(31_250, **rate) == pytest.approx(2e-4)
+    assert schedules.learning_rate(62_500, **rate) == pytest.approx(4e-4)
+    assert schedules.learning_rate(156_250, **rate) == pytest.approx((4e-4 + 1e-5) / 2)
+    assert schedules.learning_rate(250_000, **rate) == pytest.approx(1e-5)
+    assert schedules.learning_rate(260_000, **rate) == pytest.approx(1e-5)
+    assert schedules.learning_rate(1, **{**rate, "warmup_steps": 0, "total_steps": 1}) == pytest.approx(1e-5)
+    assert schedules.learning_rate(30, **{**rate, "total_steps": 30}) == pytest.approx(4e-4 * 30 / 62_500)
+
+
+def test_noise_bound_is_the_papers_example() -> None:
+    # Appendix A: at epoch 150 of 400 rates are drawn from (0, 1/2). Step s comes after s - 1 updates.
+    def bound(step: int) -> float:
+        return schedules.linear_noise(step, 1.0, 0, 187_500)
+
+    assert bound(1) == 1.0
+    assert bound(93_751) == pytest.approx(0.5)
+    assert bound(187_500) == pytest.approx(1 / 187_500)
+    assert bound(187_501) == 0
+    assert bound(250_000) == 0
+    assert schedules.linear_noise(10, 0.5, 20, 40) == 0.5
+    assert schedules.linear_noise(31, 0.5, 20, 40) == pytest.approx(0.25)
+    assert schedules.linear_noise(5, 1.0, 10, 10) == 1.0
+    assert schedules.linear_noise(11, 1.0, 10, 10) == 0.0
+
+
+def test_replacement_follows_its_rate_over_the_whole_codebook() -> None:
+    tokens = torch.zeros(500, 200, dtype=torch.int64)
+    ids = torch.arange(500)
+    changed = noise.replaced(tokens, 0.3, ids, 0, 1, 32)
+    assert (changed != 0).float().mean().item() == pytest.approx(0.3 * 31 / 32, abs=0.005)
+    counts = changed[changed != 0].bincount(minlength=32)[1:].float()
+    assert (counts / counts.mean() - 1).abs().max() < 0.15
+    assert torch.equal(noise.replaced(tokens, 0.0, ids, 0, 1, 32), tokens)
+    assert torch.equal(noise.replaced(tokens, 0.3, ids, 0, 1, 32), changed)
+    assert not torch.equal(noise.replaced(tokens, 0.3, ids, 1, 1, 32), changed)
+
+
+def test_each_sequence_has_its_own_rate_below_the_bound() -> None:
+    tokens = torch.full((2000, 400), 7)
+    ids, epochs = torch.arange(2000), torch.full((2000,), 3)
+    rates = (noise.perturbed(tokens, ids, epochs, 0, 0.5, 1000) != 7).float().mean(1)
+    assert rates.mean().item() == pytest.approx(0.25, abs=0.01)
+    assert rates.max() < 0.6
+    assert rates.min() < 0.02
+    assert rates.std().item() == pytest.approx(0.5 / 12**0.5, abs=0.01)
+
+
+def test_noise_belongs_to_the_sample_whatever_the_batch() -> None:
+    tokens = torch.randint(32, (6, 16), generator=torch.Generator().manual_seed(0))
+    ids, epochs = torch.tensor([4, 99, 12, 7, 0, 3]), torch.tensor([0, 0, 1, 1, 2, 2])
+    whole = noise.perturbed(tokens, ids, epochs, 0, 1.0, 32)
+    for part in ([0], [5, 2], [1, 3, 4]):
+        assert torch.equal(noise.perturbed(tokens[part], ids[part], epochs[part], 0, 1.0, 32), whole[part])
+
+
+def test_next_token_loss_is_cross_entropy_and_accuracy() -> None:
+    logits, tokens = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    loss, accuracy = losses.next_token(logits, tokens)
+    expected = -logits.log_softmax(2).gather(2, tokens[..., None]).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert accuracy.item() == pytest.approx((logits.argmax(2) == tokens).float().mean().item())
+
+
+def test_embedding_distance_is_eq_6_per_token() -> None:
+    features, codes = torch.randn(3, 4, 6), torch.randn(3, 4, 6)
+    distance = losses.embedding_distance(features, F.normalize(codes, dim=2), num_tokens=15)
+    expected = (1 - F.cosine_similarity(features, codes, dim=2)).sum() / 15
+    assert distance.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert losses.embedding_distance(3 * codes, F.normalize(codes, dim=2), 15).item() == pytest.approx(0, abs=1e-6)
+    assert losses.embedding_distance(-codes, F.normalize(codes, dim=2), 12).item() == pytest.approx(2, rel=1e-6)
+
+
+def objective(tmp_path: Path, tokens: Path, *overrides: str) -> Objective:
+    cfg = tiny_config(tmp_path, tokens, *overrides)
+    codebook = torch.randn(CODEBOOK_SIZE, 8, generator=torch.Generator().manual_seed(0))
+    return Objective(cfg, config.derive(cfg, 1, 100), codebook, CPU)
+
+
+def test_the_loss_is_eq_7_with_clean_targets(tmp_path: Path, tokens: Path) -> None:
+    target = objective(tmp_path, tokens, "objective.heads.weight=0.5")
+    clean = torch.randint(CODEBOOK_SIZE, (4, 16))
+    output = {
+        "logits": torch.randn(4, 16, CODEBOOK_SIZE),
+        "encode": torch.randn(4, 15, 8),
+        "decode": torch.randn(4, 15, 8),
+    }
+    loss, statistics = target.loss(output, clean)
+    codes = target.directions[clean]
+    encode = (1 - F.cosine_similarity(output["encode"], codes[:, :-1], dim=2)).sum() / 64
+    decode = (1 - F.cosine_similarity(output["decode"], codes[:, 1:], dim=2)).sum() / 64
+    cross_entropy = F.cross_entropy(output["logits"].flatten(0, 1), clean.flatten())
+    named = dict(zip(STATISTICS, statistics.tolist(), strict=True))
+    assert loss.item() == pytest.approx((cross_entropy + 0.5 * (encode + decode)).item(), rel=1e-6)
+    assert named["loss"] == loss.item()
+    assert named["loss_ar"] == pytest.approx(cross_entropy.item(), rel=1e-6)
+    assert named["loss_encode"] == pytest.approx(encode.item(), rel=1e-6)
+    assert named["loss_decode"] == pytest.approx(decode.item(), rel=1e-6)
+    # Without heads, their terms are not zero but absent.
+    loss, statistics = target.loss({"logits": output["logits"]}, clean)
+    assert loss.item() == pytest.approx(cross_entropy.item(), rel=1e-6)
+    assert statistics[2:4].isnan().all()
+
+
+def test_labels_are_dropped_at_their_rate_by_sample(tmp_path: Path, tokens: Path) -> None:
+    target = objective(tmp_path, tokens)
+    ids, epochs = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
+    labels, clean = ids % NUM_CLASSES, torch.zeros(20_000, 16, dtype=torch.int64)
+    batch = target.micro_batch(clean, labels, ids, epochs)
+    classes = batch.classes[batch.rows]
+    dropped = classes == NUM_CLASSES
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(classes[~dropped], labels[~dropped])
+    part = target.micro_batch(clean[5:9], labels[5:9], ids[5:9], epochs[5:9])
+    assert torch.equal(part.classes[part.rows], classes[5:9])
+    other = objective(tmp_path, tokens, "model.modulation=per_sample").micro_batch(clean, labels, ids, epochs)
+    assert other.rows is None
+    assert torch.equal(other.classes, classes)
+
+
+def test_context_is_noisy_until_the_schedule_ends(tmp_path: Path, tokens: Path) -> None:
+    target = objective(tmp_path, tokens)
+    ids = torch.arange(8)
+    batch = target.micro_batch(torch.zeros(8, 16, dtype=torch.int64), ids % 5, ids, torch.zeros_like(ids))
+    assert target.context(batch, 1).any()
+    assert target.noise_max(9) > 0
+    assert target.noise_max(10) == 0
+    assert torch.equal(target.context(batch, 10), batch.tokens)
+
+
+def test_purposes_do_not_share_draws() -> None:
+    assert len({int(purpose) for purpose in rng.Purpose}) == len(rng.Purpose)

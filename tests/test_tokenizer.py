@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
+from rear_scale.tokenizer import open_tokenizer, training
+from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer
+
+CPU = torch.device("cpu")
+
+
+def config(path: Path, **training_fields: float) -> TokenizerConfig:
+    fields = {"images": "x", "steps": 12, "batch_size": 16, "channels": 16, "continuous_steps": 4, **training_fields}
+    return TokenizerConfig("compact", str(path), 16, 16, 32, 8, TokenizerTrainingConfig(**fields))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """64 grey images of 16 pixels: mosaics of 4 x 4 patches."""
+    coarse = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), dtype=np.uint8)
+    return coarse.repeat(4, 1).repeat(4, 2).repeat(3, 3)
+
+
+def test_training_lowers_the_error_and_uses_the_codes(tmp_path: Path, images: np.ndarray) -> None:
+    cfg = config(tmp_path / "weights", steps=150, continuous_steps=50)
+    tokenizer = training.train_compact(cfg, images, CPU)
+    pixels = training.to_unit_range(torch.from_numpy(images))
+    with torch.no_grad():
+        ids = tokenizer.encode(pixels)
+        error = (tokenizer.decode(ids) - pixels).square().mean()
+    assert error < 0.5 * pixels.var()
+    assert len(ids.unique()) > 20
+
+
+def test_shapes_and_ranges(images: np.ndarray) -> None:
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(16, 32, 8, 16)
+    tokenizer.codes.normal_()
+    pixels = training.to_unit_range(torch.from_numpy(images[:3]))
+    ids = tokenizer.encode(pixels)
+    assert (ids.shape, ids.dtype) == ((3, 16), torch.int64)
+    assert tokenizer.codebook.shape == (32, 8)
+    decoded = tokenizer.decode(ids)
+    assert decoded.shape == (3, 3, 16, 16)
+    assert 0 <= decoded.min() <= decoded.max() <= 1
+    latents = tokenizer.latents(pixels)
+    assert torch.equal(tokenizer.nearest(latents), torch.cdist(latents, tokenizer.codes).argmin(1))
+
+
+def test_a_token_does_not_see_far_away_pixels() -> None:
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(24, 32, 8, 16)
+    one, other = torch.zeros(2, 1, 3, 24, 24)
+    other[..., 20:, 20:] = 1
+    same = (tokenizer.latents(one) == tokenizer.latents(other)).all(1).view(6, 6)
+    assert same[:4, :4].all()
+    assert not same[5, 5]
+
+
+def test_training_continues_after_a_kill_as_if_unbroken(
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SAVE_EVERY", 3)
+    training.train_compact(config(tmp_path / "unbroken"), images, CPU)
+    step = training._TrainingRun.train_step
+
+    def killed(self, pixels):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return step(self, pixels)
+
+    cfg = config(tmp_path / "broken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._TrainingRun, "train_step", killed)
+        training.train_compact(cfg, images, CPU)
+    steps = []
+    monkeypatch.setattr(
+        training._TrainingRun, "train_step", lambda self, pixels: steps.append(self.step) or step(self, pixels)
+    )
+    training.train_compact(cfg, images, CPU)
+    assert steps[0] == 6
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "unbroken").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "unbroken"]
+
+
+def test_progress_of_other_settings_is_not_continued(tmp_path: Path, images: np.ndarray) -> None:
+    cfg = config(tmp_path / "weights")
+    run = training._TrainingRun(cfg, cfg.training, CPU)
+    run.train_step(torch.from_numpy(images))
+    run.save(tmp_path / "progress")
+    same, other = (config(tmp_path / "weights", lr=lr) for lr in (1e-3, 2e-3))
+    for cfg, expected in ((same, 1), (other, 0)):
+        resumed = training._TrainingRun(cfg, cfg.training, CPU)
+        resumed.resume(tmp_path / "progress")
+        assert resumed.step == expected
+
+
+def test_k_means_finds_clusters_and_dead_codes_move() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 4, generator=generator) * 10
+    latents = centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=generator)
+    tokenizer = CompactTokenizer(16, 8, 4, 16)
+    tracker = CodeTracker(tokenizer, decay=0.5, restart_below=0.1)
+    tracker.place(latents, generator)
+    assert torch.cdist(latents, tokenizer.codes).min(1).values.mean() < 3
+    tokenizer.codes[3] = 1e3
+    tracker.sums[3] = 1e3
+    for _ in range(6):
+        tracker.update(latents, tokenizer.nearest(latents), generator)
+    assert tokenizer.codes[3].abs().max() < 100
+
+
+def test_fewer_latents_than_codes_are_refused() -> None:
+    tracker = CodeTracker(CompactTokenizer(16, 32, 8, 16), 0.99, 0.5)
+    with pytest.raises(InputError, match="tokenizer.codebook_size=32, but the training images give 31 latents"):
+        tracker.place(torch.randn(31, 8), torch.Generator())
+
+
+def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> None:
+    cfg = config(tmp_path / "weights")
+    training.train_compact(cfg, images, CPU)
+    assert open_tokenizer(cfg, CPU).num_tokens == 16
+    for field, value in (("image_size", 24), ("num_tokens", 9), ("codebook_size", 64), ("codebook_dim", 4)):
+        with pytest.raises(InputError, match=f"tokenizer.{field}={value}, but"):
+            open_tokenizer(TokenizerConfig(**{**vars(cfg), field: value}), CPU)
+    with pytest.raises(InputError, match="not found: tokenizer.weights"):
+        open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": str(tmp_path / "none")}), CPU)
+    with pytest.raises(InputError, match="tokenizer.weights is not set"):
+        open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": None}), CPU)
+    data = (tmp_path / "weights").read_bytes()
+    for name, content in (("short", data[:200]), ("text", b"hello"), ("cut", data[:-10])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read"):
+            open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": str(tmp_path / name)}), CPU)
+    with pytest.raises(InputError, match="tokenizer.num_tokens=9"):
+        training.train_compact(TokenizerConfig(**{**vars(cfg), "num_tokens": 9}), images, CPU)
+    with pytest.raises(InputError, match="the images are 16x16"):
+        training.train_compact(TokenizerConfig(**{**vars(cfg), "image_size": 24}), images, CPU)

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import metrics, run_alone, tiny_config, write_token_shards
+
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.objective import Objective
+from rear_scale.parallel import checkpoint
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.train.run_folder import RunFolder
+from rear_scale.world import World, discover
+
+TIMES = ("images_per_s", "step_time_s", "data_wait_s", "peak_mem_gib")
+
+
+def run(world: World, cfg: ExperimentConfig, hooks: Hooks | None = None) -> int:
+    data = setup.check_data(cfg, discover({}))
+    return train(cfg, data.plan, world, *data.open(world), hooks or Hooks())
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).mkdir()
+    return tmp_path / name
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """A finished run of 12 steps with dropout, in one process."""
+    path = tmp_path_factory.mktemp("unbroken")
+    run_alone(run, tiny_config(path, tokens, "strategy=single"))
+    return path / "run"
+
+
+def test_a_run_learns_and_reports_every_step(unbroken: Path) -> None:
+    lines = metrics(unbroken)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss_ar"] < lines[0]["loss_ar"] - 0.2
+    expected = {
+        "step",
+        "images_seen",
+        "loss",
+        "loss_ar",
+        "loss_encode",
+        "loss_decode",
+        "accuracy",
+        "grad_norm",
+        "lr",
+        "noise_max",
+    }
+    assert set(lines[0]) == expected | {"mfu", *TIMES}
+    first = lines[0]
+    assert first["images_seen"] == 12
+    assert first["loss"] == pytest.approx(first["loss_ar"] + first["loss_encode"] + first["loss_decode"], rel=1e-6)
+    assert first["loss_ar"] == pytest.approx(math.log(32), rel=0.01)
+    assert (first["lr"], lines[1]["lr"], lines[-1]["lr"]) == pytest.approx((2.5e-3, 5e-3, 1e-5))
+    assert (first["noise_max"], lines[8]["noise_max"], lines[9]["noise_max"]) == pytest.approx((1.0, 1 / 9, 0.0))
+    assert first["mfu"] is None
+
+
+def test_a_run_folder_says_what_ran(unbroken: Path) -> None:
+    assert json.loads((unbroken / "status.json").read_text()) == {"state": "done", "step": 12, "reason": ""}
+    (start,) = [json.loads(line) for line in (unbroken / "starts.jsonl").read_text().splitlines()]
+    assert {"command", "commit", "versions", "host", "device", "world_size"} <= set(start)
+    assert start["versions"]["torch"] == torch.__version__
+    assert "total_steps: 12" in (unbroken / "config.yaml").read_text()
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000004",
+        "step_00000008",
+        "step_00000012",
+    ]
+    meta = checkpoint.find(unbroken).meta
+    assert (meta["step"], meta["images_seen"], meta["config"]["run"]["name"]) == (12, 144, "tiny")
+
+
+def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, tokens: Path, unbroken: Path) -> None:
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.stop_at_step=6"))
+    stopped = tmp_path / "run"
+    assert json.loads((stopped / "status.json").read_text()) == {
+        "state": "done",
+        "step": 6,
+        "reason": "train.stop_at_step=6",
+    }
+    # What a kill leaves: steps after the checkpoint, and half a line.
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 7, "loss": 1.0}) + '\n{"step": 8, "lo')
+    assert run_alone(run, tiny_config(tmp_path, tokens, "strategy=single")) == 6
+    assert without_times(metrics(stopped)) == without_times(metrics(unbroken))
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (checkpoint.find(path).reader(kind) for path in (stopped, unbroken))
+        for name in checkpoint.find(unbroken).names():
+            assert torch.equal(ours(name), theirs(name)), (kind, name)
+    assert len((stopped / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, tokens: Path) -> None:
+    cfg = tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=2")
+    assert run_alone(run, cfg) == 2
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert run_alone(run, cfg) == 0
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_another_micro_batch_keeps_the_trajectory(tmp_path: Path, tokens: Path) -> None:
+    losses = {}
+    for size in (12, 6, 3):
+        overrides = [
+            "strategy=single",
+            f"train.micro_batch_size={size}",
+            "model.dropout=0",
+            "model.attn_dropout=0",
+            "train.total_steps=5",
+        ]
+        path = folder(tmp_path, str(size))
+        run_alone(run, tiny_config(path, tokens, *overrides))
+        losses[size] = [line["loss"] for line in metrics(path / "run")]
+    assert losses[6] == pytest.approx(losses[12], rel=1e-5)
+    assert losses[3] == pytest.approx(losses[12], rel=1e-5)
+
+
+def test_the_twin_without_regularization_has_no_such_terms(tmp_path: Path, tokens: Path) -> None:
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "objective=ar", "train.total_steps=1"))
+    (line,) = metrics(tmp_path / "run")
+    assert (line["loss_encode"], line["loss_decode"], line["noise_max"]) == (None, None, 0.0)
+    assert line["loss"] == line["loss_ar"]
+    assert not [name for name in checkpoint.find(tmp_path / "run").names() if "align" in name]
+
+
+def test_a_changed_field_is_refused_unless_allowed(tmp_path: Path, tokens: Path) -> None:
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.stop_at_step=1"))
+    with pytest.raises(InputError, match="model.dropout=0.2, but .*step_00000001 was trained with model.dropout=0.1"):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "model.dropout=0.2"))
+    changed = tiny_config(
+        tmp_path, tokens, "strategy=single", "model.dropout=0.2", "resume.allow=[model.dropout]", "train.stop_at_step=2"
+    )
+    assert run_alone(run, changed) == 1
+
+
+def test_other_data_is_refused_on_resume(tmp_path: Path, tokens: Path) -> None:
+    other = write_token_shards(tmp_path / "other", 100, seed=1)
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.stop_at_step=1"))
+    with pytest.raises(InputError, match="data.train=.*other holds other samples"):
+        run_alone(run, tiny_config(tmp_path, other, "strategy=single"))
+    moved = write_token_shards(tmp_path / "moved", 100)
+    assert run_alone(run, tiny_config(tmp_path, moved, "strategy=single", "train.stop_at_step=2")) == 1
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, tokens: Path) -> None:
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(InputError, match="is in use by another process"):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Objective.loss
+    calls = []
+
+    def poisoned(self, output, clean):
+        calls.append(1)
+        value, statistics = loss(self, output, clean)
+        return (value * math.nan if len(calls) == 11 else value), statistics
+
+    monkeypatch.setattr(Objective, "loss", poisoned)
+    with pytest.raises(FloatingPointError, match="step 6: the gradient norm is nan"):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 4)
+    assert checkpoint.find(tmp_path / "run").step == 4
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert run_alone(run, tiny_config(tmp_path, tokens, "strategy=single")) == 8
+
+
+def test_hooks_are_called_after_steps_and_checkpoints(tmp_path: Path, tokens: Path) -> None:
+    steps, saved = [], []
+    hooks = Hooks([lambda step, model: steps.append(step)], [lambda step, path: saved.append((step, path.name))])
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=5"), hooks)
+    assert steps == [1, 2, 3, 4, 5]
+    assert saved == [(4, "step_00000004"), (5, "step_00000005")]
+
+
+def test_wandb_offline_gets_the_same_curve(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is an optional extra")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=2", "wandb.mode=offline"))
+    identity = (tmp_path / "run/wandb_id").read_text()
+    assert list((tmp_path / "run/wandb").glob(f"offline-run-*-{identity}"))
+
+
+def test_shards_that_do_not_fit_are_refused_before_any_process_group(tmp_path: Path, tokens: Path) -> None:
+    with pytest.raises(InputError, match="tokenizer.codebook_size=64, but the shards in .* have 32"):
+        setup.check_data(tiny_config(tmp_path, tokens, "tokenizer.codebook_size=64"), discover({}))
+    with pytest.raises(InputError, match="not found"):
+        setup.check_data(tiny_config(tmp_path, tmp_path / "nothing"), discover({}))

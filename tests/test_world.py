@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import run_ranks
+
+from rear_scale.config import InputError
+from rear_scale.world import World, discover
+
+
+def test_without_a_launcher_it_is_a_world_of_one() -> None:
+    ranks = discover({})
+    assert (ranks.rank, ranks.world_size, ranks.launcher) == (0, 1, "single")
+
+
+def test_torchrun_and_deepspeed_variables_are_read() -> None:
+    common = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    torchrun = discover({**common, "LOCAL_WORLD_SIZE": "2"})
+    deepspeed = discover({**common, "LOCAL_SIZE": "2", "CROSS_RANK": "1"})
+    assert torchrun == deepspeed
+    assert (torchrun.rank, torchrun.local_rank, torchrun.world_size, torchrun.local_world_size) == (3, 1, 4, 2)
+    assert (torchrun.master_addr, torchrun.master_port) == ("node0", 29_500)
+
+
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "8,4",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_NODELIST": "gpu07",
+}
+
+
+def test_srun_variables_are_read() -> None:
+    ranks = discover(SRUN)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size) == (9, 1, 12, 4)
+    assert ranks.master_addr == "gpu07"
+    others = {discover({**SRUN, "SLURM_PROCID": str(rank)}).master_port for rank in range(12)}
+    assert others == {ranks.master_port}
+    assert discover({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6(x2)"}).local_world_size == 6
+
+
+def test_plain_python_in_a_batch_script_is_one_process() -> None:
+    batch = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    assert discover(batch).world_size == 1
+    assert discover({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "needs MASTER_ADDR and MASTER_PORT"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}, "is not a list such as"),
+    ],
+)
+def test_contradictions_are_named(env: dict[str, str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        discover(env)
+
+
+def _collectives(world: World) -> tuple:
+    gathered = world.gather({"rank": world.rank})
+    return (
+        world.sum([world.rank + 0.1, 1]).tolist(),
+        gathered,
+        world.from_main(f"from {world.rank}"),
+        torch.get_num_threads(),
+    )
+
+
+def test_three_ranks_sum_gather_and_hear_rank_0() -> None:
+    for total, gathered, heard, threads in run_ranks(3, _collectives):
+        assert total == pytest.approx([3.3, 3.0], abs=1e-15)
+        assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert heard == "from 0"
+        assert threads == 1
