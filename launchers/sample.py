@@ -1,0 +1,31 @@
+"""Generates images from a checkpoint, split over all ranks.
+
+    torchrun --nproc-per-node 8 launchers/sample.py --checkpoint runs/rear_xl sample.num_images=50000
+
+Writes an ADM .npz (arr_0: uint8 [n, S, S, 3], label: int64 [n]) with a grid, the token ids and the settings beside it.
+The same command continues after a kill. Image i is the same for any number of ranks.
+"""
+
+from pathlib import Path
+
+from rear_scale import cli
+from rear_scale.sample.job import default_output, sample_images
+from rear_scale.world import joined
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__, from_checkpoint=True)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.npz", help="default: RUN/samples/, named by step and settings"
+    )
+    command = cli.parse_checkpoint(parser)
+    if command.args.dry_run:
+        cli.show_paths(command, inputs=("tokenizer.weights",), outputs=())
+        return
+    output = command.args.out or default_output(command.cfg, command.checkpoint)
+    with joined(command.ranks, same_for_any_world=True) as world:
+        sample_images(command.cfg, command.checkpoint, world, output)
+
+
+if __name__ == "__main__":
+    cli.run(main)

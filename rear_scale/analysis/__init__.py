@@ -1,0 +1,1 @@
+"""The papers' consistency experiments, one file per figure family."""

@@ -1,0 +1,81 @@
+"""Next-token prediction under teacher forcing: correct token ratio and perplexity, clean and under noise (reAR, appendix
+B.1 and C.1, Figure 8a)."""
+
+# B images, N tokens of an image
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.objective import noise
+from rear_scale.progress import progress
+from rear_scale.shards.reader import TokenSet, open_tokens
+from rear_scale.world import World
+
+# The replacement draws are the same for every model: they depend on this, the sample and the draw's number.
+_DRAW_SEED = 20_250_710
+
+
+@dataclass(frozen=True)
+class TokenPrediction:
+    ctr: float  # correct token ratio (Eq. 8): share of argmax predictions that are right
+    perplexity: float  # exp of the mean negative log-likelihood of a token (Eq. 9), over the whole set
+    sequences: int
+    draws: int  # replacement draws averaged over; 0 = clean context
+
+
+@torch.inference_mode()
+def predict_tokens(
+    model: nn.Module, tokens: TokenSet, world: World, *, replace_rate: float = 0.0, draws: int = 0, batch_size: int
+) -> TokenPrediction:
+    """Scores a model on a set, class known. All ranks must call this; they share the sequences, and all get the result.
+
+    With draws > 0, each context token is replaced with probability `replace_rate` by one drawn from the whole codebook
+    (Eq. 4), `draws` times over; the tokens to predict stay the true ones.
+    """
+    mine = torch.arange(len(tokens))[world.rank :: world.size]
+    totals = torch.zeros(3, dtype=torch.float64)
+    occasions = range(draws) if draws else [None]
+    training = model.training
+    model.eval()
+    description = f"predict {draws} x {len(tokens)} noisy" if draws else f"predict {len(tokens)} clean"
+    with progress(description, len(occasions) * len(mine), "sequence", show=world.is_main) as bar:
+        for occasion in occasions:
+            for ids in mine.split(batch_size):
+                truth, labels = (part.to(world.device) for part in tokens.rows(ids))
+                context = truth
+                if occasion is not None:
+                    context = noise.replaced(
+                        truth, replace_rate, ids.to(world.device), occasion, _DRAW_SEED, tokens.manifest.codebook_size
+                    )
+                logits = model(context, labels, None)["logits"].flatten(0, 1).float()
+                loss = F.cross_entropy(logits, truth.flatten(), reduction="none")
+                correct = logits.argmax(1) == truth.flatten()
+                totals += torch.stack((correct.sum(), loss.double().sum(), torch.tensor(truth.numel()))).double().cpu()
+                bar.update(len(ids))
+    model.train(training)
+    correct, loss, count = world.sum(totals).tolist()
+    return TokenPrediction(correct / count, math.exp(loss / count), len(tokens), draws)
+
+
+def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[str, dict[str, float]]:
+    """Token prediction on data.val, clean and with evaluate.replace_rate replaced, and clean on data.train.
+
+    All ranks must call this.
+    """
+    evaluate = cfg.evaluate
+    sets = {"val": cfg.data.val, "train": cfg.data.train}
+    opened = {name: open_tokens(folder, cfg.data.cache_dir) for name, folder in sets.items() if folder is not None}
+    noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}
+    scores = {}
+    for name, tokens in opened.items():
+        scores[f"{name}_clean"] = predict_tokens(model, tokens, world, batch_size=evaluate.batch_size)
+    if "val" in opened:
+        scores["val_noisy"] = predict_tokens(model, opened["val"], world, batch_size=evaluate.batch_size, **noisy)
+    return {name: asdict(score) for name, score in scores.items()}

@@ -1,0 +1,39 @@
+"""The sample file of the ADM evaluation: a .npz whose `arr_0` holds uint8 images, written without holding it in memory."""
+
+# n images, S side in pixels
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+# A fixed time in the archive: the same images give the same bytes.
+_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_size: int, labels: np.ndarray) -> None:
+    """Writes `arr_0` (uint8 [count, S, S, 3]) from a stream of blocks (uint8 [n, S, S, 3]), and `label` (int64 [count]).
+
+    Written under another name and renamed when complete.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        # 50,000 images of 256 pixels pass 4 GiB, which a zip member must announce before it is written.
+        with archive.open(zipfile.ZipInfo("arr_0.npy", _TIME), "w", force_zip64=True) as member:
+            shape = (count, image_size, image_size, 3)
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            written = 0
+            for block in images:
+                assert block.dtype == np.uint8, block.dtype
+                assert block.shape[1:] == shape[1:], (block.shape, shape)
+                member.write(np.ascontiguousarray(block).data)
+                written += len(block)
+        assert written == count, (written, count)
+        buffer = io.BytesIO()
+        np.save(buffer, labels.astype(np.int64))
+        archive.writestr(zipfile.ZipInfo("label.npy", _TIME), buffer.getvalue())
+    part.replace(path)

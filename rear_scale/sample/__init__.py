@@ -1,0 +1,1 @@
+"""Checkpoint -> images: cached decoding with guidance, shared out over ranks."""

@@ -1,0 +1,25 @@
+"""Sheets of images."""
+
+# n images, S side in pixels
+
+from __future__ import annotations
+
+import numpy as np
+
+_GAP = 2  # pixels
+_CELL = 64  # pixels that a cell should at least have
+
+
+def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 [height, width, 3] of images (uint8 [n, S, S, 3]) in rows of `columns`, on white.
+
+    Small images are enlarged a whole number of times, without smoothing.
+    """
+    size = images.shape[1]
+    scale = max(1, _CELL // size)
+    rows = -(-len(images) // columns)
+    cells = np.full((rows * columns, size, size, 3), 255, np.uint8)
+    cells[: len(images)] = images
+    cells = np.pad(cells.repeat(scale, 1).repeat(scale, 2), ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
+    side = cells.shape[1]
+    return cells.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)

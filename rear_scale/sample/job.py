@@ -1,0 +1,187 @@
+"""Who makes which image. Image i has label i mod C and its own random numbers, whatever the number of ranks.
+
+Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A finished unit is a
+file; a killed job continues with the missing ones. The sample file is in image order.
+"""
+
+# B images of a unit, S side in pixels, N tokens of an image, C classes
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.interop.npz import write_samples
+from rear_scale.model import build_model
+from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.parallel.checkpoint import Checkpoint, load_weights
+from rear_scale.progress import progress, say
+from rear_scale.sample.decode import Decoder
+from rear_scale.sample.grid import contact_sheet
+from rear_scale.shards.record import file_sha256, write_text_atomically
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.train.run_folder import provenance
+from rear_scale.world import World
+
+_GRID_COLUMNS = 10
+_GRID_ROWS = 10
+_WRITE_BLOCK = 500  # images
+
+
+def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> AdaLNTransformer:
+    """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
+    model = build_model(cfg, with_heads=False)
+    load_weights(checkpoint, model)
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
+    """Where the samples of a checkpoint go: one name for one set of settings."""
+    identity = job_identity(cfg, checkpoint)
+    run = checkpoint.path.parent.parent
+    return run / "samples" / f"step_{checkpoint.step:08d}_n{cfg.sample.num_images}_{identity[:8]}.npz"
+
+
+def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
+    """A hash of all that the images depend on: weights, tokenizer and sampling settings."""
+    parts = {
+        "weights": [item["sha256"] for item in checkpoint.meta["files"]],
+        "tokenizer": file_sha256(cfg.tokenizer.weights),
+        "sample": asdict(cfg.sample),
+        "precision": cfg.train.precision,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
+    """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
+
+    All ranks must call this. Finished work of an earlier call with the same settings is kept.
+    """
+    tokenizer = open_tokenizer(cfg.tokenizer, world.device)
+    identity = job_identity(cfg, checkpoint)
+    if _is_done(output, identity):
+        if world.is_main:
+            say(f"{output} is complete")
+        return
+    parts = output.with_suffix(".parts") / identity[:16]
+    parts.mkdir(parents=True, exist_ok=True)
+    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample)
+    units = list(_units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size))
+    missing = [number for number in range(len(units)) if not _images_file(parts, number).exists()]
+    # Before anyone adds files: all ranks must share out the same list.
+    world.barrier()
+    mine = missing[world.rank :: world.size]
+    with progress("sample", len(missing) * cfg.sample.batch_size, "image", show=world.is_main) as bar:
+        for number in mine:
+            _make_unit(decoder, tokenizer, units[number], cfg, world, parts, number)
+            bar.update(min(world.size, len(missing)) * cfg.sample.batch_size)
+    world.barrier()
+    if world.is_main:
+        _assemble(output, parts, units, cfg, checkpoint, identity, world)
+    world.barrier()
+
+
+def _units(num_images: int, num_classes: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Image ids (int64 [at most batch_size]) of each unit, class by class."""
+    ids = np.arange(num_images)
+    ids = ids[np.argsort(ids % num_classes, kind="stable")]
+    for start in range(0, num_images, batch_size):
+        yield ids[start : start + batch_size]
+
+
+def _make_unit(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    ids: np.ndarray,
+    cfg: ExperimentConfig,
+    world: World,
+    parts: Path,
+    number: int,
+) -> None:
+    # A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
+    full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
+    on_device = torch.from_numpy(full).to(world.device)
+    tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
+    with torch.inference_mode():
+        images = tokenizer.decode(tokens)[: len(ids)]
+    # Truncated, not rounded, as the released samplers do.
+    pixels = (images * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
+    _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
+
+
+def _assemble(
+    output: Path,
+    parts: Path,
+    units: list[np.ndarray],
+    cfg: ExperimentConfig,
+    checkpoint: Checkpoint,
+    identity: str,
+    world: World,
+) -> None:
+    count, size = cfg.sample.num_images, cfg.tokenizer.image_size
+    place = np.empty((count, 2), dtype=np.int64)  # image id -> unit, row
+    for number, ids in enumerate(units):
+        place[ids] = np.stack([np.full(len(ids), number), np.arange(len(ids))], axis=1)
+    images = [np.load(_images_file(parts, number), mmap_mode="r") for number in range(len(units))]
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, count, _WRITE_BLOCK):
+            yield np.stack([images[number][row] for number, row in place[start : start + _WRITE_BLOCK]])
+
+    tokens = np.empty((count, cfg.tokenizer.num_tokens), dtype=np.uint16)
+    for number, ids in enumerate(units):
+        tokens[ids] = np.load(_tokens_file(parts, number))
+    labels = np.arange(count) % cfg.model.num_classes
+    _save(output.with_suffix(".tokens.npy"), tokens)
+    columns = min(cfg.model.num_classes, _GRID_COLUMNS)
+    first = np.stack([images[number][row] for number, row in place[: columns * _GRID_ROWS]])
+    Image.fromarray(contact_sheet(first, columns)).save(output.with_suffix(".png"))
+    write_samples(output, blocks(), count, size, labels)
+    settings: dict[str, Any] = {
+        "identity": identity,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "sample": asdict(cfg.sample),
+        "quantiser": "trunc255",
+        "labels": "image id mod number of classes",
+        **provenance(world),
+    }
+    write_text_atomically(output.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")
+    shutil.rmtree(output.with_suffix(".parts"))
+    say(f"{output}: {count:,} images")
+
+
+def _is_done(output: Path, identity: str) -> bool:
+    try:
+        return output.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
+    except (OSError, json.JSONDecodeError, KeyError):
+        return False
+
+
+def _images_file(parts: Path, number: int) -> Path:
+    return parts / f"unit_{number:06d}.images.npy"
+
+
+def _tokens_file(parts: Path, number: int) -> Path:
+    return parts / f"unit_{number:06d}.tokens.npy"
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        np.save(file, values)
+    part.replace(path)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import NUM_CLASSES, run_alone, run_ranks, tiny_config
+from PIL import Image
+from scipy.stats import chisquare
+
+from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig
+from rear_scale.model import build_model
+from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.parallel import checkpoint
+from rear_scale.sample import job
+from rear_scale.sample.decode import Decoder, _Decoding
+from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.guidance import guidance_scale
+from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import World, discover
+
+POWER_COSINE = GuidanceConfig("power_cosine", scale=10.0, power=1.75)
+
+
+def test_guidance_schedules_give_the_released_curves() -> None:
+    # schedules.npz of the released samplers: rear_l_paper at steps 0, 2, 64, 255 of 256; MaskGIT's linear curve of 20 steps.
+    expected = {0: 1.0, 2: 1.0000008344650269, 64: 1.1723772287368774, 255: 9.99896622}
+    for step, scale in expected.items():
+        assert guidance_scale(step, 256, POWER_COSINE) == pytest.approx(scale, rel=2e-6)
+    linear = GuidanceConfig("linear", scale=3.0)
+    assert [guidance_scale(step, 20, linear) for step in (0, 1, 19)] == pytest.approx([1.0, 1.15, 3.85])
+    assert guidance_scale(7, 20, GuidanceConfig("constant", scale=4.0)) == 4.0
+
+
+def drawn_model(cfg: ExperimentConfig) -> AdaLNTransformer:
+    model = build_model(cfg, with_heads=False).eval()
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_cached_decoding_equals_the_full_forward(tmp_path: Path, tokens: Path, guided: bool) -> None:
+    model = drawn_model(tiny_config(tmp_path, tokens))
+    labels = torch.tensor([3, 1, 3, 0])
+    sequences = torch.randint(32, (4, 16), generator=torch.Generator().manual_seed(0))
+    classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+    with torch.inference_mode():
+        full = model(sequences.repeat(len(classes) // 4, 1), classes, None)["logits"]
+        state = _Decoding(model, labels, guided)
+        for step in range(16):
+            assert (state.next_logits(sequences[:, :step]) - full[:, step]).abs().max() < 1e-5
+
+
+def test_guidance_and_temperature_mix_the_two_halves(tmp_path: Path, tokens: Path) -> None:
+    decoder = Decoder(
+        drawn_model(tiny_config(tmp_path, tokens)),
+        SampleConfig(temperature=2.0, guidance=GuidanceConfig("constant", 3.0)),
+    )
+    logits = torch.randn(8, 32)
+    conditional, unconditional = logits[:4], logits[4:]
+    assert torch.allclose(decoder.guide(logits, 5), (unconditional + 3 * (conditional - unconditional)) / 2)
+
+
+def test_an_image_is_the_same_in_any_company_and_order(tmp_path: Path, tokens: Path) -> None:
+    decoder = Decoder(drawn_model(tiny_config(tmp_path, tokens)), SampleConfig(guidance=POWER_COSINE))
+    labels, ids = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([10, 11, 12, 13, 14, 15])
+    whole = decoder.generate(labels, ids)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    assert torch.equal(decoder.generate(labels[order], ids[order]), whole[order])
+    company = decoder.generate(torch.tensor([0, 4, 4, 4, 4, 4]), torch.tensor([10, 90, 91, 92, 93, 94]))
+    assert torch.equal(company[0], whole[0])
+    assert len(whole.unique(dim=0)) == 6
+
+
+def test_draws_have_the_softmax_distribution(tmp_path: Path, tokens: Path) -> None:
+    decoder = Decoder(drawn_model(tiny_config(tmp_path, tokens)), SampleConfig())
+    logits = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 2
+    drawn = torch.cat([decoder.draw(logits.expand(50_000, -1), torch.arange(50_000), step) for step in range(20)])
+    expected = logits.double().softmax(0) * len(drawn)
+    assert chisquare(drawn.bincount(minlength=32).numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def prepared(folder: Path, tokens: Path, *overrides: str) -> tuple[ExperimentConfig, checkpoint.Checkpoint]:
+    """A checkpoint after one step, and a tokenizer with 16 tokens for it."""
+    if not (folder / "weights").exists():
+        torch.manual_seed(0)
+        tokenizer = CompactTokenizer(16, 32, 8, 16)
+        tokenizer.codes.normal_()
+        tokenizer.save(folder / "weights")
+    fixed = [
+        f"tokenizer.weights={folder / 'weights'}",
+        "strategy=single",
+        "train.total_steps=1",
+        "sample.guidance.scale=2",
+    ]
+    cfg = tiny_config(folder, tokens, *fixed, "sample.num_images=23", "sample.batch_size=4", *overrides)
+    data = setup.check_data(cfg, discover({}))
+    run_alone(lambda world: train(cfg, data.plan, world, *data.open(world), Hooks()))
+    return cfg, checkpoint.find(folder / "run")
+
+
+def _sample(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> None:
+    job.sample_images(cfg, found, world, output)
+
+
+def test_the_file_does_not_depend_on_ranks_or_kills(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    files = {name: tmp_path / f"{name}.npz" for name in ("one", "two", "killed")}
+    run_alone(_sample, cfg, found, files["one"])
+    run_ranks(2, _sample, cfg, found, files["two"])
+
+    make, made = job._make_unit, []
+
+    def killed(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        made.append(arguments[-1])
+        make(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_make_unit", killed)
+        run_alone(_sample, cfg, found, files["killed"])
+    assert made == [0, 1, 2]
+    monkeypatch.setattr(job, "_make_unit", lambda *arguments: made.append(arguments[-1]) or make(*arguments))
+    run_alone(_sample, cfg, found, files["killed"])
+    assert made == [0, 1, 2, 3, 4, 5]
+    run_alone(_sample, cfg, found, files["killed"])
+    assert made == [0, 1, 2, 3, 4, 5]
+
+    expected = files["one"].read_bytes()
+    assert files["two"].read_bytes() == expected
+    assert files["killed"].read_bytes() == expected
+    suffixes = [".json", ".npz", ".png", ".tokens.npy"]
+    assert sorted(path.name for path in tmp_path.glob("killed*")) == [f"killed{suffix}" for suffix in suffixes]
+
+
+def test_the_file_is_what_the_adm_evaluation_reads(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    output = job.default_output(cfg, found)
+    output.parent.mkdir()
+    run_alone(_sample, cfg, found, output)
+    loaded = np.load(output)
+    assert (loaded["arr_0"].dtype, loaded["arr_0"].shape) == (np.uint8, (23, 16, 16, 3))
+    assert np.array_equal(loaded["label"], np.arange(23) % NUM_CLASSES)
+    ids = torch.from_numpy(np.load(output.with_suffix(".tokens.npy")).astype(np.int64))
+    decoded = CompactTokenizer.from_file(cfg.tokenizer.weights).decode(ids)
+    assert np.abs(loaded["arr_0"].astype(int) - (decoded * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()).max() <= 1
+    settings = json.loads(output.with_suffix(".json").read_text())
+    assert (settings["step"], settings["sample"]["guidance"]["scale"], settings["quantiser"]) == (1, 2.0, "trunc255")
+    with Image.open(output.with_suffix(".png")) as grid:
+        assert grid.size == (5 * 66, 5 * 66)
+
+
+def test_other_settings_are_another_job(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    output = tmp_path / "samples.npz"
+    run_alone(_sample, cfg, found, output)
+    before = output.read_bytes()
+    cfg.sample.seed = 1
+    run_alone(_sample, cfg, found, output)
+    assert output.read_bytes() != before
+    assert job.default_output(cfg, found) != job.default_output(prepared(tmp_path, tokens)[0], found)
+
+
+def test_units_cover_every_image_once_class_by_class() -> None:
+    units = list(job._units(103, 10, 8))
+    assert sorted(np.concatenate(units).tolist()) == list(range(103))
+    assert all(len(set((unit % 10).tolist())) <= 2 for unit in units)
+
+
+def test_a_sheet_shows_every_image() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] + np.zeros((5, 24, 24, 3), np.uint8)
+    sheet = contact_sheet(images, 3)
+    assert sheet.shape == (2 * 50, 3 * 50, 3)
+    assert [sheet[10 + 50 * (n // 3), 10 + 50 * (n % 3), 0] for n in range(6)] == [0, 1, 2, 3, 4, 255]
+    assert contact_sheet(np.zeros((2, 256, 256, 3), np.uint8), 2).shape == (258, 516, 3)
