@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 import time
 import traceback
@@ -81,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 1 anything else."""
     code = 0
     try:
+        _end_with_launcher()
         main()
     except InputError as error:
         code = EXIT_INPUT_ERROR
@@ -104,6 +107,20 @@ def run(main: Callable[[], None]) -> None:
     # Not through the interpreter's own end: engines keep process groups alive into it, and gloo's threads then abort
     # the process now and then after its work is done (exit code -6).
     os._exit(code)
+
+
+def _end_with_launcher() -> None:
+    """A killed torchrun leaves its workers behind, each in a session of its own: they would wait for it, or go on and keep
+    the run folder to themselves. So the kernel is asked to end them with it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
+        return  # started by hand or by srun: whoever did that may leave
+    world.end_with_parent(signal.SIGKILL)
+    # It may be gone already, and we a child of the first process, which is no launcher unless this is a container.
+    parent = os.getppid()
+    if parent == 1 and not re.search(
+        rb"python|torch|deepspeed|accelerate", Path(f"/proc/{parent}/cmdline").read_bytes()
+    ):
+        os._exit(1)
 
 
 def show_paths(command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything e
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from rear_scale.config import InputError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,11 @@ def _share_of_cores(ranks: Ranks) -> int:
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"])
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def end_with_parent(number: int) -> None:
+    """Asks the kernel to send this process a signal when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def free_port() -> int:

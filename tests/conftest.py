@@ -7,6 +7,13 @@ import torch
 from helpers import write_token_shards
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = str(Path(__file__).parent / "golden")
+    parser.addoption(
+        "--golden", default=default, metavar="DIR", help="cases of published implementations for tests/parity"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     long = pytest.mark.skip(reason="takes minutes; run with -m long")

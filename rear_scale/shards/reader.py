@@ -9,7 +9,6 @@ batch is a gather of rows, and any step of any epoch is reached in constant time
 from __future__ import annotations
 
 import fcntl
-import getpass
 import io
 import os
 import shutil
@@ -56,7 +55,7 @@ def open_tokens(
     """
     manifest = read_manifest(folder)
     # A folder of one's own: /tmp is shared, and a file that somebody else may write is not to be trusted.
-    root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{getpass.getuser()}"
+    root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
     unpacked = root / manifest.fingerprint[:32]
     if not _is_complete(unpacked, manifest):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -84,11 +84,10 @@ def _train_from(
     strategy = _build(cfg, plan, world, found)
     model = strategy.model
     objective = Objective(cfg, plan, codebook, world.device)
-    telemetry = Telemetry(cfg, plan, world, run)
     first = found.step + 1 if found else 1
     batches = _Prefetcher(cfg, plan, world, tokens, objective, first)
     bar = progress(cfg.run.name, plan.last_step, "step", done=first - 1, show=world.is_main)
-    with bar, batches:
+    with Telemetry(cfg, plan, world, run) as telemetry, bar, batches:
         for step in range(first, plan.last_step + 1):
             started = time.perf_counter()
             micro_batches = next(batches)
@@ -122,7 +121,6 @@ def _train_from(
             if step % cfg.checkpoint.every_steps == 0 or step == plan.last_step:
                 _save(cfg, run, world, tokens, strategy, step, hooks)
             bar.update()
-    telemetry.close()
 
 
 @dataclass

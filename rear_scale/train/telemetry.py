@@ -69,9 +69,12 @@ class Telemetry:
     def stepped(self) -> None:
         self.steps += 1
 
-    def close(self) -> None:
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def _mfu(self, images_per_s: float) -> float | None:
         """Model FLOPs of the images over the peak of all devices; None where the peak is not known."""

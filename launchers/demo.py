@@ -1,0 +1,43 @@
+"""The whole path on scikit-learn's handwritten digits: images -> tokenizer -> tar shards -> training of vanilla AR and reAR
+with deepspeed -> sampling -> evaluation -> runs/demo/report.html and runs/demo/summary.json.
+
+    bash launchers/demo.sh              one training seed
+    bash launchers/demo.sh --seeds 3    three, with mean and spread
+
+Run again after a kill, it continues; finished stages are not run again. Overrides go to both trainings.
+"""
+
+import argparse
+import shlex
+
+from rear_scale import cli
+from rear_scale.config import InputError
+from rear_scale.demo.report import write_report
+from rear_scale.demo.stages import Progress, stages
+from rear_scale.demo.summary import print_table, write_summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="training seeds 0 .. N-1 of each model (default 1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of all stages, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for both trainings")
+    args = parser.parse_intermixed_args()
+    if args.seeds < 1:
+        raise InputError(f"--seeds={args.seeds} must be at least 1. Use --seeds 1")
+    seeds = list(range(args.seeds))
+    planned = stages(seeds, args.overrides)
+    if args.dry_run:
+        print("\n".join(shlex.join(stage.command) for stage in planned))
+        return
+    progress = Progress(args.overrides)
+    for number, stage in enumerate(planned, start=1):
+        progress.run(stage, number, len(planned))
+    summary = write_summary(seeds)
+    print_table(summary, write_report(summary, planned, progress))
+
+
+if __name__ == "__main__":
+    cli.run(main)

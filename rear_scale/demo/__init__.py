@@ -1,0 +1,1 @@
+"""The first command: the whole path on handwritten digits."""

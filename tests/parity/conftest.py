@@ -1,0 +1,95 @@
+"""Cases of published implementations: a json and an npz each, in --golden DIR (default tests/golden).
+
+A test module names the families that it reads in FAMILIES and asks for `case`; it then runs once for each case of those
+families in DIR, under an id that begins with the case's file stem. `compare` checks an array and notes its largest error
+for the table at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+# A json belongs to the longest of these that its stem begins with. Those of a None are read in passing by others.
+FAMILIES = {"rear_tiny": "test_transformer", "index": None, "state_dict_keys": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    stem: str
+    json: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    weights: ModuleType  # fill, normal, image, tokens: deterministic tensors by name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+
+@dataclass(frozen=True)
+class Error:
+    stem: str
+    name: str
+    largest: float
+    tolerance: float
+
+
+_errors: list[Error] = []
+
+
+def family_of(stem: str) -> str | None:
+    return max((family for family in FAMILIES if stem.startswith(family)), key=len, default=None)
+
+
+def stems(config: pytest.Config, module: str) -> list[str]:
+    """The cases that a test module reads."""
+    found = sorted(path.stem for path in Path(config.getoption("--golden")).glob("*.json"))
+    return [stem for stem in found if (family := family_of(stem)) and FAMILIES[family] == module]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    module = metafunc.module.__name__.rsplit(".", 1)[-1]
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", stems(metafunc.config, module), indirect=True, scope="session")
+    if "unread" in metafunc.fixturenames:
+        files = sorted(path.stem for path in Path(metafunc.config.getoption("--golden")).glob("*.json"))
+        metafunc.parametrize("unread", [stem for stem in files if family_of(stem) is None] or [None])
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest) -> Case:
+    folder = Path(request.config.getoption("--golden"))
+    spec = importlib.util.spec_from_file_location("golden_weights", Path(__file__).parents[1] / "golden" / "weights.py")
+    weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weights)
+    values = json.loads((folder / f"{request.param}.json").read_text())
+    npz = folder / f"{request.param}.npz"
+    return Case(request.param, values, dict(np.load(npz)) if npz.exists() else {}, weights)
+
+
+@pytest.fixture
+def compare(case: Case):
+    """compare(name, found, expected, tolerance): largest absolute difference within the tolerance."""
+
+    def check(name: str, found: Any, expected: Any, tolerance: float) -> None:
+        found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+        assert found.shape == expected.shape, (name, found.shape, expected.shape)
+        largest = float(np.abs(found - expected).max(initial=0))
+        _errors.append(Error(case.stem, name, largest, tolerance))
+        assert largest <= tolerance, f"{case.stem} {name}: largest difference {largest:.3g} above {tolerance:.3g}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _errors:
+        return
+    terminalreporter.section("largest differences to the published implementations")
+    for error in _errors:
+        terminalreporter.write_line(f"{error.stem:24} {error.name:36} {error.largest:10.3e} of {error.tolerance:.1e}")

@@ -1,0 +1,126 @@
+"""The demo as a user starts it, with a short training, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import command_line, environment, launch
+
+from rear_scale.demo.stages import stages
+from rear_scale.demo.summary import SCORES
+
+SHORT = ["train.total_steps=6", "checkpoint.every_steps=2"]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command_line("python", "launchers/demo.py", *arguments),
+        cwd=folder,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_when(process: subprocess.Popen[str], path: Path, delay: float) -> None:
+    """kill -9 of the whole group, some time after a file has appeared."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def check_results(folder: Path, seeds: int) -> dict:
+    demo = folder / "runs/demo"
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["seeds"] == list(range(seeds))
+    for model in ("ar", "rear"):
+        for name in SCORES:
+            value = summary[model][name]
+            if seeds > 1:
+                assert value["mean"] == pytest.approx(np.mean(value["values"]))
+                assert value["std"] == pytest.approx(np.std(value["values"], ddof=1))
+                assert len(value["values"]) == seeds
+            else:
+                assert isinstance(value, float)
+        assert (folder / summary[model]["run_dir"] / "metrics.jsonl").exists()
+        samples = np.load(folder / summary[model]["samples"])
+        assert (samples["arr_0"].dtype, samples["arr_0"].shape) == (np.uint8, (1000, 24, 24, 3))
+        assert np.bincount(samples["label"]).tolist() == [100] * 10
+        assert (folder / summary[model]["samples"]).with_suffix(".png").exists()
+    report = (demo / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 5
+    for stage in stages(list(range(seeds)), SHORT):
+        assert " ".join(stage.command[-3:]) in report.replace("&#39;", "")
+    return summary
+
+
+def test_the_demo_survives_a_kill_and_does_nothing_twice(tmp_path: Path) -> None:
+    demo = tmp_path / "runs/demo"
+    kill_when(start(tmp_path, *SHORT), demo / "ar_seed0/checkpoints/latest", delay=0)
+    assert not (demo / "stages/train_ar_0.done").exists()
+    process = start(tmp_path, *SHORT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("finished before") == 4
+    assert out.splitlines()[-1] == "report: runs/demo/report.html"
+    assert "reAR (1 seed)" in out
+    summary = check_results(tmp_path, 1)
+
+    started = time.monotonic()
+    result = launch("python", "launchers/demo.py", *SHORT, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stderr.count("finished before") == 10
+    assert time.monotonic() - started < 30
+    assert check_results(tmp_path, 1) == summary
+
+    # Other settings are another demo: the first is kept, nothing of it is mixed in.
+    aside = tmp_path / "runs/demo.old1"
+    kill_when(start(tmp_path, "train.total_steps=7"), aside / "summary.json", delay=0.5)
+    assert json.loads((aside / "summary.json").read_text()) == summary
+    assert not (demo / "summary.json").exists()
+
+
+def test_a_stage_that_fails_is_named_and_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "runs/demo/images").mkdir(parents=True)
+    (tmp_path / "runs/demo/images/train").write_text("in the way")
+    result = launch("python", "launchers/demo.py", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "error: the stage 'digits as image shards' failed with exit code 1" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_kill_in_every_stage_changes_nothing(tmp_path: Path) -> None:
+    """Each stage of a two-seed demo is killed once at a random moment; the scores equal those of an unbroken one."""
+    for name in ("unbroken", "killed"):
+        (tmp_path / name).mkdir()
+    arguments = ["--seeds", "2", *SHORT]
+    process = start(tmp_path / "unbroken", *arguments)
+    process.communicate(timeout=900)
+    assert process.returncode == 0
+    kills = 0
+    chance = random.Random(0)
+    for stage in stages([0, 1], SHORT):
+        log = tmp_path / "killed/runs/demo/logs" / f"{stage.name}.log"
+        kill_when(start(tmp_path / "killed", *arguments), log, delay=chance.uniform(0, 6))
+        kills += 1
+    process = start(tmp_path / "killed", *arguments)
+    _, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    print(f"{kills} kills survived")
+    assert check_results(tmp_path / "killed", 2) == check_results(tmp_path / "unbroken", 2)

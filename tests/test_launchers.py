@@ -1,0 +1,228 @@
+"""The launchers as users start them: real processes, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import BIN, ROOT, command_line, environment, launch, metrics, tiny_config_file
+
+from rear_scale.world import free_port
+
+TRAIN = "launchers/train.py"
+TIMES = ("images_per_s", "step_time_s", "data_wait_s", "peak_mem_gib")
+
+
+def fresh_config(tmp_path: Path, name: str, tokens: Path) -> Path:
+    (tmp_path / name).mkdir()
+    return tiny_config_file(tmp_path / name, tokens)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder / "run")]
+
+
+def test_every_way_to_start_prints_the_same_losses(tmp_path: Path, tokens: Path) -> None:
+    quiet = ["model.dropout=0", "model.attn_dropout=0", "train.total_steps=3"]
+    starts = {
+        "python": ["python", TRAIN],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", TRAIN],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", TRAIN],
+    }
+    configs = {name: fresh_config(tmp_path, name, tokens) for name in (*starts, "srun")}
+    for name, start in starts.items():
+        result = launch(*start, "--config", configs[name], *quiet)
+        assert result.returncode == 0, result.stderr
+    # srun starts its tasks at once and tells each of them its place.
+    tasks = [
+        subprocess.Popen(
+            command_line("python", TRAIN, "--config", configs["srun"], *quiet),
+            env=environment(
+                SLURM_PROCID=str(rank),
+                SLURM_LOCALID=str(rank),
+                SLURM_STEP_ID="0",
+                SLURM_STEP_NUM_TASKS="2",
+                SLURM_STEP_TASKS_PER_NODE="2",
+                SLURM_STEP_NODELIST="127.0.0.1",
+                MASTER_PORT=str(port),
+            ),
+            stderr=subprocess.PIPE,
+        )
+        for port in [free_port()]
+        for rank in range(2)
+    ]
+    for task in tasks:
+        assert task.wait(120) == 0, task.stderr.read()
+    expected = losses(tmp_path / "python")
+    assert len(expected) == 3
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "deepspeed") == losses(tmp_path / "srun")
+    assert losses(tmp_path / "torchrun") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_kill_of_the_whole_group_is_survived(tmp_path: Path, tokens: Path) -> None:
+    """kill -9 of launcher and ranks under deepspeed, dropout on; the same command ends as an unbroken run does."""
+    commands = {}
+    for name in ("unbroken", "killed"):
+        config = fresh_config(tmp_path, name, tokens)
+        commands[name] = [
+            "deepspeed",
+            "--num_gpus",
+            "2",
+            TRAIN,
+            "--config",
+            config,
+            "train.total_steps=80",
+            "checkpoint.every_steps=20",
+        ]
+    assert launch(*commands["unbroken"]).returncode == 0
+    process = subprocess.Popen(
+        command_line(*commands["killed"]),
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    latest = tmp_path / "killed/run/checkpoints/latest"
+    deadline = time.monotonic() + 120
+    while not latest.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    status = json.loads((tmp_path / "killed/run/status.json").read_text())
+    assert status["state"] == "running"
+    assert len(metrics_or_partial(tmp_path / "killed/run")) < 80
+    result = launch(*commands["killed"])
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stderr
+    unbroken, killed = (
+        [
+            {name: value for name, value in line.items() if name not in TIMES}
+            for line in metrics(tmp_path / name / "run")
+        ]
+        for name in ("unbroken", "killed")
+    )
+    assert killed == unbroken
+    assert json.loads((tmp_path / "killed/run/status.json").read_text())["state"] == "done"
+
+
+def metrics_or_partial(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_deepspeed_needs_no_compiler(tmp_path: Path, tokens: Path) -> None:
+    """With only Python's own programs and a shell in PATH there is nothing that compiles."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python", "python3", "bash", "sh", "env", "hostname", "uname", "which", "git", "rm", "ldconfig"):
+        found = BIN / name if (BIN / name).exists() else shutil.which(name)
+        if found:
+            (programs / name).symlink_to(found)
+    hidden = {
+        "PATH": str(programs),
+        "CC": "/nonexistent",
+        "CXX": "/nonexistent",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+    }
+    assert shutil.which("c++", path=hidden["PATH"]) is None
+    config = fresh_config(tmp_path, "run", tokens)
+    result = launch("deepspeed", "--num_gpus", "2", TRAIN, "--config", config, "train.total_steps=2", **hidden)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_dry_run_of_a_large_config_is_quick_and_small() -> None:
+    started = time.monotonic()
+    result = launch("python", TRAIN, "--config", "rear_xl.yaml", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "not found: data.train" in result.stdout
+    assert time.monotonic() - started < 20
+    # Of all children so far; none of them may have needed more.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            [TRAIN, "--config", "rear_xl.yaml", "model.depht=3"],
+            "error: model.depht is not a config key; did you mean model.depth?",
+        ),
+        ([TRAIN, "--config", "rear_xl.yaml"], "error: not found: data/imagenet256/tokens/train/index.json"),
+        ([TRAIN], "error: --config is missing"),
+        (["launchers/sample.py"], "error: --checkpoint is missing"),
+        (["launchers/sample.py", "--checkpoint", "nowhere"], "error: --checkpoint nowhere: it has no checkpoints"),
+        (["launchers/evaluate.py", "--checkpoint", "nowhere"], "error: --checkpoint nowhere: it has no checkpoints"),
+        (["launchers/pretokenize.py", "--config", "demo.yaml"], "error: pretokenize.images is not set"),
+        (
+            ["launchers/train_tokenizer.py", "--config", "rear_xl.yaml"],
+            "error: tokenizer.training and tokenizer.weights",
+        ),
+        (["launchers/demo.py", "--seeds", "0"], "error: --seeds=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    result = launch("python", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_ranks_only_the_first_prints_the_error(tmp_path: Path) -> None:
+    result = launch("torchrun", "--nproc-per-node", "2", TRAIN, "--config", "demo.yaml", "optim.lr=-1", cwd=tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("error: optim.lr=-1.0 must be above 0") == 1
+
+
+@pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launchers").glob("*.py")))
+def test_every_launcher_explains_itself(launcher: str) -> None:
+    result = launch("python", f"launchers/{launcher}", "--help")
+    assert result.returncode == 0
+    assert "--dry-run" in result.stdout
+    assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize("launcher", ["pretokenize", "train_tokenizer", "demo"])
+def test_dry_runs_say_what_is_missing_and_do_nothing(tmp_path: Path, launcher: str) -> None:
+    config = [] if launcher == "demo" else ["--config", "demo.yaml"]
+    result = launch("python", f"launchers/{launcher}.py", *config, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert ("deepspeed --num_gpus" if launcher == "demo" else "not ") in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_and_ddp_do_not_import_other_engines() -> None:
+    """What runs alone and what only samples must not need the engines."""
+    code = (
+        "import sys, rear_scale.sample.job, rear_scale.parallel.ddp; print({'deepspeed', 'wandb'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "set()"
+
+
+def test_ranks_end_with_a_killed_torchrun(tmp_path: Path, tokens: Path) -> None:
+    """They are in sessions of their own; left alone, they would keep the run folder locked."""
+    config = fresh_config(tmp_path, "run", tokens)
+    command = command_line(
+        "torchrun", "--nproc-per-node", "2", TRAIN, "--config", config, "train.total_steps=100000", "strategy=ddp"
+    )
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(config) not in found
