@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import BIN, ROOT, command_line, environment, launch, metrics, tiny_config_file
 
@@ -224,5 +225,4 @@ def test_ranks_end_with_a_killed_torchrun(tmp_path: Path, tokens: Path) -> None:
     process.kill()
     process.wait()
     time.sleep(1)
-    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(config) not in found
+    assert not [found for found in psutil.process_iter(["cmdline"]) if str(config) in (found.info["cmdline"] or [])]
