@@ -27,7 +27,7 @@ def main() -> None:
         )
         return
     check_evaluation(cfg)
-    run = checkpoint.path.parent.parent
+    run = checkpoint.run
     samples = command.args.samples or default_output(cfg, checkpoint)
     with joined(command.ranks, same_for_any_world=True) as world:
         if command.args.samples is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rear_scale import config, world
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.checkpoint import find as find_checkpoint
+from rear_scale.parallel.sources import load_config, open_source
 from rear_scale.progress import say
 
 EXIT_INPUT_ERROR = 2
@@ -39,8 +39,10 @@ class CheckpointCommand(Command):
     checkpoint: Checkpoint
 
 
-def make_parser(description: str, *, from_checkpoint: bool = False) -> argparse.ArgumentParser:
-    """--config NAME.yaml or --checkpoint PATH, overrides, --dry-run; launchers add what is theirs."""
+def make_parser(
+    description: str, *, from_checkpoint: bool = False, config: str = "a file in configs/, or a path"
+) -> argparse.ArgumentParser:
+    """--config NAME.yaml, --checkpoint PATH if wanted, overrides, --dry-run; launchers add what is theirs."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,9 +50,14 @@ def make_parser(description: str, *, from_checkpoint: bool = False) -> argparse.
         epilog="Overrides have the form section.field=value; --dry-run prints every field with its value.",
     )
     if from_checkpoint:
-        parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="a run folder or one of its checkpoints")
-    else:
-        parser.add_argument("--config", metavar="NAME.yaml", help="a file in configs/, or a path")
+        parser.add_argument(
+            "--checkpoint",
+            type=Path,
+            metavar="PATH",
+            help="a run folder, one of its checkpoints, or a weight file of ours or of a released model",
+        )
+        config = "for a weight file: the config to use instead of the one that fits it"
+    parser.add_argument("--config", metavar="NAME.yaml", help=config)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and what follows from it, and stop"
@@ -66,7 +73,7 @@ def parse(parser: argparse.ArgumentParser) -> Command:
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
-    return Command(config.load(args.config, args.overrides), args, world.discover())
+    return Command(load_config(args.config, args.overrides), args, world.discover())
 
 
 def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
@@ -74,9 +81,17 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     args = parser.parse_intermixed_args()
     if args.checkpoint is None:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
-    found = find_checkpoint(args.checkpoint)
+    found = open_source(args.checkpoint, args.config, args.overrides)
     cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=args.overrides)
     return CheckpointCommand(cfg, args, world.discover(), found)
+
+
+def parse_source(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a launcher whose first argument is not an override. Raises InputError for a wrong override."""
+    args = parser.parse_intermixed_args()
+    for text in args.overrides:
+        config.check_override(text)
+    return args
 
 
 def run(main: Callable[[], None]) -> None:

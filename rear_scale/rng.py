@@ -34,6 +34,8 @@ class Purpose(enum.IntEnum):
     CLASSIFIER_BATCH = 6
     DEVICE_SEED = 7
     WEIGHT_INIT = 8
+    PERMUTATION = 9
+    SAMPLE_ORDER = 10
 
 
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from rear_scale.config import InputError
 
 def write_weights(path: Path, model: nn.Module, kind: str, architecture: dict[str, Any]) -> None:
     """Writes a model in one piece. The same weights give the same bytes."""
+    write_tensors(path, model.state_dict(), {"kind": kind, "architecture": architecture})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any] | None) -> None:
+    """Writes tensors in one piece, with what `head` says of them."""
     part = path.with_name(f"{path.name}.part")
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     # One entry: the library writes several in no fixed order.
-    save_file(state, part, metadata={"rear_scale": json.dumps({"kind": kind, "architecture": architecture})})
+    metadata = None if head is None else {"rear_scale": json.dumps(head)}
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part, metadata=metadata)
     part.replace(path)
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from rear_scale.config import ExperimentConfig, load
 from rear_scale.shards import writer
-from rear_scale.shards.record import Manifest, file_sha256, write_manifest
+from rear_scale.shards.record import Manifest, file_sha256, write_manifest, write_text_atomically
 from rear_scale.world import Ranks, free_port, joined
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,9 @@ def tiny_config_file(folder: Path, tokens: Path) -> Path:
     """A reAR config for the tiny set, as a user would keep one outside configs/."""
     path = folder / "tiny.yaml"
     sizes = f"num_tokens: {NUM_TOKENS}, codebook_size: {CODEBOOK_SIZE}, codebook_dim: {CODEBOOK_DIM}"
-    path.write_text(
+    # Several ranks write the same file: each sees it whole.
+    write_text_atomically(
+        path,
         f"""
 defaults:
   - base
@@ -79,7 +81,7 @@ objective: {{heads: {{hidden: 32}}}}
 optim: {{lr: 5e-3, warmup_steps: 2}}
 train: {{total_steps: 12, global_batch_size: 12, micro_batch_size: 6, precision: fp32, log_every: 1}}
 checkpoint: {{every_steps: 4}}
-"""
+""",
     )
     return path
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from rear_scale import config
-from rear_scale.config import InputError
+from rear_scale.config import InputError, to_dict
+from rear_scale.config.values import leaves
+from rear_scale.model.flops import parameters_by_part
 from rear_scale.train import dry_run
 from rear_scale.world import Ranks
 
@@ -20,12 +22,17 @@ def error_of(name: str, *overrides: str, world_size: int = 1) -> str:
     return message
 
 
-@pytest.mark.parametrize("path", sorted(config.CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+FOLDERS = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
+CONFIGS = [path for pattern in FOLDERS for path in sorted(config.CONFIG_DIR.glob(pattern))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_dry_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["data.train=x", "data.assumed_images=1000"] if path.stem == "base" else []
     if path.stem == "base":
         overrides += ["tokenizer.name=maskgit_vqgan"]
-    dry_run.show(config.load(path.name, overrides), ALONE)
+    name = path.relative_to(config.CONFIG_DIR).as_posix()
+    dry_run.show(config.load(name, overrides), ALONE)
     assert "without_heads" in capsys.readouterr().out
 
 
@@ -35,7 +42,7 @@ def test_dry_run_prints_lengths_in_steps_and_epochs(capsys: pytest.CaptureFixtur
     assert "run length: 250,000 steps = 399.6 epochs" in text
     assert "warm-up end: 62,500 steps = 99.9 epochs" in text
     assert "noise end: 187,500 steps = 299.7 epochs" in text
-    assert "not found: data.train=data/imagenet256/tokens/train" in text
+    assert "not found: data.train=data/imagenet256/maskgit_vqgan/train" in text
     assert "955,425,024" in text
     assert "images seen: 512,000,000; tokens seen: 131,072,000,000" in text
 
@@ -87,8 +94,8 @@ def test_errors_name_field_value_and_rule(override: str, expected: str) -> None:
 
 
 def test_an_unknown_config_lists_the_known_ones() -> None:
-    message = error_of("rear_xs.yaml")
-    assert "did you mean rear_xl.yaml?" in message
+    message = error_of("rear_titok.yaml")
+    assert "did you mean rear_titok_b64.yaml?" in message
     assert "demo.yaml" in message
 
 
@@ -181,3 +188,92 @@ def test_resume_names_a_changed_field_unless_it_is_allowed() -> None:
         config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5"]), saved, "step_5")
     config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5", "resume.allow=[optim.lr]"]), saved, "step_5")
     config.check_resumable(config.load("demo.yaml", ["optim.lr=0.5", "resume.allow=[optim]"]), saved, "step_5")
+
+
+# Without heads, the released tables included: depth (18 d^2 + 19 d + 4 head width) + tables + output. XXL's feed-forward of
+# 6144 replaces 8 d^2 by 2 x 6144 d and 4 d of the 19 d by 6144.
+SIZES = {"s": (20, 768, 16), "b": (24, 768, 16), "l": (24, 1024, 16), "xl": (32, 1280, 16), "xxl": (40, 1408, 16),
+         "2b": (36, 1792, 14), "3b": (40, 2048, 16), "7b": (40, 3072, 24)}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_size_has_its_parameters(size: str) -> None:
+    depth, d, heads = SIZES[size]
+    block = 18 * d * d + 19 * d + 4 * d // heads
+    if size == "xxl":
+        block += 2 * 6144 * d - 8 * d * d + 6144 - 4 * d
+    tables = (1 + 2026 + 2 * 1280 + 356) * d
+    expected = depth * block + tables + 2 * d * d + 2 * d + 1024 * d + 1024
+    for name in (f"rear_{size}.yaml", f"ar_{size}.yaml"):
+        parts = parameters_by_part(config.load(name))
+        assert parts["without_heads"] == expected
+        head = 2 * (d * 2048 + 2048 + 2048 * 256 + 256)
+        assert parts["heads"] == (head if name.startswith("rear") else 0)
+    published = {"s": 218.4, "b": 260.9, "l": 461.7, "xl": 955.4, "xxl": 1498.5}
+    if size in published:
+        assert round(expected / 1e6, 1) == published[size]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "head_millions"),
+    [
+        ("rar_s.yaml", 133.34, 0),
+        ("rear_titok_b64.yaml", 265.20, 3.20),
+        ("rear_alitok_b.yaml", 177.05, 3.28),
+        ("ar_alitok_b.yaml", 177.05, 0),
+        ("official/rear_s.yaml", 218.40, 12.59),
+        ("official/rear_l.yaml", 461.67, 13.64),
+    ],
+)
+def test_the_other_systems_have_their_parameters(name: str, millions: float, head_millions: float) -> None:
+    parts = parameters_by_part(config.load(name))
+    assert round(parts["without_heads"] / 1e6, 2) == millions
+    assert round(parts["heads"] / 1e6, 2) == head_millions
+
+
+def test_published_settings_are_in_their_files() -> None:
+    guidance = {
+        "rear_s": (22, 2.75, 1), "rear_b": (14.5, 2.25, 1), "rear_l": (10, 1.75, 1), "rear_l_is": (11, 1.75, 1),
+        "rar_b": (16, 2.75, 1), "rar_l": (15.5, 2.5, 1.02), "rar_xl": (6.9, 1.5, 1.02), "rar_xxl": (8.0, 1.2, 1.02),
+        "rear_alitok_b": (16, 1.8, 1), "official/rear_b": (15, 2.5, 1), "official/rear_l": (15, 2.5, 1),
+    }  # fmt: skip
+    for name, (scale, power, temperature) in guidance.items():
+        sample = config.load(f"{name}.yaml").sample
+        found = (sample.guidance.scale, sample.guidance.power, sample.temperature)
+        assert found == (scale, power, temperature), name
+        assert sample.guidance.schedule == "power_cosine"
+    taps = {"s": 15, "b": 18, "l": 18, "xl": 24, "xxl": 30, "2b": 27, "3b": 30, "7b": 30}
+    for size, decode in taps.items():
+        heads = config.load(f"rear_{size}.yaml").objective.heads
+        assert (heads.encode_tap, heads.decode_tap) == (1, decode)
+    alitok = config.derive(config.load("rear_alitok_b.yaml", ["train.micro_batch_size=256"]), 8, None)
+    assert (alitok.total_steps, alitok.noise_end_step) == (500_000, 375_000)
+    rar = config.derive(config.load("rar_l.yaml"), 8, None)
+    assert (rar.permutation_start_step, rar.permutation_end_step) == (125_000, 187_500)
+
+
+def test_twins_differ_in_what_they_compare() -> None:
+    """AR and RAR files differ from their reAR twin in objective, guidance and name; ablations in what their name says."""
+
+    def difference(one: str, other: str) -> set[str]:
+        first, second = (leaves(to_dict(config.load(name))) for name in (one, other))
+        changed = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+        return {key for key in changed if not key.startswith(("run.", "sample."))}
+
+    heads = {"objective.heads.encode_tap", "objective.heads.decode_tap"}
+    falls = {"objective.permutation.start", "objective.permutation.end"}
+    assert difference("ar_l.yaml", "rear_l.yaml") == heads | {"objective.noise.max"}
+    assert difference("rar_alitok_b.yaml", "rear_alitok_b.yaml") == heads | falls | {"objective.noise.max"}
+    assert difference("ablation/rear_table4_linear.yaml", "rear_s.yaml") == {"objective.noise.end"}
+    assert difference("ablation/rear_table4_truncated_linear.yaml", "rear_s.yaml") == set()
+    assert difference("ablation/rear_table4_noise_only.yaml", "rear_s.yaml") == heads
+    assert difference("ablation/rear_table3_lambda_0_5.yaml", "ablation/rear_table3_en0_de15.yaml") == {
+        "objective.heads.weight"
+    }
+    assert difference("ablation/rear_table3_tied.yaml", "ablation/rear_table3_vanilla_ar.yaml") == {
+        "model.tie_codebook"
+    }
+    assert difference("ablation/rar_table3_z_curve.yaml", "ablation/rar_table3_row_major.yaml") == {
+        "objective.permutation.order"
+    }
+    assert difference("ablation/rar_table2_200_300.yaml", "rar_l.yaml") == {"model.conditioning"}

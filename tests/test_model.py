@@ -6,9 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, HeadsConfig
-from rear_scale.model import build_model
+from rear_scale.model import Generator, build_model
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
-from rear_scale.model.transformer import AdaLNTransformer
 
 SMALL = [
     "model.depth=3",
@@ -25,7 +24,7 @@ def small(*overrides: str) -> ExperimentConfig:
     return config.load("demo.yaml", [*SMALL, *overrides])
 
 
-def filled(cfg: ExperimentConfig, **build: bool) -> AdaLNTransformer:
+def filled(cfg: ExperimentConfig, **build: bool) -> Generator:
     """A model with every weight drawn, AdaLN's included, so that each of them matters."""
     model = build_model(cfg, **build)
     with torch.no_grad():

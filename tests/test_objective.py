@@ -8,7 +8,8 @@ from helpers import CODEBOOK_SIZE, NUM_CLASSES, tiny_config
 from torch.nn import functional as F
 
 from rear_scale import config, rng
-from rear_scale.objective import STATISTICS, Objective, losses, noise, schedules
+from rear_scale.config import NoiseConfig
+from rear_scale.objective import STATISTICS, Objective, Task, losses, noise, schedules
 
 CPU = torch.device("cpu")
 
@@ -28,17 +29,17 @@ def test_learning_rate_has_the_papers_shape() -> None:
 def test_noise_bound_is_the_papers_example() -> None:
     # Appendix A: at epoch 150 of 400 rates are drawn from (0, 1/2). Step s comes after s - 1 updates.
     def bound(step: int) -> float:
-        return schedules.linear_noise(step, 1.0, 0, 187_500)
+        return schedules.falling(step, 1.0, 0, 187_500)
 
     assert bound(1) == 1.0
     assert bound(93_751) == pytest.approx(0.5)
     assert bound(187_500) == pytest.approx(1 / 187_500)
     assert bound(187_501) == 0
     assert bound(250_000) == 0
-    assert schedules.linear_noise(10, 0.5, 20, 40) == 0.5
-    assert schedules.linear_noise(31, 0.5, 20, 40) == pytest.approx(0.25)
-    assert schedules.linear_noise(5, 1.0, 10, 10) == 1.0
-    assert schedules.linear_noise(11, 1.0, 10, 10) == 0.0
+    assert schedules.falling(10, 0.5, 20, 40) == 0.5
+    assert schedules.falling(31, 0.5, 20, 40) == pytest.approx(0.25)
+    assert schedules.falling(5, 1.0, 10, 10) == 1.0
+    assert schedules.falling(11, 1.0, 10, 10) == 0.0
 
 
 def test_replacement_follows_its_rate_over_the_whole_codebook() -> None:
@@ -56,7 +57,7 @@ def test_replacement_follows_its_rate_over_the_whole_codebook() -> None:
 def test_each_sequence_has_its_own_rate_below_the_bound() -> None:
     tokens = torch.full((2000, 400), 7)
     ids, epochs = torch.arange(2000), torch.full((2000,), 3)
-    rates = (noise.perturbed(tokens, ids, epochs, 0, 0.5, 1000) != 7).float().mean(1)
+    rates = (noise.perturbed(tokens, ids, epochs, 0, 0.5, 1000, NoiseConfig())[0] != 7).float().mean(1)
     assert rates.mean().item() == pytest.approx(0.25, abs=0.01)
     assert rates.max() < 0.6
     assert rates.min() < 0.02
@@ -66,9 +67,11 @@ def test_each_sequence_has_its_own_rate_below_the_bound() -> None:
 def test_noise_belongs_to_the_sample_whatever_the_batch() -> None:
     tokens = torch.randint(32, (6, 16), generator=torch.Generator().manual_seed(0))
     ids, epochs = torch.tensor([4, 99, 12, 7, 0, 3]), torch.tensor([0, 0, 1, 1, 2, 2])
-    whole = noise.perturbed(tokens, ids, epochs, 0, 1.0, 32)
+    whole, _ = noise.perturbed(tokens, ids, epochs, 0, 1.0, 32, NoiseConfig())
     for part in ([0], [5, 2], [1, 3, 4]):
-        assert torch.equal(noise.perturbed(tokens[part], ids[part], epochs[part], 0, 1.0, 32), whole[part])
+        assert torch.equal(
+            noise.perturbed(tokens[part], ids[part], epochs[part], 0, 1.0, 32, NoiseConfig())[0], whole[part]
+        )
 
 
 def test_next_token_loss_is_cross_entropy_and_accuracy() -> None:
@@ -102,7 +105,7 @@ def test_the_loss_is_eq_7_with_clean_targets(tmp_path: Path, tokens: Path) -> No
         "encode": torch.randn(4, 15, 8),
         "decode": torch.randn(4, 15, 8),
     }
-    loss, statistics = target.loss(output, clean)
+    loss, statistics = target.loss(output, Task(clean, clean, None, None))
     codes = target.directions[clean]
     encode = (1 - F.cosine_similarity(output["encode"], codes[:, :-1], dim=2)).sum() / 64
     decode = (1 - F.cosine_similarity(output["decode"], codes[:, 1:], dim=2)).sum() / 64
@@ -114,7 +117,7 @@ def test_the_loss_is_eq_7_with_clean_targets(tmp_path: Path, tokens: Path) -> No
     assert named["loss_encode"] == pytest.approx(encode.item(), rel=1e-6)
     assert named["loss_decode"] == pytest.approx(decode.item(), rel=1e-6)
     # Without heads, their terms are not zero but absent.
-    loss, statistics = target.loss({"logits": output["logits"]}, clean)
+    loss, statistics = target.loss({"logits": output["logits"]}, Task(clean, clean, None, None))
     assert loss.item() == pytest.approx(cross_entropy.item(), rel=1e-6)
     assert statistics[2:4].isnan().all()
 
@@ -139,10 +142,10 @@ def test_context_is_noisy_until_the_schedule_ends(tmp_path: Path, tokens: Path) 
     target = objective(tmp_path, tokens)
     ids = torch.arange(8)
     batch = target.micro_batch(torch.zeros(8, 16, dtype=torch.int64), ids % 5, ids, torch.zeros_like(ids))
-    assert target.context(batch, 1).any()
+    assert target.task(batch, 1).context.any()
     assert target.noise_max(9) > 0
     assert target.noise_max(10) == 0
-    assert torch.equal(target.context(batch, 10), batch.tokens)
+    assert torch.equal(target.task(batch, 10).context, batch.tokens)
 
 
 def test_purposes_do_not_share_draws() -> None:

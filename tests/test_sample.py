@@ -11,11 +11,10 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig
-from rear_scale.model import build_model
-from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
-from rear_scale.sample.decode import Decoder, _Decoding
+from rear_scale.sample.decode import CachedDecoding, Decoder
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -36,7 +35,7 @@ def test_guidance_schedules_give_the_released_curves() -> None:
     assert guidance_scale(7, 20, GuidanceConfig("constant", scale=4.0)) == 4.0
 
 
-def drawn_model(cfg: ExperimentConfig) -> AdaLNTransformer:
+def drawn_model(cfg: ExperimentConfig) -> Generator:
     model = build_model(cfg, with_heads=False).eval()
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):
@@ -52,7 +51,7 @@ def test_cached_decoding_equals_the_full_forward(tmp_path: Path, tokens: Path, g
     classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     with torch.inference_mode():
         full = model(sequences.repeat(len(classes) // 4, 1), classes, None)["logits"]
-        state = _Decoding(model, labels, guided)
+        state = CachedDecoding(model, labels, None, guided)
         for step in range(16):
             assert (state.next_logits(sequences[:, :step]) - full[:, step]).abs().max() < 1e-5
 

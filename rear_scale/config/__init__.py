@@ -7,7 +7,7 @@ is spent.
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """
 
-from rear_scale.config.load import CONFIG_DIR, from_dict, load
+from rear_scale.config.load import CONFIG_DIR, check_override, from_dict, load
 from rear_scale.config.plan import Plan, check_resumable, derive
 from rear_scale.config.schema import (
     ClassifierConfig,
@@ -15,6 +15,8 @@ from rear_scale.config.schema import (
     GuidanceConfig,
     HeadsConfig,
     InputError,
+    NoiseConfig,
+    PermutationConfig,
     SampleConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
@@ -28,10 +30,13 @@ __all__ = [
     "GuidanceConfig",
     "HeadsConfig",
     "InputError",
+    "NoiseConfig",
+    "PermutationConfig",
     "Plan",
     "SampleConfig",
     "TokenizerConfig",
     "TokenizerTrainingConfig",
+    "check_override",
     "check_resumable",
     "derive",
     "from_dict",

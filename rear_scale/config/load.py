@@ -30,12 +30,14 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     Raises InputError for an unknown file, key or group, a wrong type, and every rule of `validate`.
     """
     path = _find_config(config)
-    overrides = [_checked_override(text) for text in overrides]
-    search = [] if path.parent == CONFIG_DIR else [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+    overrides = [check_override(text) for text in overrides]
+    ours = path.is_relative_to(CONFIG_DIR)
+    folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
+    search = [] if ours else [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(path.parent), version_base="1.3"):
-            composed = compose(path.stem, overrides=search + overrides)
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            composed = compose(name.with_suffix("").as_posix(), overrides=search + overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"{path}: {_one_line(error)}") from error
     values = OmegaConf.to_container(composed, resolve=False)
@@ -50,7 +52,7 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
     """
     values = OmegaConf.create(values)
     for text in overrides:
-        _checked_override(text)
+        check_override(text)
         (override,) = OverridesParser.create().parse_overrides([text])
         key, value = override.key_or_group, override.value()
         group = CONFIG_DIR / key / f"{value}.yaml"
@@ -80,14 +82,16 @@ def _find_config(config: str) -> Path:
     for path in (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml"):
         if path.is_file() and path.suffix == ".yaml":
             return path.resolve()
-    known = sorted(p.relative_to(CONFIG_DIR).as_posix() for p in CONFIG_DIR.glob("*.yaml"))
+    folders = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
+    known = sorted(p.relative_to(CONFIG_DIR).as_posix() for pattern in folders for p in CONFIG_DIR.glob(pattern))
+    listed = [name for name in known if not name.startswith("ablation/")]
     raise InputError(
-        f"--config {config}: no such file here or in {CONFIG_DIR}{suggest(config, known)}. "
-        f"Known configs: {', '.join(known)}"
+        f"--config {config}: no such file here or in {CONFIG_DIR}{suggest(config, known)} "
+        f"Known configs: {', '.join(listed)}, and those in ablation/"
     )
 
 
-def _checked_override(text: str) -> str:
+def check_override(text: str) -> str:
     """The override in the form that Hydra takes, after its key was looked up in the schema or among the groups."""
     try:
         (override,) = OverridesParser.create().parse_overrides([text])

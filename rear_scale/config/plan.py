@@ -20,6 +20,8 @@ class Plan:
     images_per_epoch: int | None  # null = unknown: no shards, and no data.assumed_images
     noise_start_step: int
     noise_end_step: int
+    permutation_start_step: int
+    permutation_end_step: int
 
     def epochs(self, steps: int, global_batch_size: int) -> float | None:
         """Epochs of images that `steps` updates see."""
@@ -44,7 +46,7 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         )
     else:
         total_steps = max(1, round(train.epochs * images_per_epoch / train.global_batch_size))
-    noise = cfg.objective.noise
+    noise, permutation = cfg.objective.noise, cfg.objective.permutation
     return Plan(
         world_size=world_size,
         accumulation=train.global_batch_size // (train.micro_batch_size * world_size),
@@ -53,6 +55,8 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         images_per_epoch=images_per_epoch,
         noise_start_step=_as_steps(noise.start, total_steps),
         noise_end_step=_as_steps(noise.end, total_steps),
+        permutation_start_step=_as_steps(permutation.start, total_steps),
+        permutation_end_step=_as_steps(permutation.end, total_steps),
     )
 
 
@@ -84,7 +88,8 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 
 # What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
 _FREE_ON_RESUME = ("strategy.", "train.micro_batch_size", "train.stop_at_step", "train.log_every", "checkpoint.", "resume.",
-                   "wandb.", "run.name", "run.dir", "data.", "tokenizer.weights", "tokenizer.training", "pretokenize.",
+                   "wandb.", "model.kernel", "train.init_from", "run.name", "run.dir", "data.", "tokenizer.weights",
+                   "tokenizer.training", "pretokenize.",
                    "sample.", "evaluate.")  # fmt: skip
 
 
@@ -93,7 +98,8 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
 
     `saved` are the values of the checkpoint's config, `source` its name.
     """
-    before, now = leaves(saved), leaves(to_dict(cfg))
+    # A field that the checkpoint does not know had its default's effect.
+    before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(saved)}, leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
         allowed = key.startswith(_FREE_ON_RESUME) or any(
             key == name or key.startswith(f"{name}.") for name in cfg.resume.allow

@@ -18,13 +18,18 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
+    architecture: str = "rar"  # rar: the transformer of RAR and reAR; alitok: AliTok's generator
     depth: int = 24  # transformer blocks
     width: int = 768  # D
     num_heads: int = 16
-    mlp_width: int | None = None  # hidden width of the feed-forward; null = 4 x width
+    mlp_width: int | None = None  # hidden width of the feed-forward; null = 4 x width, or AliTok's rule (8/3 x width)
     num_classes: int = 1000  # the null class of guidance comes on top
     dropout: float = 0.1  # after the attention projection, after GELU and after the second feed-forward matrix
     attn_dropout: float = 0.1  # on attention probabilities
+    embed_dropout: float = 0.0  # on the input sequence; AliTok's generator has 0.1
+    conditioning: str = "adaln"  # adaln: class and position modulate every block; in_context: the class token alone
+    tie_codebook: str | None = None  # input | output | both: code embeddings are a projection of the frozen codebook
+    kernel: str = "auto"  # of attention: flash (the flash-attn package), sdpa (torch), auto = flash where it can run
     modulation: str = "per_class"  # per_class: AdaLN once per (class, position) of a batch; per_sample: once per image
 
 
@@ -75,8 +80,12 @@ class NoiseConfig:
     """Noisy context regularization, reAR Eq. 4 and 5: each sequence draws its rate from U(0, f(t))."""
 
     max: float = 0.0  # f at the start; 0 = clean context
+    schedule: str = "linear"  # linear: f falls from max to 0 between start and end; constant: f = max throughout
     start: float = 0.0  # where f begins to fall: a share of the run up to 1, steps above 1
     end: float = 0.75  # where f reaches 0: a share of the run up to 1, steps above 1
+    rate: str = "uniform"  # uniform: each sequence draws its rate from U(0, f(t)); fixed: every rate is f(t) (Table 4)
+    # uniform: by a code drawn from all; mask: by the mask token (in the released code, not in the paper)
+    replacement: str = "uniform"
 
 
 @dataclass
@@ -86,7 +95,33 @@ class HeadsConfig:
     encode_tap: int | None = None  # where the current token's embedding is recovered; null = no such head
     decode_tap: int | None = None  # where the next token's embedding is predicted; null = no such head
     weight: float = 1.0  # lambda of Eq. 7
-    hidden: int = 2048  # hidden width of the two-layer GELU heads
+    hidden: int = 2048  # hidden width
+    form: str = "paper"  # paper: two layers with GELU; released: three with SiLU
+    shared: bool = False  # one head for both taps, as Eq. 6 writes it; the released code has two
+    positions: str = "eq6"  # eq6: i = 1 .. N-1 for both terms; all: N each, as released
+    encode_counts: str = (
+        "all"  # all: noisy tokens are recovered too (section 3.2); unperturbed: they are left out (released)
+    )
+    distance: str = (
+        "one_minus_cosine"  # one_minus_cosine | negative_cosine (released): another constant, the same gradient
+    )
+    lone_term: str = "once"  # once; twice: a term without the other counts twice, as released
+
+
+@dataclass
+class PermutationConfig:
+    """RAR's randomness annealing (RAR Eq. 5): a row is permuted with probability r, which falls from 1 to 0."""
+
+    start: float = 0.0  # where r begins to fall: a share of the run up to 1, steps above 1
+    end: float = 0.0  # where r reaches 0; 0 = never permuted, 1 with start 1 = always
+    # Fixed order of the other rows: row_major | spiral_in | spiral_out | z_curve | subsample | alternate
+    order: str = "row_major"
+    prefix: str = "permuted"  # tokens before the grid (AliTok's 17): permuted with the others, or fixed in front
+
+    @property
+    def active(self) -> bool:
+        """Whether any row is ever permuted."""
+        return self.end > 0
 
 
 @dataclass
@@ -94,6 +129,7 @@ class ObjectiveConfig:
     class_dropout: float = 0.1  # share of labels replaced by the null class
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
 
 
 @dataclass
@@ -101,8 +137,13 @@ class OptimConfig:
     lr: float = 4e-4  # peak, reached at the end of warm-up
     end_lr: float = 1e-5  # reached at the last step
     warmup_steps: int = 62_500
+    schedule: str = (
+        "paper"  # paper: lr / warmup_steps at the first update; released: 0 there, and one step behind throughout
+    )
     betas: list[float] = field(default_factory=lambda: [0.9, 0.96])
     weight_decay: float = 0.03
+    # Which weights decay. released: not biases, norms, embeddings, final AdaLN; matrices: all of 2 or more dimensions
+    decay: str = "released"
     grad_clip: float = 1.0  # largest global gradient norm
 
 
@@ -119,6 +160,8 @@ class TrainConfig:
     global_batch_size: int = 2048  # images per optimizer update, over all ranks and micro-steps
     micro_batch_size: int = 32  # images per rank and micro-step
     precision: str = "bf16"  # fp32 | bf16
+    # Weights to start from: official RAR, AR, reAR or AliTok, ours, or a released checkpoint-N/ folder
+    init_from: str | None = None
     log_every: int = 10  # steps
 
 
@@ -149,6 +192,10 @@ class SampleConfig:
     batch_size: int = 256  # images decoded together; part of what determines the arithmetic
     seed: int = 0
     temperature: float = 1.0
+    top_k: int | None = None  # draw from the k likeliest codes only; null = all
+    top_p: float | None = None  # draw from the likeliest codes that hold this share of the probability; null = all
+    # Scan order: null = that of objective.permutation.order; random = another one for each image
+    order: str | None = None
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 

@@ -11,6 +11,7 @@ from rear_scale.config.schema import ExperimentConfig, InputError
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
+SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -67,10 +68,24 @@ def _validate_model(cfg: ExperimentConfig) -> None:
         f"is not a multiple of model.num_heads={model.num_heads}",
         f"Use width {model.width // model.num_heads * model.num_heads or model.num_heads} or another number of heads",
     )
-    for name in ("dropout", "attn_dropout"):
+    for name in ("dropout", "attn_dropout", "embed_dropout"):
         value = getattr(model, name)
         _require(0 <= value < 1, f"model.{name}", value, "must lie in [0, 1)", "The papers use 0.1")
     _one_of("model.modulation", model.modulation, ("per_class", "per_sample"))
+    _one_of("model.architecture", model.architecture, ("rar", "alitok"))
+    _one_of("model.conditioning", model.conditioning, ("adaln", "in_context"))
+    _one_of("model.kernel", model.kernel, ("auto", "flash", "sdpa"))
+    if model.tie_codebook is not None:
+        _one_of("model.tie_codebook", model.tie_codebook, ("input", "output", "both"))
+    if model.architecture == "alitok":
+        head_width = model.width // model.num_heads
+        _require(
+            head_width % 4 == 0,
+            "model.width",
+            model.width,
+            f"gives heads of width {head_width}, but the rotary grid needs a multiple of 4",
+            "Use another width or number of heads",
+        )
     # Shards hold uint16.
     _require(
         cfg.tokenizer.codebook_size <= 65_536,
@@ -95,16 +110,17 @@ def _validate_objective(cfg: ExperimentConfig) -> None:
     _share("objective.class_dropout", cfg.objective.class_dropout)
     noise, heads = cfg.objective.noise, cfg.objective.heads
     _share("objective.noise.max", noise.max)
-    for name in ("start", "end"):
-        value = getattr(noise, name)
-        _require(
-            value >= 0 and (value <= 1 or value == int(value)),
-            f"objective.noise.{name}",
-            value,
-            "is neither a share of the run (0 to 1) nor a whole number of steps",
-            "Use 0.75 for three quarters of the run, or 187500 for a step",
-        )
+    _one_of("objective.noise.schedule", noise.schedule, ("linear", "constant"))
+    _one_of("objective.noise.rate", noise.rate, ("uniform", "fixed"))
+    _one_of("objective.noise.replacement", noise.replacement, ("uniform", "mask"))
+    _marks("objective.noise", noise.start, noise.end)
+    _validate_permutation(cfg)
     _positive(cfg, "objective.heads.hidden")
+    _one_of("objective.heads.form", heads.form, ("paper", "released"))
+    _one_of("objective.heads.positions", heads.positions, ("eq6", "all"))
+    _one_of("objective.heads.encode_counts", heads.encode_counts, ("all", "unperturbed"))
+    _one_of("objective.heads.distance", heads.distance, ("one_minus_cosine", "negative_cosine"))
+    _one_of("objective.heads.lone_term", heads.lone_term, ("once", "twice"))
     _require(
         0 <= heads.weight < math.inf, "objective.heads.weight", heads.weight, "must not be negative", "The paper uses 1"
     )
@@ -120,6 +136,54 @@ def _validate_objective(cfg: ExperimentConfig) -> None:
             )
 
 
+def _marks(section: str, start: float, end: float) -> None:
+    """Where something falls: shares of the run up to 1, steps above 1."""
+    for name, value in (("start", start), ("end", end)):
+        _require(
+            value >= 0 and (value <= 1 or value == int(value)),
+            f"{section}.{name}",
+            value,
+            "is neither a share of the run (0 to 1) nor a whole number of steps",
+            "Use 0.75 for three quarters of the run, or 187500 for a step",
+        )
+    both_shares, both_steps = max(start, end) <= 1, min(start, end) > 1
+    _require(
+        start <= end or not (both_shares or both_steps),
+        f"{section}.end",
+        end,
+        f"lies before {section}.start={start}",
+        f"Use {section}.end={start} or later",
+    )
+
+
+def _validate_permutation(cfg: ExperimentConfig) -> None:
+    permutation, tokenizer = cfg.objective.permutation, cfg.tokenizer
+    _marks("objective.permutation", permutation.start, permutation.end)
+    _one_of("objective.permutation.order", permutation.order, SCAN_ORDERS)
+    _one_of("objective.permutation.prefix", permutation.prefix, ("permuted", "fixed"))
+    name, order = "objective.permutation.order", permutation.order
+    if cfg.sample.order is not None:
+        name, order = "sample.order", cfg.sample.order
+        _one_of(name, order, (*SCAN_ORDERS, "random"))
+    if order in ("row_major", "random"):
+        return
+    side = math.isqrt(tokenizer.num_tokens)
+    _require(
+        not tokenizer.name.startswith("titok"),
+        name,
+        order,
+        f"scans a grid, but the tokens of tokenizer.name={tokenizer.name} are a line",
+        f"Use {name}=row_major",
+    )
+    _require(
+        order != "subsample" or side & (side - 1) == 0,
+        name,
+        order,
+        f"halves the grid until one token is left, but tokenizer.num_tokens={tokenizer.num_tokens} gives a side of {side}",
+        "Use another order, or a tokenizer whose grid has a power of two as its side",
+    )
+
+
 def _validate_training(cfg: ExperimentConfig) -> None:
     train, optim = cfg.train, cfg.optim
     _require(
@@ -133,6 +197,8 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
     _one_of("train.precision", train.precision, PRECISIONS)
+    _one_of("optim.schedule", optim.schedule, ("paper", "released"))
+    _one_of("optim.decay", optim.decay, ("released", "matrices"))
     _one_of("strategy.name", cfg.strategy.name, STRATEGIES)
     _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
     _require(
@@ -163,7 +229,11 @@ def _validate_training(cfg: ExperimentConfig) -> None:
 
 def _validate_sampling(cfg: ExperimentConfig) -> None:
     sample = cfg.sample
-    _positive(cfg, "sample.num_images", "sample.batch_size", "sample.temperature", "sample.guidance.power")
+    _positive(
+        cfg, "sample.num_images", "sample.batch_size", "sample.temperature", "sample.guidance.power", "sample.top_k"
+    )
+    if sample.top_p is not None:
+        _require(0 < sample.top_p <= 1, "sample.top_p", sample.top_p, "must lie in (0, 1]", "null = all codes")
     _one_of("sample.guidance.schedule", sample.guidance.schedule, GUIDANCE_SCHEDULES)
     _require(
         0 <= sample.guidance.scale < math.inf,

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-from rear_scale.config import ExperimentConfig
-from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.config import ExperimentConfig, HeadsConfig
+from rear_scale.model.alitok import AliTokTransformer, feed_forward_width
+from rear_scale.model.generator import Generator, Shape
+from rear_scale.model.transformer import AdaLNTransformer, PlainTransformer
 
 
-def build_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> AdaLNTransformer:
+def build_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
     """The generator of a config, with uninitialised weights. Sampling needs no heads."""
-    return AdaLNTransformer(
-        depth=cfg.model.depth,
-        width=cfg.model.width,
-        num_heads=cfg.model.num_heads,
-        mlp_width=cfg.model.mlp_width or 4 * cfg.model.width,
-        num_classes=cfg.model.num_classes,
-        codebook_size=cfg.tokenizer.codebook_size,
-        num_tokens=cfg.tokenizer.num_tokens,
-        codebook_dim=cfg.tokenizer.codebook_dim,
-        dropout=cfg.model.dropout,
-        attn_dropout=cfg.model.attn_dropout,
-        heads=cfg.objective.heads if with_heads else None,
+    return build_generator(cfg.model.architecture, shape_of(cfg), cfg.objective.heads if with_heads else None)
+
+
+def build_generator(architecture: str, shape: Shape, heads: HeadsConfig | None) -> Generator:
+    """A generator of a shape, with uninitialised weights. architecture: rar (RAR and reAR) or alitok."""
+    if architecture == "alitok":
+        return AliTokTransformer(shape, heads)
+    return (AdaLNTransformer if shape.conditioning == "adaln" else PlainTransformer)(shape, heads)
+
+
+def shape_of(cfg: ExperimentConfig) -> Shape:
+    """What the weights of a config's generator depend on, the heads aside."""
+    model, tokenizer = cfg.model, cfg.tokenizer
+    return Shape(
+        depth=model.depth,
+        width=model.width,
+        num_heads=model.num_heads,
+        mlp_width=mlp_width(cfg),
+        num_classes=model.num_classes,
+        codebook_size=tokenizer.codebook_size,
+        num_tokens=tokenizer.num_tokens,
+        codebook_dim=tokenizer.codebook_dim,
+        dropout=model.dropout,
+        attn_dropout=model.attn_dropout,
+        embed_dropout=model.embed_dropout,
+        conditioning=model.conditioning,
+        tie_codebook=model.tie_codebook,
+        target_aware=model.architecture == "alitok" and cfg.objective.permutation.active,
     )
+
+
+def mlp_width(cfg: ExperimentConfig) -> int:
+    """The hidden width of the feed-forward: 4 x width unless given, AliTok's own rule for its generator."""
+    if cfg.model.mlp_width is not None:
+        return cfg.model.mlp_width
+    return feed_forward_width(cfg.model.width) if cfg.model.architecture == "alitok" else 4 * cfg.model.width

@@ -1,39 +1,111 @@
-"""Causal self-attention with QK-norm. How keys and values are attended to is the caller's: training and cached decoding
-share everything else."""
+"""Causal self-attention with normalised queries and keys. How keys and values are attended to is a kernel's business or,
+in cached decoding, the caller's; everything else is shared."""
 
 # B images, S positions, D width, H heads, K head width
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rear_scale.config import InputError
 
 # (query, key, value), each [B, H, S, K] -> [B, H, S, K]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Kernel(Protocol):
+    """Causal attention: position s sees positions 0..s. Each tensor is [B, H, S, K]."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor: ...
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """torch's own kernels."""
+    # is_causal instead of a mask: a mask tensor would rule out the flash kernel and do twice the work.
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """The flash-attn package: CUDA, bf16 or fp16."""
+    from flash_attn import flash_attn_func
+
+    inputs = (part.transpose(1, 2) for part in (query, key, value))  # it wants [B, S, H, K]
+    return flash_attn_func(*inputs, dropout_p=dropout, causal=True).transpose(1, 2)
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "flash": flash}
+
+
+def choose_kernel(name: str, device: torch.device, precision: str) -> str:
+    """The kernel's name for model.kernel (auto, sdpa or flash): once per run.
+
+    auto: flash where the package is installed and can run, sdpa elsewhere. Raises InputError when flash is demanded and
+    cannot run here.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    lacking = [
+        reason
+        for reason, absent in (
+            ("the flash-attn package is not installed", not installed),
+            ("it needs a CUDA device", device.type != "cuda"),
+            ("it needs train.precision=bf16", precision != "bf16"),
+        )
+        if absent
+    ]
+    if name == "flash" and lacking:
+        raise InputError(f"model.kernel=flash cannot run: {'; '.join(lacking)}. Use model.kernel=sdpa or auto")
+    return "sdpa" if name == "sdpa" or lacking else "flash"
+
+
+def use_kernel(model: nn.Module, name: str) -> None:
+    """Makes every attention of a model use one kernel."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = KERNELS[name]
+
+
 class Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int, attn_dropout: float, dropout: float) -> None:
+    """Attention whose queries and keys pass `norm` (one per head width, shared by the heads), then a rotation, if any."""
+
+    kernel: Kernel = staticmethod(sdpa)
+
+    def __init__(
+        self, width: int, num_heads: int, attn_dropout: float, dropout: float, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.num_heads, self.attn_dropout, self.dropout = num_heads, attn_dropout, dropout
-        head_width = width // num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(head_width, eps=1e-6)
-        self.k_norm = nn.LayerNorm(head_width, eps=1e-6)
+        self.q_norm = norm(width // num_heads)
+        self.k_norm = norm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """[B, S, D] of x [B, S, D]. Without `attend`, position s sees positions 0..s of x."""
+    def forward(self, x: Tensor, attend: Attend | None = None, rotation: Tensor | None = None) -> Tensor:
+        """[B, S, D] of x [B, S, D]. Without `attend`, position s sees positions 0..s of x.
+
+        rotation: float [B or 1, S, K / 2, 2], cosine and sine of each position's rotary angles.
+        """
         B, S, D = x.shape
         query, key, value = self.qkv(x).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotated(query, rotation), rotated(key, rotation)
         attended = (attend or self.causal)(query, key, value)
         return F.dropout(self.proj(attended.transpose(1, 2).reshape(B, S, D)), self.dropout, self.training)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # is_causal instead of a mask: a mask tensor would rule out the flash kernel and do twice the work.
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.attn_dropout if self.training else 0.0, is_causal=True
-        )
+        # Norms may run in float32 under autocast; the kernels want one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return self.kernel(query, key, value, self.attn_dropout if self.training else 0.0)
+
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [B, H, S, K] with its pairs (x[2i], x[2i + 1]) rotated by rotation [B or 1, S, K / 2, 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotation[:, None].unbind(-1)
+    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)

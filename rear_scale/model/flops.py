@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model import build_model
+from rear_scale.model import build_model, mlp_width
 
 
 def parameters_by_part(cfg: ExperimentConfig) -> dict[str, int]:
@@ -34,8 +34,10 @@ def _part(name: str) -> str:
         ("adaLN_modulation", "modulation"),
         (".attn.", "attention"),
         (".mlp.", "feed_forward"),
-        (".norm", "norms"),
+        ("norm", "norms"),
         ("lm_head", "output"),
+        ("output.", "output"),
+        ("codebook_proj", "embeddings"),
         ("embeddings.weight", "embeddings"),
     ):
         if fragment in name:
@@ -49,11 +51,18 @@ def train_flops_per_image(cfg: ExperimentConfig) -> int:
     A product of [m, k] and [k, n] counts 2 m k n; attention counts the causal half, S (S + 1) / 2 pairs of positions;
     the backward pass counts twice the forward; recomputation under activation checkpointing is not counted.
     """
-    D, N, S = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.num_tokens + 1
-    mlp_width = cfg.model.mlp_width or 4 * D
-    block = 2 * S * (4 * D * D + 2 * D * mlp_width + 6 * D * D) + 2 * S * (S + 1) * D
-    output = 2 * N * (2 * D * D + D * cfg.tokenizer.codebook_size)
+    D, N, K, Z = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim
+    alitok = cfg.model.architecture == "alitok"
+    adaln = not alitok and cfg.model.conditioning == "adaln"
+    S = N if alitok else N + 1
+    block = 2 * S * (4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg) + 6 * D * D * adaln) + 2 * S * (S + 1) * D
+    tied = cfg.model.tie_codebook
+    output = 2 * N * (2 * D * D * adaln + D * K) + 2 * K * Z * D * {None: 0, "both": 2}.get(tied, 1)
     heads = cfg.objective.heads
-    num_heads = sum(tap is not None for tap in (heads.encode_tap, heads.decode_tap))
-    head = 2 * (N - 1) * heads.hidden * (D + cfg.tokenizer.codebook_dim)
-    return 3 * (cfg.model.depth * block + output + num_heads * head)
+    taps = [tap for tap in (heads.encode_tap, heads.decode_tap) if tap is not None]
+    every = heads.positions == "all"
+    inner = heads.hidden * heads.hidden if heads.form == "released" else 0
+    head = 2 * (N if every else N - 1) * (heads.hidden * (D + Z) + inner)
+    # An encode head that counts the last token has it run through the blocks before it.
+    last = (heads.encode_tap or 0) * (block // S) if every and heads.encode_tap is not None else 0
+    return 3 * (cfg.model.depth * block + output + len(taps) * head + last)

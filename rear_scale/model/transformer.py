@@ -1,27 +1,28 @@
-"""The AdaLN transformer of RAR and reAR, with the parameter names of the released code.
+"""The transformer of RAR and reAR, with the parameter names of the released code.
 
-A sequence is [cls, condition, token 1 .. token N-1]: position s = t + 1 predicts token t (t = 0 .. N-1 in the code). The
-last token predicts nothing and nobody attends to it, so it is never run.
+A sequence is [cls, condition, token 1 .. token N-1]. AdaLN makes every block depend on class and position; RAR's ablations
+use the plain form, in which the class stands in the sequence and nowhere else.
 """
 
-# B images, U distinct classes of a batch, N tokens of an image, S = N + 1 positions, D width, K codes
+# B images, U distinct classes of a batch, R rows of a decoding batch, N tokens of an image, S positions, D width, K codes
 
 from __future__ import annotations
 
-from zlib import crc32
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale import rng
 from rear_scale.config import HeadsConfig
 from rear_scale.model.attention import Attend, Attention
-from rear_scale.model.heads import alignment_head
+from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
 
 # The released tables are longer than any sequence; the rows beyond N + 2 are never used and never trained.
-_SPARE_POSITIONS = 1024
+SPARE_POSITIONS = 1024
 _SPARE_TIMESTEPS = 100
+
+_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class FeedForward(nn.Module):
@@ -36,16 +37,27 @@ class FeedForward(nn.Module):
         return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class PlainBlock(nn.Module):
+    """Attention and feed-forward on the residual stream, unconditioned."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm1 = _norm(shape.width)
+        self.attn = Attention(shape.width, shape.num_heads, shape.attn_dropout, shape.dropout, norm=_norm)
+        self.norm2 = _norm(shape.width)
+        self.mlp = FeedForward(shape.width, shape.mlp_width, shape.dropout)
+
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class Block(PlainBlock):
     """Attention and feed-forward, each shifted, scaled and gated by class and position (AdaLN-zero)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, attn_dropout: float, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads, attn_dropout, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = FeedForward(width, mlp_width, dropout)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 6 * shape.width))
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
         """x [B, S, D]; condition [U, S, D], already through SiLU; rows int64 [B]: which of the U belongs to each image.
@@ -85,111 +97,141 @@ class FinalModulation(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class AdaLNTransformer(nn.Module):
-    """Class-conditional next-token prediction over one image's tokens.
+class ViTGenerator(Generator):
+    """RAR's sequence, positions and embeddings; the subclasses say how the class enters the blocks."""
 
-    heads: reAR side modules at their taps; None, or taps of None, build none at all.
-    """
+    prefix = 2
+    output_name = "lm_head"
 
-    def __init__(
-        self,
-        *,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_width: int,
-        num_classes: int,
-        codebook_size: int,
-        num_tokens: int,
-        codebook_dim: int,
-        dropout: float,
-        attn_dropout: float,
-        heads: HeadsConfig | None,
-    ) -> None:
-        super().__init__()
-        self.num_classes, self.codebook_size, self.num_tokens = num_classes, codebook_size, num_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens + _SPARE_POSITIONS, width))
-        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, num_tokens + _SPARE_POSITIONS, width))
-        self.timesteps_embeddings = nn.Parameter(torch.empty(1, num_tokens + _SPARE_TIMESTEPS, width))
-        # Rows: codes, one mask token (unused), classes, the null class.
-        self.embeddings = nn.Embedding(codebook_size + 1 + num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_width, attn_dropout, dropout) for _ in range(depth))
-        self.adaln_before_head = FinalModulation(width)
-        self.lm_head = nn.Linear(width, codebook_size)
-        self.encode_tap = heads.encode_tap if heads else None
-        self.decode_tap = heads.decode_tap if heads else None
-        if self.encode_tap is not None:
-            self.encode_align_mlp = alignment_head(width, heads.hidden, codebook_dim)
-        if self.decode_tap is not None:
-            self.decode_align_mlp = alignment_head(width, heads.hidden, codebook_dim)
+    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
+        super().__init__(shape, heads)
+        N, D = shape.num_tokens, shape.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, N + SPARE_POSITIONS, D))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, N + SPARE_POSITIONS, D))
+        self._build_conditioning()
+        self.blocks = nn.ModuleList(self._new_block() for _ in range(shape.depth))
+        # Rows: codes, one mask token, classes, the null class.
+        self.embeddings = nn.Embedding(shape.codebook_size + 1 + shape.num_classes + 1, D)
+        self._build_final()
+        self.lm_head = output_matrix(shape)
+        self._build_ends()
 
-    @property
-    def null_class(self) -> int:
-        """The class id that stands for "no class" in guidance."""
-        return self.num_classes
-
-    def forward(self, tokens: Tensor, classes: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
-        """Logits of every token given the tokens before it, and what the heads say.
-
-        tokens: int64 [B, N], the context (noisy or not). classes: int64 [U], class ids with null_class = no class.
-        rows: int64 [B], which of `classes` belongs to each image; None when they are one per image, in order.
-
-        Returns logits [B, N, K] (logits[:, t] predicts token t) and, where the heads exist, "encode" and "decode", both
-        [B, N-1, codebook_dim], at the positions of tokens 0 .. N-2: encode recovers that token's embedding, decode
-        predicts the next one's (Eq. 6, i = 1 .. N-1).
-        """
-        class_embedding = self.class_embedding(classes)
-        x = self.embed(tokens, class_embedding if rows is None else class_embedding.index_select(0, rows))
-        condition = self.condition(class_embedding, x.shape[1])
-        output: dict[str, Tensor] = {}
-        for done, block in enumerate(self.blocks):
-            self._tap(done, x, output)
-            x = block(x, condition, rows)
-        self._tap(len(self.blocks), x, output)
-        x = self.adaln_before_head(x[:, 1:], condition[:, 1:], rows)
-        output["logits"] = self.lm_head(x)
-        return output
-
-    def class_embedding(self, classes: Tensor) -> Tensor:
-        """[U, D] of class ids (int64 [U])."""
-        return self.embeddings(classes + self.codebook_size + 1)
-
-    def embed(self, tokens: Tensor, class_embedding: Tensor) -> Tensor:
-        """The input sequence [B, N + 1, D] of tokens [B, N] and class_embedding [B, D]: the last token is left out."""
+    def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
         B = len(tokens)
-        sequence = torch.cat(
-            (self.cls_token.expand(B, -1, -1), class_embedding[:, None], self.embeddings(tokens[:, :-1])), dim=1
+        x = torch.cat(
+            (
+                self.cls_token.expand(B, -1, -1),
+                class_embedding[:, None],
+                self.token_embedding(tokens[:, : length - self.prefix]),
+            ),
+            dim=1,
         )
-        return sequence + self.positions()
+        return F.dropout(x + self.positions(order, length), self.shape.embed_dropout, self.training)
 
-    def positions(self) -> Tensor:
-        """[1, N + 1, D]: each position's own row plus, from position 1 on, the row of the position that it predicts."""
-        S = self.num_tokens + 1
-        return self.pos_embed[:, :S] + F.pad(self.target_aware_pos_embed[:, 2 : S + 1], (0, 0, 1, 0))
+    def positions(self, order: Tensor | None, length: int) -> Tensor:
+        """[B or 1, length, D]: each position's own row plus, where it predicts a token, the row of that token's place.
+
+        Rows 0 and 1 belong to cls and condition, row 2 + p to place p of the image. order: int64 [B or 1, N].
+        """
+        N = self.num_tokens
+        if order is None:
+            own, target = self.pos_embed[:, :length], self.target_aware_pos_embed[:, 2 : N + 2]
+        else:
+            places = self.pos_embed[0, 2 + order[:, : length - 2]]
+            own = torch.cat((self.pos_embed[:, :2].expand(len(order), -1, -1), places), dim=1)
+            target = self.target_aware_pos_embed[0, 2 + order]
+        return own + F.pad(target, (0, 0, 1, length - 1 - N))
+
+
+class AdaLNTransformer(ViTGenerator):
+    """Class and position modulate every block: the final models of both papers."""
+
+    def _build_conditioning(self) -> None:
+        self.timesteps_embeddings = nn.Parameter(
+            torch.empty(1, self.shape.num_tokens + _SPARE_TIMESTEPS, self.shape.width)
+        )
+
+    def _new_block(self) -> Block:
+        return Block(self.shape)
+
+    def _build_final(self) -> None:
+        self.adaln_before_head = FinalModulation(self.shape.width)
+
+    def block_arguments(
+        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.condition(class_embedding, length), rows
 
     def condition(self, class_embedding: Tensor, length: int) -> Tensor:
         """The modulation input [U, length, D], through SiLU once for all blocks, of class_embedding [U, D]."""
         return F.silu(class_embedding[:, None] + self.timesteps_embeddings[:, :length])
 
-    def _tap(self, done: int, x: Tensor, output: dict[str, Tensor]) -> None:
-        if done == self.encode_tap:
-            output["encode"] = self.encode_align_mlp(x[:, 2:])
-        if done == self.decode_tap:
-            output["decode"] = self.decode_align_mlp(x[:, 2:])
+    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+        condition = self.condition(class_embedding, self.num_tokens + 1)[:, 1:]
+        return self.token_logits(self.adaln_before_head(x, condition, rows))
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Initialises every weight as a function of (seed, its name): another depth or other heads change no other weight.
+    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> AdaLNDecoding:
+        return AdaLNDecoding(self, classes, rows, order)
 
-        Truncated normal of deviation 0.02, biases 0, AdaLN-zero: each block starts as the identity.
-        """
-        for name, weight in self.named_parameters():
-            generator = torch.Generator().manual_seed(rng.fold(seed, rng.Purpose.WEIGHT_INIT, crc32(name.encode())))
-            if "adaLN_modulation" in name or name == "cls_token" or name.endswith("bias"):
-                weight.zero_()
-            elif "norm" in name:
-                weight.fill_(1.0)
-            else:
-                drawn = torch.empty(weight.shape, dtype=torch.float32)
-                weight.copy_(nn.init.trunc_normal_(drawn, std=0.02, a=-2.0, b=2.0, generator=generator))
+
+class PlainTransformer(ViTGenerator):
+    """The class is a token of the sequence and nothing else: no AdaLN, no timestep embedding (RAR's ablations)."""
+
+    def _build_conditioning(self) -> None:
+        return
+
+    def _new_block(self) -> PlainBlock:
+        return PlainBlock(self.shape)
+
+    def _build_final(self) -> None:
+        self.norm = _norm(self.shape.width)
+
+    def block_arguments(
+        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+    ) -> tuple[()]:
+        return ()
+
+    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+        return self.token_logits(self.norm(x))
+
+    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> ViTDecoding:
+        return ViTDecoding(self, classes, rows, order)
+
+
+class ViTDecoding(Decoding):
+    def __init__(self, model: ViTGenerator, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
+        self.model, self.rows = model, rows
+        self.class_embedding = model.class_embedding(classes)
+        self.positions = model.positions(order, model.num_tokens + 1)
+
+    def prefix(self) -> Tensor:
+        cls = self.model.cls_token[0].expand(len(self.rows), -1)
+        return torch.stack((cls, self.class_embedding[self.rows]), dim=1) + self.positions[:, :2]
+
+    def token(self, tokens: Tensor, step: int) -> Tensor:
+        return self.model.token_embedding(tokens)[:, None] + self.positions[:, 2 + step : 3 + step]
+
+    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
+        return self.model.blocks[number](x, attend)
+
+    def logits(self, x: Tensor, position: int) -> Tensor:
+        return self.model.token_logits(self.model.norm(x))[:, 0]
+
+
+class AdaLNDecoding(ViTDecoding):
+    """Modulation is a function of class and position, so it is a table over the batch's distinct classes."""
+
+    def __init__(self, model: AdaLNTransformer, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
+        super().__init__(model, classes, rows, order)
+        condition = model.condition(self.class_embedding, model.num_tokens + 1)
+        self.modulations = [block.modulation(condition) for block in model.blocks]
+        self.final_modulation = model.adaln_before_head.modulation(condition)
+
+    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
+        modulation = self.modulations[number][self.rows, start : start + x.shape[1]]
+        return self.model.blocks[number].modulated(x, modulation, attend)
+
+    def logits(self, x: Tensor, position: int) -> Tensor:
+        modulation = self.final_modulation[self.rows, position : position + 1]
+        return self.model.token_logits(self.model.adaln_before_head.modulated(x, modulation))[:, 0]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ExperimentConfig, Plan
-from rear_scale.objective import losses, noise, schedules
+from rear_scale.objective import losses, noise, permutation, schedules
 
 
 @dataclass
@@ -36,6 +36,16 @@ class MicroBatch:
         return MicroBatch(**{name: None if value is None else value.pin_memory() for name, value in vars(self).items()})
 
 
+@dataclass
+class Task:
+    """What the model is shown and asked, in the order of prediction."""
+
+    context: Tensor  # int64 [B, N], noisy or not
+    tokens: Tensor  # int64 [B, N], clean
+    order: Tensor | None  # int64 [B or 1, N], the place of each token; None = as stored
+    replaced: Tensor | None  # bool [B, N], which tokens of the context were drawn anew; None = none
+
+
 # The order of the packed statistics that `Objective.loss` returns.
 STATISTICS = ("loss", "loss_ar", "loss_encode", "loss_decode", "accuracy")
 
@@ -51,6 +61,9 @@ class Objective:
         self.cfg, self.plan = cfg, plan
         # Cosine distances need directions only: normalised once, not in every step.
         self.directions = F.normalize(codebook.float(), dim=1).to(device)
+        order, num_tokens = cfg.objective.permutation, cfg.tokenizer.num_tokens
+        self.fixed_order = permutation.fixed_order(order.order, num_tokens, device)
+        self.fixed_prefix = permutation.fixed_prefix(order.prefix, num_tokens)
 
     def micro_batch(self, tokens: Tensor, labels: Tensor, ids: Tensor, epochs: Tensor) -> MicroBatch:
         """Drops labels (int64 [B]) and finds the distinct classes. On the CPU, ahead of the step: no device waits for it."""
@@ -63,32 +76,76 @@ class Objective:
 
     def noise_max(self, step: int) -> float:
         """f(t) of Eq. 5 at a step (from 1)."""
-        return schedules.linear_noise(
-            step, self.cfg.objective.noise.max, self.plan.noise_start_step, self.plan.noise_end_step
-        )
+        noise_cfg = self.cfg.objective.noise
+        if noise_cfg.schedule == "constant":
+            return noise_cfg.max
+        return schedules.falling(step, noise_cfg.max, self.plan.noise_start_step, self.plan.noise_end_step)
 
-    def context(self, batch: MicroBatch, step: int) -> Tensor:
-        """The tokens that the model sees, int64 [B, N]: each sequence noisy at its own rate."""
+    def permutation_probability(self, step: int) -> float:
+        """r of RAR Eq. 5 at a step (from 1)."""
+        return schedules.falling(step, 1.0, self.plan.permutation_start_step, self.plan.permutation_end_step)
+
+    def task(self, batch: MicroBatch, step: int) -> Task:
+        """What the model is shown and asked at a step: noise belongs to a token's place, then the order is taken."""
+        cfg = self.cfg.objective
         limit = self.noise_max(step)
-        if limit == 0:
-            return batch.tokens
-        return noise.perturbed(
-            batch.tokens, batch.ids, batch.epochs, self.cfg.run.seed, limit, self.cfg.tokenizer.codebook_size
+        context, replaced = batch.tokens, None
+        if limit > 0:
+            context, replaced = noise.perturbed(
+                batch.tokens,
+                batch.ids,
+                batch.epochs,
+                self.cfg.run.seed,
+                limit,
+                self.cfg.tokenizer.codebook_size,
+                cfg.noise,
+            )
+        order = permutation.training_orders(
+            batch.ids,
+            batch.epochs,
+            self.cfg.run.seed,
+            self.permutation_probability(step),
+            self.fixed_order,
+            self.cfg.tokenizer.num_tokens,
+            self.fixed_prefix,
+        )
+        return Task(
+            permutation.in_order(context, order),
+            permutation.in_order(batch.tokens, order),
+            order,
+            None if replaced is None else permutation.in_order(replaced, order),
         )
 
-    def loss(self, output: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, output: dict[str, Tensor], task: Task) -> tuple[Tensor, Tensor]:
         """The loss (scalar, float32) of a forward pass against the clean tokens, and STATISTICS (float32 [5], detached).
 
         Terms without a head are nan.
         """
-        loss_ar, accuracy = losses.next_token(output["logits"], tokens)
+        loss_ar, accuracy = losses.next_token(output["logits"], task.tokens)
         nan = torch.full_like(loss_ar, torch.nan)
         loss = loss_ar
         terms = {"encode": nan, "decode": nan}
-        # Clean targets under noisy context: "the embedding of the ground truth token as well" (section 3.2).
-        targets = {"encode": tokens[:, :-1], "decode": tokens[:, 1:]}
         for name in terms:
             if name in output:
-                terms[name] = losses.embedding_distance(output[name], self.directions[targets[name]], tokens.numel())
+                terms[name] = self._head_term(name, output, task)
                 loss = loss + self.cfg.objective.heads.weight * terms[name]
         return loss, torch.stack((loss, loss_ar, terms["encode"], terms["decode"], accuracy)).detach()
+
+    def _head_term(self, name: str, output: dict[str, Tensor], task: Task) -> Tensor:
+        """One term of Eq. 6, or what the released code makes of it where the other is missing."""
+        heads = self.cfg.objective.heads
+        # Clean targets under noisy context: "the embedding of the ground truth token as well" (section 3.2).
+        targets, replaced = task.tokens, task.replaced
+        if heads.positions == "eq6":
+            part = slice(0, -1) if name == "encode" else slice(1, None)
+            targets, replaced = targets[:, part], None if replaced is None else replaced[:, part]
+        unperturbed = ~replaced if heads.encode_counts == "unperturbed" and replaced is not None else None
+        counted = [unperturbed if name == "encode" else None]
+        if heads.lone_term == "twice" and len(output) == 2:
+            counted = [unperturbed, None]
+        directions = self.directions[targets]
+        offset = 1.0 if heads.distance == "one_minus_cosine" else 0.0
+        return sum(
+            losses.embedding_distance(output[name], directions, task.tokens.numel(), counted=mask, offset=offset)
+            for mask in counted
+        )

@@ -18,11 +18,15 @@ def next_token(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(flat, tokens.flatten()), accuracy
 
 
-def embedding_distance(features: Tensor, directions: Tensor, num_tokens: int) -> Tensor:
-    """Summed cosine distance 1 - cos of head outputs to code directions, per token of the batch (one term of Eq. 6).
+def embedding_distance(
+    features: Tensor, directions: Tensor, num_tokens: int, *, counted: Tensor | None = None, offset: float = 1.0
+) -> Tensor:
+    """Summed cosine distance `offset` - cos of head outputs to code directions, per token of the batch (a term of Eq. 6).
 
     features: [B, M, D]; directions: float32 [B, M, D], of unit length; num_tokens: B N. Eq. 6 sums M = N - 1 positions
-    and Eq. 5 sums N, so both are divided by N: their ratio stays as written.
+    and Eq. 5 sums N, so both are divided by N: their ratio stays as written. counted: bool [B, M], the positions that
+    the sum is over; the divisor stays B N, as in the released code.
     """
     cosine = (F.normalize(features.float(), dim=-1) * directions).sum(-1)
-    return (1 - cosine).sum() / num_tokens
+    distance = offset - cosine
+    return (distance if counted is None else distance * counted).sum() / num_tokens

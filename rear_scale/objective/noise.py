@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 from rear_scale import rng
+from rear_scale.config import NoiseConfig
 
 
-def perturbed(tokens: Tensor, ids: Tensor, epochs: Tensor, seed: int, limit: float, codebook_size: int) -> Tensor:
-    """int64 [B, N]: each sequence draws a rate from U(0, limit), each of its tokens is replaced at that rate (Eq. 5).
+def perturbed(
+    tokens: Tensor, ids: Tensor, epochs: Tensor, seed: int, limit: float, codebook_size: int, cfg: NoiseConfig
+) -> tuple[Tensor, Tensor]:
+    """The context int64 [B, N], and which of its tokens were replaced, bool [B, N].
 
-    tokens: int64 [B, N]. Each draw is a function of (seed, ids[i], epochs[i]); ids and epochs are int64 [B].
+    Each sequence draws a rate from U(0, limit), or takes the limit itself (cfg.rate), and each of its tokens is replaced
+    at that rate (Eq. 5). tokens: int64 [B, N]. Each draw is a function of (seed, ids[i], epochs[i]); ids and epochs are
+    int64 [B].
     """
-    rate, *rest = _draws(tokens, ids, epochs, seed)
-    return _replace(tokens, limit * rate, *rest, codebook_size)
+    rate, choice, value = _draws(tokens, ids, epochs, seed)
+    chosen = choice < (limit if cfg.rate == "fixed" else limit * rate)
+    if cfg.replacement == "mask":
+        return tokens.masked_fill(chosen, codebook_size), chosen
+    return _replace(tokens, chosen, value, codebook_size), chosen
 
 
 def replaced(tokens: Tensor, rate: float, ids: Tensor, occasion: int, seed: int, codebook_size: int) -> Tensor:
@@ -24,8 +32,8 @@ def replaced(tokens: Tensor, rate: float, ids: Tensor, occasion: int, seed: int,
 
     Each draw is a function of (seed, ids[i], occasion).
     """
-    _, *rest = _draws(tokens, ids, occasion, seed)
-    return _replace(tokens, rate, *rest, codebook_size)
+    _, choice, value = _draws(tokens, ids, occasion, seed)
+    return _replace(tokens, choice < rate, value, codebook_size)
 
 
 def _draws(tokens: Tensor, ids: Tensor, occasions: Tensor | int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +44,6 @@ def _draws(tokens: Tensor, ids: Tensor, occasions: Tensor | int, seed: int) -> t
     return uniform[:, :1], uniform[:, 1:], bits[:, 1 + N :]
 
 
-def _replace(tokens: Tensor, rate: Tensor | float, choice: Tensor, value: Tensor, codebook_size: int) -> Tensor:
+def _replace(tokens: Tensor, chosen: Tensor, value: Tensor, codebook_size: int) -> Tensor:
     # The drawn code may be the token itself, as in Eq. 4.
-    return torch.where(choice < rate, rng.as_integers(value, codebook_size), tokens)
+    return torch.where(chosen, rng.as_integers(value, codebook_size), tokens)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, *, peak: float, end: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear to `peak` at step `warmup_steps`, then a cosine that reaches `end` at the last step and stays there."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+def learning_rate(
+    step: int, *, peak: float, end: float, warmup_steps: int, total_steps: int, form: str = "paper"
+) -> float:
+    """Linear warm-up to `peak`, then a cosine to `end`.
+
+    paper: `peak` at step `warmup_steps`, `end` at the last step and from there on. released: one step behind, so that the
+    first update has rate 0; after the last step the cosine turns up again.
+    """
+    done = step - 1 if form == "released" else step
+    if done <= warmup_steps and warmup_steps > 0:
+        return peak * done / warmup_steps
+    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
+    if form == "paper":
+        progress = min(1.0, progress)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear_noise(step: int, maximum: float, start_step: int, end_step: int) -> float:
-    """The largest noise rate f(t): `maximum` until `start_step` updates are done, then linearly to 0 at `end_step`.
+def falling(step: int, maximum: float, start_step: int, end_step: int) -> float:
+    """`maximum` until `start_step` updates are done, then linearly to 0 at `end_step`.
 
-    With start 0 and end 3/4 of the run it is reAR's max(0, 1 - 4t/3) (section 4.3). Before update `step`, t counts the
-    step - 1 updates that are done.
+    The largest noise rate f(t): with start 0 and end 3/4 of the run it is reAR's max(0, 1 - 4t/3) (section 4.3). The
+    probability of a permuted row: RAR Eq. 5. Before update `step`, t counts the step - 1 updates that are done.
     """
     done = step - 1
     if done <= start_step and done < end_step:

@@ -41,6 +41,11 @@ class Checkpoint:
         """Updates done."""
         return self.meta["step"]
 
+    @property
+    def run(self) -> Path:
+        """The folder that what is made of the checkpoint goes to."""
+        return self.path.parent.parent
+
     def reader(self, kind: Kind) -> Callable[[str], Tensor]:
         """A function from parameter name to its full float32 tensor on the CPU."""
         index = self.meta["index"]
@@ -82,7 +87,7 @@ def save(root: Path, step: int, strategy: Strategy, world: World, meta: dict[str
             if number % world.size == world.rank:
                 mine[f"{kind}/{name}"] = tensor.float().cpu().clone()
     save_file(mine, part / file)
-    _sync(part / file)
+    sync(part / file)
     size, checksum = (part / file).stat().st_size, file_sha256(part / file)
     written = world.gather({"file": file, "size": size, "sha256": checksum, "keys": list(mine)})
     if world.is_main:
@@ -90,7 +95,7 @@ def save(root: Path, step: int, strategy: Strategy, world: World, meta: dict[str
         index = {key: item["file"] for item in written for key in item["keys"]}
         meta = {"format": FORMAT, "step": step, **meta, "files": files, "index": index}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
-        _sync(part / "meta.json")
+        sync(part / "meta.json")
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume from before it
         part.replace(final)
         write_text_atomically(root / "latest", f"{final.name}\n")
@@ -187,7 +192,7 @@ def _fault(path: Path, rank: int, world_size: int) -> str | None:
     return None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Down to the disk, so that a rename never shows a file whose bytes are not there yet."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -24,9 +24,9 @@ Compute = Callable[[nn.Module], tuple[Tensor, Tensor]]
 _NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
-def decays(name: str, weight: Tensor) -> bool:
-    """Whether weight decay applies to a parameter."""
-    return weight.ndim >= 2 and not any(fragment in name for fragment in _NO_DECAY)
+def decays(name: str, weight: Tensor, rule: str) -> bool:
+    """Whether weight decay applies to a parameter: optim.decay names the rule."""
+    return weight.ndim >= 2 and (rule == "matrices" or not any(fragment in name for fragment in _NO_DECAY))
 
 
 class Strategy(ABC):
@@ -66,7 +66,10 @@ class Strategy(ABC):
         optim = self.cfg.optim
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         groups = [
-            {"params": [weight for name, weight in named if decays(name, weight) is decay], "weight_decay": rate}
+            {
+                "params": [weight for name, weight in named if decays(name, weight, optim.decay) is decay],
+                "weight_decay": rate,
+            }
             for decay, rate in ((True, optim.weight_decay), (False, 0.0))
         ]
         on_gpu = self.world.device.type == "cuda"

@@ -1,12 +1,11 @@
 """Cached decoding with classifier-free guidance.
 
-What does not depend on the tokens is computed once per batch: AdaLN's modulation is a function of class and position, so
-it is a table over the batch's distinct classes and the null class. Keys and values are written into a cache that is
-allocated once, and each step reads its live prefix alone.
+What does not depend on the tokens is computed once per batch (`Generator.decoding`). Keys and values are written into a
+cache that is allocated once, and each step reads its live prefix alone.
 """
 
-# B images, R = 2B rows under guidance (with class, then without) or B, U distinct classes, N tokens of an image,
-# S = N + 1 positions, D width, H heads, K codes
+# B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, P prefix positions,
+# S = P + N - 1 positions, H heads, K codes
 
 from __future__ import annotations
 
@@ -15,28 +14,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rear_scale import rng
-from rear_scale.config import SampleConfig
-from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.config import PermutationConfig, SampleConfig
+from rear_scale.model import Generator
+from rear_scale.objective import permutation
 from rear_scale.sample.guidance import guidance_scale
 
 
 class Decoder:
-    """Draws token sequences from a model in eval mode. Image i has the same tokens in any batch of one size."""
+    """Draws token sequences from a model in eval mode. Image i has the same tokens in any batch of one size.
 
-    def __init__(self, model: AdaLNTransformer, cfg: SampleConfig) -> None:
-        self.model, self.cfg = model, cfg
+    permuted: how the model was trained; sample.order asks for another order of prediction than its last.
+    """
+
+    def __init__(self, model: Generator, cfg: SampleConfig, permuted: PermutationConfig | None = None) -> None:
+        self.model, self.cfg, self.permuted = model, cfg, permuted or PermutationConfig()
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """Token ids int64 [B, N] for class ids (int64 [B]); image ids (int64 [B]) choose the randomness."""
-        state = _Decoding(self.model, labels, self.guided)
+        """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
+
+        Image ids (int64 [B]) choose the randomness.
+        """
+        order = self.orders(ids)
+        state = CachedDecoding(self.model, labels, order, self.guided)
         tokens = torch.empty(len(labels), self.model.num_tokens, dtype=torch.int64, device=labels.device)
         for step in range(self.model.num_tokens):
             logits = state.next_logits(tokens[:, :step])
             tokens[:, step] = self.draw(self.guide(logits, step), ids, step)
-        return tokens
+        return permutation.in_place(tokens, order)
+
+    def orders(self, ids: Tensor) -> Tensor | None:
+        """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
+        name, N = self.cfg.order or self.permuted.order, self.model.num_tokens
+        if name == "random":
+            return permutation.sampling_orders(ids, self.cfg.seed, N, permutation.fixed_prefix(self.permuted.prefix, N))
+        return permutation.fixed_order(name, N, ids.device)
 
     def guide(self, logits: Tensor, step: int) -> Tensor:
         """float32 [B, K] of the logits of all rows [R, K]: what the token is drawn from, temperature included."""
@@ -44,7 +58,7 @@ class Decoder:
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (conditional - unconditional) * self.scales[step]
-        return logits / self.cfg.temperature
+        return likeliest(logits / self.cfg.temperature, self.cfg.top_k, self.cfg.top_p)
 
     def draw(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
         """int64 [B], distributed as softmax(logits): argmax of logits plus Gumbel noise that belongs to (image, step)."""
@@ -52,34 +66,44 @@ class Decoder:
         return (logits - noise.log()).argmax(1)
 
 
-class _Decoding:
-    """One batch on its way: modulation tables, cache, and how many positions are in it."""
+def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """float32 [B, K] with -inf where a code is not among the top_k likeliest, or not needed to reach the share top_p."""
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, codes = logits.sort(dim=1, descending=True, stable=True)
+        before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
+        logits = logits.masked_fill(
+            torch.zeros_like(logits, dtype=torch.bool).scatter(1, codes, before >= top_p), -torch.inf
+        )
+    return logits
 
-    def __init__(self, model: AdaLNTransformer, labels: Tensor, guided: bool) -> None:
-        self.model = model
+
+class CachedDecoding:
+    """One batch on its way: tables, cache, and how many positions are in it."""
+
+    def __init__(self, model: Generator, labels: Tensor, order: Tensor | None, guided: bool) -> None:
         # Row by row: its class, then the null class for the unguided half.
         row_classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
-        classes, self.rows = row_classes.unique(return_inverse=True)
-        embedding = model.class_embedding(classes)
-        condition = model.condition(embedding, model.num_tokens + 1)
-        self.modulations = [block.modulation(condition) for block in model.blocks]
-        self.final_modulation = model.adaln_before_head.modulation(condition)
-        self.positions = model.positions()
-        self.prefix = torch.stack((model.cls_token[0].expand(len(self.rows), -1), embedding[self.rows]), dim=1)
-        self.cache = [_Cache(len(self.rows), model.num_tokens + 1) for _ in model.blocks]
+        if guided and order is not None and len(order) > 1:
+            order = order.repeat(2, 1)
+        classes, rows = row_classes.unique(return_inverse=True)
+        self.model, self.rows = model, len(rows)
+        self.tables = model.decoding(classes, rows, order)
+        self.cache = [_Cache(len(rows), model.prefix + model.num_tokens - 1) for _ in model.blocks]
         self.length = 0
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits [R, K] of the next token after tokens (int64 [B, t]), which grow by one token per call."""
-        model, start = self.model, self.length
-        x = self.prefix if start == 0 else model.embeddings(tokens[:, -1:]).repeat(len(self.rows) // len(tokens), 1, 1)
-        end = start + x.shape[1]
-        x = x + self.positions[:, start:end]
-        for block, modulation, cache in zip(model.blocks, self.modulations, self.cache, strict=True):
-            x = block.modulated(x, modulation[self.rows, start:end], cache.attend)
-        self.length = end
-        x = model.adaln_before_head.modulated(x[:, -1:], self.final_modulation[self.rows, end - 1 : end])
-        return model.lm_head(x)[:, 0]
+        start = self.length
+        if start == 0:
+            x = self.tables.prefix()
+        else:
+            x = self.tables.token(tokens[:, -1].repeat(self.rows // len(tokens)), tokens.shape[1] - 1)
+        for number, cache in enumerate(self.cache):
+            x = self.tables.block(number, x, start, cache.attend)
+        self.length = start + x.shape[1]
+        return self.tables.logits(x[:, -1:], self.length - 1)
 
 
 class _Cache:
@@ -93,6 +117,7 @@ class _Cache:
         if self.length == 0:
             shape = (self.rows, key.shape[1], self.positions, key.shape[3])
             self.keys, self.values = key.new_empty(shape), value.new_empty(shape)
+        query, key = query.to(value.dtype), key.to(value.dtype)
         start, end = self.length, self.length + key.shape[2]
         self.keys[:, :, start:end], self.values[:, :, start:end] = key, value
         self.length = end

@@ -22,13 +22,12 @@ from PIL import Image
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.interop.npz import write_samples
-from rear_scale.model import build_model
-from rear_scale.model.transformer import AdaLNTransformer
+from rear_scale.model import Generator, build_model
 from rear_scale.parallel.checkpoint import Checkpoint, load_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
-from rear_scale.shards.record import file_sha256, write_text_atomically
+from rear_scale.shards.record import file_sha256, read_codebook, read_manifest, write_text_atomically
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
@@ -39,10 +38,12 @@ _GRID_ROWS = 10
 _WRITE_BLOCK = 500  # images
 
 
-def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> AdaLNTransformer:
+def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
     model = build_model(cfg, with_heads=False)
     load_weights(checkpoint, model)
+    if cfg.model.tie_codebook is not None:
+        model.set_codebook(torch.from_numpy(read_codebook(cfg.data.train, read_manifest(cfg.data.train))))
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False)
 
@@ -50,8 +51,7 @@ def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
     """Where the samples of a checkpoint go: one name for one set of settings."""
     identity = job_identity(cfg, checkpoint)
-    run = checkpoint.path.parent.parent
-    return run / "samples" / f"step_{checkpoint.step:08d}_n{cfg.sample.num_images}_{identity[:8]}.npz"
+    return checkpoint.run / "samples" / f"step_{checkpoint.step:08d}_n{cfg.sample.num_images}_{identity[:8]}.npz"
 
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
@@ -78,7 +78,7 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
         return
     parts = output.with_suffix(".parts") / identity[:16]
     parts.mkdir(parents=True, exist_ok=True)
-    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample)
+    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     units = list(_units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size))
     missing = [number for number in range(len(units)) if not _images_file(parts, number).exists()]
     # Before anyone adds files: all ranks must share out the same list.

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from rear_scale import rng
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, to_dict
 from rear_scale.model import build_model
+from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress, say
 from rear_scale.shards.reader import BatchOrder, TokenSet
+from rear_scale.train import start
 from rear_scale.train.run_folder import RunFolder, commit, versions
 from rear_scale.train.telemetry import Telemetry
 from rear_scale.world import World
@@ -48,6 +50,8 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         if world.is_main:
             stack.enter_context(run.locked())
         found = checkpoint.newest(run.checkpoints, world, report=say)
+        if found is None and cfg.train.init_from is not None:
+            found = start.take_over(cfg, tokens, run, world)
         done = found.step if found else 0
         if found:
             _check_same_run(cfg, tokens, found)
@@ -81,7 +85,7 @@ def _train_from(
     run: RunFolder,
     found: checkpoint.Checkpoint | None,
 ) -> None:
-    strategy = _build(cfg, plan, world, found)
+    strategy = _build(cfg, plan, world, codebook, found)
     model = strategy.model
     objective = Objective(cfg, plan, codebook, world.device)
     first = found.step + 1 if found else 1
@@ -107,6 +111,7 @@ def _train_from(
                 end=cfg.optim.end_lr,
                 warmup_steps=cfg.optim.warmup_steps,
                 total_steps=plan.total_steps,
+                form=cfg.optim.schedule,
             )
             strategy.step(lr)
 
@@ -132,16 +137,23 @@ class _Computation:
     step: int
 
     def __call__(self, forward: nn.Module) -> tuple[Tensor, Tensor]:
-        batch = self.batch
-        output = forward(self.objective.context(batch, self.step), batch.classes, batch.rows)
-        return self.objective.loss(output, batch.tokens)
+        batch, task = self.batch, self.objective.task(self.batch, self.step)
+        output = forward(task.context, batch.classes, batch.rows, task.order)
+        return self.objective.loss(output, task)
 
 
-def _build(cfg: ExperimentConfig, plan: Plan, world: World, found: checkpoint.Checkpoint | None) -> Strategy:
+def _build(
+    cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, found: checkpoint.Checkpoint | None
+) -> Strategy:
     """The strategy around a model with its first or its saved weights."""
     model = build_model(cfg)
+    kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision)
+    use_kernel(model, kernel)
+    model.set_codebook(codebook)
+    if world.is_main:
+        say(f"attention kernel: {kernel}")
     if found is None:
-        model.init_weights(cfg.run.seed)
+        start.first_weights(cfg, model, world)
     else:
         # Before the engine takes over: the copies that it makes are right from the start.
         checkpoint.load_weights(found, model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,16 @@ import numpy as np
 import pytest
 
 # A json belongs to the longest of these that its stem begins with. Those of a None are read in passing by others.
-FAMILIES = {"rear_tiny": "test_transformer", "index": None, "state_dict_keys": None}
+FAMILIES = {
+    "rear_tiny": "test_transformer",
+    "rar_tiny": "test_transformer",
+    "alitok_ar_tiny": "test_alitok",
+    "rear_train_tiny": "test_training",
+    "rar_train_tiny": "test_training",
+    "schedules": "test_schedules",
+    "state_dict_keys": "test_state_dicts",
+    "index": None,
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,13 @@ def compare(case: Case):
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _errors:
-        return
-    terminalreporter.section("largest differences to the published implementations")
+    """For each case and kind of value, the one that comes nearest to its tolerance."""
+    worst: dict[tuple[str, str], Error] = {}
     for error in _errors:
-        terminalreporter.write_line(f"{error.stem:24} {error.name:36} {error.largest:10.3e} of {error.tolerance:.1e}")
+        key = (error.stem, re.split(r"[ |/]", error.name.lstrip("|"))[0] if "|" not in error.name else "gradient")
+        if key not in worst or error.largest * worst[key].tolerance > worst[key].largest * error.tolerance:
+            worst[key] = error
+    if worst:
+        terminalreporter.section("largest differences to the published implementations")
+    for error in worst.values():
+        terminalreporter.write_line(f"{error.stem:20} {error.name:46} {error.largest:9.2e} of {error.tolerance:.1e}")

@@ -1,0 +1,75 @@
+"""Folders checkpoint-N of the released trainers (accelerate): weights, AdamW moments and step.
+
+checkpoint-N/metadata.json                         {"global_step": N, ...}
+checkpoint-N/unwrapped_model/pytorch_model.bin     or model.safetensors beside metadata.json
+checkpoint-N/optimizer.bin                         state_dict of torch's AdamW, parameters by number
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rear_scale.config import InputError
+from rear_scale.interop.official import read_weights
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    step: int  # updates done
+    tensors: dict[str, dict[str, Tensor]]  # param, exp_avg, exp_avg_sq -> parameter name -> float32
+
+
+def is_released_checkpoint(path: Path) -> bool:
+    return path.is_dir() and (path / "optimizer.bin").exists() and (path / "metadata.json").exists()
+
+
+def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> ReleasedCheckpoint:
+    """Weights and optimizer state of a checkpoint-N folder. `decays` is the released rule of weight decay.
+
+    The optimizer numbers its parameters: those without weight decay first, each group in the order of the model's
+    state_dict. Raises InputError when files are missing or do not fit each other.
+    """
+    weights = read_weights(path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path, "train.init_from")
+    try:
+        step = int(json.loads((path / "metadata.json").read_text())["global_step"])
+        optimizer = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True)
+        groups, state = optimizer["param_groups"], optimizer["state"]
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"train.init_from={path}: its metadata.json or optimizer.bin cannot be read ({type(error).__name__}: "
+            f"{str(error)[:120]}). Name unwrapped_model in it to start from the weights alone"
+        ) from None
+    numbered: dict[int, str] = {}
+    for group in groups:
+        wanted = group["weight_decay"] != 0
+        names = [name for name, value in weights.items() if decays(name, value) is wanted]
+        if len(groups) == 1:
+            names = list(weights)
+        if len(names) != len(group["params"]):
+            raise InputError(
+                f"train.init_from={path}: a group of optimizer.bin has {len(group['params'])} parameters, but {len(names)} of "
+                "the weights belong to it. Name unwrapped_model in it to start from the weights alone"
+            )
+        numbered.update(zip(group["params"], names, strict=True))
+    tensors = {"param": {name: value.float() for name, value in weights.items()}}
+    for kind in _MOMENTS:
+        tensors[kind] = {}
+        for number, name in numbered.items():
+            moment = state.get(number, {}).get(kind)
+            moment = torch.zeros_like(weights[name]) if moment is None else moment
+            if moment.shape != weights[name].shape:
+                raise InputError(
+                    f"train.init_from={path}: optimizer.bin has a moment of shape {list(moment.shape)} where {name} has "
+                    f"{list(weights[name].shape)}. Name unwrapped_model in it to start from the weights alone"
+                )
+            tensors[kind][name] = moment.float()
+    return ReleasedCheckpoint(step, tensors)

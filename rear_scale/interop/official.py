@@ -1,0 +1,172 @@
+"""Weight files of the released generators (reAR, RAR, AliTok) in and out. Our models have the same parameter names.
+
+reAR-{S,B,L}.safetensors   huggingface.co/qyoo/reAR
+rar_{b,l,xl,xxl}.bin       huggingface.co/yucornetto/RAR
+alitok_{b,l,xl}.bin        linked from github.com/ali-vilab/alitok
+"""
+
+# N tokens of an image, D width, K codes, Z width of a code
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rear_scale.config import InputError
+from rear_scale.model.generator import Shape
+from rear_scale.model.transformer import SPARE_POSITIONS
+
+_IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_SHOWN = 3
+# (codes, tokens) -> width of a code, for files without heads: MaskGIT-VQGAN, TiTok-B64, AliTok.
+_CODE_WIDTHS = {(1024, 256): 256, (4096, 64): 12, (4096, 273): 32}
+_ALITOK_TOKENS = 273
+
+
+def read_weights(path: Path, field: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .bin, .pth or .pt file, or of a folder that has one, on the CPU.
+
+    `field` is the option or config key that names the file in errors. Raises InputError for a missing or damaged file
+    and for a pickle that needs more than tensors: it could run anything.
+    """
+    if path.is_dir():
+        inside = [path / name for name in _IN_A_FOLDER if (path / name).exists()]
+        if not inside:
+            raise InputError(
+                f"{field}={path} is a folder without {' or '.join(_IN_A_FOLDER)}. Name the weight file itself"
+            )
+        path = inside[0]
+    if not path.exists():
+        raise InputError(f"not found: {field}={path}. Set the path of a weight file")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{field}={path} is a pickle that holds more than tensors ({_first_line(error)}), which could run any program. "
+            "Use a safetensors file, or one that was saved from state_dict()"
+        ) from None
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{field}={path} cannot be read ({_first_line(error)}). Is it whole? Fetch it again") from None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{field}={path} does not hold tensors by name. Use a file that was saved from state_dict()")
+    return dict(weights)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to a reAR head."""
+    return "align_mlp" in name
+
+
+def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str, Shape]:
+    """Architecture (rar or alitok) and shape of a generator's weights; dropout rates are in no file.
+
+    Raises InputError when they are not those of a generator that we know.
+    """
+    if "lm_head.bias" in weights and "pos_embed" in weights:
+        architecture, output, inner = "rar", "lm_head", "blocks.0.mlp.fc1.weight"
+        num_tokens = weights["pos_embed"].shape[1] - SPARE_POSITIONS
+    elif "output.bias" in weights and "blocks.0.mlp.w1.weight" in weights:
+        architecture, output, inner = "alitok", "output", "blocks.0.mlp.w1.weight"
+        targets = weights.get("target_aware_pos_embed")
+        num_tokens = _ALITOK_TOKENS if targets is None else targets.shape[1]
+    else:
+        raise InputError(
+            f"{source} does not hold a generator of RAR, reAR or AliTok: it has {_some(weights)}. "
+            "Use one of their released files, or one of ours"
+        )
+    try:
+        codes, width = len(weights[f"{output}.bias"]), weights["embeddings.weight"].shape[1]
+        heads = [value for name, value in weights.items() if is_head(name) and name.endswith("weight")]
+        shape = Shape(
+            depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+            width=width,
+            num_heads=width // len(weights["blocks.0.attn.q_norm.weight"]),
+            mlp_width=weights[inner].shape[0],
+            num_classes=weights["embeddings.weight"].shape[0] - codes - 2,
+            codebook_size=codes,
+            num_tokens=num_tokens,
+            codebook_dim=heads[-1].shape[0] if heads else _CODE_WIDTHS.get((codes, num_tokens), 256),
+            conditioning="adaln" if "timesteps_embeddings" in weights else "in_context",
+            target_aware=architecture == "alitok" and "target_aware_pos_embed" in weights,
+        )
+    except KeyError as missing:
+        raise InputError(f"{source} lacks {missing.args[0]}. Is it whole? Fetch it again") from None
+    return architecture, shape
+
+
+def check_fits(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_optional: bool) -> None:
+    """Raises InputError naming the keys or shapes in which a file and a model differ.
+
+    heads_optional: the file may lack heads that the model has, have others, or have them in another form.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if heads_optional:
+        wanted, found = ({name: shape for name, shape in one.items() if not is_head(name)} for one in (wanted, found))
+    lacking, foreign = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    other = {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]}
+    if not lacking and not foreign and not other:
+        return
+    faults = []
+    if lacking:
+        faults.append(f"lacks {_some(sorted(lacking))}")
+    if foreign:
+        faults.append(f"has {_some(sorted(foreign))}, which the model has not")
+    if other:
+        shown = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in sorted(other)]
+        faults.append(f"has {_some(shown)}")
+    raise InputError(f"{source} {'; '.join(faults)}. Use the file of this model, or the config of this file")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest
+
+
+def load(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_optional: bool) -> list[str]:
+    """Fills a model in place, in its own dtype, and returns the parameters that the file did not set (fresh heads).
+
+    Raises InputError as `check_fits` does, before anything is changed.
+    """
+    check_fits(weights, model, source, heads_optional=heads_optional)
+    own = model.state_dict()
+    usable = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    model.load_state_dict(usable, strict=False)
+    return [name for name in own if name not in usable]
+
+
+def write(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a file that the released loaders read: .safetensors, or .bin and .pth by torch."""
+    part = path.with_name(f"{path.name}.part")
+    plain = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
+    if path.suffix == ".safetensors":
+        save_file(plain, part)
+    else:
+        torch.save(plain, part)
+    part.replace(path)
+
+
+def merged_positions(weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """RAR's two position tables as one (RAR section 3.3), for a model that predicts in one order (int64 [N]) for good.
+
+    Each position takes over the row that told it which token it predicts; the second table is left at zero.
+    """
+    own, target = weights["pos_embed"].clone(), weights["target_aware_pos_embed"]
+    first = torch.cat((torch.tensor([1]), 2 + order[:-1]))  # the row of the position before each token
+    own[0, first] += target[0, 2 + order]
+    return {**weights, "pos_embed": own, "target_aware_pos_embed": torch.zeros_like(target)}

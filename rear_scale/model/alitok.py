@@ -1,0 +1,149 @@
+"""AliTok's generator: RMSNorm, SwiGLU, rotary positions, no AdaLN, with the parameter names of the released code.
+
+A sequence is [class, token 1 .. token N-1]. The first tokens of an image are a 1-D prefix, the rest a square grid.
+"""
+
+# B images, R rows of a decoding batch, N tokens of an image, S positions, D width, K head width
+
+from __future__ import annotations
+
+from functools import partial
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rear_scale.config import HeadsConfig
+from rear_scale.model.attention import Attend, Attention
+from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
+
+_ROTARY_BASE = 10_000.0
+_norm = partial(nn.RMSNorm, eps=1e-5)
+
+
+def feed_forward_width(width: int) -> int:
+    """The released hidden width: 8/3 of the model's, rounded up to a multiple of 256."""
+    return -(-(8 * width // 3) // 256) * 256
+
+
+def prefix_tokens(num_tokens: int) -> int:
+    """How many tokens come before the square grid: 17 of AliTok's 273."""
+    return num_tokens - isqrt(num_tokens) ** 2
+
+
+def rotary_table(num_tokens: int, head_width: int) -> Tensor:
+    """float32 [N + 1, K / 2, 2], cosine and sine of the angles of the class and each token's place.
+
+    The class has a row of zeros, so that its query and key vanish; prefix tokens count up in one dimension; grid tokens
+    have a row (first half of the pairs) and a column (second half) that go on counting after the prefix.
+    """
+    prefix, side = prefix_tokens(num_tokens), isqrt(num_tokens)
+    line = torch.arange(prefix).float()[:, None] * _frequencies(head_width)
+    place = (prefix + torch.arange(side)).float()[:, None] * _frequencies(head_width // 2)
+    grid = torch.cat((place[:, None].expand(-1, side, -1), place[None].expand(side, -1, -1)), dim=-1).flatten(0, 1)
+    angles = torch.cat((line, grid))
+    return torch.cat((torch.zeros(1, head_width // 2, 2), torch.stack((angles.cos(), angles.sin()), dim=-1)))
+
+
+def _frequencies(width: int) -> Tensor:
+    return 1.0 / _ROTARY_BASE ** (torch.arange(0, width, 2)[: width // 2].float() / width)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class AliTokBlock(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm1 = _norm(shape.width)
+        self.attn = Attention(shape.width, shape.num_heads, shape.attn_dropout, shape.dropout, norm=_norm)
+        self.norm2 = _norm(shape.width)
+        self.mlp = SwiGLU(shape.width, shape.mlp_width, shape.dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor, attend: Attend | None = None) -> Tensor:
+        """x [B, S, D]; rotation [B or 1, S, K / 2, 2]."""
+        x = x + self.attn(self.norm1(x), attend, rotation)
+        return x + self.mlp(self.norm2(x))
+
+
+class AliTokTransformer(Generator):
+    """AliTok's generator. With shape.target_aware it has RAR's second table, our definition of RAR on it: one row per
+    token, added to the input of the position that predicts that token."""
+
+    prefix = 1
+    output_name = "output"
+
+    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
+        super().__init__(shape, heads)
+        self.blocks = nn.ModuleList(AliTokBlock(shape) for _ in range(shape.depth))
+        # Rows: codes, one mask token, classes, the null class.
+        self.embeddings = nn.Embedding(shape.codebook_size + 1 + shape.num_classes + 1, shape.width)
+        self.norm = _norm(shape.width)
+        self.output = output_matrix(shape)
+        if shape.target_aware:
+            self.target_aware_pos_embed = nn.Parameter(torch.empty(1, shape.num_tokens, shape.width))
+        self.rotary: Tensor | None = None  # a plain attribute: it is in no weight file, and never in half precision
+        self._build_ends()
+
+    def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
+        x = torch.cat((class_embedding[:, None], self.token_embedding(tokens[:, : length - self.prefix])), dim=1)
+        target = self.targets(order)
+        if target is not None:
+            x = x + F.pad(target, (0, 0, 0, length - self.num_tokens))
+        return F.dropout(x, self.shape.embed_dropout, self.training)
+
+    def targets(self, order: Tensor | None) -> Tensor | None:
+        """[B or 1, N, D]: what each position is told about the place of the token that it predicts."""
+        if not self.shape.target_aware:
+            return None
+        return self.target_aware_pos_embed if order is None else self.target_aware_pos_embed[0, order]
+
+    def rotation(self, order: Tensor | None, device: torch.device) -> Tensor:
+        """[B or 1, N + 1, K / 2, 2]: each token keeps the row of its own place in the image."""
+        if self.rotary is None or self.rotary.device != device:
+            self.rotary = rotary_table(self.num_tokens, self.shape.width // self.shape.num_heads).to(device)
+        if order is None:
+            return self.rotary[None]
+        return self.rotary[F.pad(1 + order, (1, 0))]
+
+    def block_arguments(
+        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+    ) -> tuple[Tensor]:
+        return (self.rotation(order, class_embedding.device)[:, :length],)
+
+    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+        return self.token_logits(self.norm(x))
+
+    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> AliTokDecoding:
+        return AliTokDecoding(self, classes, rows, order)
+
+
+class AliTokDecoding(Decoding):
+    def __init__(self, model: AliTokTransformer, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
+        self.model = model
+        self.first = model.class_embedding(classes)[rows][:, None]
+        self.rotation = model.rotation(order, self.first.device)
+        self.targets = model.targets(order)
+
+    def prefix(self) -> Tensor:
+        return self.first if self.targets is None else self.first + self.targets[:, :1]
+
+    def token(self, tokens: Tensor, step: int) -> Tensor:
+        x = self.model.token_embedding(tokens)[:, None]
+        return x if self.targets is None else x + self.targets[:, step + 1 : step + 2]
+
+    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
+        return self.model.blocks[number](x, self.rotation[:, start : start + x.shape[1]], attend)
+
+    def logits(self, x: Tensor, position: int) -> Tensor:
+        return self.model.token_logits(self.model.norm(x))[:, 0]

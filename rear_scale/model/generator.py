@@ -1,0 +1,238 @@
+"""What the generators share: token prediction from embedded sequences, the taps of the reAR heads, tied embeddings.
+
+A sequence is a prefix (the class, and what a model puts before it) and tokens 1 .. N-1. Position s = prefix - 1 + t
+predicts token t (t = 0 .. N-1 in the code). The last token predicts nothing and nobody attends to it, so it is run only
+as far as an encode head that counts it.
+"""
+
+# B images, U distinct classes of a batch, N tokens of an image, P prefix positions, S positions of a sequence, D width,
+# K codes, Z width of a code
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rear_scale import rng
+from rear_scale.config import HeadsConfig
+from rear_scale.model.attention import Attend
+from rear_scale.model.heads import alignment_head
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a generator's weights depend on, the heads aside."""
+
+    depth: int
+    width: int
+    num_heads: int
+    mlp_width: int
+    num_classes: int
+    codebook_size: int
+    num_tokens: int
+    codebook_dim: int
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    conditioning: str = "adaln"  # adaln | in_context
+    tie_codebook: str | None = None  # input | output | both: code embeddings are a projection of the codebook
+    target_aware: bool = False  # AliTok's generator: a table that tells each position which token it predicts
+
+
+class Generator(nn.Module, ABC):
+    """Class-conditional next-token prediction over one image's tokens.
+
+    heads: reAR side modules at their taps; None, or taps of None, build none at all.
+    """
+
+    prefix: int  # P
+    output_name: str  # of the output matrix
+    blocks: nn.ModuleList
+
+    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
+        super().__init__()
+        self.shape, self.heads = shape, heads or HeadsConfig()
+        self.num_classes, self.codebook_size, self.num_tokens = (
+            shape.num_classes,
+            shape.codebook_size,
+            shape.num_tokens,
+        )
+        self.taps = {
+            name: tap
+            for name, tap in (("encode", self.heads.encode_tap), ("decode", self.heads.decode_tap))
+            if heads is not None and tap is not None
+        }
+
+    def _build_ends(self) -> None:
+        """Embeddings, output matrix and heads: called by the subclasses where these stand in their weight files."""
+        shape = self.shape
+        if shape.tie_codebook is None:
+            self.codebook_proj = None
+        else:
+            # Taken from the tokenizer (`set_codebook`), so it is in no checkpoint and has no gradient.
+            self.register_buffer("codebook", torch.empty(shape.codebook_size, shape.codebook_dim), persistent=False)
+            self.codebook_proj = nn.Linear(shape.codebook_dim, shape.width, bias=False)
+        if self.heads.shared and self.taps:
+            self.align_mlp = self._new_head()
+        else:
+            for name in self.taps:
+                setattr(self, f"{name}_align_mlp", self._new_head())
+
+    def _new_head(self) -> nn.Sequential:
+        return alignment_head(self.shape.width, self.heads.hidden, self.shape.codebook_dim, self.heads.form)
+
+    def head(self, name: str) -> nn.Module:
+        """The head of "encode" or "decode"."""
+        return self.align_mlp if self.heads.shared else getattr(self, f"{name}_align_mlp")
+
+    @property
+    def null_class(self) -> int:
+        """The class id that stands for "no class" in guidance."""
+        return self.num_classes
+
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Gives a tied model the tokenizer's codebook, float [K, Z]. The others ignore it."""
+        if self.codebook_proj is not None:
+            self.codebook = codebook.to(self.codebook_proj.weight)
+
+    def forward(
+        self, tokens: Tensor, classes: Tensor, rows: Tensor | None, order: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Logits of every token given the tokens before it, and what the heads say.
+
+        tokens: int64 [B, N], the context (noisy or not), in the order of prediction. classes: int64 [U], class ids with
+        null_class = no class. rows: int64 [B], which of `classes` belongs to each image; None when they are one per
+        image. order: int64 [B or 1, N], the place in the image of each token; None = as they are stored.
+
+        Returns logits [B, N, K] (logits[:, t] predicts token t) and, where the heads exist, "encode" and "decode". With
+        heads.positions=eq6 both are [B, N-1, Z] at the positions of tokens 0 .. N-2 (Eq. 6, i = 1 .. N-1): encode
+        recovers that token's embedding, decode predicts the next one's. With heads.positions=all both are [B, N, Z] and
+        speak of tokens 0 .. N-1.
+        """
+        class_embedding = self.class_embedding(classes)
+        every = self.heads.positions == "all"
+        last_until = self.taps.get("encode", -1) if every else -1
+        length = self.prefix + self.num_tokens - (last_until < 0)
+        x = self.sequence(tokens, class_embedding if rows is None else class_embedding[rows], order, length)
+        arguments = self.block_arguments(class_embedding, rows, order, length)
+        output: dict[str, Tensor] = {}
+        for done in range(len(self.blocks) + 1):
+            for name, tap in self.taps.items():
+                if done == tap:
+                    output[name] = self.head(name)(self._tapped(name, x, every))
+            if done == last_until:
+                length = self.prefix + self.num_tokens - 1
+                x, arguments = x[:, :length], self.block_arguments(class_embedding, rows, order, length)
+            if done < len(self.blocks):
+                x = self.blocks[done](x, *arguments)
+        output["logits"] = self.logits(x[:, self.prefix - 1 :], class_embedding, rows)
+        return output
+
+    def _tapped(self, name: str, x: Tensor, every: bool) -> Tensor:
+        start = self.prefix
+        if not every:
+            return x[:, start : start + self.num_tokens - 1]
+        start -= name == "decode"
+        return x[:, start : start + self.num_tokens]
+
+    @abstractmethod
+    def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
+        """The input [B, length, D] of tokens [B, N] and class_embedding [B, D]."""
+
+    @abstractmethod
+    def block_arguments(
+        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+    ) -> tuple[Any, ...]:
+        """What each block takes besides x [B, length, D]."""
+
+    @abstractmethod
+    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+        """[B, N, K] of the last block's output at the N predicting positions, x [B, N, D]."""
+
+    @abstractmethod
+    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> Decoding:
+        """What cached decoding needs, with all that does not depend on the tokens computed once.
+
+        classes: int64 [U]; rows: int64 [R]; order: int64 [R or 1, N].
+        """
+
+    def class_embedding(self, classes: Tensor) -> Tensor:
+        """[U, D] of class ids (int64 [U])."""
+        return self.embeddings(classes + self.codebook_size + 1)
+
+    def token_embedding(self, tokens: Tensor) -> Tensor:
+        """[..., D] of token ids. The mask token of noisy contexts has id K."""
+        if self.shape.tie_codebook not in ("input", "both"):
+            return self.embeddings(tokens)
+        mask = self.embeddings(torch.full((1,), self.codebook_size, device=tokens.device))
+        return F.embedding(tokens, torch.cat((self._code_embeddings().to(mask.dtype), mask)))
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """[..., K] of normalised features [..., D]."""
+        output = getattr(self, self.output_name)
+        if self.shape.tie_codebook not in ("output", "both"):
+            return output(x)
+        return output(F.linear(x, self._code_embeddings().to(x.dtype)))
+
+    def _code_embeddings(self) -> Tensor:
+        return self.codebook_proj(self.codebook)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialises every weight as a function of (seed, its name): another depth or other heads change no other weight.
+
+        Truncated normal of deviation 0.02, biases 0, AdaLN-zero: each block starts as the identity.
+        """
+        for name, weight in self.named_parameters():
+            generator = torch.Generator().manual_seed(rng.fold(seed, rng.Purpose.WEIGHT_INIT, crc32(name.encode())))
+            if "adaLN_modulation" in name or name == "cls_token" or name.endswith("bias"):
+                weight.zero_()
+            elif "norm" in name:
+                weight.fill_(1.0)
+            else:
+                drawn = torch.empty(weight.shape, dtype=torch.float32)
+                weight.copy_(nn.init.trunc_normal_(drawn, std=0.02, a=-2.0, b=2.0, generator=generator))
+
+
+class OutputBias(nn.Module):
+    """What is left of an output matrix whose rows are tied to the codebook."""
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(codebook_size))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores + self.bias
+
+
+def output_matrix(shape: Shape) -> nn.Module:
+    """Features to logits; only its bias where the codebook takes the matrix's place."""
+    if shape.tie_codebook in ("output", "both"):
+        return OutputBias(shape.codebook_size)
+    return nn.Linear(shape.width, shape.codebook_size)
+
+
+class Decoding(ABC):
+    """Tables of one batch on its way through cached decoding."""
+
+    @abstractmethod
+    def prefix(self) -> Tensor:
+        """The first positions [R, P, D]."""
+
+    @abstractmethod
+    def token(self, tokens: Tensor, step: int) -> Tensor:
+        """The input [R, 1, D] of token `step`, int64 [R]."""
+
+    @abstractmethod
+    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
+        """One block over x [R, s, D], the positions from `start` on."""
+
+    @abstractmethod
+    def logits(self, x: Tensor, position: int) -> Tensor:
+        """[R, K] of the last block's output at one position, [R, 1, D]."""

@@ -1,0 +1,133 @@
+"""Orders of prediction: RAR's random permutations and the six scan orders of RAR Table 3 (after Esser et al. 2021).
+
+An order lists places: order[t] is the place in the image of the token that is predicted at step t.
+"""
+
+# B images, N tokens of an image
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from rear_scale import rng
+
+
+def row_major(side: int) -> list[int]:
+    return list(range(side * side))
+
+
+def alternate(side: int) -> list[int]:
+    """Row by row, every second row backwards."""
+    rows = [list(range(row * side, (row + 1) * side)) for row in range(side)]
+    return [place for number, row in enumerate(rows) for place in (row[::-1] if number % 2 else row)]
+
+
+def spiral_out(side: int) -> list[int]:
+    """From the centre outwards: one step up, one right, two down, two left, three up ..."""
+    row, column = side // 2, (side - 1) // 2
+    places = [row * side + column]
+    directions = ((-1, 0), (0, 1), (1, 0), (0, -1))
+    turn = 0
+    while len(places) < side * side:
+        down, right = directions[turn % 4]
+        for _ in range(turn // 2 + 1):
+            row, column = row + down, column + right
+            if 0 <= row < side and 0 <= column < side:
+                places.append(row * side + column)
+        turn += 1
+    return places
+
+
+def spiral_in(side: int) -> list[int]:
+    return spiral_out(side)[::-1]
+
+
+def z_curve(side: int) -> list[int]:
+    """By the interleaved bits of row and column (Morton)."""
+
+    def key(place: int) -> int:
+        row, column = divmod(place, side)
+        return sum((column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1 for bit in range(side.bit_length()))
+
+    return sorted(range(side * side), key=key)
+
+
+def subsample(side: int) -> list[int]:
+    """Coarse to fine: every second row and column first, each of the four parts again in the same way."""
+    if side == 1:
+        return [0]
+    half = subsample(side // 2)
+    inner = [divmod(place, side // 2) for place in half]
+    return [
+        (2 * row + down) * side + 2 * column + right for down in (0, 1) for right in (0, 1) for row, column in inner
+    ]
+
+
+SCANS: dict[str, Callable[[int], list[int]]] = {
+    "row_major": row_major,
+    "spiral_in": spiral_in,
+    "spiral_out": spiral_out,
+    "z_curve": z_curve,
+    "subsample": subsample,
+    "alternate": alternate,
+}
+
+
+@cache
+def scan_order(name: str, num_tokens: int) -> Tensor:
+    """int64 [N] of a scan order over the square grid; tokens before the grid keep their places in front."""
+    prefix = num_tokens - isqrt(num_tokens) ** 2
+    grid = torch.tensor(SCANS[name](isqrt(num_tokens)))
+    return torch.cat((torch.arange(prefix), prefix + grid))
+
+
+def fixed_order(name: str, num_tokens: int, device: torch.device) -> Tensor | None:
+    """int64 [1, N], or None for the order in which tokens are stored."""
+    return None if name == "row_major" else scan_order(name, num_tokens).to(device)[None]
+
+
+def fixed_prefix(prefix: str, num_tokens: int) -> int:
+    """How many tokens stay in front when a row is permuted: those before the grid with objective.permutation.prefix=fixed."""
+    return num_tokens - isqrt(num_tokens) ** 2 if prefix == "fixed" else 0
+
+
+def random_orders(bits: Tensor, first: int) -> Tensor:
+    """int64 [B, N]: a uniform permutation per row of 32-bit draws [B, N]; the first `first` places stay in front."""
+    keys = bits.clone()
+    keys[:, :first] = torch.arange(first, device=bits.device) - first
+    return keys.argsort(dim=1, stable=True)
+
+
+def training_orders(
+    ids: Tensor, epochs: Tensor, seed: int, probability: float, fixed: Tensor | None, num_tokens: int, first: int
+) -> Tensor | None:
+    """int64 [B, N], or `fixed` where no row is permuted: each row is permuted with `probability` (RAR Eq. 3 to 5).
+
+    Each draw is a function of (seed, ids[i], epochs[i]); ids and epochs are int64 [B].
+    """
+    if probability == 0:
+        return fixed
+    bits = rng.random_bits(seed, rng.Purpose.PERMUTATION, ids, epochs, 1 + num_tokens)
+    permuted = rng.as_uniform(bits[:, :1]) < probability
+    scan = torch.arange(num_tokens, device=ids.device)[None] if fixed is None else fixed
+    return torch.where(permuted, random_orders(bits[:, 1:], first), scan)
+
+
+def sampling_orders(ids: Tensor, seed: int, num_tokens: int, first: int) -> Tensor:
+    """int64 [B, N]: a random order for each image id (int64 [B]), for models that were never annealed to a fixed one."""
+    return random_orders(rng.random_bits(seed, rng.Purpose.SAMPLE_ORDER, ids, 0, num_tokens), first)
+
+
+def in_order(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """int64 [B, N]: tokens (stored order) in the order of prediction."""
+    return tokens if order is None else tokens.gather(1, order.expand_as(tokens))
+
+
+def in_place(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """int64 [B, N]: the inverse of `in_order`."""
+    return tokens if order is None else torch.empty_like(tokens).scatter_(1, order.expand_as(tokens), tokens)

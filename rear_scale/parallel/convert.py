@@ -1,0 +1,97 @@
+"""Weights from one form into another (launchers/convert.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rear_scale import config
+from rear_scale.config import ExperimentConfig, InputError, derive
+from rear_scale.interop import accelerate, official
+from rear_scale.model import build_model
+from rear_scale.objective.permutation import scan_order
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.sources import open_source, write_consolidated, write_portable
+from rear_scale.parallel.strategy import KINDS, decays
+from rear_scale.progress import say
+
+FORMS = ("portable", "consolidated", "official", "merged")
+
+
+def convert(
+    source: Path, config_name: str | None, overrides: list[str], form: str, out: Path, *, dry_run: bool = False
+) -> None:
+    """Writes `out` in a form. Raises InputError when the source cannot be read or the form does not exist for it."""
+    if out.exists():
+        raise InputError(f"--out {out} exists. Name another, or remove it first")
+    if form == "portable" and accelerate.is_released_checkpoint(source):
+        if not dry_run:
+            _portable_of_released(source, config_name, overrides, out)
+        say(f"{source} -> {out} (portable, with optimizer state)")
+        return
+    found = open_source(source, config_name, overrides)
+    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
+    read = found.reader("param")
+    weights = {name: read(name) for name in found.names()}
+    with torch.device("meta"):
+        model = build_model(cfg)
+    official.check_fits(weights, model, str(found.path), heads_optional=True)
+    if form in ("official", "merged"):
+        weights = _official(cfg, weights, merge=form == "merged")
+    if dry_run:
+        say(
+            f"{found.path}, step {found.step}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} values"
+        )
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if form == "portable":
+        write_portable(
+            out, found.step, _states(found), {name: found.meta[name] for name in ("config", "optimizer_step")}
+        )
+    elif form == "consolidated":
+        write_consolidated(out, found)
+    else:
+        official.write(out, weights)
+    say(f"{found.path} -> {out} ({form})")
+
+
+def _states(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """Weights, and moments where the source has them."""
+    kinds = KINDS if "index" in found.meta else KINDS[:1]
+    return {kind: {name: found.reader(kind)(name) for name in found.names()} for kind in kinds}
+
+
+def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool) -> dict[str, Tensor]:
+    model = cfg.model
+    if model.tie_codebook is not None:
+        raise InputError(
+            f"model.tie_codebook={model.tie_codebook} has no released form: the tokenizer has its embeddings. "
+            "Use --to consolidated"
+        )
+    if cfg.objective.heads.form != "released" or cfg.objective.heads.shared:
+        dropped = [name for name in weights if official.is_head(name)]
+        if dropped:
+            say(f"left out: {len(dropped)} weights of the reAR heads; the released code has heads of another form")
+        weights = {name: value for name, value in weights.items() if not official.is_head(name)}
+    if not merge:
+        return weights
+    if model.architecture != "rar":
+        raise InputError(
+            f"--to merged: model.architecture={model.architecture} has no pos_embed to merge into. Use --to official"
+        )
+    plan = derive(cfg, 1, None) if cfg.objective.permutation.active else None
+    if plan is not None and plan.permutation_end_step >= plan.total_steps:
+        raise InputError(
+            f"--to merged: objective.permutation.end={cfg.objective.permutation.end} leaves the model predicting "
+            "in random orders, which need the second table. Use --to official"
+        )
+    return official.merged_positions(weights, scan_order(cfg.objective.permutation.order, cfg.tokenizer.num_tokens))
+
+
+def _portable_of_released(source: Path, config_name: str | None, overrides: list[str], out: Path) -> None:
+    released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
+    weights_folder = source / "unwrapped_model" if (source / "unwrapped_model").is_dir() else source
+    values = open_source(weights_folder, config_name, overrides).meta["config"]
+    write_portable(out, released.step, released.tensors, {"config": values, "optimizer_step": released.step})

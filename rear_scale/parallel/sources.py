@@ -1,0 +1,133 @@
+"""Where weights come from: a run folder, one of its checkpoints, a weight file of ours, or a released one; and the portable
+form of what did not come from a strategy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rear_scale import config
+from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.interop import official, published
+from rear_scale.parallel import checkpoint
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.strategy import KINDS, Kind
+from rear_scale.shards.record import file_sha256
+from rear_scale.weight_file import write_tensors
+
+_CONSOLIDATED = "generator"
+
+
+@dataclass(frozen=True)
+class WeightFile(Checkpoint):
+    """A file of weights alone, read as a checkpoint of step 0 or of the step that it says."""
+
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def run(self) -> Path:
+        return Path(self.meta["config"]["run"]["dir"])
+
+    def reader(self, kind: Kind) -> Callable[[str], Tensor]:
+        if kind != "param":
+            raise InputError(f"{self.path} holds weights alone, no {kind}. Use a checkpoint folder")
+
+        def read(name: str) -> Tensor:
+            if name not in self.tensors:
+                raise InputError(f"{self.path} lacks {name}. Use the file of this model, or the config of this file")
+            return self.tensors[name].float()
+
+        return read
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+
+def open_source(path: Path, config_name: str | None = None, overrides: tuple[str, ...] | list[str] = ()) -> Checkpoint:
+    """The checkpoint of a run folder (its newest), a checkpoint folder, or a weight file of ours or of a released model.
+
+    config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
+    YAML of the released trainers. overrides are needed early only to tell the shape of a weight file's model. Raises
+    InputError when there is no such source or the file does not fit the config.
+    """
+    if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
+        return checkpoint.find(path)
+    if not path.exists():
+        raise InputError(
+            f"not found: --checkpoint {path}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
+        )
+    if path.is_dir() and not any((path / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+        return checkpoint.find(path)  # its error says what a checkpoint looks like
+    tensors = official.read_weights(path, "--checkpoint")
+    head = _own_head(path)
+    if config_name is not None:
+        cfg = load_config(config_name, overrides)
+    elif head:
+        cfg = config.from_dict(head["config"], source=str(path))
+    else:
+        cfg = published.config_of_weights(tensors, str(path), overrides)
+    meta: dict[str, Any] = {
+        "step": head.get("step", 0),
+        "optimizer_step": 0,
+        "config": to_dict(cfg),
+        "files": [{"file": path.name, "sha256": file_sha256(_file_of(path))}],
+    }
+    return WeightFile(path, meta, tensors)
+
+
+def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> ExperimentConfig:
+    """A config of ours, or of a YAML of the released trainers."""
+    if published.is_released_yaml(Path(name)):
+        return published.config_of_yaml(Path(name), overrides)
+    return config.load(name, overrides)
+
+
+def _file_of(path: Path) -> Path:
+    return (
+        next(p for p in (path / "model.safetensors", path / "pytorch_model.bin") if p.exists())
+        if path.is_dir()
+        else path
+    )
+
+
+def _own_head(path: Path) -> dict[str, Any]:
+    """What a consolidated file of ours says of itself; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            head = json.loads((file.metadata() or {}).get("rear_scale", "{}"))
+    except (SafetensorError, json.JSONDecodeError):
+        return {}
+    return head if head.get("kind") == _CONSOLIDATED else {}
+
+
+def write_consolidated(path: Path, source: Checkpoint) -> None:
+    """One safetensors file of float32 weights by official names, with the config and step in its head."""
+    read = source.reader("param")
+    head = {"kind": _CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
+    write_tensors(path, {name: read(name) for name in source.names()}, head)
+
+
+def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """A checkpoint folder of whole tensors (kind -> name -> tensor), complete when it becomes visible."""
+    part = folder.with_name(f"{folder.name}.tmp")
+    part.mkdir(parents=True)
+    keyed = {
+        f"{kind}/{name}": value.float().contiguous() for kind in KINDS for name, value in tensors.get(kind, {}).items()
+    }
+    file = part / "part-00000.safetensors"
+    save_file(keyed, file)
+    files = [{"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}]
+    meta = {"format": checkpoint.FORMAT, "step": step, **meta, "files": files, "index": dict.fromkeys(keyed, file.name)}
+    (part / "meta.json").write_text(json.dumps(meta, indent=1))
+    for written in part.iterdir():
+        checkpoint.sync(written)
+    part.replace(folder)

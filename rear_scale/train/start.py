@@ -1,0 +1,77 @@
+"""How a run begins: from drawn weights, from a weight file (train.init_from), or where a released trainer stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.interop import accelerate, official
+from rear_scale.model import Generator, build_model
+from rear_scale.parallel import checkpoint
+from rear_scale.parallel.sources import open_source, write_portable
+from rear_scale.parallel.strategy import decays
+from rear_scale.progress import say
+from rear_scale.shards.reader import TokenSet
+from rear_scale.train.run_folder import RunFolder, commit, versions
+from rear_scale.world import World
+
+
+def check(cfg: ExperimentConfig) -> None:
+    """Raises InputError when train.init_from is not there."""
+    if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
+        raise InputError(
+            f"not found: train.init_from={cfg.train.init_from}. Set the path of a weight file, a run folder or a checkpoint, "
+            "or null to start from drawn weights"
+        )
+
+
+def first_weights(cfg: ExperimentConfig, model: Generator, world: World) -> None:
+    """Draws the weights of a fresh run, then takes over those of train.init_from; heads that it lacks stay as drawn."""
+    model.init_weights(cfg.run.seed)
+    if cfg.train.init_from is None:
+        return
+    weights = _weights_of(Path(cfg.train.init_from))
+    fresh = official.load(weights, model, f"train.init_from={cfg.train.init_from}", heads_optional=True)
+    if world.is_main:
+        say(f"weights of {cfg.train.init_from}" + (f"; drawn anew: {', '.join(fresh[:4])} ..." if fresh else ""))
+
+
+def _weights_of(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_file() or any((path / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+        return official.read_weights(path, "train.init_from")
+    source = open_source(path)
+    read = source.reader("param")
+    return {name: read(name) for name in source.names()}
+
+
+def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: World) -> checkpoint.Checkpoint | None:
+    """The state of a released trainer's checkpoint-N folder as the first checkpoint of this run, or None for other sources.
+
+    Weights, moments and step go on from there; the order of data is ours. All ranks must call this. Raises InputError
+    when the folder does not fit the config's model.
+    """
+    source = Path(cfg.train.init_from)
+    if not accelerate.is_released_checkpoint(source):
+        return None
+    if world.is_main:
+        released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
+        with torch.device("meta"):
+            model = build_model(cfg)
+        official.check_fits(released.tensors["param"], model, f"train.init_from={source}", heads_optional=False)
+        meta = {
+            "optimizer_step": released.step,
+            "images_seen": released.step * cfg.train.global_batch_size,
+            "config": to_dict(cfg),
+            "data_fingerprint": tokens.manifest.fingerprint,
+            "world_size": world.size,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        folder = run.checkpoints / f"step_{released.step:08d}"
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_portable(folder, released.step, released.tensors, meta)
+        say(f"goes on from {source}: {released.step} updates done")
+    world.barrier()
+    return checkpoint.newest(run.checkpoints, world, report=say)

@@ -1,0 +1,1 @@
+"""Plain, unoptimised implementations, written for reading: what the fast paths are tested and timed against."""
