@@ -16,7 +16,7 @@ from rear_scale.world import World
 class Repeats(nn.Module):
     """Says that a token is the one before it (the first: 0), with odds of e^2 to 1 against each other code."""
 
-    def forward(self, tokens: torch.Tensor, classes: torch.Tensor, rows: None) -> dict[str, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, classes: torch.Tensor, rows: None, order=None) -> dict[str, torch.Tensor]:
         before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
         return {"logits": 2 * nn.functional.one_hot(before, 32).float()}
 

@@ -19,9 +19,10 @@ from rear_scale.model import build_model
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import open_source
 from rear_scale.parallel.strategy import decays
-from rear_scale.train import start
+from rear_scale.train import dry_run, start
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.setup import check_data
+from rear_scale.world import Ranks
 
 SMALL = ["model.depth=2", "model.width=32", "model.num_heads=2", "model.mlp_width=48", "model.num_classes=7"]
 
@@ -306,3 +307,14 @@ def test_a_weight_file_is_a_source(tmp_path: Path) -> None:
         source.reader("exp_avg")
     with pytest.raises(InputError, match=r"not found: --checkpoint .*nowhere"):
         open_source(tmp_path / "nowhere")
+
+
+def test_missing_first_weights_are_named_before_anything_starts(tmp_path: Path, tokens: Path, capsys) -> None:
+    cfg = tiny_config(tmp_path, tokens, "train.init_from=nowhere.bin", "strategy=single")
+    ranks = Ranks(0, 0, 1, 1, None, None, "single")
+    with pytest.raises(InputError, match=r"not found: train\.init_from=nowhere\.bin"):
+        check_data(cfg, ranks)
+    dry_run.show(cfg, ranks)
+    assert "not found: train.init_from=nowhere.bin" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"model\.kernel=flash cannot run"):
+        check_data(tiny_config(tmp_path, tokens, "model.kernel=flash", "strategy=single"), ranks)

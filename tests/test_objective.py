@@ -150,3 +150,81 @@ def test_context_is_noisy_until_the_schedule_ends(tmp_path: Path, tokens: Path) 
 
 def test_purposes_do_not_share_draws() -> None:
     assert len({int(purpose) for purpose in rng.Purpose}) == len(rng.Purpose)
+
+
+def switched(tmp_path: Path, tokens: Path, *overrides: str) -> tuple[Objective, Task]:
+    """An objective and what it asks at step 1: the same samples and seed whatever the overrides."""
+    target = objective(tmp_path, tokens, *overrides)
+    ids = torch.arange(64)
+    clean = torch.randint(CODEBOOK_SIZE, (64, 16), generator=torch.Generator().manual_seed(4))
+    return target, target.task(target.micro_batch(clean, ids % 5, ids, torch.zeros_like(ids)), 1)
+
+
+def test_fixed_rates_replace_that_share_of_every_sequence(tmp_path: Path, tokens: Path) -> None:
+    fixed = ["objective.noise.max=0.25", "objective.noise.rate=fixed", "objective.noise.schedule=constant"]
+    target, task = switched(tmp_path, tokens, *fixed)
+    assert task.replaced.float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert target.noise_max(1) == target.noise_max(12) == 0.25
+    uniform, other = switched(tmp_path, tokens, *fixed[::2])
+    # Rates below the limit: what a lower rate replaces, the limit replaces too, by the same code.
+    assert (task.replaced | ~other.replaced).all()
+    assert torch.equal(other.context[other.replaced], task.context[other.replaced])
+    assert torch.equal(task.tokens, other.tokens)
+    assert uniform.noise_max(12) == 0.25
+
+
+def test_masked_noise_uses_the_mask_token_at_the_same_places(tmp_path: Path, tokens: Path) -> None:
+    _, task = switched(tmp_path, tokens)
+    _, masked = switched(tmp_path, tokens, "objective.noise.replacement=mask")
+    assert torch.equal(masked.replaced, task.replaced)
+    assert (masked.context[masked.replaced] == CODEBOOK_SIZE).all()
+    assert torch.equal(masked.context[~masked.replaced], task.context[~task.replaced])
+
+
+def test_permutation_moves_noisy_tokens_and_changes_none(tmp_path: Path, tokens: Path) -> None:
+    always = ["objective.permutation.start=1", "objective.permutation.end=1"]
+    _, task = switched(tmp_path, tokens)
+    target, permuted = switched(tmp_path, tokens, *always)
+    assert task.order is None
+    for name in ("context", "tokens", "replaced"):
+        assert torch.equal(getattr(permuted, name), getattr(task, name).gather(1, permuted.order)), name
+    assert target.permutation_probability(12) == 1.0
+    annealed = objective(tmp_path, tokens, "objective.permutation.start=0.5", "objective.permutation.end=0.75")
+    assert [annealed.permutation_probability(step) for step in (1, 7, 9, 10)] == [1.0, 1.0, pytest.approx(1 / 3), 0.0]
+    _, spiral = switched(tmp_path, tokens, "objective.permutation.order=spiral_in")
+    assert len(spiral.order) == 1
+    assert torch.equal(spiral.context, task.context[:, spiral.order[0]])
+
+
+def head_terms(tmp_path: Path, tokens: Path, *overrides: str, only: str | None = None) -> dict[str, float]:
+    target, task = switched(tmp_path, tokens, *overrides)
+    draws = torch.Generator().manual_seed(8)
+    full = {name: torch.randn(64, 16, 8, generator=draws) for name in ("encode", "decode")}
+    if target.cfg.objective.heads.positions == "eq6":  # token i of N, from its own position: encode i, decode i + 1
+        full = {"encode": full["encode"][:, :-1], "decode": full["decode"][:, 1:]}
+    output = {"logits": torch.randn(64, 16, CODEBOOK_SIZE, generator=draws)}
+    output |= {name: full[name] for name in full if only in (None, name)}
+    _, statistics = target.loss(output, task)
+    return dict(zip(STATISTICS, statistics.tolist(), strict=True))
+
+
+def test_each_released_form_changes_its_own_term(tmp_path: Path, tokens: Path) -> None:
+    paper = head_terms(tmp_path, tokens)
+    forms = {
+        "objective.heads.encode_counts=unperturbed": {"loss", "loss_encode"},
+        "objective.heads.distance=negative_cosine": {"loss", "loss_encode", "loss_decode"},
+        "objective.heads.positions=all": {"loss", "loss_encode", "loss_decode"},
+        "objective.heads.weight=0.5": {"loss"},
+        "objective.heads.lone_term=twice": set(),
+    }
+    for override, expected in forms.items():
+        other = head_terms(tmp_path, tokens, override)
+        assert {name for name in paper if other[name] != paper[name]} == expected, override
+    # Another constant: 15 of 16 positions are counted.
+    offset = head_terms(tmp_path, tokens, "objective.heads.distance=negative_cosine")
+    assert paper["loss_encode"] - offset["loss_encode"] == pytest.approx(15 / 16, rel=1e-5)
+    once, twice = (
+        head_terms(tmp_path, tokens, f"objective.heads.lone_term={form}", only="decode") for form in ("once", "twice")
+    )
+    assert twice["loss_decode"] == pytest.approx(2 * once["loss_decode"], rel=1e-5)
+    assert once["loss_ar"] == paper["loss_ar"]

@@ -6,17 +6,22 @@ B.1 and C.1, Figure 8a)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.objective import noise
+from rear_scale.objective import noise, permutation
 from rear_scale.progress import progress
 from rear_scale.shards.reader import TokenSet, open_tokens
 from rear_scale.world import World
+
+# Sample ids (int64 [B]) to the order in which their tokens are predicted (int64 [B or 1, N])
+Orders = Callable[[Tensor], Tensor | None]
 
 # The replacement draws are the same for every model: they depend on this, the sample and the draw's number.
 _DRAW_SEED = 20_250_710
@@ -32,12 +37,20 @@ class TokenPrediction:
 
 @torch.inference_mode()
 def predict_tokens(
-    model: nn.Module, tokens: TokenSet, world: World, *, replace_rate: float = 0.0, draws: int = 0, batch_size: int
+    model: nn.Module,
+    tokens: TokenSet,
+    world: World,
+    *,
+    replace_rate: float = 0.0,
+    draws: int = 0,
+    batch_size: int,
+    orders: Orders | None = None,
 ) -> TokenPrediction:
     """Scores a model on a set, class known. All ranks must call this; they share the sequences, and all get the result.
 
     With draws > 0, each context token is replaced with probability `replace_rate` by one drawn from the whole codebook
-    (Eq. 4), `draws` times over; the tokens to predict stay the true ones.
+    (Eq. 4), `draws` times over; the tokens to predict stay the true ones. orders: the order of prediction of each sample;
+    None = as tokens are stored.
     """
     mine = torch.arange(len(tokens))[world.rank :: world.size]
     totals = torch.zeros(3, dtype=torch.float64)
@@ -54,7 +67,9 @@ def predict_tokens(
                     context = noise.replaced(
                         truth, replace_rate, ids.to(world.device), occasion, _DRAW_SEED, tokens.manifest.codebook_size
                     )
-                logits = model(context, labels, None)["logits"].flatten(0, 1).float()
+                order = orders(ids.to(world.device)) if orders else None
+                context, truth = permutation.in_order(context, order), permutation.in_order(truth, order)
+                logits = model(context, labels, None, order)["logits"].flatten(0, 1).float()
                 loss = F.cross_entropy(logits, truth.flatten(), reduction="none")
                 correct = logits.argmax(1) == truth.flatten()
                 totals += torch.stack((correct.sum(), loss.double().sum(), torch.tensor(truth.numel()))).double().cpu()
@@ -72,10 +87,13 @@ def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[
     evaluate = cfg.evaluate
     sets = {"val": cfg.data.val, "train": cfg.data.train}
     opened = {name: open_tokens(folder, cfg.data.cache_dir) for name, folder in sets.items() if folder is not None}
+    orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer.num_tokens)
     noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}
     scores = {}
     for name, tokens in opened.items():
-        scores[f"{name}_clean"] = predict_tokens(model, tokens, world, batch_size=evaluate.batch_size)
+        scores[f"{name}_clean"] = predict_tokens(model, tokens, world, batch_size=evaluate.batch_size, orders=orders)
     if "val" in opened:
-        scores["val_noisy"] = predict_tokens(model, opened["val"], world, batch_size=evaluate.batch_size, **noisy)
+        scores["val_noisy"] = predict_tokens(
+            model, opened["val"], world, batch_size=evaluate.batch_size, orders=orders, **noisy
+        )
     return {name: asdict(score) for name, score in scores.items()}

@@ -123,6 +123,11 @@ class PermutationConfig:
         """Whether any row is ever permuted."""
         return self.end > 0
 
+    @property
+    def never_settles(self) -> bool:
+        """Whether rows are permuted to the end of the run: such a model has no order of its own."""
+        return self.end == 1
+
 
 @dataclass
 class ObjectiveConfig:

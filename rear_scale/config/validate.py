@@ -165,6 +165,13 @@ def _validate_permutation(cfg: ExperimentConfig) -> None:
     if cfg.sample.order is not None:
         name, order = "sample.order", cfg.sample.order
         _one_of(name, order, (*SCAN_ORDERS, "random"))
+    _require(
+        order != "random" or permutation.never_settles,
+        name,
+        order,
+        f"needs a model that was permuted to the end, but objective.permutation.end={permutation.end}",
+        "Use null for the order that it was trained to, or a scan order",
+    )
     if order in ("row_major", "random"):
         return
     side = math.isqrt(tokenizer.num_tokens)

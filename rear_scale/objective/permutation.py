@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rear_scale import rng
+from rear_scale.config import PermutationConfig
 
 
 def row_major(side: int) -> list[int]:
@@ -121,6 +122,14 @@ def training_orders(
 def sampling_orders(ids: Tensor, seed: int, num_tokens: int, first: int) -> Tensor:
     """int64 [B, N]: a random order for each image id (int64 [B]), for models that were never annealed to a fixed one."""
     return random_orders(rng.random_bits(seed, rng.Purpose.SAMPLE_ORDER, ids, 0, num_tokens), first)
+
+
+def orders_of_model(cfg: PermutationConfig, num_tokens: int, ids: Tensor) -> Tensor | None:
+    """int64 [B or 1, N]: the order that a trained model predicts in: its fixed one, or a random one for each id where
+    training never settled on one (permutation.end = 1)."""
+    if cfg.never_settles:
+        return sampling_orders(ids, 0, num_tokens, fixed_prefix(cfg.prefix, num_tokens))
+    return fixed_order(cfg.order, num_tokens, ids.device)
 
 
 def in_order(tokens: Tensor, order: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, InputError, derive
+from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.interop import accelerate, official
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
@@ -81,8 +81,7 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
         raise InputError(
             f"--to merged: model.architecture={model.architecture} has no pos_embed to merge into. Use --to official"
         )
-    plan = derive(cfg, 1, None) if cfg.objective.permutation.active else None
-    if plan is not None and plan.permutation_end_step >= plan.total_steps:
+    if cfg.objective.permutation.never_settles:
         raise InputError(
             f"--to merged: objective.permutation.end={cfg.objective.permutation.end} leaves the model predicting "
             "in random orders, which need the second table. Use --to official"

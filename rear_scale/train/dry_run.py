@@ -32,6 +32,8 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images "
             f"of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
+    if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
+        lines.append(f"not found: train.init_from={cfg.train.init_from}")
     return lines
 
 
@@ -58,8 +60,10 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
         ("run length", plan.total_steps),
         ("warm-up end", cfg.optim.warmup_steps),
     ]
-    if cfg.objective.noise.max > 0:
+    if cfg.objective.noise.max > 0 and cfg.objective.noise.schedule == "linear":
         marks += [("noise start", plan.noise_start_step), ("noise end", plan.noise_end_step)]
+    if cfg.objective.permutation.active:
+        marks += [("permutation start", plan.permutation_start_step), ("permutation end", plan.permutation_end_step)]
     if plan.last_step < plan.total_steps:
         marks.append(("stops early at", plan.last_step))
     lines += [f"{name}: {_both_units(steps, cfg, plan)}" for name, steps in marks]

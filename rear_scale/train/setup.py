@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, Plan, derive
+from rear_scale.model.attention import choose_kernel
 from rear_scale.progress import say
 from rear_scale.shards.reader import TokenSet, check_fits, open_tokens
 from rear_scale.shards.record import Manifest, read_codebook, read_manifest
+from rear_scale.train import start
 from rear_scale.world import Ranks, World
 
 
@@ -30,7 +32,10 @@ class Data:
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
-    """Raises InputError when shards are missing or do not fit the model, or the batch does not divide."""
+    """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, or the attention
+    kernel cannot run here."""
+    start.check(cfg)
+    choose_kernel(cfg.model.kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"), cfg.train.precision)
     manifest = read_checked(cfg, cfg.data.train)
     if cfg.data.val is not None:
         read_checked(cfg, cfg.data.val)

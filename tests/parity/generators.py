@@ -19,7 +19,9 @@ def build(case, **heads: object) -> Generator:
         depth=c["num_hidden_layers"],
         width=c["hidden_size"],
         num_heads=c["num_attention_heads"],
-        mlp_width=feed_forward_width(c["hidden_size"]) if alitok else c["intermediate_size"],
+        mlp_width=case.json.get("feedforward_hidden", feed_forward_width(c["hidden_size"]))
+        if alitok
+        else c["intermediate_size"],
         num_classes=c["condition_num_classes"],
         codebook_size=c["codebook_size"],
         num_tokens=c["image_seq_len"],
@@ -37,9 +39,12 @@ def released_heads(c: dict, **changes: object) -> HeadsConfig | None:
     """The heads of a released config; its layer index i is the tap i + 1."""
     if not c.get("transition_alignment"):
         return None
+    encode, decode = c["encode_align_layer_idx"], c["decode_align_layer_idx"]
+    # The released code looks at the second index only where the first is not met, and at no layer that it does not have.
+    depth = c["num_hidden_layers"]
     values = {
-        "encode_tap": c["encode_align_layer_idx"] + 1,
-        "decode_tap": c["decode_align_layer_idx"] + 1,
+        "encode_tap": encode + 1 if encode < depth else None,
+        "decode_tap": decode + 1 if decode < depth and decode != encode else None,
         "weight": c["transition_alignment_weight"],
         "hidden": c["projection_dim"],
         "form": "released",

@@ -44,7 +44,11 @@ def micro_batches(case, update: int) -> list[tuple[Task, Tensor]]:
     for number in np.flatnonzero(case.arrays["micro_update"] == update):
         part = {name: torch.from_numpy(values[number]) for name, values in case.arrays.items() if name in _BATCHES}
         tokens, replaced = part["tokens"], part.get("perturb_mask")
-        context = tokens if replaced is None else torch.where(replaced, part["random_tokens"], tokens)
+        context = tokens
+        if replaced is not None:
+            masked = case.json["config"].get("perturb_mode") == "mask"
+            drawn = torch.full_like(tokens, case.json["config"]["codebook_size"]) if masked else part["random_tokens"]
+            context = torch.where(replaced, drawn, tokens)
         order = part.get("orders")
         if order is not None:
             tokens, context = tokens.gather(1, order), context.gather(1, order)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from rear_scale.config import InputError
+from rear_scale.model.attention import KERNELS, Attention, choose_kernel, rotated, use_kernel
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def attention(dropout: float = 0.0) -> Attention:
+    torch.manual_seed(0)
+    return Attention(48, 3, dropout, 0.0, norm=torch.nn.LayerNorm)
+
+
+def test_the_kernel_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_kernel("auto", CPU, "fp32") == "sdpa"
+    with pytest.raises(
+        InputError, match=r"model\.kernel=flash cannot run: .*CUDA device; it needs train\.precision=bf16"
+    ):
+        choose_kernel("flash", CPU, "fp32")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose_kernel("auto", GPU, "bf16") == choose_kernel("flash", GPU, "bf16") == "flash"
+    assert choose_kernel("auto", GPU, "fp32") == choose_kernel("sdpa", GPU, "bf16") == "sdpa"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_kernel("auto", GPU, "bf16") == "sdpa"
+    with pytest.raises(InputError, match="the flash-attn package is not installed"):
+        choose_kernel("flash", GPU, "bf16")
+
+
+def test_every_attention_of_a_model_uses_the_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(query, key, value, dropout):
+        calls.append((query.shape, dropout))
+        return value
+
+    monkeypatch.setitem(KERNELS, "counted", counted)
+    model = torch.nn.Sequential(attention(0.1), attention(0.1))
+    use_kernel(model, "counted")
+    model(torch.randn(2, 5, 48))
+    model.eval()(torch.randn(2, 5, 48))
+    assert [dropout for _, dropout in calls] == [0.1, 0.1, 0.0, 0.0]
+    assert all(shape == (2, 3, 5, 16) for shape, _ in calls)
+
+
+def test_attention_is_the_formula() -> None:
+    module, x = attention(), torch.randn(2, 7, 48)
+    query, key, value = module.qkv(x).view(2, 7, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    scores = module.q_norm(query) @ module.k_norm(key).transpose(2, 3) / 4
+    weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = module.proj((weights @ value).transpose(1, 2).reshape(2, 7, 48))
+    assert torch.allclose(module(x), expected, atol=1e-5)
+
+
+def test_rotation_turns_pairs_and_keeps_relative_positions() -> None:
+    def turned(x: torch.Tensor, at: float) -> torch.Tensor:
+        angles = at * torch.tensor([1.0, 0.1])
+        return rotated(x[None, None, None], torch.stack((angles.cos(), angles.sin()), dim=-1)[None, None])[0, 0, 0]
+
+    x, y = torch.randn(4), torch.randn(4)
+    assert torch.allclose(turned(x, 3.0) @ turned(y, 5.0), turned(x, 10.0) @ turned(y, 12.0), atol=1e-5)
+    assert torch.allclose(turned(torch.tensor([1.0, 0, 0, 0]), torch.pi / 2), torch.tensor([0, 1.0, 0, 0]), atol=1e-6)
+    assert not rotated(x[None, None, None], torch.zeros(1, 1, 2, 2)).any()
+
+
+@pytest.mark.gpu
+def test_flash_equals_sdpa() -> None:
+    pytest.importorskip("flash_attn", reason="the flash-attn package is not installed")
+    inputs = [torch.randn(2, 4, 258, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    results = []
+    for name in ("sdpa", "flash"):
+        output = KERNELS[name](*inputs, 0.0)
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+        results.append([output, *gradients])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).float().norm() < 0.01 * one.float().norm()
