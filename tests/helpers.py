@@ -65,7 +65,9 @@ def tiny_config_file(folder: Path, tokens: Path) -> Path:
     """A reAR config for the tiny set, as a user would keep one outside configs/."""
     path = folder / "tiny.yaml"
     sizes = f"num_tokens: {NUM_TOKENS}, codebook_size: {CODEBOOK_SIZE}, codebook_dim: {CODEBOOK_DIM}"
-    path.write_text(
+    # Renamed into place: several ranks may write it at once, and read it.
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(
         f"""
 defaults:
   - base
@@ -81,6 +83,7 @@ train: {{total_steps: 12, global_batch_size: 12, micro_batch_size: 6, precision:
 checkpoint: {{every_steps: 4}}
 """
     )
+    part.replace(path)
     return path
 
 

@@ -19,6 +19,16 @@ from rear_scale.shards.record import read_codebook
 from rear_scale.world import World
 
 QUIET = ["model.dropout=0", "model.attn_dropout=0"]
+# Of two ranks, with the variants that change what travels when.
+ALTERNATIVES = {
+    "ddp": [[]],
+    "fsdp2": [[], ["strategy.defer_reduction=false", "strategy.reshard_after_forward=false"]],
+    "zero1": [[], ["strategy.cpu_offload=true"]],
+    "zero2": [[], ["strategy.defer_reduction=true"], ["strategy.cpu_offload=true"]],
+    "zero3": [[], ["strategy.defer_reduction=true"]],
+    "hsdp": [[], ["strategy.defer_reduction=false"]],
+}
+TWO_RANKS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | None = None) -> Strategy:
@@ -38,9 +48,9 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
 
 
 def run_steps(
-    world: World, cfg: ExperimentConfig, strategy: Strategy, first: int, last: int
+    world: World, cfg: ExperimentConfig, strategy: Strategy, first: int, last: int, skip: bool = False
 ) -> list[tuple[float, float]]:
-    """(loss over the global batch, gradient norm) of each step."""
+    """(loss over the global batch, gradient norm) of each step, whose update is applied or skipped."""
     tokens = open_tokens(cfg.data.train, cfg.data.cache_dir)
     codebook = torch.from_numpy(read_codebook(cfg.data.train, tokens.manifest))
     objective = Objective(cfg, strategy.plan, codebook, world.device)
@@ -59,7 +69,10 @@ def run_steps(
 
             loss += strategy.forward_backward(compute, micro_step)[0].item() / strategy.plan.accumulation
         norm = strategy.grad_norm().item()
-        strategy.step(1e-2)
+        if skip:
+            strategy.skip()
+        else:
+            strategy.step(1e-2)
         results.append((world.sum([loss]).item() / world.size, norm))
     return results
 
@@ -75,29 +88,41 @@ def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tup
     return losses + run_steps(world, cfg, strategy, 4, 6), everything(strategy)
 
 
-def _all_strategies(world: World, folder: Path, tokens: Path, saved: Path) -> dict[str, Any]:
-    """Every strategy of two ranks, trained and saved; then each resumed from one checkpoint of a single process."""
+def _strategies(world: World, folder: Path, tokens: Path, saved: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Strategies trained and saved; then each resumed from its own checkpoint and from one of a single process."""
     found: dict[str, Any] = {}
-    for name in ("ddp", "zero1", "zero2", "zero3"):
-        for micro_batch_size in (6, 2):
-            cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", f"train.micro_batch_size={micro_batch_size}")
-            losses, state = _train_save_continue(world, cfg, folder / f"{name}{micro_batch_size}")
+    for name in names:
+        for micro_batch_size in (12 // world.size, 12 // world.size // 3):
+            quick = [*QUIET, f"strategy={name}", f"train.micro_batch_size={micro_batch_size}"]
+            cfg = tiny_config(folder, tokens, *quick)
+            losses, state = _train_save_continue(world, cfg, folder / f"{name}-{micro_batch_size}")
             found[name, micro_batch_size] = losses
         found[name, "state"] = state if world.is_main else None
-        resumed = build(world, cfg, checkpoint.open_checkpoint(saved))
-        found[name, "resumed"] = run_steps(world, cfg, resumed, 4, 6)
-        again = build(world, cfg, checkpoint.find(folder / f"{name}2/step_00000003"))
+        for number, overrides in enumerate(ALTERNATIVES[name][1:]):
+            other = tiny_config(folder, tokens, *quick, *overrides)
+            found[name, -number] = run_steps(world, other, build(world, other), 1, 6)
+        found[name, "resumed"] = run_steps(world, cfg, build(world, cfg, checkpoint.open_checkpoint(saved)), 4, 6)
+        again = build(world, cfg, checkpoint.find(folder / f"{name}-{micro_batch_size}/step_00000003"))
         found[name, "again"] = run_steps(world, cfg, again, 4, 6)
-        half = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "train.precision=bf16")
+        half = tiny_config(folder, tokens, *quick, "train.precision=bf16")
         found[name, "bf16"] = run_steps(world, half, build(world, half), 1, 3)
     return found
 
 
-def test_every_strategy_trains_saves_and_resumes_alike(tmp_path: Path, tokens: Path) -> None:
-    alone = tiny_config(tmp_path, tokens, *QUIET, "strategy=single")
-    expected, state = run_alone(_train_save_continue, alone, tmp_path / "single")
-    # The folders of all strategies are the same.
-    found, other = run_ranks(2, _all_strategies, tmp_path, tokens, tmp_path / "single/step_00000003")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> tuple[Path, ExperimentConfig, list, dict]:
+    """Folder with a checkpoint, config, six steps and last state of a single process."""
+    folder = tmp_path_factory.mktemp("alone")
+    cfg = tiny_config(folder, tokens, *QUIET, "strategy=single")
+    return folder, cfg, *run_alone(_train_save_continue, cfg, folder / "single")
+
+
+@pytest.mark.parametrize(("world_size", "names"), [(2, TWO_RANKS), (4, ("hsdp",))])
+def test_every_strategy_trains_saves_and_resumes_alike(
+    tmp_path: Path, tokens: Path, alone: tuple, world_size: int, names: tuple[str, ...]
+) -> None:
+    folder, cfg, expected, state = alone
+    found, *others = run_ranks(world_size, _strategies, tmp_path, tokens, folder / "single/step_00000003", names)
     for (name, what), value in found.items():
         if what == "state":
             assert set(value) == set(state)
@@ -110,18 +135,42 @@ def test_every_strategy_trains_saves_and_resumes_alike(tmp_path: Path, tokens: P
         else:
             part = expected if isinstance(what, int) else expected[3:]
             assert np.array(value) == pytest.approx(np.array(part), rel=1e-5), (name, what)
-        assert what == "state" or other[name, what] == value
-    for name in ("ddp", "zero1", "zero2", "zero3"):
+        assert what == "state" or all(other[name, what] == value for other in others)
+    for name in names:
         # The same strategy, world and micro-batch: bitwise.
-        assert found[name, "again"] == found[name, 2][3:], name
-    # And back: what two ranks saved under each strategy, in one process.
-    for name in ("ddp6", "zero1" + "6", "zero3" + "2"):
-        resumed = run_alone(
-            lambda world, name=name: run_steps(
-                world, alone, build(world, alone, checkpoint.find(tmp_path / name / "step_00000003")), 4, 6
-            )
-        )
+        assert found[name, "again"] == found[name, 12 // world_size // 3][3:], name
+        # And back: what several ranks saved under each strategy, in one process.
+        saved = checkpoint.find(tmp_path / f"{name}-{12 // world_size}/step_00000003")
+        resumed = run_alone(lambda world, saved=saved: run_steps(world, cfg, build(world, cfg, saved), 4, 6))
         assert np.array(resumed) == pytest.approx(np.array(expected[3:]), rel=1e-5), name
+
+
+def _skip_one(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Per strategy and precision: the largest change that a skipped update makes, and the losses around it."""
+    found = {}
+    for name in names:
+        for precision in ("fp32", "bf16"):
+            cfg = tiny_config(
+                folder, tokens, *QUIET, f"strategy={name}", f"train.precision={precision}", "train.micro_batch_size=3"
+            )
+            strategy = build(world, cfg)
+            straight = run_steps(world, cfg, strategy, 1, 3)
+            strategy = build(world, cfg)
+            losses = run_steps(world, cfg, strategy, 1, 2)
+            before = everything(strategy)
+            run_steps(world, cfg, strategy, 7, 7, skip=True)
+            after = everything(strategy)
+            changed = max(np.abs(after[key] - before[key]).max() for key in before)
+            found[name, precision] = [changed, losses + run_steps(world, cfg, strategy, 3, 3), straight]
+    return found
+
+
+def test_a_skipped_update_leaves_no_trace(tmp_path: Path, tokens: Path) -> None:
+    for (name, precision), (changed, losses, straight) in run_ranks(2, _skip_one, tmp_path, tokens, TWO_RANKS)[
+        0
+    ].items():
+        assert changed == 0, (name, precision)
+        assert losses == straight, (name, precision)
 
 
 def test_weight_decay_follows_the_published_rule(tmp_path: Path, tokens: Path) -> None:

@@ -33,6 +33,12 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         raise InputError(
             f"strategy=single runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
         )
+    replicas = cfg.strategy.replicas
+    if cfg.strategy.name == "hsdp" and (world_size % replicas or world_size < 2 * replicas):
+        raise InputError(
+            f"strategy=hsdp with strategy.replicas={replicas} needs a multiple of {replicas} ranks, at least {2 * replicas}, but "
+            f"{world_size} were started. Use strategy=fsdp2, or another strategy.replicas"
+        )
     _check_batch(train, world_size)
     images_per_epoch = images_per_epoch or cfg.data.assumed_images
     if train.total_steps is not None:

@@ -108,7 +108,13 @@ class OptimConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = "zero1"
+    name: str = "zero1"  # single | ddp | fsdp2 | hsdp | zero1 | zero2 | zero3
+    cpu_offload: bool = False  # zero1, zero2, zero3: optimizer state and update on the CPU
+    # fsdp2, hsdp, zero2, zero3, when accumulating: whole gradients stay on each rank and travel once per update (true), or
+    # they stay sharded and travel in every micro-step (false)
+    defer_reduction: bool = True
+    reshard_after_forward: bool = True  # fsdp2, hsdp: gather weights again for the backward pass, or keep them (false)
+    replicas: int = 2  # hsdp: groups of ranks that each hold the whole model; one per machine is usual
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from rear_scale.config.schema import ExperimentConfig, InputError
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 
@@ -133,7 +133,7 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
     _one_of("train.precision", train.precision, PRECISIONS)
-    _one_of("strategy.name", cfg.strategy.name, STRATEGIES)
+    _validate_strategy(cfg)
     _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
     _require(
         0 <= optim.end_lr <= optim.lr,
@@ -158,6 +158,32 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         optim.betas,
         "must be two numbers in [0, 1)",
         "The papers use [0.9,0.96]",
+    )
+
+
+def _validate_strategy(cfg: ExperimentConfig) -> None:
+    strategy = cfg.strategy
+    _one_of("strategy.name", strategy.name, STRATEGIES)
+    _require(
+        not strategy.cpu_offload or strategy.name.startswith("zero"),
+        "strategy.cpu_offload",
+        strategy.cpu_offload,
+        f"is offered by zero1, zero2 and zero3, not by strategy={strategy.name}",
+        "Use one of them, or strategy.cpu_offload=false",
+    )
+    _require(
+        strategy.reshard_after_forward or strategy.name in ("fsdp2", "hsdp"),
+        "strategy.reshard_after_forward",
+        strategy.reshard_after_forward,
+        f"is offered by fsdp2 and hsdp, not by strategy={strategy.name}",
+        "Use one of them, or strategy.reshard_after_forward=true",
+    )
+    _require(
+        strategy.replicas >= 2 or strategy.name != "hsdp",
+        "strategy.replicas",
+        strategy.replicas,
+        "must be at least 2 under hsdp",
+        "Use 2 or more, or strategy=fsdp2",
     )
 
 

@@ -65,12 +65,20 @@ class DeepSpeedStrategy(Strategy):
             )
         self.zero = self.engine.optimizer
 
+    @property
+    def _defers(self) -> bool:
+        """Whether gradients of stages 2 and 3 wait for the last micro-step. Those of stage 1 do in any case."""
+        return self.stage > 1 and self.plan.accumulation > 1 and self.cfg.strategy.defer_reduction
+
     def _config(self) -> dict[str, Any]:
         train = self.cfg.train
+        # Deferring is a block around all backward passes of an update, in which the engine must not count micro-steps.
+        accumulation = 1 if self._defers else self.plan.accumulation
+        offload = {"offload_optimizer": {"device": "cpu"}} if self.cfg.strategy.cpu_offload else {}
         return {
-            "train_batch_size": train.global_batch_size,
+            "train_batch_size": train.micro_batch_size * self.world.size * accumulation,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
-            "gradient_accumulation_steps": self.plan.accumulation,
+            "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.cfg.optim.grad_clip,
             "bf16": {"enabled": train.precision == "bf16"},
             # By default bf16 gradients are also summed in bf16, over micro-steps and over ranks.
@@ -81,14 +89,28 @@ class DeepSpeedStrategy(Strategy):
                 "reduce_bucket_size": _BUCKET_ELEMENTS,
                 "allgather_bucket_size": _BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
+                # A bucket then goes to the rank that owns it, instead of to all of them.
+                "use_multi_rank_bucket_allreduce": False,
+                **offload,
             },
+            # Offloaded states are updated by torch's own fused AdamW for CPUs, which needs no compiler.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
 
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
+        last = micro_step == self.plan.accumulation - 1
+        if self._defers and micro_step == 0:
+            self.deferred = contextlib.ExitStack()
+            self.deferred.enter_context(self.engine.coalesce_grad_reduction())
         loss, statistics = compute(self.engine)
+        if self._defers:
+            self.engine.backward(loss / self.plan.accumulation)
+            if last:
+                self.deferred.close()
+            return statistics
         self.engine.backward(loss)  # divides by the number of micro-steps
-        if micro_step < self.plan.accumulation - 1:
+        if not last:
             self.engine.step()  # not at an update yet: only counts the micro-step
         return statistics
 
@@ -97,19 +119,40 @@ class DeepSpeedStrategy(Strategy):
         # replaced for one call, it gets what is known and does not measure again.
         zero = self.zero
         if isinstance(zero, BF16_Optimizer):
-            return torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
+            norm = torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
+            # The engine says -1 for a norm that is not finite.
+            return norm.where(norm >= 0, torch.inf)
         if self.stage == 3:
             norm = combine_grad_norm_groups(type(zero)._get_norm_groups(zero))
             zero._get_norm_groups = lambda: [norm]
         else:
             norm = type(zero).scaled_global_norm(zero)
             zero.scaled_global_norm = lambda: norm
-        return torch.as_tensor(norm)
+        norm = torch.as_tensor(norm)
+        return norm.where(norm >= 0, torch.inf)
 
     def step(self, lr: float) -> None:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+
+    def skip(self) -> None:
+        zero = self.zero
+        if isinstance(zero, BF16_Optimizer):
+            zero.step = lambda closure=None: (zero.clear_hp_grads(), zero.clear_lp_grads())
+            self.engine.step()
+            del zero.step
+            return
+        # The engine drops gradients of infinite norm by itself, everywhere that it keeps them.
+        infinite = torch.tensor(torch.inf, device=self.world.device)
+        if self.stage == 3:
+            zero._get_norm_groups = lambda: [infinite]
+        else:
+            zero.scaled_global_norm = lambda: infinite
+            zero.check_grad_overflow = True
+        self.engine.step()
+        if self.stage < 3:
+            zero.check_grad_overflow = False
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         self._relink()

@@ -54,6 +54,10 @@ class Strategy(ABC):
         """Clips to optim.grad_clip and updates. After `grad_norm`."""
 
     @abstractmethod
+    def skip(self) -> None:
+        """Drops the gradients of this update: weights, moments and their step count stay as they are. After `grad_norm`."""
+
+    @abstractmethod
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, full float32 tensor) of every parameter, in one order on all ranks, on every rank."""
 
