@@ -11,6 +11,7 @@ from helpers import run_alone, run_ranks, tiny_config
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model import build_model
+from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
@@ -41,6 +42,7 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
                 weight.fill_(0.01)
     if found is not None:
         checkpoint.load_weights(found, model)
+    prepare_blocks(model, cfg)
     strategy.build(model)
     if found is not None:
         checkpoint.restore(found, strategy)
@@ -48,7 +50,14 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
 
 
 def run_steps(
-    world: World, cfg: ExperimentConfig, strategy: Strategy, first: int, last: int, skip: bool = False
+    world: World,
+    cfg: ExperimentConfig,
+    strategy: Strategy,
+    first: int,
+    last: int,
+    *,
+    skip: bool = False,
+    lr: float = 1e-2,
 ) -> list[tuple[float, float]]:
     """(loss over the global batch, gradient norm) of each step, whose update is applied or skipped."""
     tokens = open_tokens(cfg.data.train, cfg.data.cache_dir)
@@ -72,7 +81,7 @@ def run_steps(
         if skip:
             strategy.skip()
         else:
-            strategy.step(1e-2)
+            strategy.step(lr)
         results.append((world.sum([loss]).item() / world.size, norm))
     return results
 

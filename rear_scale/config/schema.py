@@ -125,6 +125,11 @@ class TrainConfig:
     global_batch_size: int = 2048  # images per optimizer update, over all ranks and micro-steps
     micro_batch_size: int = 32  # images per rank and micro-step
     precision: str = "bf16"  # fp32 | bf16
+    # What blocks compute again in the backward pass, to save memory: none | full (everything) | every_n (everything, in
+    # each n-th block) | selective (all but matrix products and attention)
+    activation_checkpointing: str = "none"
+    recompute_every_n: int = 2  # n of every_n
+    compile: bool = False  # torch.compile of each block
     log_every: int = 10  # steps
 
 

@@ -10,6 +10,7 @@ from rear_scale.config.schema import ExperimentConfig, InputError
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
+RECOMPUTE_POLICIES = ("none", "full", "every_n", "selective")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 
 
@@ -133,6 +134,8 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
     _one_of("train.precision", train.precision, PRECISIONS)
+    _one_of("train.activation_checkpointing", train.activation_checkpointing, RECOMPUTE_POLICIES)
+    _positive(cfg, "train.recompute_every_n")
     _validate_strategy(cfg)
     _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
     _require(
@@ -185,6 +188,22 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
         "must be at least 2 under hsdp",
         "Use 2 or more, or strategy=fsdp2",
     )
+    if cfg.train.compile:
+        _require(
+            strategy.name != "zero3",
+            "train.compile",
+            True,
+            "does not work with strategy=zero3, whose hooks gather the weights of each layer and break every block's graph",
+            "Use strategy=fsdp2, or train.compile=false",
+        )
+        _require(
+            cfg.train.activation_checkpointing != "selective",
+            "train.compile",
+            True,
+            "does not work with train.activation_checkpointing=selective, which chooses among the single operations that a "
+            "compiled block no longer has",
+            "Use full or every_n, or train.compile=false",
+        )
 
 
 def _validate_sampling(cfg: ExperimentConfig) -> None:

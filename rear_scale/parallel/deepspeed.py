@@ -37,6 +37,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its calls of older torch.distributed names are its own affair.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
+# Stage 3 replaces this function for the whole process.
+_LINEAR = torch.nn.functional.linear
+
 # Elements in flight per collective. Larger ones cost gigabytes of buffers and gain nothing.
 _BUCKET_ELEMENTS = 50_000_000
 
@@ -63,7 +66,13 @@ class DeepSpeedStrategy(Strategy):
                 config=self._config(),
                 dist_init_required=False,
             )
+        if self.stage < 3 or self._keeps_products:
+            torch.nn.functional.linear = _LINEAR
         self.zero = self.engine.optimizer
+
+    @property
+    def _keeps_products(self) -> bool:
+        return self.cfg.train.activation_checkpointing == "selective"
 
     @property
     def _defers(self) -> bool:
@@ -91,6 +100,9 @@ class DeepSpeedStrategy(Strategy):
                 "overlap_comm": self.world.device.type == "cuda",
                 # A bucket then goes to the rank that owns it, instead of to all of them.
                 "use_multi_rank_bucket_allreduce": False,
+                # The engine's own linear layer adds its bias in place: to a product that selective recomputation has kept, for
+                # a second time.
+                "memory_efficient_linear": not self._keeps_products,
                 **offload,
             },
             # Offloaded states are updated by torch's own fused AdamW for CPUs, which needs no compiler.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rear_scale import rng
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, to_dict
 from rear_scale.model import build_model
+from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
@@ -145,6 +146,7 @@ def _build(cfg: ExperimentConfig, plan: Plan, world: World, found: checkpoint.Ch
     else:
         # Before the engine takes over: the copies that it makes are right from the start.
         checkpoint.load_weights(found, model)
+    prepare_blocks(model, cfg)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     if found is not None:
