@@ -25,6 +25,23 @@ BIN = Path(sys.executable).parent
 # The tiny set: 16 tokens of 32 codes of width 8, 5 classes.
 NUM_TOKENS, CODEBOOK_SIZE, CODEBOOK_DIM, NUM_CLASSES = 16, 32, 8, 5
 
+# What in a line of metrics.jsonl differs from run to run.
+TIMES = (
+    "images_per_s",
+    "images_per_s_per_gpu",
+    "step_time_s",
+    "data_wait_s",
+    "forward_s",
+    "backward_s",
+    "optimizer_s",
+    "checkpoint_s",
+    "own_time_min_s",
+    "own_time_max_s",
+    "time_left_s",
+    "peak_mem_gib",
+    "slowest_rank",
+)
+
 
 def write_token_shards(folder: Path, num_samples: int, seed: int = 0) -> Path:
     """Synthetic token shards whose sequences follow their class, so that something can be learnt."""

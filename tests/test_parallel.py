@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from helpers import run_alone, run_ranks, tiny_config
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
@@ -93,7 +96,7 @@ def everything(strategy: Strategy) -> dict[str, np.ndarray]:
 def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tuple[list, dict[str, np.ndarray]]:
     strategy = build(world, cfg)
     losses = run_steps(world, cfg, strategy, 1, 3)
-    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3}, keep_last=2)
+    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3}, CheckpointConfig(keep_last=2))
     return losses + run_steps(world, cfg, strategy, 4, 6), everything(strategy)
 
 
@@ -219,6 +222,36 @@ def test_decayed_weights_shrink_and_the_others_do_not(tmp_path: Path, tokens: Pa
     assert run_alone(shrunk) == pytest.approx((0.95, 1.0), rel=1e-6)
 
 
+def _averages(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Per strategy: how far its moving average is from one kept beside it, and the average after saving and loading."""
+    found = {}
+    for name in names:
+        cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "optim.ema_decay=0.7")
+        strategy = build(world, cfg)
+        expected = {key: value.cpu().clone() for key, value in strategy.tensors("param")}
+        for step in (1, 2, 3):
+            run_steps(world, cfg, strategy, step, step)
+            for key, value in strategy.tensors("param"):
+                expected[key].lerp_(value.cpu(), 0.3)
+        far = max((value.cpu() - expected[key]).abs().max().item() for key, value in strategy.tensors("ema"))
+        path = checkpoint.save(
+            folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig()
+        )
+        straight = run_steps(world, cfg, strategy, 4, 5)
+        averages = {key: value.cpu().clone() for key, value in strategy.tensors("ema")}
+        resumed = build(world, cfg, checkpoint.open_checkpoint(path))
+        same = run_steps(world, cfg, resumed, 4, 5) == straight
+        same &= all(torch.equal(value.cpu(), averages[key]) for key, value in resumed.tensors("ema"))
+        found[name] = (far, same)
+    return found
+
+
+def test_the_moving_average_is_sharded_like_the_weights_and_resumes(tmp_path: Path, tokens: Path) -> None:
+    for name, (far, same) in run_ranks(2, _averages, tmp_path, tokens, TWO_RANKS)[0].items():
+        assert far <= 1e-6, name
+        assert same, name
+
+
 def small_strategy(world: World, folder: Path, tokens: Path) -> Strategy:
     cfg = tiny_config(folder, tokens, "strategy=single")
     strategy = build(world, cfg)
@@ -233,7 +266,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         strategy = small_strategy(world, tmp_path, tokens)
         assert checkpoint.newest(root, world, print) is None
         for step in (1, 2, 3, 4):
-            checkpoint.save(root, step, strategy, world, {"optimizer_step": step}, keep_last=3)
+            checkpoint.save(root, step, strategy, world, {"optimizer_step": step}, CheckpointConfig())
         assert sorted(path.name for path in root.iterdir()) == [
             "latest",
             "step_00000002",
@@ -255,9 +288,104 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         assert "step_00000003 is damaged" in reports[1]
         (root / "step_00000002/meta.json").unlink()
         assert checkpoint.newest(root, world, reports.append) is None
-        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4}, keep_last=3)
+        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4}, CheckpointConfig())
         assert checkpoint.newest(root, world, print).step == 4
         assert not (root / "step_00000009.tmp").exists()
+
+    run_alone(scenario)
+
+
+def test_every_nth_checkpoint_stays(tmp_path: Path, tokens: Path) -> None:
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        for step in range(1, 8):
+            config = CheckpointConfig(keep_last=2, keep_every=3)
+            checkpoint.save(tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step}, config)
+
+    run_alone(scenario)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at `begin`, and nothing is visible before `finish`."""
+    may_write = threading.Event()
+    write = checkpoint.save_file
+
+    def slowly(*arguments: Any) -> None:
+        assert may_write.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        before = everything(strategy)
+        writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
+        assert writer.begin(1, strategy, {"optimizer_step": 1}) is None
+        run_steps(world, strategy.cfg, strategy, 2, 3)
+        assert writer.state == checkpoint.Writer.WRITING
+        assert checkpoint.newest(tmp_path / "checkpoints", world, print) is None
+        may_write.set()
+        path, problem = writer.finish()
+        assert problem is None
+        found = checkpoint.open_checkpoint(path)
+        for key, value in before.items():
+            kind, name = key.split("/", 1)
+            assert np.array_equal(found.reader(kind)(name).numpy(), value), key
+
+    run_alone(scenario)
+
+
+def test_a_part_that_reads_back_wrong_is_no_checkpoint(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.save_file
+
+    def damaged(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        write(tensors, path)
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 4
+        path.write_bytes(data)
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        monkeypatch.setattr(checkpoint, "save_file", damaged)
+        with pytest.raises(
+            OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
+        ):
+            checkpoint.save(tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2}, CheckpointConfig())
+
+    run_alone(scenario)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
+
+
+def test_a_full_disk_is_named_and_older_checkpoints_stay(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkpoints"
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        checkpoint.save(root, 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        writer = checkpoint.Writer(root, world, CheckpointConfig())
+        usage = shutil.disk_usage(root)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert "has 0 MiB free, but a checkpoint takes 1 MiB" in writer.begin(2, strategy, {"optimizer_step": 2})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        assert writer.begin(2, strategy, {"optimizer_step": 2}) is None
+        path, problem = writer.finish()
+        assert path is None
+        assert "part-00000.safetensors: [Errno 28] No space left on device" in problem
+        assert sorted(item.name for item in root.iterdir()) == ["latest", "step_00000001"]
 
     run_alone(scenario)
 
@@ -265,7 +393,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
 def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, tokens: Path) -> None:
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        path = checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, keep_last=1)
+        path = checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
         found = checkpoint.find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]

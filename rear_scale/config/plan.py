@@ -89,10 +89,20 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 
 
 # What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
-_FREE_ON_RESUME = ("strategy.", "train.micro_batch_size", "train.activation_checkpointing", "train.recompute_every_n",
-                   "train.val_every", "train.stop_at_step", "train.log_every", "checkpoint.", "resume.",
-                   "wandb.", "run.name", "run.dir", "data.", "tokenizer.weights", "tokenizer.training", "pretokenize.",
-                   "sample.", "evaluate.")  # fmt: skip
+_FREE_ON_RESUME = (
+    "strategy.", "train.micro_batch_size", "train.activation_checkpointing", "train.recompute_every_n", "train.val_every",
+    "train.stop_at_step", "train.log_every", "optim.backend", "checkpoint.", "resume.", "guard.", "profile.", "wandb.",
+    "run.name", "run.dir", "data.", "tokenizer.weights", "tokenizer.training", "pretokenize.", "sample.", "evaluate.",
+)  # fmt: skip
+
+
+_DEFAULTS = to_dict(ExperimentConfig())
+
+
+def _completed(defaults: Any, values: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    return {**defaults, **{key: _completed(defaults.get(key), value) for key, value in values.items()}}
 
 
 def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:
@@ -100,7 +110,9 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
 
     `saved` are the values of the checkpoint's config, `source` its name.
     """
-    before, now = leaves(saved), leaves(to_dict(cfg))
+    # A field that came after the checkpoint had its default then.
+    before = leaves({**_DEFAULTS, **{key: _completed(_DEFAULTS.get(key), value) for key, value in saved.items()}})
+    now = leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
         allowed = key.startswith(_FREE_ON_RESUME) or any(
             key == name or key.startswith(f"{name}.") for name in cfg.resume.allow

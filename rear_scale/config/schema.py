@@ -104,6 +104,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.96])
     weight_decay: float = 0.03
     grad_clip: float = 1.0  # largest global gradient norm
+    ema_decay: float = 0.0  # moving average of the weights, per update; 0 = none
 
 
 @dataclass
@@ -131,12 +132,30 @@ class TrainConfig:
     recompute_every_n: int = 2  # n of every_n
     compile: bool = False  # torch.compile of each block
     log_every: int = 10  # steps
+    val_every: int | None = None  # steps between validations on data.val; null = none
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = 5000
     keep_last: int = 3  # older checkpoints are deleted
+    keep_every: int | None = None  # steps; checkpoints at multiples of it are never deleted
+
+
+@dataclass
+class GuardConfig:
+    on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop | skip (leave that update out)
+    max_skips: int = 10  # updates of a run that may be left out before it stops all the same
+    hang_timeout_s: float = 900.0  # seconds without progress on a rank before it writes its stacks and ends; 0 = never
+    on_spike: str = "log"  # a loss far above those before it: log | rewind (to the newest checkpoint, past that data)
+    spike_sigma: float = 8.0  # standard deviations of the recent losses that make a spike
+    spike_window: int = 100  # losses that it is measured against
+    max_rewinds: int = 3  # of a run; after that, spikes are only logged
+
+
+@dataclass
+class ProfileConfig:
+    steps: list[int] | None = None  # [first, last]: rank 0 writes a torch profiler trace of these steps
 
 
 @dataclass
@@ -205,6 +224,8 @@ class ExperimentConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -133,10 +133,15 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "train.epochs", "train.total_steps", "train.stop_at_step", "train.log_every")
     _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
+    _positive(cfg, "checkpoint.keep_every", "train.val_every")
+    _require(
+        0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must lie in [0, 1)", "Use 0 for none, or 0.9999"
+    )
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("train.activation_checkpointing", train.activation_checkpointing, RECOMPUTE_POLICIES)
     _positive(cfg, "train.recompute_every_n")
     _validate_strategy(cfg)
+    _validate_guard(cfg)
     _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
     _require(
         0 <= optim.end_lr <= optim.lr,
@@ -204,6 +209,34 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
             "compiled block no longer has",
             "Use full or every_n, or train.compile=false",
         )
+
+
+def _validate_guard(cfg: ExperimentConfig) -> None:
+    guard, steps = cfg.guard, cfg.profile.steps
+    _one_of("guard.on_nonfinite", guard.on_nonfinite, ("stop", "skip"))
+    _one_of("guard.on_spike", guard.on_spike, ("log", "rewind"))
+    _positive(cfg, "guard.max_skips", "guard.spike_sigma", "guard.spike_window", "guard.max_rewinds")
+    _require(
+        guard.hang_timeout_s >= 0,
+        "guard.hang_timeout_s",
+        guard.hang_timeout_s,
+        "must not be negative",
+        "Use 0 for no watchdog, or some minutes",
+    )
+    _require(
+        steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        "profile.steps",
+        steps,
+        "is not a first and a last step",
+        "Use profile.steps=[10,12], or null",
+    )
+    _require(
+        cfg.train.val_every is None or cfg.data.val is not None,
+        "train.val_every",
+        cfg.train.val_every,
+        "needs data.val",
+        "Set data.val to a folder of token shards, or train.val_every=null",
+    )
 
 
 def _validate_sampling(cfg: ExperimentConfig) -> None:

@@ -17,8 +17,8 @@ class DDPStrategy(TorchStrategy):
 
     def build(self, model: nn.Module) -> None:
         self.model = model.to(self.world.device)
-        self.optimizer = self.make_optimizer(self.model)
-        self.engine: nn.Module = self.model
+        self.prepare_optimizer()
+        self.engine = self.model
         if self.world.size > 1:
             device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.engine = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)

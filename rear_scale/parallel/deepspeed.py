@@ -69,6 +69,11 @@ class DeepSpeedStrategy(Strategy):
         if self.stage < 3 or self._keeps_products:
             torch.nn.functional.linear = _LINEAR
         self.zero = self.engine.optimizer
+        if self.cfg.optim.ema_decay:
+            # One more state of the optimizer: sharded, offloaded and read by name like the others.
+            self._create_moments(0)
+            for flat in self._master_partitions():
+                self.zero.optimizer.state[flat]["ema"] = flat.detach().clone()
 
     @property
     def _keeps_products(self) -> bool:
@@ -147,6 +152,21 @@ class DeepSpeedStrategy(Strategy):
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if self.cfg.optim.ema_decay:
+            self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        masters = self._master_partitions()
+        averages = [self.zero.optimizer.state[flat]["ema"] for flat in masters]
+        torch._foreach_lerp_(averages, masters, 1 - self.cfg.optim.ema_decay)
+
+    @torch.no_grad()
+    def evaluate(self, compute: Compute) -> Tensor:
+        self.engine.eval()
+        _, statistics = compute(self.engine)
+        self.engine.train()
+        return statistics
 
     def skip(self) -> None:
         zero = self.zero
@@ -187,13 +207,12 @@ class DeepSpeedStrategy(Strategy):
     def _create_moments(self, optimizer_step: int) -> None:
         base = self.zero.optimizer
         for flat in self._master_partitions():
-            if "exp_avg" not in base.state[flat]:
-                step_device = flat.device if base.defaults["fused"] else "cpu"
-                base.state[flat] = {
-                    "step": torch.tensor(float(optimizer_step), device=step_device),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+            state = base.state[flat]
+            if "exp_avg" not in state:
+                state.update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            # AdamW's fused kernel wants its step count on the device.
+            step_device = flat.device if base.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(optimizer_step), device=step_device)
 
     def _master_partitions(self) -> list[Tensor]:
         """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""

@@ -21,7 +21,8 @@ class FSDPStrategy(TorchStrategy):
 
     def build(self, model: nn.Module) -> None:
         self.model = wrap(model.to(self.world.device), self._mesh(), self.cfg.train.precision, self._reshard)
-        self.optimizer = self.make_optimizer(self.model)
+        self.engine = self.model
+        self.prepare_optimizer()
 
     @property
     def _reshard(self) -> bool:

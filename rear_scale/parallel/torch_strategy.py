@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rear_scale.parallel.strategy import Kind, Strategy
+from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 
 class TorchStrategy(Strategy):
-    """Optimizer, clipping and state by name. Subclasses set `model` and `optimizer`, and run the passes."""
+    """Optimizer, clipping and state by name. Subclasses set `model` and `engine`, and run the passes of training."""
 
+    engine: nn.Module  # what is called: the model or its wrapper
     optimizer: torch.optim.Optimizer
 
     def grad_norm(self) -> Tensor:
@@ -27,9 +30,46 @@ class TorchStrategy(Strategy):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.cfg.optim.ema_decay:
+            self._average()
 
     def skip(self) -> None:
         self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, compute: Compute) -> Tensor:
+        self.model.eval()
+        with self.compute_precision():
+            _, statistics = compute(self.engine)
+        self.model.train()
+        return statistics
+
+    def compute_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def prepare_optimizer(self) -> None:
+        """Makes the optimizer, and the moving average as one more of its states: sharded and stored like the others."""
+        self.optimizer = self.make_optimizer(self.model)
+        if self.cfg.optim.ema_decay:
+            for weight in self.model.parameters():
+                # An optimizer that finds a state completes none, so the others are made here too.
+                zeros = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[weight] = {
+                    "step": self._step_count(weight, 0),
+                    **zeros,
+                    "ema": weight.detach().clone(),
+                }
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        weights = list(self.model.parameters())
+        averages = [_local(self.optimizer.state[weight]["ema"]) for weight in weights]
+        torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
+
+    def _step_count(self, weight: Tensor, optimizer_step: int) -> Tensor:
+        # AdamW's fused kernel wants its step count on the device.
+        device = weight.device if self.optimizer.defaults.get("fused") else "cpu"
+        return torch.tensor(float(optimizer_step), device=device)
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.model.named_parameters():
@@ -43,13 +83,15 @@ class TorchStrategy(Strategy):
                 continue
             state = self.optimizer.state[weight]
             state[kind] = value
-            # AdamW's fused kernel wants its step count on the device.
-            step_device = weight.device if self.optimizer.defaults.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(optimizer_step), device=step_device)
+            state["step"] = self._step_count(weight, optimizer_step)
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
