@@ -1,27 +1,33 @@
 """Trains a generator on token shards.
 
     deepspeed launchers/train.py --config rear_xl.yaml
-    torchrun --nproc-per-node 8 launchers/train.py --config rear_xl.yaml strategy=ddp
+    torchrun --nproc-per-node 8 launchers/train.py --config rear_xl.yaml strategy=fsdp2
     python launchers/train.py --config demo.yaml strategy=single
 
-The same command again resumes from the newest checkpoint of run.dir.
+The same command again resumes from the newest checkpoint of run.dir. SIGTERM and SIGUSR1 to the ranks save and end with exit
+code 75.
 """
 
 from rear_scale import cli
 from rear_scale.train import dry_run, setup
 from rear_scale.train.loop import Hooks, train
+from rear_scale.train.validation import Validation
 from rear_scale.world import joined
 
 
 def main() -> None:
     command = cli.parse(cli.make_parser(__doc__))
+    cfg = command.cfg
     if command.args.dry_run:
-        dry_run.show(command.cfg, command.ranks)
+        dry_run.show(cfg, command.ranks)
         return
-    data = setup.check_data(command.cfg, command.ranks)
+    data = setup.check_data(cfg, command.ranks)
     with joined(command.ranks) as world:
         tokens, codebook = data.open(world)
-        train(command.cfg, data.plan, world, tokens, codebook, Hooks())
+        hooks = Hooks()
+        if cfg.train.val_every:
+            hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
+        train(cfg, data.plan, world, tokens, codebook, hooks)
 
 
 if __name__ == "__main__":

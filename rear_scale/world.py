@@ -142,6 +142,13 @@ class World:
         dist.all_reduce(packed)
         return packed.cpu()
 
+    def table(self, values: Sequence[float]) -> torch.Tensor:
+        """float64 [W, n] on the CPU of every rank: the n values of each rank, in rank order."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu()
+
     def gather(self, item: Any) -> list[Any]:
         """The items of all ranks in rank order, on every rank. For small Python objects."""
         items: list[Any] = [None] * self.size

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from rear_scale.config import ExperimentConfig, load
 from rear_scale.shards import writer
-from rear_scale.shards.record import Manifest, file_sha256, write_manifest, write_text_atomically
+from rear_scale.shards.record import Manifest, file_sha256, write_manifest
 from rear_scale.world import Ranks, free_port, joined
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +24,23 @@ BIN = Path(sys.executable).parent
 
 # The tiny set: 16 tokens of 32 codes of width 8, 5 classes.
 NUM_TOKENS, CODEBOOK_SIZE, CODEBOOK_DIM, NUM_CLASSES = 16, 32, 8, 5
+
+# What in a line of metrics.jsonl differs from run to run.
+TIMES = (
+    "images_per_s",
+    "images_per_s_per_gpu",
+    "step_time_s",
+    "data_wait_s",
+    "forward_s",
+    "backward_s",
+    "optimizer_s",
+    "checkpoint_s",
+    "own_time_min_s",
+    "own_time_max_s",
+    "time_left_s",
+    "peak_mem_gib",
+    "slowest_rank",
+)
 
 
 def write_token_shards(folder: Path, num_samples: int, seed: int = 0) -> Path:
@@ -65,9 +82,9 @@ def tiny_config_file(folder: Path, tokens: Path) -> Path:
     """A reAR config for the tiny set, as a user would keep one outside configs/."""
     path = folder / "tiny.yaml"
     sizes = f"num_tokens: {NUM_TOKENS}, codebook_size: {CODEBOOK_SIZE}, codebook_dim: {CODEBOOK_DIM}"
-    # Several ranks write the same file: each sees it whole.
-    write_text_atomically(
-        path,
+    # Renamed into place: several ranks may write it at once, and read it.
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(
         f"""
 defaults:
   - base
@@ -83,6 +100,7 @@ train: {{total_steps: 12, global_batch_size: 12, micro_batch_size: 6, precision:
 checkpoint: {{every_steps: 4}}
 """,
     )
+    part.replace(path)
     return path
 
 

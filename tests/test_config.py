@@ -81,6 +81,7 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path: Path) -> None:
         ("train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
         ("strategy=zero9", "strategy=zero9 is not one of"),
         ("strategy.name=zero9", "strategy.name=zero9 is not one of"),
+        ("strategy.reshard_after_forward=false", "strategy.reshard_after_forward=False is offered by fsdp2 and hsdp"),
         ("objective=reAR", "did you mean rear?"),
         ("sample.guidance.schedule=cosine", "did you mean power_cosine?"),
         ("train.epochs=null", "exactly one of the two"),
@@ -117,6 +118,22 @@ def test_the_way_out_of_an_indivisible_batch_works() -> None:
 def test_strategy_single_refuses_a_larger_world() -> None:
     assert "strategy=single runs one process, but 2 were started" in error_of(
         "demo.yaml", "strategy=single", world_size=2
+    )
+
+
+def test_what_a_strategy_does_not_offer_is_refused() -> None:
+    assert "strategy.cpu_offload=True is offered by zero1, zero2 and zero3, not by strategy=ddp" in error_of(
+        "demo.yaml", "strategy=ddp", "strategy.cpu_offload=true"
+    )
+    assert "strategy.replicas=1 must be at least 2 under hsdp" in error_of(
+        "demo.yaml", "strategy=hsdp", "strategy.replicas=1"
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 6, 7])
+def test_strategy_hsdp_needs_two_axes(world_size: int) -> None:
+    assert f"strategy.replicas=4 needs a multiple of 4 ranks, at least 8, but {world_size} were started" in error_of(
+        "demo.yaml", "strategy=hsdp", "strategy.replicas=4", world_size=world_size
     )
 
 

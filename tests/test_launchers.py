@@ -14,12 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import BIN, ROOT, command_line, environment, launch, metrics, tiny_config_file
+from helpers import BIN, ROOT, TIMES, command_line, environment, launch, metrics, tiny_config_file
 
 from rear_scale.world import free_port
 
 TRAIN = "launchers/train.py"
-TIMES = ("images_per_s", "step_time_s", "data_wait_s", "peak_mem_gib")
 
 
 def fresh_config(tmp_path: Path, name: str, tokens: Path) -> Path:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import torch
 from helpers import run_alone, run_ranks, tiny_config
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError
 from rear_scale.model import build_model
+from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
@@ -19,6 +23,16 @@ from rear_scale.shards.record import read_codebook
 from rear_scale.world import World
 
 QUIET = ["model.dropout=0", "model.attn_dropout=0"]
+# Of two ranks, with the variants that change what travels when.
+ALTERNATIVES = {
+    "ddp": [[]],
+    "fsdp2": [[], ["strategy.defer_reduction=false", "strategy.reshard_after_forward=false"]],
+    "zero1": [[], ["strategy.cpu_offload=true"]],
+    "zero2": [[], ["strategy.defer_reduction=true"], ["strategy.cpu_offload=true"]],
+    "zero3": [[], ["strategy.defer_reduction=true"]],
+    "hsdp": [[], ["strategy.defer_reduction=false"]],
+}
+TWO_RANKS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | None = None) -> Strategy:
@@ -31,6 +45,7 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
                 weight.fill_(0.01)
     if found is not None:
         checkpoint.load_weights(found, model)
+    prepare_blocks(model, cfg)
     strategy.build(model)
     if found is not None:
         checkpoint.restore(found, strategy)
@@ -38,9 +53,16 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
 
 
 def run_steps(
-    world: World, cfg: ExperimentConfig, strategy: Strategy, first: int, last: int
+    world: World,
+    cfg: ExperimentConfig,
+    strategy: Strategy,
+    first: int,
+    last: int,
+    *,
+    skip: bool = False,
+    lr: float = 1e-2,
 ) -> list[tuple[float, float]]:
-    """(loss over the global batch, gradient norm) of each step."""
+    """(loss over the global batch, gradient norm) of each step, whose update is applied or skipped."""
     tokens = open_tokens(cfg.data.train, cfg.data.cache_dir)
     codebook = torch.from_numpy(read_codebook(cfg.data.train, tokens.manifest))
     objective = Objective(cfg, strategy.plan, codebook, world.device)
@@ -59,7 +81,10 @@ def run_steps(
 
             loss += strategy.forward_backward(compute, micro_step)[0].item() / strategy.plan.accumulation
         norm = strategy.grad_norm().item()
-        strategy.step(1e-2)
+        if skip:
+            strategy.skip()
+        else:
+            strategy.step(lr)
         results.append((world.sum([loss]).item() / world.size, norm))
     return results
 
@@ -71,33 +96,45 @@ def everything(strategy: Strategy) -> dict[str, np.ndarray]:
 def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tuple[list, dict[str, np.ndarray]]:
     strategy = build(world, cfg)
     losses = run_steps(world, cfg, strategy, 1, 3)
-    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3}, keep_last=2)
+    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3}, CheckpointConfig(keep_last=2))
     return losses + run_steps(world, cfg, strategy, 4, 6), everything(strategy)
 
 
-def _all_strategies(world: World, folder: Path, tokens: Path, saved: Path) -> dict[str, Any]:
-    """Every strategy of two ranks, trained and saved; then each resumed from one checkpoint of a single process."""
+def _strategies(world: World, folder: Path, tokens: Path, saved: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Strategies trained and saved; then each resumed from its own checkpoint and from one of a single process."""
     found: dict[str, Any] = {}
-    for name in ("ddp", "zero1", "zero2", "zero3"):
-        for micro_batch_size in (6, 2):
-            cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", f"train.micro_batch_size={micro_batch_size}")
-            losses, state = _train_save_continue(world, cfg, folder / f"{name}{micro_batch_size}")
+    for name in names:
+        for micro_batch_size in (12 // world.size, 12 // world.size // 3):
+            quick = [*QUIET, f"strategy={name}", f"train.micro_batch_size={micro_batch_size}"]
+            cfg = tiny_config(folder, tokens, *quick)
+            losses, state = _train_save_continue(world, cfg, folder / f"{name}-{micro_batch_size}")
             found[name, micro_batch_size] = losses
         found[name, "state"] = state if world.is_main else None
-        resumed = build(world, cfg, checkpoint.open_checkpoint(saved))
-        found[name, "resumed"] = run_steps(world, cfg, resumed, 4, 6)
-        again = build(world, cfg, checkpoint.find(folder / f"{name}2/step_00000003"))
+        for number, overrides in enumerate(ALTERNATIVES[name][1:]):
+            other = tiny_config(folder, tokens, *quick, *overrides)
+            found[name, -number] = run_steps(world, other, build(world, other), 1, 6)
+        found[name, "resumed"] = run_steps(world, cfg, build(world, cfg, checkpoint.open_checkpoint(saved)), 4, 6)
+        again = build(world, cfg, checkpoint.find(folder / f"{name}-{micro_batch_size}/step_00000003"))
         found[name, "again"] = run_steps(world, cfg, again, 4, 6)
-        half = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "train.precision=bf16")
+        half = tiny_config(folder, tokens, *quick, "train.precision=bf16")
         found[name, "bf16"] = run_steps(world, half, build(world, half), 1, 3)
     return found
 
 
-def test_every_strategy_trains_saves_and_resumes_alike(tmp_path: Path, tokens: Path) -> None:
-    alone = tiny_config(tmp_path, tokens, *QUIET, "strategy=single")
-    expected, state = run_alone(_train_save_continue, alone, tmp_path / "single")
-    # The folders of all strategies are the same.
-    found, other = run_ranks(2, _all_strategies, tmp_path, tokens, tmp_path / "single/step_00000003")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> tuple[Path, ExperimentConfig, list, dict]:
+    """Folder with a checkpoint, config, six steps and last state of a single process."""
+    folder = tmp_path_factory.mktemp("alone")
+    cfg = tiny_config(folder, tokens, *QUIET, "strategy=single")
+    return folder, cfg, *run_alone(_train_save_continue, cfg, folder / "single")
+
+
+@pytest.mark.parametrize(("world_size", "names"), [(2, TWO_RANKS), (4, ("hsdp",))])
+def test_every_strategy_trains_saves_and_resumes_alike(
+    tmp_path: Path, tokens: Path, alone: tuple, world_size: int, names: tuple[str, ...]
+) -> None:
+    folder, cfg, expected, state = alone
+    found, *others = run_ranks(world_size, _strategies, tmp_path, tokens, folder / "single/step_00000003", names)
     for (name, what), value in found.items():
         if what == "state":
             assert set(value) == set(state)
@@ -110,18 +147,42 @@ def test_every_strategy_trains_saves_and_resumes_alike(tmp_path: Path, tokens: P
         else:
             part = expected if isinstance(what, int) else expected[3:]
             assert np.array(value) == pytest.approx(np.array(part), rel=1e-5), (name, what)
-        assert what == "state" or other[name, what] == value
-    for name in ("ddp", "zero1", "zero2", "zero3"):
+        assert what == "state" or all(other[name, what] == value for other in others)
+    for name in names:
         # The same strategy, world and micro-batch: bitwise.
-        assert found[name, "again"] == found[name, 2][3:], name
-    # And back: what two ranks saved under each strategy, in one process.
-    for name in ("ddp6", "zero1" + "6", "zero3" + "2"):
-        resumed = run_alone(
-            lambda world, name=name: run_steps(
-                world, alone, build(world, alone, checkpoint.find(tmp_path / name / "step_00000003")), 4, 6
-            )
-        )
+        assert found[name, "again"] == found[name, 12 // world_size // 3][3:], name
+        # And back: what several ranks saved under each strategy, in one process.
+        saved = checkpoint.find(tmp_path / f"{name}-{12 // world_size}/step_00000003")
+        resumed = run_alone(lambda world, saved=saved: run_steps(world, cfg, build(world, cfg, saved), 4, 6))
         assert np.array(resumed) == pytest.approx(np.array(expected[3:]), rel=1e-5), name
+
+
+def _skip_one(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Per strategy and precision: the largest change that a skipped update makes, and the losses around it."""
+    found = {}
+    for name in names:
+        for precision in ("fp32", "bf16"):
+            cfg = tiny_config(
+                folder, tokens, *QUIET, f"strategy={name}", f"train.precision={precision}", "train.micro_batch_size=3"
+            )
+            strategy = build(world, cfg)
+            straight = run_steps(world, cfg, strategy, 1, 3)
+            strategy = build(world, cfg)
+            losses = run_steps(world, cfg, strategy, 1, 2)
+            before = everything(strategy)
+            run_steps(world, cfg, strategy, 7, 7, skip=True)
+            after = everything(strategy)
+            changed = max(np.abs(after[key] - before[key]).max() for key in before)
+            found[name, precision] = [changed, losses + run_steps(world, cfg, strategy, 3, 3), straight]
+    return found
+
+
+def test_a_skipped_update_leaves_no_trace(tmp_path: Path, tokens: Path) -> None:
+    for (name, precision), (changed, losses, straight) in run_ranks(2, _skip_one, tmp_path, tokens, TWO_RANKS)[
+        0
+    ].items():
+        assert changed == 0, (name, precision)
+        assert losses == straight, (name, precision)
 
 
 def test_weight_decay_follows_the_published_rule(tmp_path: Path, tokens: Path) -> None:
@@ -161,6 +222,36 @@ def test_decayed_weights_shrink_and_the_others_do_not(tmp_path: Path, tokens: Pa
     assert run_alone(shrunk) == pytest.approx((0.95, 1.0), rel=1e-6)
 
 
+def _averages(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Per strategy: how far its moving average is from one kept beside it, and the average after saving and loading."""
+    found = {}
+    for name in names:
+        cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "optim.ema_decay=0.7")
+        strategy = build(world, cfg)
+        expected = {key: value.cpu().clone() for key, value in strategy.tensors("param")}
+        for step in (1, 2, 3):
+            run_steps(world, cfg, strategy, step, step)
+            for key, value in strategy.tensors("param"):
+                expected[key].lerp_(value.cpu(), 0.3)
+        far = max((value.cpu() - expected[key]).abs().max().item() for key, value in strategy.tensors("ema"))
+        path = checkpoint.save(
+            folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig()
+        )
+        straight = run_steps(world, cfg, strategy, 4, 5)
+        averages = {key: value.cpu().clone() for key, value in strategy.tensors("ema")}
+        resumed = build(world, cfg, checkpoint.open_checkpoint(path))
+        same = run_steps(world, cfg, resumed, 4, 5) == straight
+        same &= all(torch.equal(value.cpu(), averages[key]) for key, value in resumed.tensors("ema"))
+        found[name] = (far, same)
+    return found
+
+
+def test_the_moving_average_is_sharded_like_the_weights_and_resumes(tmp_path: Path, tokens: Path) -> None:
+    for name, (far, same) in run_ranks(2, _averages, tmp_path, tokens, TWO_RANKS)[0].items():
+        assert far <= 1e-6, name
+        assert same, name
+
+
 def small_strategy(world: World, folder: Path, tokens: Path) -> Strategy:
     cfg = tiny_config(folder, tokens, "strategy=single")
     strategy = build(world, cfg)
@@ -175,7 +266,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         strategy = small_strategy(world, tmp_path, tokens)
         assert checkpoint.newest(root, world, print) is None
         for step in (1, 2, 3, 4):
-            checkpoint.save(root, step, strategy, world, {"optimizer_step": step}, keep_last=3)
+            checkpoint.save(root, step, strategy, world, {"optimizer_step": step}, CheckpointConfig())
         assert sorted(path.name for path in root.iterdir()) == [
             "latest",
             "step_00000002",
@@ -197,9 +288,104 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         assert "step_00000003 is damaged" in reports[1]
         (root / "step_00000002/meta.json").unlink()
         assert checkpoint.newest(root, world, reports.append) is None
-        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4}, keep_last=3)
+        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4}, CheckpointConfig())
         assert checkpoint.newest(root, world, print).step == 4
         assert not (root / "step_00000009.tmp").exists()
+
+    run_alone(scenario)
+
+
+def test_every_nth_checkpoint_stays(tmp_path: Path, tokens: Path) -> None:
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        for step in range(1, 8):
+            config = CheckpointConfig(keep_last=2, keep_every=3)
+            checkpoint.save(tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step}, config)
+
+    run_alone(scenario)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at `begin`, and nothing is visible before `finish`."""
+    may_write = threading.Event()
+    write = checkpoint.save_file
+
+    def slowly(*arguments: Any) -> None:
+        assert may_write.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        before = everything(strategy)
+        writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
+        assert writer.begin(1, strategy, {"optimizer_step": 1}) is None
+        run_steps(world, strategy.cfg, strategy, 2, 3)
+        assert writer.state == checkpoint.Writer.WRITING
+        assert checkpoint.newest(tmp_path / "checkpoints", world, print) is None
+        may_write.set()
+        path, problem = writer.finish()
+        assert problem is None
+        found = checkpoint.open_checkpoint(path)
+        for key, value in before.items():
+            kind, name = key.split("/", 1)
+            assert np.array_equal(found.reader(kind)(name).numpy(), value), key
+
+    run_alone(scenario)
+
+
+def test_a_part_that_reads_back_wrong_is_no_checkpoint(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.save_file
+
+    def damaged(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        write(tensors, path)
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 4
+        path.write_bytes(data)
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        monkeypatch.setattr(checkpoint, "save_file", damaged)
+        with pytest.raises(
+            OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
+        ):
+            checkpoint.save(tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2}, CheckpointConfig())
+
+    run_alone(scenario)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
+
+
+def test_a_full_disk_is_named_and_older_checkpoints_stay(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkpoints"
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        checkpoint.save(root, 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        writer = checkpoint.Writer(root, world, CheckpointConfig())
+        usage = shutil.disk_usage(root)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert "has 0 MiB free, but a checkpoint takes 1 MiB" in writer.begin(2, strategy, {"optimizer_step": 2})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        assert writer.begin(2, strategy, {"optimizer_step": 2}) is None
+        path, problem = writer.finish()
+        assert path is None
+        assert "part-00000.safetensors: [Errno 28] No space left on device" in problem
+        assert sorted(item.name for item in root.iterdir()) == ["latest", "step_00000001"]
 
     run_alone(scenario)
 
@@ -207,7 +393,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
 def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, tokens: Path) -> None:
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        path = checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, keep_last=1)
+        path = checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
         found = checkpoint.find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import metrics, run_alone, tiny_config, write_token_shards
+from helpers import TIMES, metrics, run_alone, tiny_config, write_token_shards
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.objective import Objective
@@ -15,8 +15,6 @@ from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World, discover
-
-TIMES = ("images_per_s", "step_time_s", "data_wait_s", "peak_mem_gib")
 
 
 def run(world: World, cfg: ExperimentConfig, hooks: Hooks | None = None) -> int:
@@ -57,6 +55,7 @@ def test_a_run_learns_and_reports_every_step(unbroken: Path) -> None:
         "lr",
         "noise_max",
     }
+    expected |= {"skipped_updates", "slowest_host"}
     assert set(lines[0]) == expected | {"mfu", *TIMES}
     first = lines[0]
     assert first["images_seen"] == 12
@@ -172,7 +171,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
         return (value * math.nan if len(calls) == 11 else value), statistics
 
     monkeypatch.setattr(Objective, "loss", poisoned)
-    with pytest.raises(FloatingPointError, match="step 6: the gradient norm is nan"):
+    with pytest.raises(
+        FloatingPointError,
+        match="step 6: the gradient norm is nan, with finite losses on all ranks. The update was not applied",
+    ):
         run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"))
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 4)

@@ -10,6 +10,7 @@ Every rule that a user can break raises InputError with the field, its value, th
 from rear_scale.config.load import CONFIG_DIR, check_override, from_dict, load
 from rear_scale.config.plan import Plan, check_resumable, derive
 from rear_scale.config.schema import (
+    CheckpointConfig,
     ClassifierConfig,
     ExperimentConfig,
     GuidanceConfig,
@@ -25,6 +26,7 @@ from rear_scale.config.values import to_dict, to_yaml
 
 __all__ = [
     "CONFIG_DIR",
+    "CheckpointConfig",
     "ClassifierConfig",
     "ExperimentConfig",
     "GuidanceConfig",

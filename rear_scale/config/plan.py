@@ -35,6 +35,12 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         raise InputError(
             f"strategy=single runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
         )
+    replicas = cfg.strategy.replicas
+    if cfg.strategy.name == "hsdp" and (world_size % replicas or world_size < 2 * replicas):
+        raise InputError(
+            f"strategy=hsdp with strategy.replicas={replicas} needs a multiple of {replicas} ranks, at least {2 * replicas}, but "
+            f"{world_size} were started. Use strategy=fsdp2, or another strategy.replicas"
+        )
     _check_batch(train, world_size)
     images_per_epoch = images_per_epoch or cfg.data.assumed_images
     if train.total_steps is not None:
@@ -87,10 +93,21 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 
 
 # What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
-_FREE_ON_RESUME = ("strategy.", "train.micro_batch_size", "train.stop_at_step", "train.log_every", "checkpoint.", "resume.",
-                   "wandb.", "model.kernel", "train.init_from", "run.name", "run.dir", "data.", "tokenizer.weights",
-                   "tokenizer.training", "pretokenize.",
-                   "sample.", "evaluate.")  # fmt: skip
+_FREE_ON_RESUME = (
+    "strategy.", "train.micro_batch_size", "train.activation_checkpointing", "train.recompute_every_n", "train.val_every",
+    "train.stop_at_step", "train.log_every", "optim.backend", "checkpoint.", "resume.", "guard.", "profile.", "wandb.",
+    "model.kernel", "train.init_from", "run.name", "run.dir", "data.", "tokenizer.weights",
+    "tokenizer.training", "pretokenize.", "sample.", "evaluate.",
+)  # fmt: skip
+
+
+_DEFAULTS = to_dict(ExperimentConfig())
+
+
+def _completed(defaults: Any, values: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    return {**defaults, **{key: _completed(defaults.get(key), value) for key, value in values.items()}}
 
 
 def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:
@@ -98,8 +115,9 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
 
     `saved` are the values of the checkpoint's config, `source` its name.
     """
-    # A field that the checkpoint does not know had its default's effect.
-    before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(saved)}, leaves(to_dict(cfg))
+    # A field that came after the checkpoint had its default then.
+    before = leaves({**_DEFAULTS, **{key: _completed(_DEFAULTS.get(key), value) for key, value in saved.items()}})
+    now = leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
         allowed = key.startswith(_FREE_ON_RESUME) or any(
             key == name or key.startswith(f"{name}.") for name in cfg.resume.allow

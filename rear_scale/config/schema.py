@@ -150,11 +150,18 @@ class OptimConfig:
     # Which weights decay. released: not biases, norms, embeddings, final AdaLN; matrices: all of 2 or more dimensions
     decay: str = "released"
     grad_clip: float = 1.0  # largest global gradient norm
+    ema_decay: float = 0.0  # moving average of the weights, per update; 0 = none
 
 
 @dataclass
 class StrategyConfig:
-    name: str = "zero1"
+    name: str = "zero1"  # single | ddp | fsdp2 | hsdp | zero1 | zero2 | zero3
+    cpu_offload: bool = False  # zero1, zero2, zero3: optimizer state and update on the CPU
+    # fsdp2, hsdp, zero2, zero3, when accumulating: whole gradients stay on each rank and travel once per update (true), or
+    # they stay sharded and travel in every micro-step (false)
+    defer_reduction: bool = True
+    reshard_after_forward: bool = True  # fsdp2, hsdp: gather weights again for the backward pass, or keep them (false)
+    replicas: int = 2  # hsdp: groups of ranks that each hold the whole model; one per machine is usual
 
 
 @dataclass
@@ -167,13 +174,36 @@ class TrainConfig:
     precision: str = "bf16"  # fp32 | bf16
     # Weights to start from: official RAR, AR, reAR or AliTok, ours, or a released checkpoint-N/ folder
     init_from: str | None = None
+    # What blocks compute again in the backward pass, to save memory: none | full (everything) | every_n (everything, in
+    # each n-th block) | selective (all but matrix products and attention)
+    activation_checkpointing: str = "none"
+    recompute_every_n: int = 2  # n of every_n
+    compile: bool = False  # torch.compile of each block
     log_every: int = 10  # steps
+    val_every: int | None = None  # steps between validations on data.val; null = none
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = 5000
     keep_last: int = 3  # older checkpoints are deleted
+    keep_every: int | None = None  # steps; checkpoints at multiples of it are never deleted
+
+
+@dataclass
+class GuardConfig:
+    on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop | skip (leave that update out)
+    max_skips: int = 10  # updates of a run that may be left out before it stops all the same
+    hang_timeout_s: float = 900.0  # seconds without progress on a rank before it writes its stacks and ends; 0 = never
+    on_spike: str = "log"  # a loss far above those before it: log | rewind (to the newest checkpoint, past that data)
+    spike_sigma: float = 8.0  # standard deviations of the recent losses that make a spike
+    spike_window: int = 100  # losses that it is measured against
+    max_rewinds: int = 3  # of a run; after that, spikes are only logged
+
+
+@dataclass
+class ProfileConfig:
+    steps: list[int] | None = None  # [first, last]: rank 0 writes a torch profiler trace of these steps
 
 
 @dataclass
@@ -246,6 +276,8 @@ class ExperimentConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

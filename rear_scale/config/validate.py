@@ -8,8 +8,9 @@ from typing import Any
 
 from rear_scale.config.schema import ExperimentConfig, InputError
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
+RECOMPUTE_POLICIES = ("none", "full", "every_n", "selective")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
 
@@ -203,10 +204,17 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "train.epochs", "train.total_steps", "train.stop_at_step", "train.log_every")
     _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
+    _positive(cfg, "checkpoint.keep_every", "train.val_every")
+    _require(
+        0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must lie in [0, 1)", "Use 0 for none, or 0.9999"
+    )
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("optim.schedule", optim.schedule, ("paper", "released"))
     _one_of("optim.decay", optim.decay, ("released", "matrices"))
-    _one_of("strategy.name", cfg.strategy.name, STRATEGIES)
+    _one_of("train.activation_checkpointing", train.activation_checkpointing, RECOMPUTE_POLICIES)
+    _positive(cfg, "train.recompute_every_n")
+    _validate_strategy(cfg)
+    _validate_guard(cfg)
     _one_of("wandb.mode", cfg.wandb.mode, ("disabled", "offline", "online"))
     _require(
         0 <= optim.end_lr <= optim.lr,
@@ -231,6 +239,76 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         optim.betas,
         "must be two numbers in [0, 1)",
         "The papers use [0.9,0.96]",
+    )
+
+
+def _validate_strategy(cfg: ExperimentConfig) -> None:
+    strategy = cfg.strategy
+    _one_of("strategy.name", strategy.name, STRATEGIES)
+    _require(
+        not strategy.cpu_offload or strategy.name.startswith("zero"),
+        "strategy.cpu_offload",
+        strategy.cpu_offload,
+        f"is offered by zero1, zero2 and zero3, not by strategy={strategy.name}",
+        "Use one of them, or strategy.cpu_offload=false",
+    )
+    _require(
+        strategy.reshard_after_forward or strategy.name in ("fsdp2", "hsdp"),
+        "strategy.reshard_after_forward",
+        strategy.reshard_after_forward,
+        f"is offered by fsdp2 and hsdp, not by strategy={strategy.name}",
+        "Use one of them, or strategy.reshard_after_forward=true",
+    )
+    _require(
+        strategy.replicas >= 2 or strategy.name != "hsdp",
+        "strategy.replicas",
+        strategy.replicas,
+        "must be at least 2 under hsdp",
+        "Use 2 or more, or strategy=fsdp2",
+    )
+    if cfg.train.compile:
+        _require(
+            strategy.name != "zero3",
+            "train.compile",
+            True,
+            "does not work with strategy=zero3, whose hooks gather the weights of each layer and break every block's graph",
+            "Use strategy=fsdp2, or train.compile=false",
+        )
+        _require(
+            cfg.train.activation_checkpointing != "selective",
+            "train.compile",
+            True,
+            "does not work with train.activation_checkpointing=selective, which chooses among the single operations that a "
+            "compiled block no longer has",
+            "Use full or every_n, or train.compile=false",
+        )
+
+
+def _validate_guard(cfg: ExperimentConfig) -> None:
+    guard, steps = cfg.guard, cfg.profile.steps
+    _one_of("guard.on_nonfinite", guard.on_nonfinite, ("stop", "skip"))
+    _one_of("guard.on_spike", guard.on_spike, ("log", "rewind"))
+    _positive(cfg, "guard.max_skips", "guard.spike_sigma", "guard.spike_window", "guard.max_rewinds")
+    _require(
+        guard.hang_timeout_s >= 0,
+        "guard.hang_timeout_s",
+        guard.hang_timeout_s,
+        "must not be negative",
+        "Use 0 for no watchdog, or some minutes",
+    )
+    _require(
+        steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        "profile.steps",
+        steps,
+        "is not a first and a last step",
+        "Use profile.steps=[10,12], or null",
+    )
+    _require(
+        cfg.train.val_every is None or cfg.data.val is not None,
+        "train.val_every",
+        cfg.train.val_every,
+        "needs data.val",
+        "Set data.val to a folder of token shards, or train.val_every=null",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from rear_scale.config import ExperimentConfig
@@ -66,3 +68,27 @@ def train_flops_per_image(cfg: ExperimentConfig) -> int:
     # An encode head that counts the last token has it run through the blocks before it.
     last = (heads.encode_tap or 0) * (block // S) if every and heads.encode_tap is not None else 0
     return 3 * (cfg.model.depth * block + output + len(taps) * head + last)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of cached decoding, for a whole batch, at the mean length of the prefix."""
+
+    flops: float
+    bytes: float  # weights, and keys and values of the live prefix, read once
+
+
+def decode_step_cost(cfg: ExperimentConfig, *, guided: bool) -> StepCost:
+    """What a step of decoding cannot do without: products, and reads of weights and cache; modulation is a table.
+
+    Guidance runs two rows per image. Values have the width of train.precision (2 or 4 bytes).
+    """
+    D, N, K = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.codebook_size
+    rows = cfg.sample.batch_size * (2 if guided else 1)
+    alitok = cfg.model.architecture == "alitok"
+    block = 4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg)
+    weights = cfg.model.depth * block + D * K
+    prefix = (N + (1 if alitok else 2)) / 2
+    cached = 2 * cfg.model.depth * D * prefix
+    width = 2 if cfg.train.precision == "bf16" else 4
+    return StepCost(flops=2.0 * rows * (weights + cached), bytes=width * (weights + rows * cached))

@@ -13,6 +13,10 @@ def open_strategy(cfg: ExperimentConfig, plan: Plan, world: World) -> Strategy:
         from rear_scale.parallel.ddp import DDPStrategy
 
         return DDPStrategy(cfg, plan, world)
+    if cfg.strategy.name in ("fsdp2", "hsdp"):
+        from rear_scale.parallel.fsdp import FSDPStrategy
+
+        return FSDPStrategy(cfg, plan, world)
     from rear_scale.parallel.deepspeed import DeepSpeedStrategy
 
     return DeepSpeedStrategy(cfg, plan, world)

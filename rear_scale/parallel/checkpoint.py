@@ -4,7 +4,8 @@
     <run>/checkpoints/step_00000100/meta.json                    step, config, data, files with checksums; written last
     <run>/checkpoints/latest                                     the name of the newest
 
-A checkpoint is written under another name and renamed when it is complete, so each one that is visible is whole.
+A checkpoint is written under another name, read back, and renamed when it is complete, so each one that is visible is
+whole.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rear_scale.config import InputError
-from rear_scale.parallel.strategy import KINDS, Kind, Strategy
+from rear_scale.config import CheckpointConfig, InputError
+from rear_scale.parallel.strategy import Kind, Strategy
 from rear_scale.shards.record import file_sha256, write_text_atomically
 from rear_scale.world import World
 
 FORMAT = "rear_scale checkpoint 1"
+
+# Room for the names and meta.json.
+_SPACE_MARGIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -64,45 +70,166 @@ class Checkpoint:
 
         return read
 
+    def has(self, kind: Kind) -> bool:
+        return any(key.startswith(f"{kind}/") for key in self.meta["index"])
+
     def names(self) -> list[str]:
         """All parameters."""
         return [key.removeprefix("param/") for key in self.meta["index"] if key.startswith("param/")]
 
 
-def save(root: Path, step: int, strategy: Strategy, world: World, meta: dict[str, Any], keep_last: int) -> Path:
-    """Writes the checkpoint of a step; each rank writes a part. All ranks must call this. Returns its folder."""
-    final = root / _folder_name(step)
-    part = final.with_suffix(".tmp")
-    if world.is_main:
-        # Left behind by a killed run.
-        for leftover in root.glob("step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(parents=True)
-    world.barrier()
-    file = f"part-{world.rank:05d}.safetensors"
-    mine: dict[str, Tensor] = {}
-    for kind in KINDS:
-        # Gathering is collective, so every rank walks through all of them and keeps its own.
-        for number, (name, tensor) in enumerate(strategy.tensors(kind)):
-            if number % world.size == world.rank:
-                mine[f"{kind}/{name}"] = tensor.float().cpu().clone()
-    save_file(mine, part / file)
-    sync(part / file)
-    size, checksum = (part / file).stat().st_size, file_sha256(part / file)
-    written = world.gather({"file": file, "size": size, "sha256": checksum, "keys": list(mine)})
-    if world.is_main:
-        files = [{name: item[name] for name in ("file", "size", "sha256")} for item in written]
-        index = {key: item["file"] for item in written for key in item["keys"]}
-        meta = {"format": FORMAT, "step": step, **meta, "files": files, "index": index}
-        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+class Writer:
+    """Writes checkpoints of a run while it goes on: training waits for the copy to host memory alone.
+
+    Each rank writes a part of the folder in a thread of its own. Nothing collective happens there: the ranks tell each other
+    `state` in step with training, and when all have written, `finish` makes the checkpoint visible.
+    """
+
+    IDLE, WRITING, WRITTEN, FAILED = range(4)
+
+    def __init__(self, root: Path, world: World, config: CheckpointConfig) -> None:
+        self.root, self.world, self.config = root, world, config
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
+        self.meta: dict[str, Any] = {}
+        self.mine: dict[str, Tensor] = {}
+        self.file = f"part-{world.rank:05d}.safetensors"
+
+    @property
+    def state(self) -> int:
+        """This rank's part: IDLE, WRITING, WRITTEN or FAILED."""
+        if self.thread is None:
+            return Writer.IDLE
+        if self.thread.is_alive():
+            return Writer.WRITING
+        return Writer.WRITTEN if self.error is None else Writer.FAILED
+
+    def begin(self, step: int, strategy: Strategy, meta: dict[str, Any]) -> str | None:
+        """Copies the state of a step and starts to write it. All ranks must call this, with no write going on.
+
+        Returns what is wrong when it cannot be written here (too little disk space), on all ranks.
+        """
+        assert self.thread is None
+        self.mine, self.error, self.meta = _own_share(strategy, self.world), None, {"step": step, **meta}
+        problem = self._prepare_folder()
+        if problem is None:
+            self.thread = threading.Thread(target=self._write, daemon=True)
+            self.thread.start()
+        return problem
+
+    def finish(self) -> tuple[Path | None, str | None]:
+        """Waits for all parts and makes the checkpoint visible: (its folder, None), or (None, what went wrong).
+
+        All ranks must call this while a write goes on, and all get the same answer.
+        """
+        assert self.thread is not None
+        self.thread.join()
+        self.thread = None
+        written = self.world.gather((self.error, self.meta.get("part")))
+        problem = next((f"rank {rank}: {error}" for rank, (error, _) in enumerate(written) if error), None)
+        final = self.root / _folder_name(self.meta["step"])
+        if self.world.is_main:
+            try:
+                if problem is None:
+                    self._publish(final, [part for _, part in written])
+            except OSError as error:
+                problem = f"rank 0: {error}"
+            if problem is not None:
+                shutil.rmtree(_hidden(final), ignore_errors=True)
+        problem = self.world.from_main(problem)
+        return (final, None) if problem is None else (None, problem)
+
+    def _prepare_folder(self) -> str | None:
+        part = _hidden(self.root / _folder_name(self.meta["step"]))
+        needed = int(self.world.sum([sum(tensor.nbytes for tensor in self.mine.values())]).item())
+        problem = None
+        if self.world.is_main:
+            try:
+                # Left behind by a killed run.
+                for leftover in self.root.glob("step_*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                part.mkdir(parents=True)
+                free = shutil.disk_usage(self.root).free
+                if free < needed * _SPACE_MARGIN:
+                    problem = f"{self.root} has {free / 2**20:,.0f} MiB free, but a checkpoint takes {needed / 2**20:,.0f} MiB"
+                    shutil.rmtree(part)
+            except OSError as error:
+                problem = str(error)
+        return self.world.from_main(problem)
+
+    def _write(self) -> None:
+        path = _hidden(self.root / _folder_name(self.meta["step"])) / self.file
+        try:
+            save_file(self.mine, path)
+            sync(path)
+            _verify(path, self.mine)
+            self.meta["part"] = {
+                "file": self.file,
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
+                "keys": list(self.mine),
+            }
+        except (OSError, SafetensorError) as error:
+            self.error = f"{path}: {error}"
+        self.mine = {}
+
+    def _publish(self, final: Path, parts: list[dict[str, Any]]) -> None:
+        part = _hidden(final)
+        files = [{name: item[name] for name in ("file", "size", "sha256")} for item in parts]
+        index = {key: item["file"] for item in parts for key in item["keys"]}
+        meta = {name: value for name, value in self.meta.items() if name != "part"}
+        (part / "meta.json").write_text(
+            json.dumps({"format": FORMAT, **meta, "files": files, "index": index}, indent=1)
+        )
         sync(part / "meta.json")
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume from before it
+        sync(part)
+        _remove(final)  # the same step, saved again after a resume from before it
         part.replace(final)
-        write_text_atomically(root / "latest", f"{final.name}\n")
-        for old in _folders(root)[:-keep_last]:
-            shutil.rmtree(old)
-    world.barrier()
-    return final
+        sync(self.root)
+        write_text_atomically(self.root / "latest", f"{final.name}\n")
+        for old in _folders(self.root)[: -self.config.keep_last]:
+            if self.config.keep_every is None or _step_of(old) % self.config.keep_every:
+                _remove(old)
+
+
+def save(
+    root: Path, step: int, strategy: Strategy, world: World, meta: dict[str, Any], config: CheckpointConfig
+) -> Path:
+    """Writes the checkpoint of a step and waits for it. All ranks must call this. Returns its folder.
+
+    Raises OSError, on all ranks, when it cannot be written.
+    """
+    writer = Writer(root, world, config)
+    problem = writer.begin(step, strategy, meta)
+    path = None
+    if problem is None:
+        path, problem = writer.finish()
+    if path is None:
+        raise OSError(f"the checkpoint of step {step} was not written: {problem}")
+    return path
+
+
+def _own_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
+    """Host copies of the tensors that this rank writes: about the same number of bytes on each."""
+    mine: dict[str, Tensor] = {}
+    filled = [0] * world.size
+    for kind in strategy.kinds:
+        # Gathering is collective, so every rank walks through all of them and keeps its own.
+        for name, tensor in strategy.tensors(kind):
+            owner = filled.index(min(filled))
+            filled[owner] += tensor.numel()
+            if owner == world.rank:
+                mine[f"{kind}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+    return mine
+
+
+def _verify(path: Path, expected: dict[str, Tensor]) -> None:
+    """Reads a part back. Raises OSError when the disk gives something else."""
+    with safe_open(path, "pt") as file:
+        for key, tensor in expected.items():
+            # As bits: a number that is not one differs from itself.
+            if not torch.equal(file.get_tensor(key).view(torch.int32), tensor.view(torch.int32)):
+                raise OSError(f"{key} reads back as something else")
 
 
 def newest(root: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
@@ -161,8 +288,10 @@ def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
 
     All ranks must call this. (An engine's copies of the weights are made when it is built, and not set again here.)
     """
-    for kind in KINDS:
-        strategy.load_tensors(kind, checkpoint.reader(kind), checkpoint.meta["optimizer_step"])
+    for kind in strategy.kinds:
+        # Averaging may begin at any time: with the weights as they are then.
+        stored = "param" if kind == "ema" and not checkpoint.has("ema") else kind
+        strategy.load_tensors(kind, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
 
 
 def _folders(root: Path) -> list[Path]:
@@ -172,6 +301,23 @@ def _folders(root: Path) -> list[Path]:
 
 def _folder_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _hidden(final: Path) -> Path:
+    return final.with_suffix(".tmp")
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first, so that a kill leaves no half of it visible."""
+    if folder.exists():
+        gone = folder.with_suffix(".old.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _fault(path: Path, rank: int, world_size: int) -> str | None:
@@ -194,5 +340,8 @@ def _fault(path: Path, rank: int, world_size: int) -> str | None:
 
 def sync(path: Path) -> None:
     """Down to the disk, so that a rename never shows a file whose bytes are not there yet."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)  # of folders too
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -37,6 +37,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its calls of older torch.distributed names are its own affair.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
+# Stage 3 replaces this function for the whole process.
+_LINEAR = torch.nn.functional.linear
+
 # Elements in flight per collective. Larger ones cost gigabytes of buffers and gain nothing.
 _BUCKET_ELEMENTS = 50_000_000
 
@@ -63,14 +66,33 @@ class DeepSpeedStrategy(Strategy):
                 config=self._config(),
                 dist_init_required=False,
             )
+        if self.stage < 3 or self._keeps_products:
+            torch.nn.functional.linear = _LINEAR
         self.zero = self.engine.optimizer
+        if self.cfg.optim.ema_decay:
+            # One more state of the optimizer: sharded, offloaded and read by name like the others.
+            self._create_moments(0)
+            for flat in self._master_partitions():
+                self.zero.optimizer.state[flat]["ema"] = flat.detach().clone()
+
+    @property
+    def _keeps_products(self) -> bool:
+        return self.cfg.train.activation_checkpointing == "selective"
+
+    @property
+    def _defers(self) -> bool:
+        """Whether gradients of stages 2 and 3 wait for the last micro-step. Those of stage 1 do in any case."""
+        return self.stage > 1 and self.plan.accumulation > 1 and self.cfg.strategy.defer_reduction
 
     def _config(self) -> dict[str, Any]:
         train = self.cfg.train
+        # Deferring is a block around all backward passes of an update, in which the engine must not count micro-steps.
+        accumulation = 1 if self._defers else self.plan.accumulation
+        offload = {"offload_optimizer": {"device": "cpu"}} if self.cfg.strategy.cpu_offload else {}
         return {
-            "train_batch_size": train.global_batch_size,
+            "train_batch_size": train.micro_batch_size * self.world.size * accumulation,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
-            "gradient_accumulation_steps": self.plan.accumulation,
+            "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.cfg.optim.grad_clip,
             "bf16": {"enabled": train.precision == "bf16"},
             # By default bf16 gradients are also summed in bf16, over micro-steps and over ranks.
@@ -81,14 +103,31 @@ class DeepSpeedStrategy(Strategy):
                 "reduce_bucket_size": _BUCKET_ELEMENTS,
                 "allgather_bucket_size": _BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
+                # A bucket then goes to the rank that owns it, instead of to all of them.
+                "use_multi_rank_bucket_allreduce": False,
+                # The engine's own linear layer adds its bias in place: to a product that selective recomputation has kept, for
+                # a second time.
+                "memory_efficient_linear": not self._keeps_products,
+                **offload,
             },
+            # Offloaded states are updated by torch's own fused AdamW for CPUs, which needs no compiler.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
 
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
+        last = micro_step == self.plan.accumulation - 1
+        if self._defers and micro_step == 0:
+            self.deferred = contextlib.ExitStack()
+            self.deferred.enter_context(self.engine.coalesce_grad_reduction())
         loss, statistics = compute(self.engine)
+        if self._defers:
+            self.engine.backward(loss / self.plan.accumulation)
+            if last:
+                self.deferred.close()
+            return statistics
         self.engine.backward(loss)  # divides by the number of micro-steps
-        if micro_step < self.plan.accumulation - 1:
+        if not last:
             self.engine.step()  # not at an update yet: only counts the micro-step
         return statistics
 
@@ -97,19 +136,55 @@ class DeepSpeedStrategy(Strategy):
         # replaced for one call, it gets what is known and does not measure again.
         zero = self.zero
         if isinstance(zero, BF16_Optimizer):
-            return torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
+            norm = torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
+            # The engine says -1 for a norm that is not finite.
+            return norm.where(norm >= 0, torch.inf)
         if self.stage == 3:
             norm = combine_grad_norm_groups(type(zero)._get_norm_groups(zero))
             zero._get_norm_groups = lambda: [norm]
         else:
             norm = type(zero).scaled_global_norm(zero)
             zero.scaled_global_norm = lambda: norm
-        return torch.as_tensor(norm)
+        norm = torch.as_tensor(norm)
+        return norm.where(norm >= 0, torch.inf)
 
     def step(self, lr: float) -> None:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if self.cfg.optim.ema_decay:
+            self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        masters = self._master_partitions()
+        averages = [self.zero.optimizer.state[flat]["ema"] for flat in masters]
+        torch._foreach_lerp_(averages, masters, 1 - self.cfg.optim.ema_decay)
+
+    @torch.no_grad()
+    def evaluate(self, compute: Compute) -> Tensor:
+        self.engine.eval()
+        _, statistics = compute(self.engine)
+        self.engine.train()
+        return statistics
+
+    def skip(self) -> None:
+        zero = self.zero
+        if isinstance(zero, BF16_Optimizer):
+            zero.step = lambda closure=None: (zero.clear_hp_grads(), zero.clear_lp_grads())
+            self.engine.step()
+            del zero.step
+            return
+        # The engine drops gradients of infinite norm by itself, everywhere that it keeps them.
+        infinite = torch.tensor(torch.inf, device=self.world.device)
+        if self.stage == 3:
+            zero._get_norm_groups = lambda: [infinite]
+        else:
+            zero.scaled_global_norm = lambda: infinite
+            zero.check_grad_overflow = True
+        self.engine.step()
+        if self.stage < 3:
+            zero.check_grad_overflow = False
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         self._relink()
@@ -132,13 +207,12 @@ class DeepSpeedStrategy(Strategy):
     def _create_moments(self, optimizer_step: int) -> None:
         base = self.zero.optimizer
         for flat in self._master_partitions():
-            if "exp_avg" not in base.state[flat]:
-                step_device = flat.device if base.defaults["fused"] else "cpu"
-                base.state[flat] = {
-                    "step": torch.tensor(float(optimizer_step), device=step_device),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+            state = base.state[flat]
+            if "exp_avg" not in state:
+                state.update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            # AdamW's fused kernel wants its step count on the device.
+            step_device = flat.device if base.defaults.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(optimizer_step), device=step_device)
 
     def _master_partitions(self) -> list[Tensor]:
         """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""

@@ -13,7 +13,7 @@ from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.world import World
 
 # One float32 value per weight and kind makes a checkpoint.
-Kind = Literal["param", "exp_avg", "exp_avg_sq"]
+Kind = Literal["param", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = ("param", "exp_avg", "exp_avg_sq")
 
 # Gets the module to call, returns (loss of the micro-batch, its detached statistics).
@@ -37,6 +37,11 @@ class Strategy(ABC):
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World) -> None:
         self.cfg, self.plan, self.world = cfg, plan, world
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What there is of each weight: the moving average of optim.ema_decay comes on top."""
+        return (*KINDS, "ema") if self.cfg.optim.ema_decay else KINDS
+
     @abstractmethod
     def build(self, model: nn.Module) -> None:
         """Takes over the model (float32, on the CPU, the same on all ranks) and makes its optimizer."""
@@ -46,12 +51,20 @@ class Strategy(ABC):
         """Runs one micro-step (from 0 to plan.accumulation - 1) and adds its gradients. Returns its statistics."""
 
     @abstractmethod
+    def evaluate(self, compute: Compute) -> Tensor:
+        """The statistics of a forward pass in evaluation mode, without gradients, in the precision of training."""
+
+    @abstractmethod
     def grad_norm(self) -> Tensor:
         """The global norm (scalar) of the mean gradient, before clipping. After the last micro-step of an update."""
 
     @abstractmethod
     def step(self, lr: float) -> None:
         """Clips to optim.grad_clip and updates. After `grad_norm`."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Drops the gradients of this update: weights, moments and their step count stay as they are. After `grad_norm`."""
 
     @abstractmethod
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:

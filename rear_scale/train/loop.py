@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,14 +20,16 @@ from rear_scale import rng
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, to_dict
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
+from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress, say
 from rear_scale.shards.reader import BatchOrder, TokenSet
 from rear_scale.train import start
+from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
 from rear_scale.train.run_folder import RunFolder, commit, versions
-from rear_scale.train.telemetry import Telemetry
+from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
 from rear_scale.world import World
 
 
@@ -37,13 +39,16 @@ class Hooks:
 
     on_step: list[Callable[[int, nn.Module], None]] = field(default_factory=list)  # (updates done, model)
     on_checkpoint: list[Callable[[int, Path], None]] = field(default_factory=list)  # (updates done, folder)
+    # Every train.val_every steps: (updates done, strategy) -> metrics of the model as it is then
+    validate: list[Callable[[int, Strategy], dict[str, float]]] = field(default_factory=list)
 
 
 def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, codebook: Tensor, hooks: Hooks) -> int:
     """Trains to plan.last_step, from the newest checkpoint of run.dir if there is one. Returns the steps done here.
 
-    All ranks must call this. Raises InputError when the run folder belongs to another run or process, and
-    FloatingPointError when the loss or the gradient is not finite; the last checkpoint is kept.
+    All ranks must call this. Raises InputError when the run folder belongs to another run or process, FloatingPointError
+    when the loss or the gradient is not finite (the last checkpoint is kept), OSError when the last step cannot be saved, and
+    Preempted (exit code 75) when a rank was asked to stop: after the step is finished and saved.
     """
     run = RunFolder(cfg.run.dir)
     with ExitStack() as stack:
@@ -61,13 +66,17 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             return 0
         if world.is_main:
             run.start(cfg, world)
-            run.cut_metrics(done)
-            run.set_status("running", done, "")
         try:
-            _train_from(cfg, plan, world, tokens, codebook, hooks, run, found)
+            with StopSignal() as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
+                guards = (Spikes(cfg), stop, watchdog)
+                while found := _Run(cfg, plan, world, tokens, codebook, hooks, run, found, *guards).go():
+                    pass
+        except Preempted:
+            world.barrier()
+            raise
         except BaseException as error:
             if world.is_main:
-                run.set_status("failed", _last_step(run), f"{type(error).__name__}: {error}")
+                run.set_status("failed", last_step(run), f"{type(error).__name__}: {error}")
             raise
         if world.is_main:
             reason = f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
@@ -75,57 +84,234 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         return plan.last_step - done
 
 
-def _train_from(
-    cfg: ExperimentConfig,
-    plan: Plan,
-    world: World,
-    tokens: TokenSet,
-    codebook: Tensor,
-    hooks: Hooks,
-    run: RunFolder,
-    found: checkpoint.Checkpoint | None,
-) -> None:
-    strategy = _build(cfg, plan, world, codebook, found)
-    model = strategy.model
-    objective = Objective(cfg, plan, codebook, world.device)
-    first = found.step + 1 if found else 1
-    batches = _Prefetcher(cfg, plan, world, tokens, objective, first)
-    bar = progress(cfg.run.name, plan.last_step, "step", done=first - 1, show=world.is_main)
-    with Telemetry(cfg, plan, world, run) as telemetry, bar, batches:
-        for step in range(first, plan.last_step + 1):
-            started = time.perf_counter()
-            micro_batches = next(batches)
-            telemetry.waited(time.perf_counter() - started)
+class _Run:
+    """Training from one checkpoint (or none) to the end, or to where it must begin again from another one."""
 
-            statistics = torch.zeros(5, device=world.device)
-            for micro_step, batch in enumerate(micro_batches):
-                # Dropout masks belong to the place in the run, so that no generator state needs saving.
-                torch.manual_seed(rng.fold(cfg.run.seed, rng.Purpose.DEVICE_SEED, step, micro_step, world.rank))
-                compute = _Computation(objective, batch.to(world.device), step)
-                statistics += strategy.forward_backward(compute, micro_step) / plan.accumulation
-            grad_norm = strategy.grad_norm().item()
-            _check_finite(grad_norm, statistics, step, world)
-            lr = schedules.learning_rate(
-                step,
-                peak=cfg.optim.lr,
-                end=cfg.optim.end_lr,
-                warmup_steps=cfg.optim.warmup_steps,
-                total_steps=plan.total_steps,
-                form=cfg.optim.schedule,
-            )
-            strategy.step(lr)
+    def __init__(
+        self,
+        cfg: ExperimentConfig,
+        plan: Plan,
+        world: World,
+        tokens: TokenSet,
+        codebook: Tensor,
+        hooks: Hooks,
+        run: RunFolder,
+        found: checkpoint.Checkpoint | None,
+        spikes: Spikes,
+        stop: StopSignal,
+        watchdog: Watchdog,
+    ) -> None:
+        self.cfg, self.plan, self.world, self.tokens, self.hooks, self.run = cfg, plan, world, tokens, hooks, run
+        self.spikes, self.stop, self.watchdog = spikes, stop, watchdog
+        self.first = found.step + 1 if found else 1
+        meta = found.meta if found else {}
+        self.skips, self.rewinds = meta.get("skipped_updates", 0), meta.get("rewinds", 0)
+        # Steps of data that a rewind has passed over.
+        self.data_offset = meta.get("data_offset", 0)
+        self.objective = Objective(cfg, plan, codebook, world.device)
+        self.writer = checkpoint.Writer(run.checkpoints, world, cfg.checkpoint)
+        if world.is_main:
+            run.cut_metrics(self.first - 1)
+            run.set_status("running", self.first - 1, "")
+        self.strategy = _build(cfg, plan, world, codebook, found)
+        if world.is_main and found:
+            say(f"resumed from {found.path}")
 
-            telemetry.stepped()
-            if telemetry.due(step):
-                metrics = telemetry.log(step, statistics, grad_norm, lr, objective.noise_max(step))
-                bar.set_postfix(
-                    loss=f"{metrics['loss']:.4f}", images_per_s=f"{metrics['images_per_s']:.0f}", refresh=False
+    def go(self) -> checkpoint.Checkpoint | None:
+        """None at the end; else the checkpoint to rewind to, with its meta.json's data_offset and rewinds moved on."""
+        cfg, plan, world, strategy, objective = self.cfg, self.plan, self.world, self.strategy, self.objective
+        batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
+        bar = progress(cfg.run.name, plan.last_step, "step", done=self.first - 1, show=world.is_main)
+        profiler = StepProfiler(cfg.profile.steps, self.run, world)
+        with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler:
+            clock = telemetry.clock
+            for step in range(self.first, plan.last_step + 1):
+                self.watchdog.beat("waiting for data", step)
+                with clock("data"):
+                    micro_batches = next(batches)
+
+                statistics = torch.zeros(5, device=world.device)
+                for micro_step, batch in enumerate(micro_batches):
+                    self.watchdog.beat(f"forward and backward of micro-step {micro_step}", step)
+                    # Dropout masks belong to the place in the run, so that no generator state needs saving.
+                    torch.manual_seed(rng.fold(cfg.run.seed, rng.Purpose.DEVICE_SEED, step, micro_step, world.rank))
+                    compute = _Computation(objective, batch.to(world.device), step, clock)
+                    with clock("passes"):
+                        statistics += strategy.forward_backward(compute, micro_step) / plan.accumulation
+                self.watchdog.beat("gradient norm", step)
+                with clock("optimizer"):
+                    grad_norm = strategy.grad_norm().item()
+                self.watchdog.beat("meeting of the ranks", step)
+                meeting = _Meeting(world, statistics[0].item(), grad_norm, self.stop.received is not None, self.writer)
+
+                if not meeting.finite:
+                    self._stop_unless_skipped(step, meeting, micro_batches)
+                elif self.spikes(meeting.loss) and (rewound := self._rewind(step, meeting.loss)) is not None:
+                    return rewound
+                lr = schedules.learning_rate(
+                    step,
+                    peak=cfg.optim.lr,
+                    end=cfg.optim.end_lr,
+                    warmup_steps=cfg.optim.warmup_steps,
+                    total_steps=plan.total_steps,
+                    form=cfg.optim.schedule,
                 )
-            for on_step in hooks.on_step:
-                on_step(step, model)
-            if step % cfg.checkpoint.every_steps == 0 or step == plan.last_step:
-                _save(cfg, run, world, tokens, strategy, step, hooks)
-            bar.update()
+                self.watchdog.beat("update", step)
+                with clock("optimizer"):
+                    if meeting.finite:
+                        strategy.step(lr)
+                    else:
+                        strategy.skip()
+
+                telemetry.stepped()
+                validated = self._validate(step)
+                if validated or telemetry.due(step):
+                    extra = {"skipped_updates": self.skips, **validated}
+                    metrics = telemetry.log(step, statistics, grad_norm, lr, objective.noise_max(step), extra)
+                    bar.set_postfix(
+                        loss=f"{metrics['loss'] or float('nan'):.4f}",
+                        images_per_s=f"{metrics['images_per_s']:.0f}",
+                        refresh=False,
+                    )
+                with self.watchdog.pause():
+                    for on_step in self.hooks.on_step:
+                        on_step(step, strategy.model)
+                with clock("checkpoint"):
+                    self._save(step, meeting)
+                bar.update()
+                profiler.stepped(step)
+                if meeting.stop_ranks and step < plan.last_step:
+                    self._preempt(step, meeting)
+        return None
+
+    def _validate(self, step: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if self.cfg.train.val_every and step % self.cfg.train.val_every == 0:
+            with self.watchdog.pause():
+                for validate in self.hooks.validate:
+                    values.update(validate(step, self.strategy))
+        return values
+
+    def _save(self, step: int, meeting: _Meeting) -> None:
+        due = step % self.cfg.checkpoint.every_steps == 0 or step == self.plan.last_step or meeting.stop_ranks
+        wait = step == self.plan.last_step or meeting.stop_ranks
+        # Every rank saw the same states at the meeting, so all of them go in here or none.
+        if self.writer.thread is not None and (due or meeting.all_written):
+            self._finish_save()
+        if not due:
+            return
+        self.watchdog.beat("checkpoint", step)
+        meta: dict[str, Any] = {
+            "optimizer_step": step - self.skips,
+            "images_seen": step * self.cfg.train.global_batch_size,
+            "skipped_updates": self.skips,
+            "rewinds": self.rewinds,
+            "data_offset": self.data_offset,
+            "config": to_dict(self.cfg),
+            "data_fingerprint": self.tokens.manifest.fingerprint,
+            "world_size": self.world.size,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        problem = self.writer.begin(step, self.strategy, meta)
+        if problem is None and wait:
+            problem = self._finish_save()
+        elif problem is not None:
+            self._report_unsaved(step, problem)
+        if problem is not None and step == self.plan.last_step:
+            raise OSError(f"the checkpoint of the last step was not written: {problem}")
+
+    def _finish_save(self) -> str | None:
+        step = self.writer.meta["step"]
+        self.watchdog.beat(f"writing the checkpoint of step {step}", step)
+        path, problem = self.writer.finish()
+        if path is None:
+            self._report_unsaved(step, problem)
+            return problem
+        if self.world.is_main:
+            self.run.set_status("running", step, "")
+        with self.watchdog.pause():
+            for on_checkpoint in self.hooks.on_checkpoint:
+                on_checkpoint(step, path)
+        return None
+
+    def _report_unsaved(self, step: int, problem: str | None) -> None:
+        if self.world.is_main:
+            say(
+                f"the checkpoint of step {step} was not written: {problem}. Training goes on; older checkpoints are intact"
+            )
+            self.run.note("checkpoint_failed", step, problem=problem)
+
+    def _preempt(self, step: int, meeting: _Meeting) -> None:
+        if self.world.is_main:
+            saved = last_step(self.run)
+            ranks = ", ".join(map(str, meeting.stop_ranks))
+            self.run.set_status("preempted", saved, f"rank {ranks} was asked to stop during step {step}")
+            say(f"stopped by a signal to rank {ranks}: step {saved} is saved. The same command continues")
+        raise Preempted
+
+    def _stop_unless_skipped(self, step: int, meeting: _Meeting, micro_batches: list[MicroBatch]) -> None:
+        """Counts an update that is left out. Raises FloatingPointError, on all ranks, where it must not be."""
+        ids = torch.cat([batch.ids for batch in micro_batches]).tolist()
+        where = shard_positions(ids, self.tokens.manifest.shards, self.cfg.data.train)
+        places = self.world.gather(where)
+        suspects = meeting.bad_ranks or list(range(self.world.size))
+        named = "; ".join(f"rank {rank} trained on {places[rank]}" for rank in suspects[:4])
+        if meeting.bad_ranks:
+            what = f"the loss is not finite on rank {', '.join(map(str, meeting.bad_ranks))}"
+        else:
+            what = f"the gradient norm is {meeting.grad_norm}, with finite losses on all ranks"
+        self.skips += 1
+        if self.world.is_main:
+            self.run.note("nonfinite", step, what=what, positions={rank: places[rank] for rank in suspects})
+        guard = self.cfg.guard
+        if guard.on_nonfinite == "skip" and self.skips <= guard.max_skips:
+            if self.world.is_main:
+                say(f"step {step}: {what}. Its update is left out ({self.skips} of at most {guard.max_skips}). {named}")
+            return
+        if self.writer.thread is not None:
+            self._finish_save()
+        bound = (
+            f" guard.max_skips={guard.max_skips} updates were left out already." if guard.on_nonfinite == "skip" else ""
+        )
+        raise FloatingPointError(
+            f"step {step}: {what}.{bound} The update was not applied and the last checkpoint is intact. {named}. "
+            "Lower optim.lr, use train.precision=fp32, or leave such updates out with guard.on_nonfinite=skip"
+        )
+
+    def _rewind(self, step: int, loss: float) -> checkpoint.Checkpoint | None:
+        """Says that a loss is a spike; the checkpoint to go back to where that is wanted and possible."""
+        guard = self.cfg.guard
+        wanted = guard.on_spike == "rewind" and self.rewinds < guard.max_rewinds
+        if self.world.is_main:
+            say(f"step {step}: the loss {loss:.4f} is a spike{', rewinding' if wanted else ''}")
+            self.run.note("loss_spike", step, loss=loss, rewind=wanted)
+        if not wanted:
+            return None
+        if self.writer.thread is not None:
+            self._finish_save()
+        found = checkpoint.newest(self.run.checkpoints, self.world, report=say)
+        if found is None:
+            return None
+        # The data between the checkpoint and the spike is passed over.
+        found.meta["data_offset"] = self.data_offset + step - found.step
+        found.meta["rewinds"] = self.rewinds + 1
+        return found
+
+
+class _Meeting:
+    """What all ranks learn of each other before an update: one small collective."""
+
+    def __init__(self, world: World, loss: float, grad_norm: float, stop: bool, writer: checkpoint.Writer) -> None:
+        self.rows = world.table([loss, stop, writer.state])
+        self.grad_norm = grad_norm
+        losses, stops, states = self.rows.T
+        self.loss = losses.mean().item()
+        self.bad_ranks = (~losses.isfinite()).nonzero()[:, 0].tolist()
+        self.stop_ranks = stops.nonzero()[:, 0].tolist()
+        self.all_written = bool((states >= checkpoint.Writer.WRITTEN).all())
+        # The norm is global: the same on all ranks.
+        self.finite = not self.bad_ranks and math.isfinite(grad_norm)
 
 
 @dataclass
@@ -135,11 +321,14 @@ class _Computation:
     objective: Objective
     batch: MicroBatch
     step: int
+    clock: Clock
 
     def __call__(self, forward: nn.Module) -> tuple[Tensor, Tensor]:
-        batch, task = self.batch, self.objective.task(self.batch, self.step)
-        output = forward(task.context, batch.classes, batch.rows, task.order)
-        return self.objective.loss(output, task)
+        batch = self.batch
+        with self.clock("forward"):
+            task = self.objective.task(batch, self.step)
+            output = forward(task.context, batch.classes, batch.rows, task.order)
+            return self.objective.loss(output, task)
 
 
 def _build(
@@ -157,32 +346,12 @@ def _build(
     else:
         # Before the engine takes over: the copies that it makes are right from the start.
         checkpoint.load_weights(found, model)
+    prepare_blocks(model, cfg)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     if found is not None:
         checkpoint.restore(found, strategy)
-        if world.is_main:
-            say(f"resumed from {found.path}")
     return strategy
-
-
-def _save(
-    cfg: ExperimentConfig, run: RunFolder, world: World, tokens: TokenSet, strategy: Strategy, step: int, hooks: Hooks
-) -> None:
-    meta: dict[str, Any] = {
-        "optimizer_step": step,
-        "images_seen": step * cfg.train.global_batch_size,
-        "config": to_dict(cfg),
-        "data_fingerprint": tokens.manifest.fingerprint,
-        "world_size": world.size,
-        "versions": versions(),
-        "commit": commit(),
-    }
-    path = checkpoint.save(run.checkpoints, step, strategy, world, meta, cfg.checkpoint.keep_last)
-    if world.is_main:
-        run.set_status("running", step, "")
-    for on_checkpoint in hooks.on_checkpoint:
-        on_checkpoint(step, path)
 
 
 def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.Checkpoint) -> None:
@@ -195,29 +364,22 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.C
         )
 
 
-def _check_finite(grad_norm: float, statistics: Tensor, step: int, world: World) -> None:
-    # A loss that is not finite on any rank makes the global norm so on all of them: they stop together.
-    if not torch.isfinite(torch.tensor(grad_norm)):
-        raise FloatingPointError(
-            f"step {step}: the gradient norm is {grad_norm} (loss {statistics[0].item()} on rank {world.rank}). The update was "
-            "not applied and the last checkpoint is intact. Lower optim.lr, or use train.precision=fp32"
-        )
-
-
-def _last_step(run: RunFolder) -> int:
-    """The step of the newest checkpoint folder: what a failed run can be resumed from."""
-    return max((int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_????????")), default=0)
-
-
 class _Prefetcher:
     """Prepares the next steps' micro-batches in one thread: gathering rows, dropping labels, pinning memory."""
 
     def __init__(
-        self, cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, objective: Objective, first: int
+        self,
+        cfg: ExperimentConfig,
+        plan: Plan,
+        world: World,
+        tokens: TokenSet,
+        objective: Objective,
+        first: int,
+        data_offset: int,
     ) -> None:
         self.order = BatchOrder(len(tokens), cfg.train.global_batch_size, cfg.run.seed)
         self.plan, self.world, self.tokens, self.objective = plan, world, tokens, objective
-        self.steps = range(first, plan.last_step + 1)
+        self.steps = range(first + data_offset, plan.last_step + data_offset + 1)
         self.ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)

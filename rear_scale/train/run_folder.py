@@ -4,6 +4,7 @@ config.yaml      the resolved config            checkpoints/     see parallel/ch
 starts.jsonl     one line per start: command, versions, commit, host, ranks
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
+events.jsonl     what went out of the ordinary: updates left out, loss spikes, checkpoints that could not be written
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class RunFolder:
     def log(self, metrics: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def note(self, event: str, step: int, **details: Any) -> None:
+        """A line in events.jsonl."""
+        with open(self.path / "events.jsonl", "a") as file:
+            file.write(json.dumps({"event": event, "step": step, **details}) + "\n")
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

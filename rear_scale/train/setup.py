@@ -25,10 +25,15 @@ class Data:
 
     def open(self, world: World) -> tuple[TokenSet, Tensor]:
         """Unpacks the shards on this node unless they are, and maps them."""
-        data = self.cfg.data
-        return open_tokens(
-            data.train, data.cache_dir, progress=say if world.ranks.local_rank == 0 else _silent
-        ), self.codebook
+        return self._unpacked(self.cfg.data.train, world), self.codebook
+
+    def open_val(self, world: World) -> TokenSet:
+        """The same for data.val."""
+        return self._unpacked(self.cfg.data.val, world)
+
+    def _unpacked(self, folder: str, world: World) -> TokenSet:
+        report = say if world.ranks.local_rank == 0 else _silent
+        return open_tokens(folder, self.cfg.data.cache_dir, progress=report)
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:

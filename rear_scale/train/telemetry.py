@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import secrets
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,50 +23,143 @@ from rear_scale.world import World
 _PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
+class Clock:
+    """Seconds of this rank in the parts of its steps. On a GPU they are measured there, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.marks.append((part, start, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """The sums since the last call. Waits for the GPU."""
+        totals = dict.fromkeys(("data", "forward", "passes", "optimizer", "checkpoint"), 0.0)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for part, start, end in self.marks:
+            totals[part] += start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
+        self.marks = []
+        return totals
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class StepProfiler:
+    """Writes profile/rank_00000.json, a trace of the steps of profile.steps, on rank 0."""
+
+    def __init__(self, steps: list[int] | None, run: RunFolder, world: World) -> None:
+        self.steps = steps if world.is_main else None
+        self.path = run.path / "profile" / "rank_00000.json"
+        self.profiler: torch.profiler.profile | None = None
+
+    def __enter__(self) -> StepProfiler:
+        self._start(before=1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._write()
+
+    def stepped(self, step: int) -> None:
+        """After each step."""
+        if self.steps and step >= self.steps[1]:
+            self._write()
+        else:
+            self._start(before=step + 1)
+
+    def _start(self, before: int) -> None:
+        if self.steps and self.profiler is None and self.steps[0] <= before <= self.steps[1]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def _write(self) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.path.parent.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.path))
+            self.profiler, self.steps = None, None
+
+
 class Telemetry:
     """Times steps on every rank and reports them on rank 0. All ranks must call its methods."""
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World, run: RunFolder) -> None:
         self.cfg, self.plan, self.world, self.run = cfg, plan, world, run
         self.flops_per_image = train_flops_per_image(cfg)
+        self.hosts = world.gather(socket.gethostname())
+        self.clock = Clock(world.device)
         self.steps = 0
-        self.data_wait_s = 0.0
         self.since = time.perf_counter()
         self.wandb = self._open_wandb() if world.is_main and cfg.wandb.mode != "disabled" else None
-
-    def waited(self, seconds: float) -> None:
-        self.data_wait_s += seconds
 
     def due(self, step: int) -> bool:
         return step % self.cfg.train.log_every == 0 or step in (1, self.plan.last_step)
 
-    def log(self, step: int, statistics: torch.Tensor, grad_norm: float, lr: float, noise_max: float) -> dict[str, Any]:
+    def log(
+        self,
+        step: int,
+        statistics: torch.Tensor,
+        grad_norm: float,
+        lr: float,
+        noise_max: float,
+        extra: dict[str, Any],
+    ) -> dict[str, Any]:
         """Writes a logged step. statistics: STATISTICS of this rank's share of the step's batch. Returns the metrics."""
         # One packed collective: losses and times of all ranks.
-        packed = self.world.sum([*statistics.double().tolist(), self.data_wait_s, _peak_memory_gib(self.world)])
-        losses = dict(zip(STATISTICS, (packed[: len(STATISTICS)] / self.world.size).tolist(), strict=True))
+        parts = self.clock.take()
+        rows = self.world.table([*statistics.tolist(), *parts.values(), _peak_memory_gib(self.world)])
+        losses = dict(zip(STATISTICS, rows[:, : len(STATISTICS)].mean(0).tolist(), strict=True))
+        steps = max(1, self.steps)
+        ranks_parts = dict(zip(parts, rows[:, len(STATISTICS) : -1].T / steps, strict=True))
         now = time.perf_counter()
-        step_time_s = (now - self.since) / max(1, self.steps)
+        step_time_s = (now - self.since) / steps
         images_per_s = self.cfg.train.global_batch_size / step_time_s
+        # The rest of a step is spent in step with the others; what a slow rank alone takes longer for shows here.
+        own = ranks_parts["data"] + ranks_parts["forward"]
+        slowest = int(own.argmax())
         metrics = {
             "step": step,
             "images_seen": step * self.cfg.train.global_batch_size,
-            # A term without a head is not a number, and JSON has none.
-            **{name: None if math.isnan(value) else value for name, value in losses.items()},
+            **losses,
             "grad_norm": grad_norm,
             "lr": lr,
             "noise_max": noise_max,
+            **extra,
             "images_per_s": images_per_s,
+            "images_per_s_per_gpu": images_per_s / self.world.size,
             "step_time_s": step_time_s,
-            "data_wait_s": packed[-2].item() / self.world.size / max(1, self.steps),
+            "data_wait_s": ranks_parts["data"].mean().item(),
+            "forward_s": ranks_parts["forward"].mean().item(),
+            "backward_s": (ranks_parts["passes"] - ranks_parts["forward"]).mean().item(),
+            "optimizer_s": ranks_parts["optimizer"].mean().item(),
+            "checkpoint_s": ranks_parts["checkpoint"].mean().item(),
+            "own_time_min_s": own.min().item(),
+            "own_time_max_s": own.max().item(),
+            "slowest_rank": slowest,
+            "slowest_host": self.hosts[slowest],
             "mfu": self._mfu(images_per_s),
-            "peak_mem_gib": packed[-1].item() / self.world.size,
+            "peak_mem_gib": rows[:, -1].max().item(),
+            "time_left_s": (self.plan.last_step - step) * step_time_s,
         }
-        self.steps, self.data_wait_s, self.since = 0, 0.0, now
+        # JSON has no number for what is none: a term without a head, a loss that is not finite.
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self.steps, self.since = 0, now
         if self.world.is_main:
             self.run.log(metrics)
             if self.wandb is not None:
-                self.wandb.log(metrics, step=step)
+                self.wandb.log(metrics)
         return metrics
 
     def stepped(self) -> None:
@@ -91,7 +187,7 @@ class Telemetry:
         identity = self.run.path / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
-        return wandb.init(
+        opened = wandb.init(
             project=self.cfg.wandb.project,
             name=self.cfg.run.name,
             id=identity.read_text(),
@@ -100,6 +196,9 @@ class Telemetry:
             mode=self.cfg.wandb.mode,
             config=to_dict(self.cfg),
         )
+        # A resumed run logs some steps again, which wandb's own counter would refuse.
+        opened.define_metric("*", step_metric="step")
+        return opened
 
 
 def _peak_memory_gib(world: World) -> float:

@@ -27,12 +27,14 @@ def rms_norm(w: Weights, name: str, x: Tensor) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v with a dense mask; the last query sees all keys."""
-    queries, keys = query.shape[2], key.shape[2]
-    mask = torch.full((queries, keys), -math.inf, dtype=query.dtype, device=query.device).triu(1 + keys - queries)
-    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3]) + mask
-    return scores.softmax(-1) @ value
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention under a dense float mask [queries, keys]; None: a single query that sees all keys."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def causal_mask(positions: int, like: Tensor) -> Tensor:
+    """[positions, positions], minus infinity above the diagonal."""
+    return torch.full((positions, positions), -math.inf, dtype=like.dtype, device=like.device).triu(1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -64,45 +66,46 @@ def rar_forward(
     """RAR and reAR: logits [B, n + 1, K] of tokens [B, n] (in order of prediction), and the residual stream, embeddings first.
 
     condition: int64 [B], a row of the embedding table. order: int64 [B, N], raster if None; with fewer tokens than N they
-    are the first. cache: keys and values per block of the positions before the last; only that one is run.
+    are the first. cache: keys and values per block, filled here; after the first call the last position alone is run.
     """
     B, n = tokens.shape
     embeddings = w["embeddings.weight"]
-    N = n if order is None else order.shape[1]
-    places = torch.arange(max(N, n + 1), device=tokens.device).expand(B, -1) if order is None else order
+    if order is None:
+        order = torch.arange(w["pos_embed"].shape[1] - 2, device=tokens.device).expand(B, -1)[:, : n + 1]
+    rows = torch.arange(B, device=tokens.device)[:, None]
     x = torch.cat((w["cls_token"].expand(B, -1, -1), embeddings[condition][:, None], embeddings[tokens]), dim=1)
-    rows = w["pos_embed"].repeat(B, 1, 1)
-    own = torch.stack([torch.cat((rows[b, :2], rows[b, 2 + places[b, :n]])) for b in range(B)])
-    known = min(n + 1, places.shape[1])  # how many next tokens have a place
-    target = torch.stack([w["target_aware_pos_embed"][0, 2 + places[b, :known]] for b in range(B)])
-    if order is None and cache is None:
-        target = target[:, :n]
-    x = x + own
-    x[:, 1 : 1 + target.shape[1]] = x[:, 1 : 1 + target.shape[1]] + target
+    own = w["pos_embed"].repeat(B, 1, 1)
+    x = x + torch.cat((own[:, :2], own[:, 2:][rows, order[:, :n]]), dim=1)
+    target = w["target_aware_pos_embed"].repeat(B, 1, 1)[:, 2:][rows, order[:, : n + 1]]
+    if cache is None or target.shape[1] == order.shape[1] == n:
+        target = target[:, :n]  # a whole sequence: its last token predicts nothing
+    x = x + F.pad(target, (0, 0, 1, x.shape[1] - 1 - target.shape[1]))
     c = embeddings[condition][:, None] + w["timesteps_embeddings"][:, : n + 2]
-    first = 0
-    if cache is not None and cache[0]:
-        first = n + 1
-    x, c = x[:, first:], c[:, first:]
+    mask: Tensor | None = causal_mask(n + 2, x)
+    step = cache is not None and len(cache) > 0
+    if step:
+        x, c, mask = x[:, -1:], c[:, -1:], None
     stream = [x]
-    depth = len({name.split(".")[1] for name in w if name.startswith("blocks.")})
-    for number in range(depth):
+    for number in range(len({name.split(".")[1] for name in w if name.startswith("blocks.")})):
         at = f"blocks.{number}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(w, f"{at}.adaLN_modulation.1", F.silu(c)).chunk(6, dim=-1)
+        modulation = linear(w, f"{at}.adaLN_modulation.1", F.silu(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h = layer_norm(w, f"{at}.norm1", x) * (1 + scale1) + shift1
         query, key, value = (split_heads(part, heads) for part in linear(w, f"{at}.attn.qkv", h).chunk(3, dim=-1))
         query, key = layer_norm(w, f"{at}.attn.q_norm", query), layer_norm(w, f"{at}.attn.k_norm", key)
         if cache is not None:
-            if cache[number]:
+            if step:
                 key, value = (torch.cat(pair, dim=2) for pair in zip(cache[number], (key, value), strict=True))
-            cache[number] = (key, value)
-        x = x + gate1 * linear(w, f"{at}.attn.proj", join_heads(masked_attention(query, key, value)))
+                cache[number] = (key, value)
+            else:
+                cache.append((key, value))
+        x = x + gate1 * linear(w, f"{at}.attn.proj", join_heads(masked_attention(query, key, value, mask)))
         h = layer_norm(w, f"{at}.norm2", x) * (1 + scale2) + shift2
         x = x + gate2 * linear(w, f"{at}.mlp.fc2", F.gelu(linear(w, f"{at}.mlp.fc1", h)))
         stream.append(x)
     scale, shift = linear(w, "adaln_before_head.adaLN_modulation.1", F.silu(c)).chunk(2, dim=-1)
     logits = linear(w, "lm_head", F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-    return logits if first else logits[:, 1:], stream
+    return logits if step else logits[:, 1:], stream
 
 
 def alitok_angles(num_tokens: int, head_width: int) -> Tensor:
@@ -139,6 +142,7 @@ def alitok_forward(w: Weights, tokens: Tensor, condition: Tensor, heads: int) ->
     embeddings = w["embeddings.weight"]
     x = torch.cat((embeddings[condition][:, None], embeddings[tokens]), dim=1)
     angles = alitok_angles(tokens.shape[1], x.shape[2] // heads).to(x.device)
+    mask = causal_mask(x.shape[1], x)
     stream = [x]
     for number in range(len({name.split(".")[1] for name in w if name.startswith("blocks.")})):
         at = f"blocks.{number}"
@@ -146,7 +150,7 @@ def alitok_forward(w: Weights, tokens: Tensor, condition: Tensor, heads: int) ->
         query, key, value = (split_heads(part, heads) for part in linear(w, f"{at}.attn.qkv", h).chunk(3, dim=-1))
         query = turn(rms_norm(w, f"{at}.attn.q_norm", query), angles)
         key = turn(rms_norm(w, f"{at}.attn.k_norm", key), angles)
-        x = x + linear(w, f"{at}.attn.proj", join_heads(masked_attention(query, key, value)))
+        x = x + linear(w, f"{at}.attn.proj", join_heads(masked_attention(query, key, value, mask)))
         h = rms_norm(w, f"{at}.norm2", x)
         gated = F.silu(linear(w, f"{at}.mlp.w1", h)) * linear(w, f"{at}.mlp.w3", h)
         x = x + linear(w, f"{at}.mlp.w2", gated)

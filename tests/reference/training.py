@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +25,22 @@ def released_alignment_loss(encode: Tensor, decode: Tensor, codes: Tensor, repla
     return -(encode_cosine * ~replaced).mean() - decode_cosine.mean()
 
 
+def paper_alignment_loss(encode: Tensor, decode: Tensor, codes: Tensor) -> Tensor:
+    """Eq. 6, per token of the batch: cosine distances of both heads [B, N - 1, Z] to current and next codes [B, N, Z]."""
+    encode_distance = 1 - F.cosine_similarity(encode, codes[:, :-1], dim=2, eps=1e-12)
+    decode_distance = 1 - F.cosine_similarity(decode, codes[:, 1:], dim=2, eps=1e-12)
+    return (encode_distance.sum() + decode_distance.sum()) / codes[..., 0].numel()
+
+
+def parameter_groups(weights: dict[str, Tensor], weight_decay: float) -> list[dict]:
+    """For torch's AdamW: without weight decay first."""
+    decaying = {name for name, w in weights.items() if w.ndim >= 2 and not any(part in name for part in _NO_DECAY)}
+    return [
+        {"params": [w for name, w in weights.items() if name not in decaying], "weight_decay": 0.0},
+        {"params": [w for name, w in weights.items() if name in decaying], "weight_decay": weight_decay},
+    ]
+
+
 def released_rate(update: int, peak: float, end: float, warmup: int, total: int) -> float:
     done = update - 1
     if done < warmup:
@@ -33,16 +48,11 @@ def released_rate(update: int, peak: float, end: float, warmup: int, total: int)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
 
 
-@dataclass
 class AdamW:
     """Clipping at a global norm and AdamW, one tensor at a time."""
 
-    weights: dict[str, Tensor]
-    betas: tuple[float, float] = (0.9, 0.96)
-    weight_decay: float = 0.03
-    max_norm: float = 1.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights, self.betas, self.weight_decay, self.max_norm = weights, (0.9, 0.96), 0.03, 1.0
         self.update = 0
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
 

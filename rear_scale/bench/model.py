@@ -1,0 +1,37 @@
+"""What the timings of training and sampling share."""
+
+from __future__ import annotations
+
+import torch
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.model import Generator, build_model
+from rear_scale.model.attention import choose_kernel, use_kernel
+
+
+def use_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def drawn_model(cfg: ExperimentConfig, device: torch.device, *, with_heads: bool) -> Generator:
+    """A model of a config with all weights drawn, AdaLN's included, so that no product is one with zeros.
+
+    In the precision of train.precision without heads (sampling), in float32 with them (master weights of training).
+    """
+    model = build_model(cfg, with_heads=with_heads)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "adaLN_modulation" in name and weight.ndim > 1:
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision))
+    low = cfg.train.precision == "bf16" and not with_heads
+    return model.to(device, torch.bfloat16 if low else torch.float32)

@@ -1,0 +1,171 @@
+"""Images per second of a training step on synthetic tokens, beside the plain reference of tests/reference.
+
+    python launchers/bench.py train --config bench_cpu.yaml
+    torchrun --nproc-per-node 8 launchers/bench.py train --config rear_l.yaml strategy=fsdp2
+
+In a world of one, both take turns in one process. In larger worlds the step of the config's strategy is timed alone.
+"""
+
+# B images of a micro-batch, N tokens of an image
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rear_scale import config
+from rear_scale.bench import reference
+from rear_scale.bench.model import drawn_model, synchronize, use_device
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.model.flops import train_flops_per_image
+from rear_scale.model.recompute import prepare_blocks
+from rear_scale.objective import MicroBatch, Objective, Task
+from rear_scale.parallel import open_strategy
+from rear_scale.parallel.strategy import Strategy
+from rear_scale.progress import progress
+from rear_scale.world import World, discover, joined
+
+_LEARNING_RATE = 1e-4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="bench_cpu.yaml", metavar="NAME.yaml", help="default: bench_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; medians count (default: 5)")
+    parser.add_argument("--steps", type=int, default=1, help="updates of a turn (default: 1)")
+    parser.add_argument("--classes", type=int, default=7, help="distinct classes of a micro-batch (default: 7)")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rates of our training step and, in a world of one, of the plain one: same weights, tokens, noise and loss."""
+    ranks = discover()
+    overrides = list(arguments.overrides)
+    if ranks.world_size == 1:
+        overrides.append("strategy=single")
+    cfg = config.load(arguments.config, overrides)
+    # One micro-batch is an update.
+    cfg.train.global_batch_size = cfg.train.micro_batch_size * ranks.world_size
+    if ranks.world_size > 1:
+        with joined(ranks) as world:
+            return _measure(cfg, world, arguments)
+    return _measure(cfg, World(ranks, use_device()), arguments)
+
+
+def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace) -> dict[str, Any]:
+    plain_form = cfg.objective.heads.form == "paper" and cfg.objective.heads.positions == "eq6"
+    compared = world.size == 1
+    if compared and not (cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln" and plain_form):
+        raise InputError(
+            f"--config {arguments.config}: the plain step is written for reAR and AR in the paper's form. Use such a config"
+        )
+    plan = config.derive(cfg, world.size, 1_281_167)
+    codebook = torch.randn(
+        cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim, generator=torch.Generator().manual_seed(1)
+    )
+    objective = Objective(cfg, plan, codebook, world.device)
+    batch = _batch(cfg, world, arguments.classes)
+    task = objective.task(batch, 1)
+    strategy = open_strategy(cfg, plan, world)
+    model = drawn_model(cfg, torch.device("cpu"), with_heads=True)
+    weights = {name: w.detach().clone().to(world.device).requires_grad_() for name, w in model.named_parameters()}
+    prepare_blocks(model, cfg)
+    strategy.build(model)
+    variants: dict[str, Callable[[], float]] = {"ours": lambda: _our_step(strategy, objective, batch, task)}
+    if compared:
+        variants["reference"] = _PlainStep(cfg, weights, codebook.to(world.device), batch, task)
+    # The first step warms up, and shows that both compute the same loss.
+    losses = {name: step() for name, step in variants.items()}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    images = cfg.train.global_batch_size * arguments.steps
+    with progress("bench train", arguments.rounds * len(variants), "turn", show=world.is_main) as bar:
+        for _ in range(arguments.rounds):
+            for name, step in variants.items():
+                synchronize(world.device)
+                world.barrier()
+                started = time.perf_counter()
+                for _ in range(arguments.steps):
+                    step()
+                synchronize(world.device)
+                world.barrier()
+                rates[name].append(images / (time.perf_counter() - started))
+                bar.update()
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "images_per_s": medians["ours"],
+        "reference_images_per_s": medians.get("reference"),
+        "ratio": medians["ours"] / medians["reference"] if compared else None,
+        "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
+        "losses_of_the_first_step": losses,
+        "flops_per_s": train_flops_per_image(cfg) * medians["ours"],
+        "world_size": world.size,
+        "strategy": cfg.strategy.name,
+        "micro_batch_size": cfg.train.micro_batch_size,
+        "precision": cfg.train.precision,
+        "config": arguments.config,
+        "overrides": arguments.overrides,
+    }
+
+
+def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:
+    B, N = cfg.train.micro_batch_size, cfg.tokenizer.num_tokens
+    draws = torch.Generator().manual_seed(world.rank)
+    tokens = torch.randint(cfg.tokenizer.codebook_size, (B, N), generator=draws)
+    labels = torch.arange(B) % min(distinct, B, cfg.model.num_classes)
+    ids = torch.arange(B) + B * world.rank
+    classes, rows = (labels, None) if cfg.model.modulation == "per_sample" else labels.unique(return_inverse=True)
+    return MicroBatch(tokens, ids, torch.zeros_like(ids), classes, rows).to(world.device)
+
+
+def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task: Task) -> float:
+    def compute(forward: nn.Module) -> tuple[Tensor, Tensor]:
+        return objective.loss(forward(task.context, batch.classes, batch.rows, task.order), task)
+
+    statistics_of_step = strategy.forward_backward(compute, 0)
+    strategy.grad_norm()
+    strategy.step(_LEARNING_RATE)
+    return statistics_of_step[0].item()
+
+
+class _PlainStep:
+    """The released computation of the same loss: every image modulated for itself, every position run, a dense mask."""
+
+    def __init__(
+        self, cfg: ExperimentConfig, weights: dict[str, Tensor], codebook: Tensor, batch: MicroBatch, task: Task
+    ) -> None:
+        self.generators, self.training = reference.load("generators"), reference.load("training")
+        self.cfg, self.weights, self.codebook, self.task = cfg, weights, codebook, task
+        classes = batch.classes if batch.rows is None else batch.classes[batch.rows]
+        self.condition = classes + cfg.tokenizer.codebook_size + 1
+        optim = cfg.optim
+        groups = self.training.parameter_groups(weights, optim.weight_decay)
+        fused = self.condition.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=tuple(optim.betas), fused=fused)
+
+    def __call__(self) -> float:
+        cfg, task, weights, device = self.cfg, self.task, self.weights, self.condition.device
+        low = cfg.train.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+            logits, stream = self.generators.rar_forward(weights, task.context, self.condition, cfg.model.num_heads)
+            loss = self.training.next_token_loss(logits.float(), task.tokens)
+            heads = cfg.objective.heads
+            if heads.encode_tap is not None and heads.decode_tap is not None:
+                # The heads run on all positions, as released; Eq. 6 reads those of tokens 0 .. N-2.
+                encode, decode = (
+                    self.generators.rear_head(weights, f"{name}_align_mlp", stream[tap], nn.functional.gelu)[:, 2:-1]
+                    for name, tap in (("encode", heads.encode_tap), ("decode", heads.decode_tap))
+                )
+                codes = self.codebook[task.tokens]
+                aligned = self.training.paper_alignment_loss(encode.float(), decode.float(), codes)
+                loss = loss + heads.weight * aligned
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(weights.values()), cfg.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()

@@ -1,0 +1,65 @@
+"""What a block keeps for its backward pass and what it computes again (activation checkpointing), and compiled blocks.
+
+Blocks are changed in place and keep their names, so weights, sharding and checkpoints do not notice. What is read out
+between blocks (the taps of reAR) is a block's own output, and costs no second forward pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from rear_scale.config import ExperimentConfig
+
+# Products and attention: nearly all of the arithmetic. The rest (norms, modulation, GELU, dropout) is cheap to repeat and
+# makes up most of the memory.
+_KEPT = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+}
+
+
+def prepare_blocks(model: nn.Module, cfg: ExperimentConfig) -> None:
+    """Applies train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model over."""
+    train = cfg.train
+    settings: dict[str, Any] = {
+        "use_reentrant": False,
+        # Reading the generator's state is a wait for the GPU: only where masks must be drawn again.
+        "preserve_rng_state": bool(cfg.model.dropout or cfg.model.attn_dropout),
+    }
+    if train.activation_checkpointing == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for number, block in enumerate(model.blocks):
+        if train.compile:
+            # The forward pass alone: the hooks of engines around it stay outside the graph.
+            block.forward = torch.compile(block.forward)
+        if recomputed(cfg, number):
+            block.forward = partial(_checkpointed, block.forward, settings)
+
+
+def recomputed(cfg: ExperimentConfig, block: int) -> bool:
+    """Whether a block (from 0) computes anything again."""
+    policy = cfg.train.activation_checkpointing
+    return policy in ("full", "selective") or (policy == "every_n" and block % cfg.train.recompute_every_n == 0)
+
+
+def _checkpointed(forward: Any, settings: dict[str, Any], *inputs: Any) -> Any:
+    # Without gradients (validation, sampling) there is nothing to compute again.
+    return checkpoint(forward, *inputs, **settings) if torch.is_grad_enabled() else forward(*inputs)
+
+
+def _policy(context: Any, operation: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
+    kept = getattr(operation, "overloadpacket", None) in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,65 @@
+"""torch's FSDP2: the one file that imports the engine. One mesh axis shards everything (fsdp2); two shard inside a group
+of ranks and replicate over the groups (hsdp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from rear_scale.parallel.strategy import Compute
+from rear_scale.parallel.torch_strategy import TorchStrategy
+
+
+class FSDPStrategy(TorchStrategy):
+    """Sharded float32 weights, gradients and optimizer state. In bf16, weights travel and compute in bf16, and gradients
+    are summed in float32.
+
+    The units that are gathered together are each block, each reAR head, and the rest (embeddings, positions, output).
+    """
+
+    def build(self, model: nn.Module) -> None:
+        self.model = wrap(model.to(self.world.device), self._mesh(), self.cfg.train.precision, self._reshard)
+        self.engine = self.model
+        self.prepare_optimizer()
+
+    @property
+    def _reshard(self) -> bool:
+        return self.cfg.strategy.reshard_after_forward
+
+    def _mesh(self) -> DeviceMesh:
+        kind, strategy = self.world.device.type, self.cfg.strategy
+        if strategy.name == "fsdp2":
+            return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))
+        shape = (strategy.replicas, self.world.size // strategy.replicas)
+        # Neighbouring ranks shard: they are the ones on one machine.
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
+        last = micro_step == self.plan.accumulation - 1
+        deferred = self.cfg.strategy.defer_reduction
+        # Deferred, gradients stay whole on each rank until the last micro-step and travel once per update.
+        self.model.set_requires_gradient_sync(last or not deferred)
+        # Over the replicas they travel once in any case: until then the sums of the groups stay apart.
+        self.model.set_requires_all_reduce(last)
+        self.model.set_is_last_backward(last)
+        if not self._reshard:
+            # Gathered weights stay until the update changes them.
+            self.model.set_reshard_after_backward(last)
+        loss, statistics = compute(self.model)
+        (loss / self.plan.accumulation).backward()
+        return statistics
+
+
+def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forward: bool) -> FSDPModule:
+    """Shards a model in place over the ranks of a mesh; its parameters become DTensors under their own names."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
+    for block in model.blocks:
+        fully_shard(block, **settings, reshard_after_forward=reshard_after_forward)
+    for name, child in model.named_children():
+        if name.endswith("_align_mlp"):
+            fully_shard(child, **settings, reshard_after_forward=reshard_after_forward)
+    # What is left is needed first and last: the backward pass begins where the forward pass ends.
+    return fully_shard(model, **settings, reshard_after_forward=False)

@@ -1,0 +1,102 @@
+"""What the strategies of torch itself share: AdamW over named weights, whole or as DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rear_scale.parallel.strategy import Compute, Kind, Strategy
+
+
+class TorchStrategy(Strategy):
+    """Optimizer, clipping and state by name. Subclasses set `model` and `engine`, and run the passes of training."""
+
+    engine: nn.Module  # what is called: the model or its wrapper
+    optimizer: torch.optim.Optimizer
+
+    def grad_norm(self) -> Tensor:
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients)
+        return _whole(self.norm)
+
+    def step(self, lr: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.optim.grad_clip, self.norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.cfg.optim.ema_decay:
+            self._average()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, compute: Compute) -> Tensor:
+        self.model.eval()
+        with self.compute_precision():
+            _, statistics = compute(self.engine)
+        self.model.train()
+        return statistics
+
+    def compute_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def prepare_optimizer(self) -> None:
+        """Makes the optimizer, and the moving average as one more of its states: sharded and stored like the others."""
+        self.optimizer = self.make_optimizer(self.model)
+        if self.cfg.optim.ema_decay:
+            for weight in self.model.parameters():
+                # An optimizer that finds a state completes none, so the others are made here too.
+                zeros = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[weight] = {
+                    "step": self._step_count(weight, 0),
+                    **zeros,
+                    "ema": weight.detach().clone(),
+                }
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        weights = list(self.model.parameters())
+        averages = [_local(self.optimizer.state[weight]["ema"]) for weight in weights]
+        torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
+
+    def _step_count(self, weight: Tensor, optimizer_step: int) -> Tensor:
+        # AdamW's fused kernel wants its step count on the device.
+        device = weight.device if self.optimizer.defaults.get("fused") else "cpu"
+        return torch.tensor(float(optimizer_step), device=device)
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.model.named_parameters():
+            yield name, _whole((weight if kind == "param" else self.optimizer.state[weight][kind]).detach())
+
+    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        for name, weight in self.model.named_parameters():
+            value = _like(weight, read(name))
+            if kind == "param":
+                weight.data.copy_(value)
+                continue
+            state = self.optimizer.state[weight]
+            state[kind] = value
+            state["step"] = self._step_count(weight, optimizer_step)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
+    """A full tensor on the CPU, placed as the weight is."""
+    if isinstance(weight, DTensor):
+        # Every rank has read the same file, so nothing needs to travel.
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    return value.to(weight.device)

@@ -1,0 +1,152 @@
+"""What may go wrong in the middle of a run, and how all ranks then do the same: signals, numbers that are not finite, loss
+spikes, ranks that hang."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.progress import say
+from rear_scale.train.run_folder import RunFolder
+from rear_scale.world import World
+
+EXIT_PREEMPTED = 75  # sysexits.h: try again later
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Fewer losses than this say nothing about what is usual.
+_FEWEST_LOSSES = 20
+
+
+class Preempted(SystemExit):
+    """Saved, and wants to be started again. Every rank raises it, after the last meeting."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (as srun and schedulers send them) instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        # Python takes signals in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+class Watchdog:
+    """Ends this process, with the stacks of its threads in `<run>/stacks/`, when it makes no progress for too long.
+
+    A rank that waits for one that hangs or is gone makes none either, so all of them end within the same time.
+    """
+
+    def __init__(self, timeout_s: float, run: RunFolder, world: World) -> None:
+        self.timeout_s, self.run, self.world = timeout_s, run, world
+        self.doing, self.step, self.since = "start", 0, time.monotonic()
+        self.stopped = threading.Event()
+        self.paused = False
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self.timeout_s:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+
+    def beat(self, doing: str, step: int) -> None:
+        """Progress: what begins now."""
+        self.doing, self.step, self.since = doing, step, time.monotonic()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what may take any time."""
+        self.paused = True
+        yield
+        self.beat("go on", self.step)
+        self.paused = False
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.timeout_s / 4)):
+            if not self.paused and time.monotonic() - self.since > self.timeout_s:
+                self._end()
+
+    def _end(self) -> None:
+        what = f"step {self.step}, {self.doing}"
+        path = self.run.path / "stacks" / f"rank_{self.world.rank:05d}.txt"
+        say(
+            f"rank {self.world.rank} made no progress for {self.timeout_s:.0f} s ({what}): a rank hangs or is gone. "
+            f"The stacks of this one are in {path}"
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as file:
+                file.write(f"{what}\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+            if self.world.is_main:
+                self.run.set_status(
+                    "failed", last_step(self.run), f"no progress for {self.timeout_s:.0f} s in {what}; see stacks/"
+                )
+        finally:
+            os._exit(1)
+
+
+class Spikes:
+    """Which losses are far above those before them."""
+
+    def __init__(self, cfg: ExperimentConfig) -> None:
+        self.sigma = cfg.guard.spike_sigma
+        self.window: deque[float] = deque(maxlen=cfg.guard.spike_window)
+
+    def __call__(self, loss: float) -> bool:
+        """Whether this loss is one. Neither spikes nor numbers that are not finite count among the losses to come."""
+        if not math.isfinite(loss):
+            return False
+        if len(self.window) >= min(_FEWEST_LOSSES, self.window.maxlen or 0):
+            usual, spread = statistics.fmean(self.window), statistics.pstdev(self.window)
+            # A flat curve would make a spike of every ripple.
+            if loss > usual + self.sigma * max(spread, 1e-3 * abs(usual)):
+                return True
+        self.window.append(loss)
+        return False
+
+
+def last_step(run: RunFolder) -> int:
+    """The step of the newest checkpoint folder: what a failed run can be resumed from."""
+    return max((int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_????????")), default=0)
+
+
+def shard_positions(ids: list[int], shards: list[Any], folder: str | Path) -> str:
+    """In words, where samples lie: "shard-000003.tar: 17, 42; ..."."""
+    found: dict[str, list[int]] = {}
+    first = 0
+    for shard in shards:
+        inside = [number - first for number in ids if first <= number < first + shard.samples]
+        if inside:
+            found[shard.file] = sorted(inside)
+        first += shard.samples
+    return "; ".join(f"{Path(folder) / name}: {', '.join(map(str, rows))}" for name, rows in found.items())

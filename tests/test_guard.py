@@ -1,0 +1,184 @@
+"""Faults planted in real runs of two processes: all ranks do the same about them, within their time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from helpers import ROOT, command_line, environment, launch, metrics, tiny_config_file
+
+from rear_scale import config
+from rear_scale.shards.record import TarShard
+from rear_scale.train.guard import EXIT_PREEMPTED, Spikes, shard_positions
+from rear_scale.world import free_port
+
+PLANTED = str(ROOT / "tests/planted.py")
+TWO = ["torchrun", "--nproc-per-node", "2"]
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run/status.json").read_text())
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run/events.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path, tokens: Path) -> None:
+    strategy = "zero3"
+    config_file = tiny_config_file(tmp_path, tokens)
+    result = launch(*TWO, PLANTED, "--config", config_file, f"strategy={strategy}", PLANT="nan:1:6")
+    assert result.returncode != 0
+    assert "step 6: the loss is not finite on rank 1. The update was not applied" in result.stderr
+    assert f"rank 1 trained on {tokens}/shard-000000.tar: " in result.stderr
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("failed", 4)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    (event,) = events(tmp_path)
+    assert (event["event"], event["step"], set(event["positions"])) == ("nonfinite", 6, {"1"})
+    # Without the fault, the same command goes on.
+    assert launch(*TWO, "launchers/train.py", "--config", config_file, f"strategy={strategy}").returncode == 0
+    assert status(tmp_path)["state"] == "done"
+
+
+def test_updates_are_left_out_up_to_a_bound(tmp_path: Path, tokens: Path) -> None:
+    skip = ["guard.on_nonfinite=skip", "guard.max_skips=1", "strategy=zero2"]
+    config_file = tiny_config_file(tmp_path, tokens)
+    result = launch(*TWO, PLANTED, "--config", config_file, *skip, PLANT="nan:0:6")
+    assert result.returncode == 0, result.stderr
+    assert "Its update is left out (1 of at most 1)" in result.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_updates"] for line in lines] == [0] * 5 + [1] * 7
+    assert lines[5]["loss"] is None
+    assert all(line["loss"] is not None for line in lines[6:])
+    meta = json.loads((tmp_path / "run/checkpoints/step_00000012/meta.json").read_text())
+    assert (meta["optimizer_step"], meta["skipped_updates"]) == (11, 1)
+    # The bound counts the run, not the start: the next one is too many.
+    (tmp_path / "run/checkpoints/step_00000012/meta.json").unlink()
+    result = launch(*TWO, PLANTED, "--config", config_file, *skip, PLANT="nan:0:10")
+    assert "guard.max_skips=1 updates were left out already" in result.stderr
+    assert status(tmp_path)["state"] == "failed"
+
+
+def test_a_rank_that_hangs_brings_all_down_with_their_stacks(tmp_path: Path, tokens: Path) -> None:
+    config_file = tiny_config_file(tmp_path, tokens)
+    started = time.monotonic()
+    result = launch(*TWO, PLANTED, "--config", config_file, "strategy=ddp", "guard.hang_timeout_s=8", PLANT="hang:1:12")
+    assert result.returncode != 0
+    assert time.monotonic() - started < 60
+    assert "made no progress for 8 s (step 12, " in result.stderr
+    state = status(tmp_path)
+    # The checkpoint of step 8 may still have been on its way.
+    assert (state["state"], state["step"] in (4, 8)) == ("failed", True)
+    stacks = {path.name: path.read_text() for path in (tmp_path / "run/stacks").iterdir()}
+    assert "rank_00000.txt" in stacks or "rank_00001.txt" in stacks
+    if "rank_00001.txt" in stacks:
+        assert "step 12, forward and backward" in stacks["rank_00001.txt"]
+        assert "planted.py" in stacks["rank_00001.txt"]
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "run/checkpoints/latest").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def test_a_signal_to_the_deepspeed_launcher_saves_and_wants_to_go_on(tmp_path: Path, tokens: Path) -> None:
+    """As a scheduler sends it: to the whole group, with the launcher itself told to ignore it."""
+    config_file = tiny_config_file(tmp_path, tokens)
+    command = command_line(
+        "deepspeed", "--num_gpus", "2", "launchers/train.py", "--config", config_file, "train.total_steps=100000",
+        "checkpoint.every_steps=10",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *command],
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_checkpoint(tmp_path, process)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=90)
+    assert time.monotonic() - started < 60
+    state = status(tmp_path)
+    assert state["state"] == "preempted", stderr
+    assert "was asked to stop" in state["reason"]
+    # Saved at the step where it stopped, not at the last multiple of ten.
+    assert (tmp_path / f"run/checkpoints/step_{state['step']:08d}/meta.json").exists()
+    assert metrics(tmp_path / "run")[-1]["step"] == state["step"]
+    more = state["step"] + 3
+    result = launch("deepspeed", "--num_gpus", "2", "launchers/train.py", "--config", config_file,
+                    "train.total_steps=100000", f"train.stop_at_step={more}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, more + 1))
+
+
+def test_a_signal_to_one_task_of_srun_ends_all_with_75(tmp_path: Path, tokens: Path) -> None:
+    config_file = tiny_config_file(tmp_path, tokens)
+    port = free_port()
+    tasks = [
+        subprocess.Popen(
+            command_line("python", "launchers/train.py", "--config", config_file, "train.total_steps=100000", "strategy=fsdp2"),
+            env=environment(
+                SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
+                SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="127.0.0.1", MASTER_PORT=str(port),
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for_checkpoint(tmp_path, tasks[0])
+    tasks[1].send_signal(signal.SIGTERM)
+    assert [task.wait(60) for task in tasks] == [EXIT_PREEMPTED] * 2
+    assert status(tmp_path)["state"] == "preempted"
+    assert "rank 1 was asked to stop" in status(tmp_path)["reason"]
+
+
+def test_a_spike_is_logged_and_rewound_past_its_data(tmp_path: Path, tokens: Path) -> None:
+    config_file = tiny_config_file(tmp_path, tokens)
+    spiky = ["train.total_steps=40", "strategy=single", "guard.on_spike=rewind", "guard.spike_sigma=20"]
+    result = launch("python", PLANTED, "--config", config_file, *spiky, PLANT="spike:0:30")
+    # The fault belongs to the step here, so it comes back until no rewinds are left.
+    assert result.returncode == 0, result.stderr
+    assert [event["event"] for event in events(tmp_path)] == ["loss_spike"] * 4
+    assert [event["rewind"] for event in events(tmp_path)] == [True] * 3 + [False]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 41))
+    meta = json.loads((tmp_path / "run/checkpoints/step_00000040/meta.json").read_text())
+    # From step 28 each time, past the data of two steps.
+    assert (meta["rewinds"], meta["data_offset"]) == (3, 6)
+
+
+def test_the_slow_rank_is_named(tmp_path: Path, tokens: Path) -> None:
+    config_file = tiny_config_file(tmp_path, tokens)
+    result = launch(*TWO, PLANTED, "--config", config_file, "strategy=ddp", "train.total_steps=4", PLANT="slow:1:0")
+    assert result.returncode == 0, result.stderr
+    line = metrics(tmp_path / "run")[-1]
+    assert (line["slowest_rank"], line["own_time_max_s"] - line["own_time_min_s"] > 0.03) == (1, True)
+
+
+def test_spikes_are_judged_by_the_losses_before_them() -> None:
+    cfg = config.load("demo.yaml", ["guard.spike_sigma=6", "guard.spike_window=30"])
+    spikes = Spikes(cfg)
+    losses = [5.0 - 0.01 * step + 0.02 * (-1) ** step for step in range(60)]
+    assert not any(spikes(loss) for loss in losses[:10])
+    assert not spikes(100.0)  # too few before it to tell
+    spikes = Spikes(cfg)
+    assert not any(spikes(loss) for loss in losses)
+    assert not spikes(float("nan"))
+    assert spikes(6.0)
+    assert not spikes(losses[-1])
+
+
+def test_positions_name_the_tar_shard_and_the_sample_in_it() -> None:
+    shards = [TarShard(f"shard-{number:06d}.tar", 10, 0, "") for number in range(3)]
+    assert shard_positions([25, 3, 9, 20], shards, "data/x") == (
+        "data/x/shard-000000.tar: 3, 9; data/x/shard-000002.tar: 0, 5"
+    )
