@@ -30,7 +30,7 @@ from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.shards.record import file_sha256, write_text_atomically
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.tokenizer.base import Tokenizer, to_uint8
 from rear_scale.train.run_folder import provenance
 from rear_scale.world import World
 
@@ -117,8 +117,7 @@ def _make_unit(
     tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
     with torch.inference_mode():
         images = tokenizer.decode(tokens)[: len(ids)]
-    # Truncated, not rounded, as the released samplers do.
-    pixels = (images * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(images).cpu().numpy()
     _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
     _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
 

@@ -15,8 +15,7 @@ from rear_scale.shards import writer
 from rear_scale.shards.images import ImageShards, open_images
 from rear_scale.shards.record import Manifest, file_sha256, read_manifest, write_manifest
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.base import Tokenizer
-from rear_scale.tokenizer.training import to_unit_range
+from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.world import World
 
 

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 
 # A json belongs to the longest of these that its stem begins with. Those of a None are read in passing by others.
-FAMILIES = {"rear_tiny": "test_transformer", "index": None, "state_dict_keys": None}
+FAMILIES = {
+    "rear_tiny": "test_transformer",
+    "maskgit_vqgan": "test_tokenizers",
+    "titok_b64": "test_tokenizers",
+    "alitok_tokenizer": "test_tokenizers",
+    "preprocessing": "test_preprocessing",
+    "index": None,
+    "state_dict_keys": None,
+}
 
 
 @dataclass(frozen=True)
