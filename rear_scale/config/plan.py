@@ -84,7 +84,8 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 
 # What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
 _FREE_ON_RESUME = ("strategy.", "train.micro_batch_size", "train.stop_at_step", "train.log_every", "checkpoint.", "resume.",
-                   "wandb.", "run.name", "run.dir", "data.", "tokenizer.weights", "tokenizer.training", "pretokenize.",
+                   "wandb.", "run.name", "run.dir", "data.train", "data.val", "data.cache_dir", "data.on_error",
+                   "data.max_skipped_share", "data.assumed_images", "tokenizer.weights", "tokenizer.training", "pretokenize.",
                    "sample.", "evaluate.")  # fmt: skip
 
 

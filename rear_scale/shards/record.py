@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class TarShard:
     samples: int
     size: int  # bytes
     sha256: str
+    block_crc32: list[int] = field(default_factory=list)  # of each block's tokens and labels; image shards have none
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "block_crc32" or value}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,14 @@ class Manifest:
     crops_per_image: int  # sequences of one image; an epoch is counted in images
     label_counts: list[int]  # samples of each class, by class id
     class_names: list[str]
-    codebook_sha256: str
+    codebook_sha256: str | None  # null = the folder has no codebook.npy
     shards: list[TarShard]
+    crops: str = "center"  # center | flip | ten; the crops of one image follow one another
+    samples_per_shard: int = SHARD_SAMPLES  # at most; the last shard and one with skipped images hold fewer
+    block_samples: int = BLOCK_SAMPLES  # at most, of one block
+    num_skipped: int = 0  # images that could not be read; skipped.txt names them
+    made_from: str = ""  # a hash of images, weights and settings: what the tokens depend on
+    layout: str = "packed"  # packed: blocks; plain: one sample per key, as webdataset writes them
     format: str = FORMAT
 
     @property
@@ -85,7 +96,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    write_index(folder, dataclasses.asdict(manifest))
+    write_index(folder, {**vars(manifest), "shards": [shard.as_dict() for shard in manifest.shards]})
 
 
 def read_index(folder: str | Path, expected_format: str) -> dict[str, Any]:
@@ -124,11 +135,17 @@ def file_sha256(path: str | Path) -> str:
 def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
     path = Path(folder) / "codebook.npy"
+    assert manifest.codebook_sha256 is not None, "the manifest has no codebook"
     if not path.is_file():
         raise InputError(f"not found: {path}. It is part of the shard folder: copy it, or make the shards again")
     if file_sha256(path) != manifest.codebook_sha256:
         raise InputError(f"{path} does not match the checksum in index.json. Copy the shard folder again")
     return np.load(path)
+
+
+def block_checksum(tokens: bytes, labels: bytes) -> int:
+    """CRC-32 of the two members of a block."""
+    return zlib.crc32(labels, zlib.crc32(tokens))
 
 
 def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
