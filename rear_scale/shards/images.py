@@ -9,6 +9,7 @@ index.json           shards with their counts, image size, class names
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class ImageShards:
                     yield self._decode(sample), int(sample["cls"])
                 if count == end:
                     return
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError) as error:
             raise InputError(f"{path}, image {count}: {error}. Copy the shard again") from error
         raise InputError(f"{path} holds {count} images, but index.json says {shard.samples}. Copy the shard again")
 

@@ -23,7 +23,7 @@ from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress, say
-from rear_scale.shards.reader import BatchOrder, TokenSet
+from rear_scale.shards.reader import TokenSet
 from rear_scale.train.run_folder import RunFolder, commit, versions
 from rear_scale.train.telemetry import Telemetry
 from rear_scale.world import World
@@ -203,7 +203,7 @@ class _Prefetcher:
     def __init__(
         self, cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, objective: Objective, first: int
     ) -> None:
-        self.order = BatchOrder(len(tokens), cfg.train.global_batch_size, cfg.run.seed)
+        self.order = tokens.order(cfg.train.global_batch_size, cfg.run.seed)
         self.plan, self.world, self.tokens, self.objective = plan, world, tokens, objective
         self.steps = range(first, plan.last_step + 1)
         self.ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
