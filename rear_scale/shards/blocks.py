@@ -217,13 +217,22 @@ def unpack(packed: bytes, classes: bytes, manifest: Manifest, shard: int, block:
     checksums = manifest.shards[shard].block_crc32
     if checksums and block_checksum(packed, classes) != checksums[block]:
         raise ValueError("its checksum is not the one in index.json")
-    tokens, labels = (np.load(io.BytesIO(member)) for member in (packed, classes))
+    tokens, labels = _view(packed), _view(classes)
     length = min(manifest.block_samples, manifest.shards[shard].samples - block * manifest.block_samples)
     if tokens.dtype != np.uint16 or tokens.shape != (length, manifest.num_tokens) or labels.shape != (length,):
         raise ValueError(f"it holds {tokens.dtype} {tokens.shape} and {len(labels)} labels, not {length} samples")
     if tokens.max(initial=0) >= manifest.codebook_size or labels.max(initial=0) >= len(manifest.label_counts):
         raise ValueError("it has a token or label beyond the manifest's counts")
     return tokens, labels
+
+
+def _view(content: bytes) -> np.ndarray:
+    """The array of an .npy file in memory, without a copy. Raises ValueError when it is none."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is no .npy file of version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
 
 
 class _Counted:

@@ -218,9 +218,14 @@ def open_tokens(
         say(line)
     return ResidentSet(
         manifest,
-        np.memmap(unpacked / "tokens.u16", np.uint16, "r", shape=(manifest.num_samples, manifest.num_tokens)),
-        np.memmap(unpacked / "labels.u16", np.uint16, "r", shape=(manifest.num_samples,)),
+        _mapped(unpacked / "tokens.u16", (manifest.num_samples, manifest.num_tokens)),
+        _mapped(unpacked / "labels.u16", (manifest.num_samples,)),
     )
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """uint16 of a file that is not copied into memory. An empty file cannot be mapped."""
+    return np.memmap(path, np.uint16, "r", shape=shape) if shape[0] else np.empty(shape, np.uint16)
 
 
 def _cache_root(cache_dir: str | None) -> Path:
