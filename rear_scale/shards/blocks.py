@@ -231,7 +231,9 @@ def _view(content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("it is no .npy file of version 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if by_columns and len(shape) > 1:
+        raise ValueError("it is stored by columns")
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
 
 
