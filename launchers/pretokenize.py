@@ -1,9 +1,10 @@
-"""Turns image shards into token shards.
+"""Turns images into token shards.
 
     torchrun --nproc-per-node 8 launchers/pretokenize.py --config demo.yaml \\
         pretokenize.images=IMAGES/train pretokenize.out=TOKENS/train
 
-The result is byte-identical for any number of ranks; the same command continues after a kill.
+The images are a folder of class folders, or of WebDataset tars of images and cls. The result is byte-identical for any
+number of ranks; the same command continues after a kill.
 """
 
 from rear_scale import cli

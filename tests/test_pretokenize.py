@@ -17,7 +17,7 @@ from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, center_crop, cut, decode_image
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.reader import open_tokens
-from rear_scale.shards.sources import open_source
+from rear_scale.shards.sources import load_crops, open_source
 from rear_scale.shards.tar_index import scan
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import World
@@ -216,6 +216,20 @@ def test_crops_follow_one_another_and_are_those_of_the_images(tmp_path: Path) ->
             pixels = cut(image.convert("RGB"), 16, crops)
         ids = tokenizer.encode(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 255)
         assert np.array_equal(opened.tokens[number : 2 * number], ids.numpy())
+
+
+def test_images_for_training_a_tokenizer_come_from_any_source(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    prepare(images, tmp_path / "shards", 16, None, 0.1)
+    expected, _ = open_images(tmp_path / "shards").load()
+    for source, broken in ((images, 2), (tmp_path / "shards", 0)):
+        crops, skipped = load_crops(open_source(source), 16)
+        assert np.array_equal(crops, expected)
+        assert len(skipped) == broken
+    with pytest.raises(InputError, match="tokenizer.image_size=24, but the images .* have 16 pixels"):
+        load_crops(open_source(tmp_path / "shards"), 24)
+    with pytest.raises(InputError, match="GiB of memory"):
+        load_crops(open_source(images), 2**17)
 
 
 def test_odd_modes_become_rgb(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class ModelConfig:
 class TokenizerTrainingConfig:
     """Training of a tokenizer of our own (launchers/train_tokenizer.py)."""
 
-    images: str = "???"  # folder of image shards
+    images: str = "???"  # folder of class folders, or of WebDataset tar shards (jpg, png or webp, and cls)
     steps: int = 400
     batch_size: int = 64  # images
     lr: float = 1e-3

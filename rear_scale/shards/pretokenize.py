@@ -22,7 +22,7 @@ from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.crops import CROPS, BadImage, cut, decode_image
 from rear_scale.shards.record import Manifest, file_sha256, read_manifest, write_manifest
-from rear_scale.shards.sources import ImageSource, SourceImage, open_source
+from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.weight_file import find_weights
@@ -38,11 +38,7 @@ def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
         if getattr(cfg.pretokenize, name) is None:
             raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
     source = open_source(cfg.pretokenize.images, cfg.pretokenize.class_map)
-    if source.image_size not in (None, cfg.tokenizer.image_size):
-        raise InputError(
-            f"tokenizer.image_size={cfg.tokenizer.image_size}, but the images in {source.folder} have {source.image_size} "
-            "pixels. Prepare them at the tokenizer's size, or without a size"
-        )
+    check_size(source, cfg.tokenizer.image_size)
     return source
 
 

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import psutil
+
 from rear_scale.config import InputError
+from rear_scale.shards.crops import BadImage, center_crop, decode_image
 from rear_scale.shards.images import EXTENSIONS, FORMAT
 from rear_scale.shards.record import read_index
 from rear_scale.shards.tar_index import TarSample, read_member, scan
@@ -51,6 +55,38 @@ def open_source(folder: str | Path, class_map: str | None = None) -> ImageSource
     ids = read_class_map(class_map) if class_map else None
     tars = sorted(folder.glob("*.tar"))
     return TarSource(folder, tars, ids) if tars else FolderSource(folder, ids)
+
+
+def check_size(source: ImageSource, image_size: int) -> None:
+    """Raises InputError when a source was prepared at another size than the tokenizer's (pixels)."""
+    if source.image_size not in (None, image_size):
+        raise InputError(
+            f"tokenizer.image_size={image_size}, but the images in {source.folder} have {source.image_size} pixels. "
+            "Prepare them at the tokenizer's size, or without a size"
+        )
+
+
+def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Centre crops uint8 [n, S, S, 3] of all images, and name and reason of those that cannot be decoded.
+
+    Raises InputError when they do not fit in memory, or none can be decoded.
+    """
+    check_size(source, image_size)
+    needed, free = len(source) * image_size**2 * 3, psutil.virtual_memory().available
+    if needed > 0.5 * free:
+        raise InputError(
+            f"{len(source):,} images of {image_size} pixels take {needed / 2**30:.1f} GiB of memory, but {source.folder} may "
+            f"take half of the {free / 2**30:.1f} GiB that are free. Use fewer images or smaller ones"
+        )
+    crops, skipped = [], []
+    for image in source.read(0, len(source)):
+        try:
+            crops.append(center_crop(decode_image(image.data), image_size))
+        except BadImage as error:
+            skipped.append((image.name, str(error)))
+    if not crops:
+        raise InputError(f"none of the {len(source)} images in {source.folder} can be read. Is it the right folder?")
+    return np.stack(crops), skipped
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
