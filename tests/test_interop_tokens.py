@@ -107,7 +107,7 @@ def test_a_line_that_does_not_fit_is_named(tmp_path: Path, line: str, message: s
     assert not (tmp_path / "out/index.json").exists()
 
 
-def test_an_alitok_cache_goes_in_and_out(tmp_path: Path) -> None:
+def test_an_alitok_cache_goes_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     expected = {}
     for name in ("n02", "n01"):
@@ -129,6 +129,11 @@ def test_an_alitok_cache_goes_in_and_out(tmp_path: Path) -> None:
     (tmp_path / "map").write_text("n01 1\nn02 0")
     tokens.import_alitok(tmp_path / "cache", tmp_path / "mapped", TOKENIZER, tmp_path / "map")
     assert record.read_manifest(tmp_path / "mapped").class_names == ["n02", "n01"]
+    assert "repeats" not in capsys.readouterr().err
+    (tmp_path / "twice/n01").mkdir(parents=True)
+    np.savez(tmp_path / "twice/n01/a.npz", codes=np.zeros((20, NUM_TOKENS), int))
+    tokens.import_alitok(tmp_path / "twice", tmp_path / "out", TOKENIZER)
+    assert "every second row repeats" in capsys.readouterr().err
     for codes, message in (
         (np.zeros((1, 2 * NUM_TOKENS), int), "join sequences of two images"),
         (np.zeros((3, NUM_TOKENS), int), r"codes are \[3, 16\], but \[10, 16\]"),

@@ -12,11 +12,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import DataConfig, ExperimentConfig, InputError
 from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, center_crop, cut, decode_image
 from rear_scale.shards.images import open_images, write_images
-from rear_scale.shards.reader import open_tokens
+from rear_scale.shards.reader import open_stream, open_tokens
 from rear_scale.shards.sources import load_crops, open_source
 from rear_scale.shards.tar_index import scan
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -321,6 +321,28 @@ def test_bf16_encoding_is_close_to_fp32(tmp_path: Path) -> None:
     run_alone(write, settings(tmp_path, "bf16", "pretokenize.precision=bf16"))
     one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")).tokens for name in ("fp32", "bf16"))
     assert 0.8 < (one == other).mean() < 1
+
+
+def test_shards_whose_images_are_all_bad_stay_empty(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    few = (f"pretokenize.images={images}", "pretokenize.crops=ten", "pretokenize.samples_per_shard=10")
+    run_alone(write, settings(tmp_path, "small", *few))
+    run_alone(write, settings(tmp_path, "large", *few[:2]))
+    manifest = record.read_manifest(tmp_path / "small")
+    assert [shard.samples for shard in manifest.shards].count(0) == 2
+    one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")) for name in ("small", "large"))
+    streamed = open_stream(DataConfig(train=str(tmp_path / "small")), manifest, world_size=1)
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.array_equal(streamed.rows(torch.arange(220))[0], other.tokens)
+
+
+def test_compile_is_asked_for_when_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    run_alone(write, settings(tmp_path, "eager"))
+    assert compiled == []
+    run_alone(write, settings(tmp_path, "compiled", "pretokenize.compile=true"))
+    assert compiled == ["encode"]
 
 
 def test_a_damaged_tar_is_named_with_its_byte(tmp_path: Path) -> None:

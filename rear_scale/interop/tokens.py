@@ -66,7 +66,13 @@ def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map:
         raise InputError(
             f"{len(unknown)} folders of {cache} are not in the class map, {unknown[0]} among them. Add them"
         )
-    count = len(_alitok_codes(files[0][0], tokenizer.num_tokens, None))
+    first = _alitok_codes(files[0][0], tokenizer.num_tokens, None)
+    count = len(first)
+    if count > 1 and count % 2 == 0 and np.array_equal(first[::2], first[1::2]):
+        say(
+            f"note: in {files[0][0]} every second row repeats the one before: with --flip_flag the released script stores the "
+            "codes of the plain crops twice and those of the mirrored ones not at all"
+        )
     listing = "\n".join(f"{path.relative_to(cache)} {path.stat().st_size}" for path, _ in files)
     source = hashlib.sha256(f"{listing} {sorted(ids.items())}".encode()).hexdigest()
     crops = Crops({1: "center", 10: "ten"}.get(count, "alitok"), count)

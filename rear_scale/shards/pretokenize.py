@@ -53,6 +53,11 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
     weights_sha256 = file_sha256(find_weights(cfg.tokenizer.weights))
     made_from = _made_from(cfg, source, weights_sha256)
+    if len(set(world.gather(made_from))) > 1:
+        raise InputError(
+            f"the ranks see different images in {source.folder}, weights or settings. Wait until all files are there, and give "
+            "every node the same"
+        )
     if _is_done(out, source, weights_sha256, made_from):
         if world.is_main:
             say(f"{out} is complete")
@@ -67,7 +72,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
         for index, start, end in mine:
             found = writer.finished_shard(out, index, source=made_from)
             if found is None:
-                images = _prepared(source, start, end, cfg.tokenizer.image_size, job.crops)
+                images = _prepared(source, start, end, cfg.tokenizer.image_size, job)
                 found = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made_from, bar.update)
             else:
                 bar.total -= end - start  # an earlier run's work is no measure of this one's rate
@@ -143,21 +148,23 @@ def _encoder(tokenizer: Tokenizer, job: PretokenizeConfig, world: World) -> Call
     return run
 
 
-def _prepared(source: ImageSource, start: int, end: int, image_size: int, crops: str) -> Iterator[Prepared]:
+def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: PretokenizeConfig) -> Iterator[Prepared]:
     """Decodes and cuts images start .. end - 1 in threads, ahead of the encoder, and yields them in order."""
 
     def prepare(image: SourceImage) -> np.ndarray | str:
         try:
-            return cut(decode_image(image.data), image_size, crops)
+            return cut(decode_image(image.data), image_size, job.crops)
         except BadImage as error:
             return str(error)
 
     threads = max(1, min(8, len(os.sched_getaffinity(0))))
+    # The next batch is cut while the encoder works on this one.
+    most = max(4 * threads, 2 * job.batch_size // CROPS[job.crops])
     ahead: deque[tuple[SourceImage, Future[np.ndarray | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for image in source.read(start, end):
             ahead.append((image, pool.submit(prepare, image)))
-            if len(ahead) >= 4 * threads:
+            if len(ahead) >= most:
                 first, future = ahead.popleft()
                 yield first, future.result()
         while ahead:

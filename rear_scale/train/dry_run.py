@@ -35,9 +35,11 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             )
             continue
         manifest = read_checked(cfg, folder)
+        crops = manifest.crops_per_image
+        passes = f" ({crops} crops each: one pass over them is {crops} epochs)" if crops > 1 else ""
         lines.append(
-            f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images "
-            f"of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
+            f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images"
+            f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
     return lines
 
