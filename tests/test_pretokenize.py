@@ -295,6 +295,24 @@ def test_plain_webdataset_shards_give_the_same_tokens_as_the_folder(tmp_path: Pa
     ]
 
 
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither class folders nor tar shards"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "empty/class").mkdir()
+    with pytest.raises(InputError, match="class folders without a png, jpg"):
+        open_source(tmp_path / "empty")
+    webdataset.TarWriter(str(tmp_path / "empty/a.tar")).close()
+    with pytest.raises(InputError, match="1 tar shards without an image"):
+        open_source(tmp_path / "empty")
+    with webdataset.TarWriter(str(tmp_path / "empty/a.tar")) as tar:
+        tar.write({"__key__": "a", "png": b"1"})
+    with pytest.raises(InputError, match=r"a.tar, byte \d+: sample a has png, but an image .* and cls are wanted"):
+        next(open_source(tmp_path / "empty").read(0, 1))
+    with pytest.raises(InputError, match="not found"):
+        open_source(tmp_path / "nowhere")
+
+
 def test_prepared_shards_hold_the_files_as_they_are_or_cropped(tmp_path: Path) -> None:
     images = photographs(tmp_path / "photographs")
     for name, size in (("original", None), ("cropped", 16)):

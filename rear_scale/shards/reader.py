@@ -274,7 +274,7 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float |
                 tokens.tofile(tokens_file)
                 labels.tofile(labels_file)
                 written += length
-            if not lost:
+            if max_skipped_share is None:
                 files.check_rest(shard)
         if lost:
             _check_lost(sum(end - first for first, end in lost), written, max_skipped_share, errors[0])

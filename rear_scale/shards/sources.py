@@ -193,6 +193,8 @@ class TarSource(ImageSource):
         if ids is not None:
             self.class_names = names_by_id(ids)
         self.tars = list(zip(tars, counts, strict=True))
+        if not sum(counts):
+            raise InputError(f"{folder} holds {len(tars)} tar shards without an image. Make or copy them again")
         text = json.dumps([described, ids], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 

@@ -88,6 +88,8 @@ def finished_shard(folder: Path, index: int, source: str) -> FinishedShard | Non
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     """skipped.txt: a line with name and reason for each image that could not be read; no file when there is none."""
+    # One of an earlier, stopped run may be there.
+    (folder / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         write_text_atomically(folder / "skipped.txt", "".join(f"{name}\t{reason}\n" for name, reason in skipped))
 
