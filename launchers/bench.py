@@ -2,7 +2,8 @@
 
     python launchers/bench.py data
 
-stdout holds the object and nothing else; progress goes to stderr. --out FILE writes it to a file too.
+stdout holds the object and nothing else; progress goes to stderr. --out FILE writes it to a file too; --dry-run shows the
+settings and measures nothing.
 """
 
 import argparse
@@ -30,9 +31,14 @@ def main() -> None:
             mode = importlib.import_module(f"rear_scale.bench.{name}")
             command.description = mode.__doc__
             command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here too")
+            command.add_argument("--dry-run", action="store_true", help="print the settings and stop")
             mode.add_arguments(command)
             command.set_defaults(run=mode.run)
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
+        print(json.dumps({**settings, **machine()}, indent=1, default=str))
+        return
     text = json.dumps({"mode": arguments.mode, **arguments.run(arguments), **machine()}, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

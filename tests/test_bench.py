@@ -43,6 +43,12 @@ def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: P
         assert torch.cat(found)[:, 0].tolist() != whole.labels.tolist(), "not shuffled"
 
 
+def test_a_dry_run_shows_the_settings_and_writes_nothing(tmp_path: Path) -> None:
+    done = launch("python", "launchers/bench.py", "data", "--dry-run", "--folder", tmp_path / "sets")
+    assert json.loads(done.stdout)["samples"] == 1_048_576
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_set_can_be_opened(tmp_path: Path) -> None:
     data._write_sets(tmp_path, 256, 1)
     opened = open_tokens(tmp_path / "empty", str(tmp_path / "cache"))
