@@ -8,8 +8,8 @@ settings and measures nothing.
 
 import argparse
 import importlib
+import importlib.util
 import json
-import pkgutil
 import platform
 import sys
 from importlib.metadata import version
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from rear_scale import bench, cli
+from rear_scale import cli
 
 
 def main() -> None:
-    modes = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "reference"]
+    modes = [name for name in ("train", "sample", "data") if importlib.util.find_spec(f"rear_scale.bench.{name}")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", help=", ".join(modes))
     for name in modes:
