@@ -1,7 +1,8 @@
-"""Trains the compact tokenizer of a config on image shards (tokenizer.training.images) and writes tokenizer.weights.
+"""Trains the compact tokenizer of a config on images (tokenizer.training.images) and writes tokenizer.weights.
 
     python launchers/train_tokenizer.py --config demo.yaml
 
+The images are a folder of class folders or of WebDataset tars; of each, ADM's centre crop at tokenizer.image_size is taken.
 One process; the same command continues after a kill and leaves finished weights as they are.
 """
 
@@ -10,7 +11,7 @@ from pathlib import Path
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.progress import say
-from rear_scale.shards.images import open_images
+from rear_scale.shards.sources import check_size, load_crops, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.training import train_compact
 from rear_scale.world import joined
@@ -26,7 +27,8 @@ def main() -> None:
         raise InputError(
             "tokenizer.training and tokenizer.weights must both be set to train a tokenizer. configs/demo.yaml shows how"
         )
-    images = open_images(tokenizer.training.images)
+    source = open_source(tokenizer.training.images)
+    check_size(source, tokenizer.image_size)
     with joined(command.ranks) as world:
         if world.size > 1:
             raise InputError(
@@ -36,7 +38,10 @@ def main() -> None:
             open_tokenizer(tokenizer, world.device)
             say(f"{tokenizer.weights} is complete")
         else:
-            train_compact(tokenizer, images.load()[0], world.device)
+            images, skipped = load_crops(source, tokenizer.image_size)
+            for name, reason in skipped:
+                say(f"skipped {name}: {reason}")
+            train_compact(tokenizer, images, world.device)
 
 
 if __name__ == "__main__":

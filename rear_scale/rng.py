@@ -9,6 +9,7 @@ one GPU, many GPUs and a CPU draw the same bits, in batches and without host syn
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,8 @@ class Purpose(enum.IntEnum):
     WEIGHT_INIT = 8
     PERMUTATION = 9
     SAMPLE_ORDER = 10
+    SHARD_ORDER = 20
+    LANE_ORDER = 21
 
 
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
@@ -101,7 +104,22 @@ def permuted(seed: int, purpose: Purpose, occasion: int, positions: Tensor, size
     return result
 
 
-def _feistel(cells: Tensor, rows: int, columns: int, keys: list[int]) -> Tensor:
+def permuted_within(
+    seed: int, purpose: Purpose, occasion: int, groups: Tensor, positions: Tensor, sizes: Tensor
+) -> Tensor:
+    """int64 [I]: as `permuted`, where every position (int64 [I]) has a group (int64 [I], 0 .. 2^32 - 1) with a permutation
+    and a size (int64 [I], above the position) of its own."""
+    rows = sizes.double().sqrt().long().clamp(min=1)
+    columns = (sizes + rows - 1) // rows
+    unique, group = groups.unique(return_inverse=True)
+    keys = random_bits(seed, purpose, unique, occasion, _FEISTEL_ROUNDS)[group]
+    result = _feistel(positions, rows, columns, keys.unbind(1))
+    while (outside := (result >= sizes).nonzero()[:, 0]).numel():
+        result[outside] = _feistel(result[outside], rows[outside], columns[outside], keys[outside].unbind(1))
+    return result
+
+
+def _feistel(cells: Tensor, rows: Word, columns: Word, keys: Sequence[Word]) -> Tensor:
     left, right = cells // columns, cells % columns
     for key_left, key_right in zip(keys[::2], keys[1::2], strict=True):
         left = (left + _mix(right ^ key_left)) % rows

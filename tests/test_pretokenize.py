@@ -1,30 +1,40 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_alone, run_ranks
+import webdataset
+from helpers import ROOT, run_alone, run_ranks
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import DataConfig, ExperimentConfig, InputError
 from rear_scale.shards import pretokenize, record, writer
-from rear_scale.shards.images import write_images
-from rear_scale.shards.reader import open_tokens
+from rear_scale.shards.crops import CROPS, center_crop, cut, decode_image
+from rear_scale.shards.images import open_images, write_images
+from rear_scale.shards.reader import open_stream, open_tokens
+from rear_scale.shards.sources import load_crops, open_source
+from rear_scale.shards.tar_index import scan
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import World
+
+sys.path.insert(0, str(ROOT / "data"))
+from prepare_imagefolder import prepare  # noqa: E402
 
 NUM_IMAGES = 107
 
 
-def settings(folder: Path, out: str) -> ExperimentConfig:
+def settings(folder: Path, out: str, *overrides: str) -> ExperimentConfig:
     """107 images and an untrained tokenizer in `folder`, to be written to folder/out."""
     if not (folder / "weights").exists():
         torch.manual_seed(0)
         tokenizer = CompactTokenizer(16, 32, 8, 16)
-        tokenizer.codes.copy_(torch.randn(32, 8) * 0.1)
+        with torch.no_grad():  # codes among the latents, so that images get different tokens
+            tokenizer.codes.copy_(tokenizer.latents(torch.rand(2, 3, 16, 16)))
         tokenizer.save(folder / "weights")
         pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 16, 16, 3), dtype=np.uint8)
         write_images(
@@ -41,13 +51,15 @@ def settings(folder: Path, out: str) -> ExperimentConfig:
             f"pretokenize.images={folder / 'images'}",
             f"pretokenize.out={folder / out}",
             "pretokenize.batch_size=8",
+            *overrides,
         ],
     )
 
 
+SMALL_SHARDS = "pretokenize.samples_per_shard=20"  # several, so that there is something to share out
+
+
 def write(world: World, cfg: ExperimentConfig) -> None:
-    # Several small shards, so that there is something to share out.
-    writer.SHARD_SAMPLES, writer.BLOCK_SAMPLES, writer.BLOCKS_PER_SHARD = 20, 10, 2
     pretokenize.pretokenize(cfg, pretokenize.check_pretokenize(cfg), world)
 
 
@@ -55,19 +67,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def restored_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undoes what `write` sets in this process."""
-    for name in ("SHARD_SAMPLES", "BLOCK_SAMPLES", "BLOCKS_PER_SHARD"):
-        monkeypatch.setattr(writer, name, getattr(writer, name))
-
-
-@pytest.mark.usefixtures("restored_sizes")
 def test_the_bytes_do_not_depend_on_ranks_or_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_alone(write, settings(tmp_path, "one"))
+    run_alone(write, settings(tmp_path, "one", SMALL_SHARDS))
     expected = files(tmp_path / "one")
     assert sorted(expected) == ["codebook.npy", "index.json", *(f"shard-{n:06d}.tar" for n in range(6))]
-    run_ranks(2, write, settings(tmp_path, "two"))
+    run_ranks(2, write, settings(tmp_path, "two", SMALL_SHARDS))
     assert files(tmp_path / "two") == expected
 
     written = writer.write_shard
@@ -78,7 +82,7 @@ def test_the_bytes_do_not_depend_on_ranks_or_kills(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return written(folder, index, *rest, **named)
 
-    cfg = settings(tmp_path, "killed")
+    cfg = settings(tmp_path, "killed", SMALL_SHARDS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer, "write_shard", killed)
         run_alone(write, cfg)
@@ -98,13 +102,14 @@ def test_the_bytes_do_not_depend_on_ranks_or_kills(tmp_path: Path, monkeypatch: 
 
 def test_tokens_labels_and_manifest_are_those_of_the_images(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "out")
-    images = pretokenize.check_pretokenize(cfg)
-    run_alone(lambda world: pretokenize.pretokenize(cfg, images, world))
+    images = open_images(tmp_path / "images")
+    run_alone(write, cfg)
     opened = open_tokens(tmp_path / "out", str(tmp_path / "cache"))
     pixels, labels = images.load()
     tokenizer = CompactTokenizer.from_file(str(tmp_path / "weights"))
     ids = tokenizer.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     assert np.array_equal(opened.tokens, ids.numpy())
+    assert len(np.unique(opened.tokens)) > 10
     assert np.array_equal(opened.labels, labels)
     manifest = opened.manifest
     assert (manifest.num_samples, manifest.num_images, manifest.num_tokens, manifest.codebook_size) == (
@@ -133,3 +138,241 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "weights")
     with pytest.raises(InputError, match="already holds 107 samples"):
         run_alone(lambda world: pretokenize.pretokenize(cfg, pretokenize.check_pretokenize(cfg), world))
+
+
+def photographs(folder: Path) -> Path:
+    """Class folders with real photographs in odd formats, two of them broken, and a class without images."""
+    china, flower = (Image.fromarray(image) for image in load_sample_images().images)
+    for name in ("buildings", "plants", "empty"):
+        (folder / name).mkdir(parents=True)
+    for number in range(9):
+        box = (number * 60, number * 20, number * 60 + 100 + number, number * 20 + 80)
+        china.crop(box).save(folder / f"buildings/{number}.jpg")
+        flower.crop(box).save(folder / f"plants/{number}.webp")
+    whole = (folder / "buildings/3.jpg").read_bytes()
+    (folder / "buildings/truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "buildings/text.jpg").write_text("not an image")
+    china.crop((0, 0, 90, 70)).convert("CMYK").save(folder / "buildings/cmyk.JPEG")
+    flower.crop((0, 0, 70, 90)).quantize(32).save(folder / "plants/palette.png", transparency=3)
+    china.crop((5, 5, 6, 6)).save(folder / "plants/one_pixel.png")
+    deep = np.asarray(china.crop((0, 0, 64, 48)).convert("L")).astype(np.uint16) * 256
+    Image.fromarray(deep).save(folder / "plants/sixteen_bit.png")
+    (folder / "plants/notes.txt").write_text("left alone")
+    return folder
+
+
+def test_bad_images_are_skipped_counted_and_listed_for_any_ranks_and_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = photographs(tmp_path / "photographs")
+    cfgs = {
+        name: settings(
+            tmp_path, name, f"pretokenize.images={images}", "pretokenize.crops=ten", "pretokenize.samples_per_shard=30"
+        )
+        for name in ("one", "two", "killed")
+    }
+    run_alone(write, cfgs["one"])
+    expected = files(tmp_path / "one")
+    run_ranks(2, write, cfgs["two"])
+    assert files(tmp_path / "two") == expected
+    calls = []
+
+    def killed(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return make(*arguments, **named)
+
+    make = pretokenize._make_shard
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretokenize, "_make_shard", killed)
+        run_alone(write, cfgs["killed"])
+    run_alone(write, cfgs["killed"])
+    assert files(tmp_path / "killed") == expected
+
+    manifest = record.read_manifest(tmp_path / "one")
+    assert (manifest.num_images, manifest.num_samples, manifest.crops_per_image, manifest.num_skipped) == (
+        22,
+        220,
+        10,
+        2,
+    )
+    assert manifest.class_names == ["buildings", "empty", "plants"]
+    assert manifest.label_counts == [100, 0, 120]
+    listed = (tmp_path / "one/skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["buildings/text.jpg", "buildings/truncated.jpg"]
+    assert "0x" not in listed[0], "an address in memory differs from run to run"
+    assert "truncated" in listed[1]
+
+
+def test_crops_follow_one_another_and_are_those_of_the_images(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    tokenizer_cfg = settings(tmp_path, "ten")
+    tokenizer = CompactTokenizer.from_file(tokenizer_cfg.tokenizer.weights)
+    for crops, number in CROPS.items():
+        run_alone(write, settings(tmp_path, crops, f"pretokenize.images={images}", f"pretokenize.crops={crops}"))
+        opened = open_tokens(tmp_path / crops, str(tmp_path / "cache"))
+        with Image.open(images / "buildings/1.jpg") as image:
+            pixels = cut(image.convert("RGB"), 16, crops)
+        ids = tokenizer.encode(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2) / 255)
+        assert np.array_equal(opened.tokens[number : 2 * number], ids.numpy())
+
+
+def test_images_for_training_a_tokenizer_come_from_any_source(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    prepare(images, tmp_path / "shards", 16, None, 0.1)
+    expected, _ = open_images(tmp_path / "shards").load()
+    for source, broken in ((images, 2), (tmp_path / "shards", 0)):
+        crops, skipped = load_crops(open_source(source), 16)
+        assert np.array_equal(crops, expected)
+        assert len(skipped) == broken
+    with pytest.raises(InputError, match="tokenizer.image_size=24, but the images .* have 16 pixels"):
+        load_crops(open_source(tmp_path / "shards"), 24)
+    with pytest.raises(InputError, match="GiB of memory"):
+        load_crops(open_source(images), 2**17)
+
+
+def test_odd_modes_become_rgb(tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "photographs")
+    deep = np.asarray(decode_image((folder / "plants/sixteen_bit.png").read_bytes()))
+    grey = np.asarray(Image.fromarray(load_sample_images().images[0]).crop((0, 0, 64, 48)).convert("L"))
+    assert np.array_equal(deep, np.stack([grey] * 3, -1)), "clipped, not scaled"
+    for name in ("buildings/cmyk.JPEG", "plants/palette.png", "plants/one_pixel.png"):
+        image = decode_image((folder / name).read_bytes())
+        assert image.mode == "RGB"
+        assert cut(image, 16, "ten").shape == (10, 16, 16, 3)
+
+
+def test_too_many_bad_images_are_an_error(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    cfg = settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_share=0.05")
+    with pytest.raises(InputError, match=r"2 of 24 images .* more than the 5.0% .*buildings/text.jpg"):
+        run_alone(write, cfg)
+    assert (tmp_path / "out/skipped.txt").exists()
+    assert not (tmp_path / "out/index.json").exists()
+
+
+def test_a_class_map_overrides_the_order_of_folders(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    shards = tmp_path / "shards"
+    prepare(images, shards, None, None, 0.1)
+    for number, text in enumerate(
+        (
+            '{"plants": 0, "buildings": 2, "empty": 1}',
+            "plants 0\nbuildings 2\nempty 1",
+            "plants\nempty rooms\nbuildings a b",
+        )
+    ):
+        (tmp_path / "map").write_text(text)
+        for source in (images, shards):
+            out = f"out{number}{source.name}"
+            wanted = (f"pretokenize.images={source}", f"pretokenize.class_map={tmp_path / 'map'}")
+            run_alone(write, settings(tmp_path, out, *wanted))
+            manifest = record.read_manifest(tmp_path / out)
+            assert manifest.label_counts == [12, 0, 10]
+            assert manifest.class_names == ["plants", "empty", "buildings"]
+    (tmp_path / "map").write_text("plants 0")
+    with pytest.raises(InputError, match="2 of 3 folders .* not in the class map, buildings"):
+        pretokenize.check_pretokenize(settings(tmp_path, "out", f"pretokenize.images={images}", wanted[1]))
+
+
+def test_plain_webdataset_shards_give_the_same_tokens_as_the_folder(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    run_alone(write, settings(tmp_path, "folder", f"pretokenize.images={images}"))
+    shards = tmp_path / "plain"
+    shards.mkdir()
+    with webdataset.ShardWriter(f"{shards}/images-%03d.tar", maxcount=7, verbose=0) as writer_:
+        for number, image in enumerate(open_source(images).read(0, 100)):
+            extension = image.name.rpartition(".")[2].lower()
+            writer_.write({"__key__": f"{number:05d}", extension: image.data, "cls": image.label})
+    run_alone(write, settings(tmp_path, "tars", f"pretokenize.images={shards}"))
+    one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")) for name in ("folder", "tars"))
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.array_equal(one.labels, other.labels)
+    assert [line.split("\t")[0] for line in (tmp_path / "tars/skipped.txt").read_text().splitlines()] == [
+        "images-001.tar/00010",
+        "images-001.tar/00011",
+    ]
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither class folders nor tar shards"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "empty/class").mkdir()
+    with pytest.raises(InputError, match="class folders without a png, jpg"):
+        open_source(tmp_path / "empty")
+    webdataset.TarWriter(str(tmp_path / "empty/a.tar")).close()
+    with pytest.raises(InputError, match="1 tar shards without an image"):
+        open_source(tmp_path / "empty")
+    with webdataset.TarWriter(str(tmp_path / "empty/a.tar")) as tar:
+        tar.write({"__key__": "a", "png": b"1"})
+    with pytest.raises(InputError, match=r"a.tar, byte \d+: sample a has png, but an image .* and cls are wanted"):
+        next(open_source(tmp_path / "empty").read(0, 1))
+    with pytest.raises(InputError, match="not found"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_prepared_shards_hold_the_files_as_they_are_or_cropped(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    for name, size in (("original", None), ("cropped", 16)):
+        prepare(images, tmp_path / name, size, None, 0.1)
+        before = files(tmp_path / name)
+        prepare(images, tmp_path / name, size, None, 0.1)
+        assert files(tmp_path / name) == before
+    originals = open_source(tmp_path / "original").read(0, 22)
+    assert next(originals).data == (images / "buildings/0.jpg").read_bytes()
+    pixels, labels = open_images(tmp_path / "cropped").load()
+    with Image.open(images / "plants/0.webp") as image:
+        assert np.array_equal(pixels[10], center_crop(image.convert("RGB"), 16))
+    assert labels.tolist() == [0] * 10 + [2] * 12
+    with pytest.raises(InputError, match="different sizes"):
+        open_images(tmp_path / "original")
+    run_alone(write, settings(tmp_path, "a", f"pretokenize.images={tmp_path / 'original'}"))
+    run_alone(write, settings(tmp_path, "b", f"pretokenize.images={tmp_path / 'cropped'}"))
+    one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")) for name in "ab")
+    assert np.array_equal(one.tokens, other.tokens)
+
+
+def test_bf16_encoding_is_close_to_fp32(tmp_path: Path) -> None:
+    run_alone(write, settings(tmp_path, "fp32"))
+    run_alone(write, settings(tmp_path, "bf16", "pretokenize.precision=bf16"))
+    one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")).tokens for name in ("fp32", "bf16"))
+    assert 0.8 < (one == other).mean() < 1
+
+
+def test_shards_whose_images_are_all_bad_stay_empty(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "photographs")
+    few = (f"pretokenize.images={images}", "pretokenize.crops=ten", "pretokenize.samples_per_shard=10")
+    run_alone(write, settings(tmp_path, "small", *few))
+    run_alone(write, settings(tmp_path, "large", *few[:2]))
+    manifest = record.read_manifest(tmp_path / "small")
+    assert [shard.samples for shard in manifest.shards].count(0) == 2
+    one, other = (open_tokens(tmp_path / name, str(tmp_path / "cache")) for name in ("small", "large"))
+    streamed = open_stream(DataConfig(train=str(tmp_path / "small")), manifest, world_size=1)
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.array_equal(streamed.rows(torch.arange(220))[0], other.tokens)
+
+
+def test_compile_is_asked_for_when_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    run_alone(write, settings(tmp_path, "eager"))
+    assert compiled == []
+    run_alone(write, settings(tmp_path, "compiled", "pretokenize.compile=true"))
+    assert compiled == ["encode"]
+
+
+def test_a_damaged_tar_is_named_with_its_byte(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "out")
+    path = tmp_path / "images/shard-000000.tar"
+    data = path.read_bytes()
+    second = scan(path)[1].first_byte - 512  # its header
+    for changed, message in (
+        (data[: second + 600], f"truncated at byte {second + 600}"),
+        (data[:second] + b"x" * 512 + data[second + 512 :], f"damaged at byte {second}"),
+        (b"no tar", "damaged at byte 0"),
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=rf"shard-000000.tar is {message}"):
+            run_alone(write, cfg)

@@ -9,6 +9,7 @@ import torch
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
 from rear_scale.tokenizer import open_tokenizer, training
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer
+from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 
 CPU = torch.device("cpu")
 
@@ -140,3 +141,43 @@ def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> 
         training.train_compact(TokenizerConfig(**{**vars(cfg), "num_tokens": 9}), images, CPU)
     with pytest.raises(InputError, match="the images are 16x16"):
         training.train_compact(TokenizerConfig(**{**vars(cfg), "image_size": 24}), images, CPU)
+
+
+def test_published_files_are_named_when_they_are_missing_or_wrong(tmp_path: Path) -> None:
+    def opened(name: str, content) -> None:
+        file = tmp_path / name
+        content(file)
+        open_tokenizer(TokenizerConfig("maskgit_vqgan", str(file)), CPU)
+
+    for name, published in (
+        ("maskgit_vqgan", "maskgit-vqgan-imagenet-f16-256.bin"),
+        ("titok_b64", "tokenizer_titok_b64.bin"),
+        ("alitok", "AliTok.pth"),
+    ):
+        with pytest.raises(InputError, match=f"not found: tokenizer.weights=.*{published}"):
+            open_tokenizer(TokenizerConfig(name, str(tmp_path / "none")), CPU)
+        with pytest.raises(InputError, match=f"tokenizer.weights is not set.*{published}"):
+            open_tokenizer(TokenizerConfig(name), CPU)
+    with pytest.raises(InputError, match="not one of compact, maskgit_vqgan, titok_b64, alitok"):
+        open_tokenizer(TokenizerConfig("vqgan", "x"), CPU)
+    with pytest.raises(InputError, match="weights are missing, decoder.conv_in.bias among them"):
+        opened("other.bin", lambda file: torch.save({"layer.weight": torch.zeros(2)}, file))
+    with pytest.raises(InputError, match="no dictionary of weights"):
+        opened("list.bin", lambda file: torch.save([1, 2], file))
+    with pytest.raises(InputError, match=r"code.bin (is a pickle that holds more than tensors|cannot be read)"):
+        opened("code.bin", lambda file: torch.save({"run": print}, file))
+    for name in ("cut.bin", "cut.safetensors"):
+        with pytest.raises(InputError, match=f"{name} (cannot be read|is not a plain file)"):
+            opened(name, lambda file: file.write_bytes(b"PK\x03\x04 and no more"))
+    shapes = {name: value.shape for name, value in MaskgitVqgan().state_dict().items()}
+    shapes["quantize.embedding.weight"] = torch.Size((2048, 256))
+    with pytest.raises(InputError, match=r"quantize.embedding.weight is \[2048, 256\] in the file and \[1024, 256\]"):
+        opened("big.bin", lambda file: torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, file))
+
+
+def test_a_published_folder_stands_for_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = MaskgitVqgan().state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    opened = open_tokenizer(TokenizerConfig("maskgit_vqgan", str(tmp_path)), CPU)
+    assert torch.equal(opened.codebook, weights["quantize.embedding.weight"])

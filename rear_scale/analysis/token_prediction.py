@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rear_scale.config import ExperimentConfig
 from rear_scale.objective import noise, permutation
 from rear_scale.progress import progress
-from rear_scale.shards.reader import TokenSet, open_tokens
+from rear_scale.shards.reader import TokenSet, open_manifest, open_set, open_tokens
 from rear_scale.world import World
 
 # Sample ids (int64 [B]) to the order in which their tokens are predicted (int64 [B or 1, N])
@@ -86,7 +86,16 @@ def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[
     """
     evaluate = cfg.evaluate
     sets = {"val": cfg.data.val, "train": cfg.data.train}
-    opened = {name: open_tokens(folder, cfg.data.cache_dir) for name, folder in sets.items() if folder is not None}
+    opened: dict[str, TokenSet] = {}
+    for name, folder in sets.items():
+        if folder is not None:
+            manifest = open_manifest(folder, cfg.tokenizer, cfg.data)
+            # A training set that is streamed may be larger than the node; a validation set is not.
+            opened[name] = (
+                open_set(cfg.data, manifest, world.size)
+                if name == "train"
+                else open_tokens(folder, cfg.data.cache_dir, manifest=manifest)
+            )
     orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer.num_tokens)
     noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}
     scores = {}

@@ -96,8 +96,9 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 _FREE_ON_RESUME = (
     "strategy.", "train.micro_batch_size", "train.activation_checkpointing", "train.recompute_every_n", "train.val_every",
     "train.stop_at_step", "train.log_every", "optim.backend", "checkpoint.", "resume.", "guard.", "profile.", "wandb.",
-    "model.kernel", "train.init_from", "run.name", "run.dir", "data.", "tokenizer.weights",
-    "tokenizer.training", "pretokenize.", "sample.", "evaluate.",
+    "model.kernel", "train.init_from", "run.name", "run.dir", "data.train", "data.val", "data.cache_dir",
+    "data.on_error", "data.max_skipped_share", "data.assumed_images", "tokenizer.weights", "tokenizer.training",
+    "pretokenize.", "sample.", "evaluate.",
 )  # fmt: skip
 
 

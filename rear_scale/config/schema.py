@@ -37,7 +37,7 @@ class ModelConfig:
 class TokenizerTrainingConfig:
     """Training of a tokenizer of our own (launchers/train_tokenizer.py)."""
 
-    images: str = "???"  # folder of image shards
+    images: str = "???"  # folder of class folders, or of WebDataset tar shards (jpg, png or webp, and cls)
     steps: int = 400
     batch_size: int = 64  # images
     lr: float = 1e-3
@@ -64,15 +64,26 @@ class TokenizerConfig:
 class DataConfig:
     train: str = "???"  # folder of token shards
     val: str | None = None  # folder of token shards
+    mode: str = "resident"  # resident: unpacked once per node, shuffled globally; stream: read while training
     cache_dir: str | None = None  # node-local folder of the unpacked set; null = the system's temporary folder
+    on_error: str = "raise"  # raise | skip: what a damaged shard does
+    max_skipped_share: float = 0.01  # samples that on_error=skip may lose before it is an error all the same
+    lanes: int = 512  # of stream: shuffled runs through the set that are read side by side, whatever the ranks
+    buffer_samples: int = 4096  # of stream: samples of a lane that are shuffled together
     assumed_images: int | None = None  # images of one epoch, used where data.train is not there (a dry run)
 
 
 @dataclass
 class PretokenizeConfig:
-    images: str | None = None  # folder of image shards
+    images: str | None = None  # folder of class folders, or of WebDataset tar shards (jpg, png or webp, and cls)
     out: str | None = None  # folder of the token shards to write
-    batch_size: int = 64  # images encoded at once; fixed by sample index, so it does not depend on the ranks
+    batch_size: int = 64  # crops encoded at once; fixed by sample index, so it does not depend on the ranks
+    crops: str = "center"  # center; flip: and its mirror image; ten: corners and centre of a larger crop, and mirrored
+    precision: str = "fp32"  # fp32 | bf16, of the encoder; codes are always assigned in float32
+    compile: bool = False  # torch.compile the encoder
+    samples_per_shard: int = 32_768  # sequences of one tar shard: also the unit of work of a rank
+    class_map: str | None = None  # file with class ids by name; null = position among the sorted folder names
+    max_bad_share: float = 0.1  # images that cannot be read are skipped; a larger share of them is an error
 
 
 @dataclass

@@ -33,6 +33,7 @@ def validate(cfg: ExperimentConfig) -> None:
     _validate_objective(cfg)
     _validate_training(cfg)
     _validate_sampling(cfg)
+    _validate_data(cfg)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -329,3 +330,21 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
     )
     _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
     _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")
+
+
+def _validate_data(cfg: ExperimentConfig) -> None:
+    data, pretokenize = cfg.data, cfg.pretokenize
+    _one_of("data.mode", data.mode, ("resident", "stream"))
+    _one_of("data.on_error", data.on_error, ("raise", "skip"))
+    _share("data.max_skipped_share", data.max_skipped_share)
+    _positive(cfg, "data.lanes", "data.buffer_samples")
+    _one_of("pretokenize.crops", pretokenize.crops, ("center", "flip", "ten"))
+    _one_of("pretokenize.precision", pretokenize.precision, PRECISIONS)
+    _share("pretokenize.max_bad_share", pretokenize.max_bad_share)
+    _require(
+        pretokenize.samples_per_shard >= 10,
+        "pretokenize.samples_per_shard",
+        pretokenize.samples_per_shard,
+        "must hold the crops of at least one image",
+        "Use at least 10",
+    )

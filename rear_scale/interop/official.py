@@ -9,21 +9,18 @@ alitok_{b,l,xl}.bin        linked from github.com/ali-vilab/alitok
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
 from rear_scale.model.generator import Shape
 from rear_scale.model.transformer import SPARE_POSITIONS
+from rear_scale.weight_file import find_weights, read_state
 
-_IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 3
 # (codes, tokens) -> width of a code, for files without heads: MaskGIT-VQGAN, TiTok-B64, AliTok.
 _CODE_WIDTHS = {(1024, 256): 256, (4096, 64): 12, (4096, 273): 32}
@@ -36,34 +33,12 @@ def read_weights(path: Path, field: str) -> dict[str, Tensor]:
     `field` is the option or config key that names the file in errors. Raises InputError for a missing or damaged file
     and for a pickle that needs more than tensors: it could run anything.
     """
-    if path.is_dir():
-        inside = [path / name for name in _IN_A_FOLDER if (path / name).exists()]
-        if not inside:
-            raise InputError(
-                f"{field}={path} is a folder without {' or '.join(_IN_A_FOLDER)}. Name the weight file itself"
-            )
-        path = inside[0]
-    if not path.exists():
+    file = find_weights(path)
+    if file.is_dir():
+        raise InputError(f"{field}={path} is a folder without weights of a model. Name the weight file itself")
+    if not file.exists():
         raise InputError(f"not found: {field}={path}. Set the path of a weight file")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{field}={path} is a pickle that holds more than tensors ({_first_line(error)}), which could run any program. "
-            "Use a safetensors file, or one that was saved from state_dict()"
-        ) from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{field}={path} cannot be read ({_first_line(error)}). Is it whole? Fetch it again") from None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{field}={path} does not hold tensors by name. Use a file that was saved from state_dict()")
-    return dict(weights)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return read_state(file, field)
 
 
 def is_head(name: str) -> bool:

@@ -20,7 +20,7 @@ from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.strategy import KINDS, Kind
 from rear_scale.shards.record import file_sha256
-from rear_scale.weight_file import write_tensors
+from rear_scale.weight_file import find_weights, write_tensors
 
 _CONSOLIDATED = "generator"
 
@@ -63,7 +63,7 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         raise InputError(
             f"not found: --checkpoint {path}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
         )
-    if path.is_dir() and not any((path / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+    if find_weights(path).is_dir():
         return checkpoint.find(path)  # its error says what a checkpoint looks like
     tensors = official.read_weights(path, "--checkpoint")
     head = _own_head(path)
@@ -77,7 +77,7 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         "step": head.get("step", 0),
         "optimizer_step": 0,
         "config": to_dict(cfg),
-        "files": [{"file": path.name, "sha256": file_sha256(_file_of(path))}],
+        "files": [{"file": path.name, "sha256": file_sha256(find_weights(path))}],
     }
     return WeightFile(path, meta, tensors)
 
@@ -87,14 +87,6 @@ def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Exper
     if published.is_released_yaml(Path(name)):
         return published.config_of_yaml(Path(name), overrides)
     return config.load(name, overrides)
-
-
-def _file_of(path: Path) -> Path:
-    return (
-        next(p for p in (path / "model.safetensors", path / "pytorch_model.bin") if p.exists())
-        if path.is_dir()
-        else path
-    )
 
 
 def _own_head(path: Path) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from rear_scale.parallel.checkpoint import Checkpoint, load_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
-from rear_scale.shards.record import file_sha256, read_codebook, read_manifest, write_text_atomically
+from rear_scale.shards.record import file_sha256, write_text_atomically
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.tokenizer.base import Tokenizer, to_uint8
 from rear_scale.train.run_folder import provenance
+from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
 
 _GRID_COLUMNS = 10
@@ -43,7 +44,7 @@ def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.
     model = build_model(cfg, with_heads=False)
     load_weights(checkpoint, model)
     if cfg.model.tie_codebook is not None:
-        model.set_codebook(torch.from_numpy(read_codebook(cfg.data.train, read_manifest(cfg.data.train))))
+        model.set_codebook(codebook_of(cfg, read_checked(cfg, cfg.data.train)))
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False)
 
@@ -117,8 +118,7 @@ def _make_unit(
     tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
     with torch.inference_mode():
         images = tokenizer.decode(tokens)[: len(ids)]
-    # Truncated, not rounded, as the released samplers do.
-    pixels = (images * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(images).cpu().numpy()
     _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
     _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
 

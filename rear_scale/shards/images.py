@@ -1,4 +1,4 @@
-"""Image shards: plain WebDataset tars of `%08d.png` and `%08d.cls` with a manifest that counts them.
+"""Image shards: plain WebDataset tars of `%08d.png` (or jpg, webp) and `%08d.cls` with a manifest that counts them.
 
 shard-000000.tar     members 00000000.png (or jpg, jpeg, webp) and 00000000.cls (the class id as text) per image
 index.json           shards with their counts, image size, class names
@@ -9,8 +9,9 @@ index.json           shards with their counts, image size, class names
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from rear_scale.shards.record import TarShard, read_index, tar_samples, write_in
 
 FORMAT = "rear_scale image shards 1"
 IMAGES_PER_SHARD = 1000
-_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ class ImageShards:
                     yield self._decode(sample), int(sample["cls"])
                 if count == end:
                     return
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError) as error:
             raise InputError(f"{path}, image {count}: {error}. Copy the shard again") from error
         raise InputError(f"{path} holds {count} images, but index.json says {shard.samples}. Copy the shard again")
 
     def _decode(self, sample: dict[str, bytes]) -> np.ndarray:
-        extension = next((name for name in _EXTENSIONS if name in sample), None)
+        extension = next((name for name in EXTENSIONS if name in sample), None)
         if extension is None:
-            raise ValueError(f"sample {sample['__key__']} has no {', '.join(_EXTENSIONS)}")
+            raise ValueError(f"sample {sample['__key__']} has no {', '.join(EXTENSIONS)}")
         with Image.open(io.BytesIO(sample[extension])) as image:
             pixels = np.asarray(image.convert("RGB"))
         if pixels.shape != (self.image_size, self.image_size, 3):
@@ -99,8 +100,13 @@ class ImageShards:
 
 
 def open_images(folder: str | Path) -> ImageShards:
-    """Raises InputError when the folder has no manifest of image shards."""
+    """Raises InputError when the folder has no manifest of image shards, or holds images of different sizes."""
     values = read_index(folder, FORMAT)
+    if values.get("image_size", 0) is None:
+        raise InputError(
+            f"{folder} holds images of different sizes, but images of one size are wanted. "
+            "Prepare them with a size: python data/prepare_imagefolder.py --size 256"
+        )
     try:
         return ImageShards(
             Path(folder),
@@ -123,14 +129,28 @@ def write_images(
     shards: list[TarShard] = []
     label_counts = [0] * len(class_names)
     for group in _groups(images, IMAGES_PER_SHARD):
-        first = len(shards) * IMAGES_PER_SHARD
-        samples = (
-            {"__key__": f"{first + offset:08d}", "png": _png(image, image_size), "cls": str(label).encode()}
-            for offset, (image, label) in enumerate(group)
-        )
-        shards.append(write_tar(folder, len(shards), samples, count=len(group)))
+        files = [("png", png(image, image_size), label) for image, label in group]
+        shards.append(write_image_shard(folder, len(shards), files))
         for _, label in group:
             label_counts[label] += 1
+    write_image_manifest(folder, image_size, class_names, label_counts, shards)
+    return open_images(folder)
+
+
+def write_image_shard(folder: Path, index: int, files: list[tuple[str, bytes, int]]) -> TarShard:
+    """Writes one tar shard of image files: (extension, bytes, class id) each."""
+    first = index * IMAGES_PER_SHARD
+    samples = (
+        {"__key__": f"{first + offset:08d}", extension: data, "cls": str(label).encode()}
+        for offset, (extension, data, label) in enumerate(files)
+    )
+    return write_tar(folder, index, samples, count=len(files))
+
+
+def write_image_manifest(
+    folder: Path, image_size: int | None, class_names: list[str], label_counts: list[int], shards: list[TarShard]
+) -> None:
+    """image_size: pixels of the side of every image, or null where they differ."""
     write_index(
         folder,
         {
@@ -138,13 +158,13 @@ def write_images(
             "image_size": image_size,
             "class_names": class_names,
             "label_counts": label_counts,
-            "shards": [asdict(shard) for shard in shards],
+            "shards": [shard.as_dict() for shard in shards],
         },
     )
-    return open_images(folder)
 
 
-def _png(image: Image.Image, image_size: int) -> bytes:
+def png(image: Image.Image, image_size: int) -> bytes:
+    """The PNG file of a square image."""
     assert image.size == (image_size, image_size), (image.size, image_size)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

@@ -1,120 +1,236 @@
-"""Image shards -> token shards, split over ranks. The bytes do not depend on the number of ranks or on interruptions."""
+"""Images -> token shards, split over ranks. The bytes do not depend on the number of ranks or on interruptions."""
 
-# B images, S side in pixels, N tokens of an image
+# B crops of an encode batch, S side in pixels, N tokens of an image
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
-from rear_scale.shards.images import ImageShards, open_images
+from rear_scale.shards.crops import CROPS, BadImage, cut, decode_image
 from rear_scale.shards.record import Manifest, file_sha256, read_manifest, write_manifest
+from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.base import Tokenizer
-from rear_scale.tokenizer.training import to_unit_range
+from rear_scale.tokenizer.base import Tokenizer, to_unit_range
+from rear_scale.weight_file import find_weights
 from rear_scale.world import World
 
+# One image decoded: its crops (uint8 [n, S, S, 3]), or why there are none.
+Prepared = tuple[SourceImage, np.ndarray | str]
 
-def check_pretokenize(cfg: ExperimentConfig) -> ImageShards:
+
+def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
     """Raises InputError when the job has no images, no output folder, or images of another size than the tokenizer's."""
     for name in ("images", "out"):
         if getattr(cfg.pretokenize, name) is None:
             raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
-    images = open_images(cfg.pretokenize.images)
-    if images.image_size != cfg.tokenizer.image_size:
-        raise InputError(
-            f"tokenizer.image_size={cfg.tokenizer.image_size}, but the images in {images.folder} have {images.image_size} "
-            "pixels. Prepare them at the tokenizer's size"
-        )
-    return images
+    source = open_source(cfg.pretokenize.images, cfg.pretokenize.class_map)
+    check_size(source, cfg.tokenizer.image_size)
+    return source
 
 
-def pretokenize(cfg: ExperimentConfig, images: ImageShards, world: World) -> None:
+def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> None:
     """Writes the token shards of a set of images; finished shards of an earlier, killed run are kept.
 
     All ranks must call this. Rank r encodes shards r, r + W, ...; batches are fixed by sample index inside a shard.
+    Images that cannot be decoded are skipped, counted and listed in skipped.txt. Raises InputError when they are more than
+    pretokenize.max_bad_share, and when the folder holds tokens of something else.
     """
-    out = Path(cfg.pretokenize.out)
+    job, out = cfg.pretokenize, Path(cfg.pretokenize.out)
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
-    tokenizer_sha256 = file_sha256(cfg.tokenizer.weights)
-    if _is_done(out, images, tokenizer_sha256):
+    weights_sha256 = file_sha256(find_weights(cfg.tokenizer.weights))
+    made_from = _made_from(cfg, source, weights_sha256)
+    if len(set(world.gather(made_from))) > 1:
+        raise InputError(
+            f"the ranks see different images in {source.folder}, weights or settings. Wait until all files are there, and give "
+            "every node the same"
+        )
+    if _is_done(out, source, weights_sha256, made_from):
         if world.is_main:
             say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)
-    finished = {}
-    ranges = list(writer.shard_ranges(len(images)))
+    encode = _encoder(tokenizer, job, world)
+    ranges = list(writer.shard_ranges(len(source), job.samples_per_shard // CROPS[job.crops]))
     mine = ranges[world.rank :: world.size]
+    finished = {}
     total = sum(end - start for _, start, end in mine)
     with progress(f"pretokenize {out}", total, "image", show=world.is_main) as bar:
         for index, start, end in mine:
-            found = writer.finished_shard(out, index, source=tokenizer_sha256)
+            found = writer.finished_shard(out, index, source=made_from)
             if found is None:
-                tokens, labels = _encode(tokenizer, images, start, end, cfg.pretokenize.batch_size, world, bar.update)
-                found = writer.write_shard(out, index, tokens, labels, source=tokenizer_sha256), np.bincount(labels)
+                images = _prepared(source, start, end, cfg.tokenizer.image_size, job)
+                found = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made_from, bar.update)
+            else:
+                bar.total -= end - start  # an earlier run's work is no measure of this one's rate
             finished[index] = found
     everything = {index: item for part in world.gather(finished) for index, item in part.items()}
+    shards = [everything[index] for index, _, _ in ranges]
+    skipped = [entry for shard in shards for entry in shard.skipped]
     if world.is_main:
-        _finish(out, cfg, images, tokenizer, tokenizer_sha256, [everything[index] for index, _, _ in ranges])
+        writer.write_skipped(out, skipped)
+    writer.check_skipped(skipped, len(source), job.max_bad_share, source.folder, out / "skipped.txt")
+    if world.is_main:
+        _finish(out, cfg, source, tokenizer, weights_sha256, made_from, shards)
     world.barrier()
 
 
-def _encode(
-    tokenizer: Tokenizer, images: ImageShards, start: int, end: int, batch_size: int, world: World, advance
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int64 [end - start, N] and labels int64 [end - start]."""
-    tokens, labels = [], []
-    for pixels, classes in images.batches(batch_size, start, end):
+def _make_shard(
+    out: Path,
+    index: int,
+    images: Iterator[Prepared],
+    encode: Callable[[np.ndarray], np.ndarray],
+    num_tokens: int,
+    job: PretokenizeConfig,
+    made_from: str,
+    advance: Callable[[int], object],
+) -> writer.FinishedShard:
+    tokens: list[np.ndarray] = [np.empty((0, num_tokens), np.int64)]
+    labels: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    waiting: list[np.ndarray] = []  # crops for the next batch
+
+    def flush(least: int) -> None:
+        while len(waiting) >= least and waiting:
+            tokens.append(encode(np.stack(waiting[: job.batch_size])))
+            del waiting[: job.batch_size]
+
+    for image, crops in images:
+        if isinstance(crops, str):
+            skipped.append((image.name, crops))
+        else:
+            waiting += list(crops)
+            labels += [image.label] * len(crops)
+            flush(job.batch_size)
+        advance(1)
+    flush(1)
+    shard = writer.write_shard(
+        out,
+        index,
+        np.concatenate(tokens),
+        np.array(labels, dtype=np.int64),
+        source=made_from,
+        samples_per_shard=job.samples_per_shard,
+        skipped=skipped,
+    )
+    return writer.FinishedShard(shard, np.bincount(np.array(labels, dtype=np.int64)), skipped)
+
+
+def _encoder(tokenizer: Tokenizer, job: PretokenizeConfig, world: World) -> Callable[[np.ndarray], np.ndarray]:
+    """Token ids int64 [n, N] of at most B crops (uint8 [n, S, S, 3])."""
+    encode: Callable[[Tensor], Tensor] = torch.compile(tokenizer.encode) if job.compile else tokenizer.encode
+    if job.precision == "fp32":
+        # cuDNN rounds convolutions to TensorFloat-32 unless told not to, and codes change with it.
+        torch.backends.cudnn.allow_tf32 = False
+    half = job.precision == "bf16"
+
+    def run(crops: np.ndarray) -> np.ndarray:
         # A short batch is filled up: other shapes may take other kernels and round differently.
-        filled = np.concatenate([pixels, np.zeros((batch_size - len(pixels), *pixels.shape[1:]), np.uint8)])
-        with torch.inference_mode():
-            ids = tokenizer.encode(to_unit_range(torch.from_numpy(filled).to(world.device)))
-        tokens.append(ids[: len(pixels)].cpu().numpy())
-        labels.append(classes)
-        advance(len(pixels))
-    return np.concatenate(tokens), np.concatenate(labels)
+        filled = np.concatenate([crops, np.zeros((job.batch_size - len(crops), *crops.shape[1:]), np.uint8)])
+        images = to_unit_range(torch.from_numpy(filled).to(world.device)).contiguous()
+        precision = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
+        with torch.inference_mode(), precision:
+            return encode(images)[: len(crops)].cpu().numpy()
+
+    return run
 
 
-def _is_done(out: Path, images: ImageShards, tokenizer_sha256: str) -> bool:
+def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: PretokenizeConfig) -> Iterator[Prepared]:
+    """Decodes and cuts images start .. end - 1 in threads, ahead of the encoder, and yields them in order."""
+
+    def prepare(image: SourceImage) -> np.ndarray | str:
+        try:
+            return cut(decode_image(image.data), image_size, job.crops)
+        except BadImage as error:
+            return str(error)
+
+    threads = max(1, min(8, len(os.sched_getaffinity(0))))
+    # The next batch is cut while the encoder works on this one.
+    most = max(4 * threads, 2 * job.batch_size // CROPS[job.crops])
+    ahead: deque[tuple[SourceImage, Future[np.ndarray | str]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for image in source.read(start, end):
+            ahead.append((image, pool.submit(prepare, image)))
+            if len(ahead) >= most:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result()
+
+
+def _made_from(cfg: ExperimentConfig, source: ImageSource, weights_sha256: str) -> str:
+    job = cfg.pretokenize
+    settings = [job.crops, job.precision, job.compile, job.batch_size, job.samples_per_shard, cfg.tokenizer.image_size]
+    text = json.dumps([source.fingerprint, weights_sha256, cfg.tokenizer.name, *settings])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_done(out: Path, source: ImageSource, weights_sha256: str, made_from: str) -> bool:
     if not (out / "index.json").exists():
         return False
     manifest = read_manifest(out)
-    if manifest.tokenizer_sha256 != tokenizer_sha256 or manifest.num_samples != len(images):
+    if manifest.made_from != made_from:
         raise InputError(
             f"pretokenize.out={out} already holds {manifest.num_samples} samples made by tokenizer weights "
-            f"{manifest.tokenizer_sha256[:12]}, not {len(images)} by {tokenizer_sha256[:12]}. Remove it or set another folder"
+            f"{manifest.tokenizer_sha256[:12]} with pretokenize.crops={manifest.crops}; images, weights or settings are now "
+            f"others ({len(source)} images, weights {weights_sha256[:12]}). Remove it or set another folder"
         )
     return True
 
 
 def _finish(
-    out: Path, cfg: ExperimentConfig, images: ImageShards, tokenizer: Tokenizer, tokenizer_sha256: str, shards: list
+    out: Path,
+    cfg: ExperimentConfig,
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    weights_sha256: str,
+    made_from: str,
+    shards: list[writer.FinishedShard],
 ) -> None:
     codebook = tokenizer.codebook.float().cpu().numpy()
     np.save(out / "codebook.npy", codebook)
-    label_counts = np.zeros(len(images.class_names), dtype=np.int64)
-    for _, counts in shards:
-        label_counts[: len(counts)] += counts
-    write_manifest(
-        out,
-        Manifest(
-            tokenizer=tokenizer.name,
-            tokenizer_sha256=tokenizer_sha256,
-            codebook_size=codebook.shape[0],
-            codebook_dim=codebook.shape[1],
-            num_tokens=tokenizer.num_tokens,
-            num_samples=len(images),
-            crops_per_image=1,
-            label_counts=label_counts.tolist(),
-            class_names=images.class_names,
-            codebook_sha256=file_sha256(out / "codebook.npy"),
-            shards=[shard for shard, _ in shards],
-        ),
+    classes = len(source.class_names) if source.class_names else max(len(shard.label_counts) for shard in shards)
+    label_counts = np.zeros(max(classes, *(len(shard.label_counts) for shard in shards)), dtype=np.int64)
+    for shard in shards:
+        label_counts[: len(shard.label_counts)] += shard.label_counts
+    names = source.class_names or []
+    manifest = Manifest(
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=weights_sha256,
+        codebook_size=codebook.shape[0],
+        codebook_dim=codebook.shape[1],
+        num_tokens=tokenizer.num_tokens,
+        num_samples=int(label_counts.sum()),
+        crops_per_image=CROPS[cfg.pretokenize.crops],
+        label_counts=label_counts.tolist(),
+        class_names=[*names, *(str(number) for number in range(len(names), len(label_counts)))],
+        codebook_sha256=file_sha256(out / "codebook.npy"),
+        shards=[shard.shard for shard in shards],
+        crops=cfg.pretokenize.crops,
+        samples_per_shard=cfg.pretokenize.samples_per_shard,
+        num_skipped=sum(len(shard.skipped) for shard in shards),
+        made_from=made_from,
     )
+    write_manifest(out, manifest)
     writer.remove_records(out)
-    say(f"{out}: {len(images):,} sequences of {tokenizer.num_tokens} tokens in {len(shards)} shards")
+    left_out = f"; {manifest.num_skipped} images could not be read, see {out / 'skipped.txt'}" * (
+        manifest.num_skipped > 0
+    )
+    say(
+        f"{out}: {manifest.num_samples:,} sequences of {tokenizer.num_tokens} tokens from {manifest.num_images:,} images in "
+        f"{len(shards)} shards{left_out}"
+    )

@@ -1,19 +1,22 @@
-"""Tar shards -> batches. The order of training samples is a pure function of (seed, epoch, position).
+"""Tar shards -> samples by id, in two modes of one contract: unpacked once per node, or read while training.
 
-The set is unpacked once per node into one memory map (12.8 million sequences of 256 tokens are 6.6 GB); after that a
-batch is a gather of rows, and any step of any epoch is reached in constant time, whatever the ranks.
+resident: the set is unpacked into one memory map (12.8 million sequences of 256 tokens are 6.6 GB); a batch is a gather of
+rows, and its order an exact global permutation per epoch. stream: blocks are read as they are needed and kept while lanes
+pass through them. In both, any step of any epoch is reached in constant time, whatever the ranks.
 """
 
-# B images of a global batch, b of one rank, N tokens of an image
+# b images of one rank, N tokens of an image
 
 from __future__ import annotations
 
 import fcntl
-import io
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,141 +24,301 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale import rng
-from rear_scale.config import InputError
-from rear_scale.shards.record import Manifest, TarShard, file_sha256, read_manifest, tar_samples
+from rear_scale.config import DataConfig, InputError, TokenizerConfig
+from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
+from rear_scale.shards.order import BatchOrder, LaneOrder
+from rear_scale.shards.plain import index_folder, index_plain, plain_tars
+from rear_scale.shards.record import Manifest, read_manifest
+from rear_scale.shards.storage import is_remote
+
+__all__ = [
+    "BatchOrder",
+    "LaneOrder",
+    "ResidentSet",
+    "StreamSet",
+    "TokenSet",
+    "check_fits",
+    "open_manifest",
+    "open_set",
+    "open_stream",
+    "open_tokens",
+]
+
+Say = Callable[[str], None]
+
+
+def _quiet(line: str) -> None:
+    return
+
+
+class TokenSet(ABC):
+    """The samples of a shard folder by id."""
+
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    @abstractmethod
+    def order(self, global_batch_size: int, seed: int) -> BatchOrder:
+        """Which samples each step of a run trains on."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 tokens [b, N] and labels [b] of the sample ids (int64 [b]), on the CPU."""
 
 
 @dataclass(frozen=True)
-class TokenSet:
-    """All samples of a shard folder, memory-mapped."""
+class ResidentSet(TokenSet):
+    """All samples, memory-mapped."""
 
     manifest: Manifest
     tokens: np.ndarray  # uint16 [samples, N]
     labels: np.ndarray  # uint16 [samples]
 
-    def __len__(self) -> int:
-        return self.manifest.num_samples
+    def order(self, global_batch_size: int, seed: int) -> BatchOrder:
+        return BatchOrder(len(self), global_batch_size, seed)
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 tokens [b, N] and labels [b] of the sample ids (int64 [b]), on the CPU."""
         index = ids.numpy()
-        return torch.from_numpy(self.tokens[index].astype(np.int64)), torch.from_numpy(
-            self.labels[index].astype(np.int64)
+        return _as_int64(self.tokens[index], self.labels[index])
+
+
+class StreamSet(TokenSet):
+    """Samples that are read block by block when they are asked for."""
+
+    def __init__(self, files: BlockFiles, data: DataConfig, world_size: int, say: Say) -> None:
+        self.files, self.manifest, self.data, self.say = files, files.manifest, data, say
+        sizes = [shard.samples for shard in self.manifest.shards]
+        self.firsts = np.concatenate([[0], np.cumsum(sizes)])
+        self.kept: OrderedDict[tuple[int, int], Block] = OrderedDict()  # the block used longest ago comes first
+        self.lost: set[tuple[int, int]] = set()
+        # For every lane of one rank, the blocks that a buffer of neighbours may touch.
+        lanes = -(-data.lanes // world_size) + 1
+        size = self.manifest.block_samples
+        self.capacity = lanes * size * (-(-data.buffer_samples // size) + 1)
+
+    def order(self, global_batch_size: int, seed: int) -> LaneOrder:
+        return LaneOrder(
+            len(self),
+            global_batch_size,
+            seed,
+            shard_samples=tuple(shard.samples for shard in self.manifest.shards),
+            lanes=self.data.lanes,
+            buffer_samples=self.data.buffer_samples,
         )
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As every set's.
+
+        Raises InputError, with file and byte, for a damaged block, or when data.on_error=skip has lost too much.
+        """
+        index = ids.numpy()
+        shards = np.searchsorted(self.firsts, index, side="right") - 1
+        blocks, places = np.divmod(index - self.firsts[shards], self.manifest.block_samples)
+        tokens = np.empty((len(index), self.manifest.num_tokens), np.uint16)
+        labels = np.empty(len(index), np.uint16)
+        by_block = np.lexsort((blocks, shards))
+        ends = np.flatnonzero(np.diff(shards[by_block]) | np.diff(blocks[by_block])) + 1
+        for group in np.split(by_block, ends):
+            found = self._block(int(shards[group[0]]), int(blocks[group[0]]))
+            rows = places[group] % len(found[1])  # a substitute for a lost block may be shorter than it
+            tokens[group], labels[group] = found[0][rows], found[1][rows]
+        return _as_int64(tokens, labels)
+
+    def _block(self, shard: int, block: int) -> Block:
+        key = shard, block
+        if key not in self.kept:
+            self.kept[key] = self._read(shard, block)
+            total = sum(len(labels) for _, labels in self.kept.values())
+            while total > self.capacity and len(self.kept) > 1:
+                total -= len(self.kept.popitem(last=False)[1][1])
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+    def _read(self, shard: int, block: int) -> Block:
+        """The block, or with data.on_error=skip the next one that is intact."""
+        try:
+            return self.files.read(shard, block)
+        except InputError as error:
+            if self.data.on_error == "raise":
+                raise
+            if (shard, block) not in self.lost:
+                self.lost.add((shard, block))
+                self.say(f"skipped {self.files.length(shard, block)} samples: {error}")
+                lost = sum(self.files.length(*key) for key in self.lost)
+                _check_lost(lost, len(self), self.data.max_skipped_share, str(error))
+        if block + 1 < self.files.count(shard):
+            return self._read(shard, block + 1)
+        following = (shard + 1) % len(self.manifest.shards)
+        while not self.files.count(following):
+            following = (following + 1) % len(self.manifest.shards)
+        return self._read(following, 0)
+
+
+def _as_int64(tokens: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+
+def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> TokenSet:
+    """The training set in the mode of the config. Raises InputError as the two modes do."""
+    if data.mode == "stream":
+        return open_stream(data, manifest, world_size, say)
+    return open_tokens(data.train, data.cache_dir, say, manifest, data.on_error, data.max_skipped_share)
+
+
+def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:
+    index = index_folder(data.train, _cache_root(data.cache_dir)) if manifest.layout == "plain" else None
+    return StreamSet(open_blocks(data.train, manifest, index), data, world_size, say)
+
+
+def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> Manifest:
+    """The manifest of a folder of packed shards, or of ordinary WebDataset shards (which are indexed at first).
+
+    Raises InputError when there is neither.
+    """
+    if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
+        return read_manifest(folder)
+    place = index_folder(folder, _cache_root(data.cache_dir))
+    return index_plain(
+        folder, tokenizer, place, on_error=data.on_error, max_skipped_share=data.max_skipped_share
+    )  # fmt: skip
 
 
 def open_tokens(
-    folder: str | Path, cache_dir: str | None = None, progress: Callable[[str], None] = lambda line: None
-) -> TokenSet:
+    folder: str | Path,
+    cache_dir: str | None = None,
+    say: Say = _quiet,
+    manifest: Manifest | None = None,
+    on_error: str = "raise",
+    max_skipped_share: float = 0.0,
+) -> ResidentSet:
     """Unpacks the shards of `folder` on this node unless that is done already, and maps them.
 
     Any number of processes of a node may call it at once: one unpacks, the others wait for it.
-    Raises InputError for a missing, truncated or altered shard (naming the file), and for too little disk space.
+    manifest: what `open_manifest` gave; null = that of packed shards. on_error="skip": the samples of a damaged block are
+    replaced by others, up to a share of max_skipped_share.
+    Raises InputError for a missing, truncated or altered shard (naming file and byte), and for too little disk space.
     """
-    manifest = read_manifest(folder)
-    # A folder of one's own: /tmp is shared, and a file that somebody else may write is not to be trusted.
-    root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
-    unpacked = root / manifest.fingerprint[:32]
-    if not _is_complete(unpacked, manifest):
+    manifest = read_manifest(folder) if manifest is None else manifest
+    root = _cache_root(cache_dir)
+    whole = root / manifest.fingerprint[:32]
+    places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
+    unpacked = _complete(places, manifest)
+    if unpacked is None:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(root / f"{unpacked.name}.lock", "w") as lock:
+        with open(root / f"{whole.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_complete(unpacked, manifest):
-                _unpack(Path(folder), manifest, unpacked, progress)
-    return TokenSet(
+            unpacked = _complete(places, manifest)
+            if unpacked is None:
+                index = index_folder(folder, root) if manifest.layout == "plain" else None
+                files = open_blocks(folder, manifest, index)
+                unpacked = _unpack(files, whole, say, None if on_error == "raise" else max_skipped_share)
+    for line in _lost_lines(unpacked):
+        say(line)
+    return ResidentSet(
         manifest,
-        np.memmap(unpacked / "tokens.u16", np.uint16, "r", shape=(manifest.num_samples, manifest.num_tokens)),
-        np.memmap(unpacked / "labels.u16", np.uint16, "r", shape=(manifest.num_samples,)),
+        _mapped(unpacked / "tokens.u16", (manifest.num_samples, manifest.num_tokens)),
+        _mapped(unpacked / "labels.u16", (manifest.num_samples,)),
     )
 
 
-def _is_complete(unpacked: Path, manifest: Manifest) -> bool:
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """uint16 of a file that is not copied into memory. An empty file cannot be mapped."""
+    return np.memmap(path, np.uint16, "r", shape=shape) if shape[0] else np.empty(shape, np.uint16)
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    # A folder of one's own: /tmp is shared, and a file that somebody else may write is not to be trusted.
+    return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
+
+
+def _complete(places: list[Path], manifest: Manifest) -> Path | None:
     sizes = {"tokens.u16": 2 * manifest.num_samples * manifest.num_tokens, "labels.u16": 2 * manifest.num_samples}
-    return all((unpacked / name).is_file() and (unpacked / name).stat().st_size == size for name, size in sizes.items())
+
+    def is_complete(place: Path) -> bool:
+        return all((place / name).is_file() and (place / name).stat().st_size == size for name, size in sizes.items())
+
+    return next((place for place in places if is_complete(place)), None)
 
 
-def _unpack(folder: Path, manifest: Manifest, unpacked: Path, progress: Callable[[str], None]) -> None:
-    part = unpacked.with_suffix(".part")
+def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float | None) -> Path:
+    """Writes the memory maps and returns their folder. max_skipped_share: null = any damage is an error."""
+    manifest = files.manifest
+    part = whole.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     needed = 2 * manifest.num_samples * (manifest.num_tokens + 1)
-    free = shutil.disk_usage(unpacked.parent).free
+    free = shutil.disk_usage(whole.parent).free
     if free < needed * 1.05:
         raise InputError(
-            f"data.cache_dir={unpacked.parent} has {free / 2**30:.1f} GiB free, but the unpacked shards of {folder} take "
-            f"{needed / 2**30:.1f} GiB. Set data.cache_dir to a node-local folder with more space"
+            f"data.cache_dir={whole.parent} has {free / 2**30:.1f} GiB free, but the unpacked shards of {files.folder} take "
+            f"{needed / 2**30:.1f} GiB. Set data.cache_dir to a node-local folder with more space, or data.mode=stream"
         )
     part.mkdir()
+    lost: list[tuple[int, int]] = []  # first sample and end of every block that could not be read
+    errors: list[str] = []
+    written = 0
     with open(part / "tokens.u16", "wb") as tokens_file, open(part / "labels.u16", "wb") as labels_file:
-        for number, shard in enumerate(manifest.shards):
-            progress(f"unpacking shard {number + 1} of {len(manifest.shards)} of {folder}")
-            for tokens, labels in read_blocks(folder, shard, manifest):
+        for shard in range(len(manifest.shards)):
+            say(f"unpacking shard {shard + 1} of {len(manifest.shards)} of {files.folder}")
+            for block in range(files.count(shard)):
+                length = files.length(shard, block)
+                try:
+                    tokens, labels = files.read(shard, block)
+                except InputError as error:
+                    if max_skipped_share is None:
+                        raise
+                    tokens, labels = np.zeros((length, manifest.num_tokens), np.uint16), np.zeros(length, np.uint16)
+                    lost.append((written, written + length))
+                    errors.append(str(error))
                 tokens.tofile(tokens_file)
                 labels.tofile(labels_file)
+                written += length
+            if max_skipped_share is None:
+                files.check_rest(shard)
+        if lost:
+            _check_lost(sum(end - first for first, end in lost), written, max_skipped_share, errors[0])
         for file in (tokens_file, labels_file):
             file.flush()
             os.fsync(file.fileno())
+    unpacked = whole
+    if lost:
+        _replace_lost(part, manifest, lost)
+        (part / "skipped.json").write_text(json.dumps(errors))
+        unpacked = whole.with_name(f"{whole.name}-skipped")
     shutil.rmtree(unpacked, ignore_errors=True)
     part.replace(unpacked)
+    return unpacked
 
 
-def read_blocks(folder: Path, shard: TarShard, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens uint16 [n, N], labels uint16 [n]) of each block of one tar shard, checked against the manifest."""
-    path = folder / shard.file
-    if not path.is_file():
-        raise InputError(f"not found: {path}, which {folder / 'index.json'} lists. Copy the shard folder again")
-    if path.stat().st_size != shard.size:
+def _replace_lost(part: Path, manifest: Manifest, lost: list[tuple[int, int]]) -> None:
+    """Puts intact samples, spread over the set, in the place of lost ones, so that ids and order stay as they are."""
+    size = manifest.num_samples
+    tokens = np.memmap(part / "tokens.u16", np.uint16, "r+", shape=(size, manifest.num_tokens))
+    labels = np.memmap(part / "labels.u16", np.uint16, "r+", shape=(size,))
+    is_lost = np.zeros(size, bool)
+    for first, end in lost:
+        is_lost[first:end] = True
+    intact = np.flatnonzero(~is_lost)
+    for first, end in lost:
+        chosen = intact[np.linspace(0, len(intact) - 1, end - first).astype(np.int64)]
+        tokens[first:end], labels[first:end] = tokens[chosen], labels[chosen]
+    tokens.flush()
+    labels.flush()
+
+
+def _lost_lines(unpacked: Path) -> list[str]:
+    """What an earlier unpacking skipped, to be said at every start."""
+    record = unpacked / "skipped.json"
+    return [f"skipped a block: {error}" for error in json.loads(record.read_text())] if record.exists() else []
+
+
+def _check_lost(lost: int, total: int, max_skipped_share: float | None, first: str) -> None:
+    if lost > (max_skipped_share or 0.0) * total or lost == total:
         raise InputError(
-            f"{path} has {path.stat().st_size} bytes, but index.json says {shard.size}: it is truncated or altered. Copy it again"
+            f"{lost} of {total} samples cannot be read, more than data.max_skipped_share={max_skipped_share}; the first "
+            f"error is: {first}. Repair the shards, or allow more"
         )
-    samples = 0
-    try:
-        if file_sha256(path) != shard.sha256:
-            raise ValueError("its checksum is not the one in index.json")
-        for block in tar_samples(path):
-            tokens, labels = (np.load(io.BytesIO(block[name])) for name in ("tokens.npy", "label.npy"))
-            if tokens.dtype != np.uint16 or tokens.shape != (len(labels), manifest.num_tokens):
-                raise ValueError(
-                    f"block {block['__key__']} holds {tokens.dtype} {tokens.shape} and {len(labels)} labels"
-                )
-            if tokens.max(initial=0) >= manifest.codebook_size or labels.max(initial=0) >= len(manifest.label_counts):
-                raise ValueError(f"block {block['__key__']} has a token or label beyond the manifest's counts")
-            samples += len(labels)
-            yield tokens, labels
-    except (KeyError, ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Copy it again, or make the shards again") from error
-    if samples != shard.samples:
-        raise InputError(
-            f"{path} holds {samples} samples, but index.json says {shard.samples}. Copy it again, or make the shards again"
-        )
-
-
-@dataclass(frozen=True)
-class BatchOrder:
-    """Which samples step s trains on: positions (s - 1) B .. s B - 1 of an endless run of shuffled epochs."""
-
-    num_samples: int
-    global_batch_size: int  # B
-    seed: int
-
-    def global_batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Sample ids and epochs (both int64 [B], epochs from 0) of a step (from 1): every sample once per epoch."""
-        first = (step - 1) * self.global_batch_size
-        positions = torch.arange(first, first + self.global_batch_size)
-        epochs = positions // self.num_samples
-        ids = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
-            inside = epochs == epoch
-            ids[inside] = rng.permuted(
-                self.seed, rng.Purpose.DATA_ORDER, epoch, positions[inside] % self.num_samples, self.num_samples
-            )
-        return ids, epochs
-
-    def rank_batches(self, step: int, rank: int, world_size: int, micro_steps: int) -> list[tuple[Tensor, Tensor]]:
-        """The (ids, epochs) of each micro-step of one rank: together, the ranks' shares are the global batch."""
-        ids, epochs = self.global_batch(step)
-        share = slice(rank * len(ids) // world_size, (rank + 1) * len(ids) // world_size)
-        return list(zip(ids[share].chunk(micro_steps), epochs[share].chunk(micro_steps), strict=True))
 
 
 def check_fits(

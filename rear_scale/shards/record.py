@@ -7,12 +7,13 @@ codebook.npy         float32 [K, D], so that training never needs the tokenizer'
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rear_scale.config import InputError
+from rear_scale.shards.storage import is_remote, read_remote
 
 BLOCK_SAMPLES = 4096
 BLOCKS_PER_SHARD = 8
@@ -34,6 +36,10 @@ class TarShard:
     samples: int
     size: int  # bytes
     sha256: str
+    block_crc32: list[int] = field(default_factory=list)  # of each block's tokens and labels; image shards have none
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "block_crc32" or value}
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,14 @@ class Manifest:
     crops_per_image: int  # sequences of one image; an epoch is counted in images
     label_counts: list[int]  # samples of each class, by class id
     class_names: list[str]
-    codebook_sha256: str
+    codebook_sha256: str | None  # null = the folder has no codebook.npy
     shards: list[TarShard]
+    crops: str = "center"  # center | flip | ten; the crops of one image follow one another
+    samples_per_shard: int = SHARD_SAMPLES  # at most; the last shard and one with skipped images hold fewer
+    block_samples: int = BLOCK_SAMPLES  # at most, of one block
+    num_skipped: int = 0  # images that could not be read; skipped.txt names them
+    made_from: str = ""  # a hash of images, weights and settings: what the tokens depend on
+    layout: str = "packed"  # packed: blocks; plain: one sample per key, as webdataset writes them
     format: str = FORMAT
 
     @property
@@ -61,7 +73,10 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """A hash of the content: shards, order and codebook, wherever the folder lies."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "shards": [shard.as_dict() for shard in self.shards]}
 
 
 def shard_name(index: int) -> str:
@@ -74,25 +89,30 @@ def block_key(index: int) -> str:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises InputError when the folder has no manifest, or one that is not ours."""
+    """Raises InputError when the folder (local or remote) has no manifest, or one that is not ours."""
     values = read_index(folder, FORMAT)
     try:
-        return Manifest(**{**values, "shards": [TarShard(**shard) for shard in values["shards"]]})
+        return manifest_from(values)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
         ) from error
 
 
+def manifest_from(values: dict[str, Any]) -> Manifest:
+    """Of the values that `as_dict` gives. Raises KeyError or TypeError for others."""
+    return Manifest(**{**values, "shards": [TarShard(**shard) for shard in values["shards"]]})
+
+
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    write_index(folder, dataclasses.asdict(manifest))
+    write_index(folder, manifest.as_dict())
 
 
 def read_index(folder: str | Path, expected_format: str) -> dict[str, Any]:
     """The values of a folder's index.json. Raises InputError when there is none, or of another format."""
-    path = Path(folder) / "index.json"
+    path = f"{folder} (index.json)" if is_remote(folder) else Path(folder) / "index.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_remote(str(folder), "index.json") if is_remote(folder) else Path(path).read_text())
     except FileNotFoundError:
         raise InputError(
             f"not found: {path}. Shards are complete when their manifest is written; make or copy them first"
@@ -123,12 +143,22 @@ def file_sha256(path: str | Path) -> str:
 
 def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
-    path = Path(folder) / "codebook.npy"
-    if not path.is_file():
-        raise InputError(f"not found: {path}. It is part of the shard folder: copy it, or make the shards again")
-    if file_sha256(path) != manifest.codebook_sha256:
+    assert manifest.codebook_sha256 is not None, "the manifest has no codebook"
+    if is_remote(folder):
+        path, data = f"{folder} (codebook.npy)", read_remote(str(folder), "codebook.npy")
+    else:
+        path = Path(folder) / "codebook.npy"
+        if not path.is_file():
+            raise InputError(f"not found: {path}. It is part of the shard folder: copy it, or make the shards again")
+        data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest.codebook_sha256:
         raise InputError(f"{path} does not match the checksum in index.json. Copy the shard folder again")
-    return np.load(path)
+    return np.load(io.BytesIO(data))
+
+
+def block_checksum(tokens: bytes, labels: bytes) -> int:
+    """CRC-32 of the two members of a block."""
+    return zlib.crc32(labels, zlib.crc32(tokens))
 
 
 def tar_samples(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from rear_scale.config import InputError
 from rear_scale.shards.record import (
     BLOCK_SAMPLES,
-    BLOCKS_PER_SHARD,
     SHARD_SAMPLES,
     TarShard,
+    block_checksum,
     block_key,
     file_sha256,
     shard_name,
@@ -24,42 +27,81 @@ from rear_scale.shards.record import (
 )
 
 
-def write_shard(folder: Path, index: int, tokens: np.ndarray, labels: np.ndarray, source: str) -> TarShard:
+class FinishedShard(NamedTuple):
+    shard: TarShard
+    label_counts: np.ndarray  # int64 [classes]
+    skipped: list[tuple[str, str]]  # name of an image and why it could not be read
+
+
+def write_shard(
+    folder: Path,
+    index: int,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    source: str,
+    *,
+    samples_per_shard: int = SHARD_SAMPLES,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> TarShard:
     """Writes one tar shard and, beside it, its record. The bytes of the shard depend on the arguments alone.
 
-    tokens: integers [samples, N]; labels: integers [samples]; both below 65,536; at most SHARD_SAMPLES samples.
+    tokens: integers [samples, N]; labels: integers [samples]; both below 65,536; at most samples_per_shard samples.
     source: what the tokens were made by; only a caller with the same source finds the shard finished.
     """
-    assert len(tokens) == len(labels) <= SHARD_SAMPLES, (tokens.shape, labels.shape)
-    first = index * BLOCKS_PER_SHARD
-    blocks = (
-        {
-            "__key__": block_key(first + number),
-            "tokens.npy": _npy(tokens[start : start + BLOCK_SAMPLES]),
-            "label.npy": _npy(labels[start : start + BLOCK_SAMPLES]),
-        }
-        for number, start in enumerate(range(0, len(tokens), BLOCK_SAMPLES))
-    )
-    shard = write_tar(folder, index, blocks, count=len(tokens))
-    write_text_atomically(
-        _record_path(folder, index),
-        json.dumps({**vars(shard), "source": source, "labels": np.bincount(labels).tolist()}),
-    )
+    assert len(tokens) == len(labels) <= samples_per_shard, (tokens.shape, labels.shape, samples_per_shard)
+    first = index * -(-samples_per_shard // BLOCK_SAMPLES)
+    checksums: list[int] = []
+
+    def blocks() -> Iterator[dict[str, str | bytes]]:
+        for number, start in enumerate(range(0, len(tokens), BLOCK_SAMPLES)):
+            packed, classes = (_npy(values[start : start + BLOCK_SAMPLES]) for values in (tokens, labels))
+            checksums.append(block_checksum(packed, classes))
+            yield {"__key__": block_key(first + number), "tokens.npy": packed, "label.npy": classes}
+
+    shard = replace(write_tar(folder, index, blocks(), count=len(tokens)), block_crc32=checksums)
+    write_record(folder, shard, source, np.bincount(labels), skipped)
     return shard
 
 
-def finished_shard(folder: Path, index: int, source: str) -> tuple[TarShard, np.ndarray] | None:
-    """The shard and its label counts if an earlier run of the same source completed it, else None."""
+def write_record(
+    folder: Path, shard: TarShard, source: str, label_counts: np.ndarray, skipped: Sequence[tuple[str, str]]
+) -> None:
+    """Says beside a shard, until the manifest is there, that it is finished and what it was made from."""
+    record = {**shard.as_dict(), "source": source, "labels": label_counts.tolist(), "skipped": list(skipped)}
+    write_text_atomically(_record_path(folder, shard.file), json.dumps(record))
+
+
+def finished_shard(folder: Path, index: int, source: str) -> FinishedShard | None:
+    """The shard if an earlier run of the same source completed it, else None."""
     try:
-        record = json.loads(_record_path(folder, index).read_text())
+        record = json.loads(_record_path(folder, shard_name(index)).read_text())
         label_counts = np.asarray(record.pop("labels"), dtype=np.int64)
+        skipped = [(name, reason) for name, reason in record.pop("skipped")]
         if record.pop("source") != source:
             return None
         shard = TarShard(**record)
         intact = (folder / shard.file).stat().st_size == shard.size and file_sha256(folder / shard.file) == shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (shard, label_counts) if intact else None
+    return FinishedShard(shard, label_counts, skipped) if intact else None
+
+
+def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """skipped.txt: a line with name and reason for each image that could not be read; no file when there is none."""
+    # One of an earlier, stopped run may be there.
+    (folder / "skipped.txt").unlink(missing_ok=True)
+    if skipped:
+        write_text_atomically(folder / "skipped.txt", "".join(f"{name}\t{reason}\n" for name, reason in skipped))
+
+
+def check_skipped(skipped: Sequence[tuple[str, str]], total: int, limit: float, source: Path, listing: Path) -> None:
+    """Raises InputError when more than a share `limit` of `total` images could not be read, or all of them."""
+    if len(skipped) > limit * total or len(skipped) == total:
+        name, reason = skipped[0]
+        raise InputError(
+            f"{len(skipped)} of {total} images in {source} cannot be read, more than the {limit:.1%} that are allowed; the "
+            f"first is {name} ({reason}), {listing} lists all. Repair or remove them, or allow more"
+        )
 
 
 def remove_records(folder: Path) -> None:
@@ -69,10 +111,10 @@ def remove_records(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def shard_ranges(num_samples: int) -> Iterator[tuple[int, int, int]]:
+def shard_ranges(num_samples: int, per_shard: int = SHARD_SAMPLES) -> Iterator[tuple[int, int, int]]:
     """(index, first sample, end) of every shard of a set."""
-    for index, start in enumerate(range(0, num_samples, SHARD_SAMPLES)):
-        yield index, start, min(start + SHARD_SAMPLES, num_samples)
+    for index, start in enumerate(range(0, num_samples, per_shard)):
+        yield index, start, min(start + per_shard, num_samples)
 
 
 def _npy(values: np.ndarray) -> bytes:
@@ -81,5 +123,5 @@ def _npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _record_path(folder: Path, index: int) -> Path:
-    return folder / f".{shard_name(index)}.json"
+def _record_path(folder: Path, file: str) -> Path:
+    return folder / f".{file}.json"

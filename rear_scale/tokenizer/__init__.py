@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.tokenizer.alitok import AliTok
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
+from rear_scale.tokenizer.titok import TiTok
 
-_TOKENIZERS: dict[str, type[Tokenizer]] = {"compact": CompactTokenizer}
+_TOKENIZERS: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (CompactTokenizer, MaskgitVqgan, TiTok, AliTok)}
+
+
+def find_tokenizer(name: str) -> type[Tokenizer]:
+    """The class of tokenizer.name. Raises InputError for an unknown one."""
+    if name not in _TOKENIZERS:
+        raise InputError(f"tokenizer.name={name} is not one of {', '.join(_TOKENIZERS)}. Use one of them")
+    return _TOKENIZERS[name]
 
 
 def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
@@ -16,13 +26,14 @@ def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
 
     Raises InputError when it has no weight file or one that does not fit the config.
     """
-    if cfg.name not in _TOKENIZERS:
-        raise InputError(f"tokenizer.name={cfg.name} is not one of {', '.join(_TOKENIZERS)}. Use one of them")
+    kind = find_tokenizer(cfg.name)
     if cfg.weights is None:
+        published = f" ({kind.published})" if kind.published else ""
         raise InputError(
-            f"tokenizer.weights is not set, but images need the weights of {cfg.name}. Set it to the file's path"
+            f"tokenizer.weights is not set, but images need the weights of {cfg.name}{published}. "
+            "Set it to the file's path"
         )
-    tokenizer = _TOKENIZERS[cfg.name].from_file(cfg.weights)
+    tokenizer = kind.from_file(cfg.weights)
     for field in ("image_size", "num_tokens", "codebook_size"):
         found, wanted = getattr(tokenizer, field), getattr(cfg, field)
         if found != wanted:

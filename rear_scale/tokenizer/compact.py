@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.tokenizer.base import Tokenizer, nearest_code
 from rear_scale.weight_file import read_weights, write_weights
 
 _KIND = "compact tokenizer"
@@ -99,9 +99,7 @@ class CompactTokenizer(Tokenizer):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """int64 [L]: the code at the smallest Euclidean distance of each latent (float [L, D])."""
-        latents, codes = latents.float(), self.codes
-        # |x|^2 is the same for every code and is left out.
-        return (codes.square().sum(1) - 2 * latents @ codes.T).argmin(1)
+        return nearest_code(latents, self.codes)
 
     def save(self, path: Path) -> None:
         """Writes the weight file."""
@@ -114,6 +112,16 @@ class CompactTokenizer(Tokenizer):
         architecture, state = read_weights(path, _KIND, "tokenizer.weights")
         tokenizer = cls(**architecture)
         tokenizer.load_state_dict(state)
+        return tokenizer
+
+    @classmethod
+    @torch.no_grad()
+    def untrained(cls, cfg: TokenizerConfig) -> Self:
+        channels = cfg.training.channels if cfg.training else 64
+        tokenizer = cls(cfg.image_size, cfg.codebook_size, cfg.codebook_dim, channels)
+        # Codes lie among the latents of noise: anywhere else, all images would get the same few.
+        latents = tokenizer.latents(torch.rand(-(-cfg.codebook_size // tokenizer.num_tokens), 3, *[cfg.image_size] * 2))
+        tokenizer.codes.copy_(latents[: cfg.codebook_size])
         return tokenizer
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
 from rear_scale.progress import progress
+from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
 
 _SAVE_EVERY = 100  # steps
@@ -121,8 +122,3 @@ class _TrainingRun:
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.tracker.load_state_dict(state["tracker"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """float32 [B, 3, S, S] in [0, 1] of pixels (uint8 [B, S, S, 3])."""
-    return pixels.permute(0, 3, 1, 2).float().div(255)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
+from rear_scale.shards.plain import plain_tars
+from rear_scale.shards.storage import is_remote
 from rear_scale.train.setup import read_checked
 from rear_scale.world import Ranks
 
@@ -24,13 +26,20 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
     for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
         if folder is None:
             continue
-        if not (Path(folder) / "index.json").exists():
-            lines.append(f"not found: {name}={folder}")
+        if not is_remote(folder) and not (Path(folder) / "index.json").exists():
+            tars = len(plain_tars(folder))
+            lines.append(
+                f"{name}: {tars} plain WebDataset shards, indexed when training starts"
+                if tars
+                else f"not found: {name}={folder}"
+            )
             continue
         manifest = read_checked(cfg, folder)
+        crops = manifest.crops_per_image
+        passes = f" ({crops} crops each: one pass over them is {crops} epochs)" if crops > 1 else ""
         lines.append(
-            f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images "
-            f"of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
+            f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images"
+            f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
     if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
         lines.append(f"not found: train.init_from={cfg.train.init_from}")
@@ -38,6 +47,8 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
 
 
 def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
+    if not is_remote(cfg.data.train) and not (Path(cfg.data.train) / "index.json").exists():
+        return None
     try:
         return read_checked(cfg, cfg.data.train).num_images
     except InputError:

@@ -25,7 +25,7 @@ from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress, say
-from rear_scale.shards.reader import BatchOrder, TokenSet
+from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
 from rear_scale.train.run_folder import RunFolder, commit, versions
@@ -377,7 +377,7 @@ class _Prefetcher:
         first: int,
         data_offset: int,
     ) -> None:
-        self.order = BatchOrder(len(tokens), cfg.train.global_batch_size, cfg.run.seed)
+        self.order = tokens.order(cfg.train.global_batch_size, cfg.run.seed)
         self.plan, self.world, self.tokens, self.objective = plan, world, tokens, objective
         self.steps = range(first + data_offset, plan.last_step + data_offset + 1)
         self.ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)

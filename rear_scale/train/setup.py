@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, Plan, derive
+from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.model.attention import choose_kernel
 from rear_scale.progress import say
-from rear_scale.shards.reader import TokenSet, check_fits, open_tokens
-from rear_scale.shards.record import Manifest, read_codebook, read_manifest
+from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
+from rear_scale.shards.record import Manifest, read_codebook
+from rear_scale.tokenizer import open_tokenizer
 from rear_scale.train import start
 from rear_scale.world import Ranks, World
 
@@ -24,16 +25,17 @@ class Data:
     codebook: Tensor  # float32 [K, D]
 
     def open(self, world: World) -> tuple[TokenSet, Tensor]:
-        """Unpacks the shards on this node unless they are, and maps them."""
-        return self._unpacked(self.cfg.data.train, world), self.codebook
+        """Unpacks the shards on this node unless they are, or opens them for reading while training."""
+        # Damage that a stream meets is said by whichever rank meets it.
+        speaks = world.ranks.local_rank == 0 or self.cfg.data.mode == "stream"
+        return open_set(self.cfg.data, self.manifest, world.size, say if speaks else _silent), self.codebook
 
     def open_val(self, world: World) -> TokenSet:
-        """The same for data.val."""
-        return self._unpacked(self.cfg.data.val, world)
-
-    def _unpacked(self, folder: str, world: World) -> TokenSet:
+        """data.val, unpacked on this node."""
+        data = self.cfg.data
+        manifest = open_manifest(data.val, self.cfg.tokenizer, data)
         report = say if world.ranks.local_rank == 0 else _silent
-        return open_tokens(folder, self.cfg.data.cache_dir, progress=report)
+        return open_tokens(data.val, data.cache_dir, say=report, manifest=manifest)
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
@@ -45,12 +47,24 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     if cfg.data.val is not None:
         read_checked(cfg, cfg.data.val)
     plan = derive(cfg, ranks.world_size, manifest.num_images)
-    return Data(cfg, plan, manifest, torch.from_numpy(read_codebook(cfg.data.train, manifest)))
+    return Data(cfg, plan, manifest, codebook_of(cfg, manifest))
+
+
+def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
+    """float32 [K, D], of the shards or, where they come without, of the tokenizer."""
+    if manifest.codebook_sha256 is not None:
+        return torch.from_numpy(read_codebook(cfg.data.train, manifest))
+    if cfg.tokenizer.weights is None:
+        raise InputError(
+            f"{cfg.data.train} has no codebook.npy, and tokenizer.weights is not set. Set tokenizer.weights to the weights of "
+            f"{cfg.tokenizer.name}, or put its codebook (float32 [K, D]) beside the shards before their first use"
+        )
+    return open_tokenizer(cfg.tokenizer, torch.device("cpu")).codebook.detach().clone()
 
 
 def read_checked(cfg: ExperimentConfig, folder: str) -> Manifest:
     """The manifest of a folder of token shards that fits the config's tokenizer and classes."""
-    manifest = read_manifest(folder)
+    manifest = open_manifest(folder, cfg.tokenizer, cfg.data)
     tokenizer = cfg.tokenizer
     check_fits(
         manifest,

@@ -15,6 +15,7 @@ from rear_scale.parallel.strategy import decays
 from rear_scale.progress import say
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train.run_folder import RunFolder, commit, versions
+from rear_scale.weight_file import find_weights
 from rear_scale.world import World
 
 
@@ -39,7 +40,7 @@ def first_weights(cfg: ExperimentConfig, model: Generator, world: World) -> None
 
 
 def _weights_of(path: Path) -> dict[str, torch.Tensor]:
-    if path.is_file() or any((path / name).exists() for name in ("model.safetensors", "pytorch_model.bin")):
+    if find_weights(path).is_file():
         return official.read_weights(path, "train.init_from")
     source = open_source(path)
     read = source.reader("param")

@@ -27,6 +27,10 @@ FAMILIES = {
     "rar_train_tiny": "test_training",
     "schedules": "test_schedules",
     "state_dict_keys": "test_state_dicts",
+    "maskgit_vqgan": "test_tokenizers",
+    "titok_b64": "test_tokenizers",
+    "alitok_tokenizer": "test_tokenizers",
+    "preprocessing": "test_preprocessing",
     "index": None,
 }
 

@@ -1,0 +1,71 @@
+"""Token shards from and to the files of the released code, a shard in memory at a time.
+
+    python data/convert_tokens.py import-jsonl tokens.jsonl TOKENS --tokenizer maskgit_vqgan --crops ten
+    python data/convert_tokens.py import-alitok CACHE TOKENS --tokenizer alitok
+    python data/convert_tokens.py export-jsonl TOKENS tokens.jsonl
+    python data/convert_tokens.py export-alitok TOKENS CACHE
+
+jsonl: one line {"class_id": int, "tokens": [int, ...]} per sequence. AliTok: CACHE/CLASS/IMAGE.npz with `codes` [crops, N].
+With --weights the codebook comes along; without, training takes it from tokenizer.weights. A killed import continues with
+the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rear_scale import cli
+from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig
+from rear_scale.interop import tokens
+from rear_scale.shards.crops import CROPS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in ("import-jsonl", "import-alitok", "export-jsonl", "export-alitok"):
+        command = commands.add_parser(name)
+        command.add_argument("source", type=Path, help="what is read")
+        command.add_argument("out", type=Path, help="what is written")
+        if name.startswith("import"):
+            known = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "tokenizer").glob("*.yaml")))
+            command.add_argument("--tokenizer", required=True, help=f"the tokenizer that made the tokens: {known}")
+            command.add_argument("--weights", metavar="FILE", help="its weights, for the codebook")
+        if name == "import-jsonl":
+            command.add_argument("--crops", choices=CROPS, default="center", help="crops of an image in a row")
+        if name == "import-alitok":
+            command.add_argument(
+                "--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON"
+            )
+    arguments = parser.parse_args()
+    if arguments.command == "import-jsonl":
+        crops = tokens.Crops(arguments.crops, CROPS[arguments.crops])
+        tokens.import_jsonl(arguments.source, arguments.out, tokenizer(arguments), crops)
+    elif arguments.command == "import-alitok":
+        tokens.import_alitok(arguments.source, arguments.out, tokenizer(arguments), arguments.class_map)
+    elif arguments.command == "export-jsonl":
+        tokens.export_jsonl(arguments.source, arguments.out)
+    else:
+        tokens.export_alitok(arguments.source, arguments.out)
+
+
+def tokenizer(arguments: argparse.Namespace) -> TokenizerConfig:
+    """The config of --tokenizer, a name in configs/tokenizer/ or a path."""
+    name = arguments.tokenizer
+    path = next((file for file in (CONFIG_DIR / "tokenizer" / f"{name}.yaml", Path(name)) if file.is_file()), None)
+    if path is None:
+        raise InputError(f"--tokenizer {name}: no such file in {CONFIG_DIR / 'tokenizer'} or here. Use one of --help")
+    try:
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise InputError(f"--tokenizer {path}: {str(error).splitlines()[0]}. Repair the file") from error
+    found.weights = arguments.weights
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)

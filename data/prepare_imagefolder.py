@@ -1,0 +1,97 @@
+"""A folder of class folders as WebDataset image shards: IMAGES/CLASS/FILE -> OUT/shard-000000.tar ... and index.json.
+
+    python data/prepare_imagefolder.py --images IMAGENET/train --out data/imagenet256/images/train
+    python data/prepare_imagefolder.py --images IMAGENET/val --out data/imagenet256/images/val --size 256
+
+Without --size the files go in as they are, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
+which is what an evaluation compares samples with. The class id is the position among the sorted folder names, or that of
+--class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt. The same command continues after
+a kill and leaves a finished folder as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rear_scale import cli
+from rear_scale.config import InputError
+from rear_scale.progress import progress
+from rear_scale.shards import writer
+from rear_scale.shards.crops import BadImage, center_crop, decode_image
+from rear_scale.shards.images import FORMAT, IMAGES_PER_SHARD, png, write_image_manifest, write_image_shard
+from rear_scale.shards.record import read_index
+from rear_scale.shards.sources import FolderSource, SourceImage, read_class_map
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")
+    parser.add_argument("--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON")
+    parser.add_argument("--max-bad-share", type=float, default=0.1, help="more unreadable files are an error")
+    prepare(**vars(parser.parse_args()))
+
+
+def prepare(images: Path, out: Path, size: int | None, class_map: Path | None, max_bad_share: float) -> None:
+    """Raises InputError when `images` is no folder of class folders, or too many files cannot be read."""
+    if size is not None and size < 1:
+        raise InputError(f"--size={size} must be above 0. Use the tokenizer's image size, such as 256")
+    if not images.is_dir():
+        raise InputError(f"not found: --images {images}. Name a folder of class folders")
+    if (out / "index.json").exists():
+        found = sum(shard["samples"] for shard in read_index(out, FORMAT)["shards"])
+        print(f"{out} is complete: {found} images")
+        return
+    source = FolderSource(images, read_class_map(class_map) if class_map else None)
+    out.mkdir(parents=True, exist_ok=True)
+    made_from = f"{source.fingerprint} {size}"
+    finished = []
+    with (
+        progress(f"prepare {out}", len(source), "image") as bar,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        for index, start, end in writer.shard_ranges(len(source), IMAGES_PER_SHARD):
+            found = writer.finished_shard(out, index, source=made_from)
+            if found is None:
+                entries = list(pool.map(partial(entry, size=size), source.read(start, end)))
+                files = [item for item in entries if len(item) == 3]
+                skipped = [item for item in entries if len(item) == 2]
+                counts = np.bincount(np.array([label for *_, label in files], dtype=np.int64))
+                found = writer.FinishedShard(write_image_shard(out, index, files), counts, skipped)
+                writer.write_record(out, found.shard, made_from, counts, skipped)
+            finished.append(found)
+            bar.update(end - start)
+    skipped = [item for shard in finished for item in shard.skipped]
+    writer.write_skipped(out, skipped)
+    writer.check_skipped(skipped, len(source), max_bad_share, images, out / "skipped.txt")
+    label_counts = np.zeros(len(source.class_names), dtype=np.int64)
+    for shard in finished:
+        label_counts[: len(shard.label_counts)] += shard.label_counts
+    shards = [shard.shard for shard in finished]
+    write_image_manifest(out, size, source.class_names, label_counts.tolist(), shards)
+    writer.remove_records(out)
+    left_out = f", {len(skipped)} left out (see {out / 'skipped.txt'})" if skipped else ""
+    print(f"{out}: {label_counts.sum()} images of {len(source.class_names)} classes in {len(shards)} shards{left_out}")
+
+
+def entry(image: SourceImage, size: int | None) -> tuple[str, bytes, int] | tuple[str, str]:
+    """Extension, bytes and class id of an image to store, or its name and why it cannot be read."""
+    try:
+        decoded = decode_image(image.data)
+    except BadImage as error:
+        return image.name, str(error)
+    if size is None:
+        return image.name.rpartition(".")[2].lower(), image.data, image.label
+    return "png", png(Image.fromarray(center_crop(decoded, size)), size), image.label
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,133 @@
+"""What is in a folder of shards: a summary, and a picture of samples.
+
+    python data/show_shards.py runs/demo/tokens/val --weights runs/demo/tokenizer/compact.safetensors
+    python data/show_shards.py runs/demo/images/val
+
+Token shards are decoded with the weights of their tokenizer, which must be those that made them; without --weights only the
+summary is printed. Image shards need none.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rear_scale import cli
+from rear_scale.config import InputError
+from rear_scale.sample.grid import contact_sheet
+from rear_scale.shards import images
+from rear_scale.shards.blocks import open_blocks
+from rear_scale.shards.crops import center_crop, decode_image
+from rear_scale.shards.record import FORMAT, Manifest, file_sha256, read_index, read_manifest
+from rear_scale.shards.sources import open_source
+from rear_scale.tokenizer import find_tokenizer
+from rear_scale.tokenizer.base import to_uint8
+from rear_scale.weight_file import find_weights
+
+_COLUMNS = 8
+_BATCH = 8  # images decoded at once
+_THUMBNAIL = 128  # pixels, for images of different sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of token shards or image shards")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of the tokenizer that made the tokens")
+    parser.add_argument("--samples", type=int, default=48, help="samples in the picture, spread over the set")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: SHARDS.png)")
+    show(**vars(parser.parse_args()))
+
+
+def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> None:
+    """Raises InputError for a folder without shards, and for weights that did not make the tokens."""
+    if samples < 1:
+        raise InputError(f"--samples={samples} must be above 0. Use 48")
+    out = out or shards.with_name(f"{shards.resolve().name}.png")
+    index = shards / "index.json"
+    if index.exists() and f'"{images.FORMAT}"' in index.read_text():
+        print(image_summary(read_index(shards, images.FORMAT)))
+        pixels = stored_images(shards, samples)
+    else:
+        manifest = read_manifest(shards)
+        print(token_summary(manifest))
+        if weights is None:
+            published = find_tokenizer(manifest.tokenizer).published or "the file that tokenizer.weights named"
+            print(f"no picture: it takes the weights of {manifest.tokenizer} (--weights; {published})")
+            return
+        pixels = decoded_images(shards, manifest, weights, samples)
+    Image.fromarray(contact_sheet(pixels, _COLUMNS)).save(out)
+    print(f"{len(pixels)} samples, spread over the set in its order: {out}")
+
+
+def token_summary(manifest: Manifest) -> str:
+    size = sum(shard.size for shard in manifest.shards)
+    counts = np.array(manifest.label_counts)
+    lines = [
+        f"{FORMAT}, made by {manifest.tokenizer} (weights {manifest.tokenizer_sha256[:12] or 'unknown'})",
+        f"{manifest.num_samples:,} sequences of {manifest.num_tokens} tokens out of {manifest.codebook_size:,} codes of width "
+        f"{manifest.codebook_dim}",
+        f"{manifest.num_images:,} images x {manifest.crops_per_image} crops ({manifest.crops}), "
+        f"{manifest.num_skipped:,} images skipped",
+        f"{len(manifest.shards):,} tar shards, {size / 2**20:,.1f} MiB, {size / max(manifest.num_samples, 1):,.1f} bytes per "
+        "sequence",
+        f"{len(counts):,} classes with {counts.min(initial=0):,} to {counts.max(initial=0):,} sequences, "
+        f"{(counts == 0).sum():,} without any",
+    ]
+    return "\n".join(lines)
+
+
+def image_summary(index: dict) -> str:
+    counts = np.array(index["label_counts"])
+    size = f"{index['image_size']} pixels squared" if index["image_size"] else "as they were found"
+    return "\n".join(
+        [
+            f"{images.FORMAT}: {counts.sum():,} images, {size}",
+            f"{len(index['shards']):,} tar shards, {sum(shard['size'] for shard in index['shards']) / 2**20:,.1f} MiB",
+            f"{len(counts):,} classes with {counts.min():,} to {counts.max():,} images",
+        ]
+    )
+
+
+def stored_images(shards: Path, samples: int) -> np.ndarray:
+    """uint8 [n, S, S, 3]; where sizes differ, a thumbnail each."""
+    source = open_source(shards)
+    size = source.image_size or _THUMBNAIL
+    return np.stack(
+        [center_crop(decode_image(next(source.read(n, n + 1)).data), size) for n in spread(len(source), samples)]
+    )
+
+
+def decoded_images(shards: Path, manifest: Manifest, weights: Path, samples: int) -> np.ndarray:
+    """uint8 [n, S, S, 3]."""
+    file = find_weights(weights)
+    tokenizer = find_tokenizer(manifest.tokenizer).from_file(str(weights)).eval()
+    # Shards that were imported do not know their weights.
+    if manifest.tokenizer_sha256 and file_sha256(file) != manifest.tokenizer_sha256:
+        raise InputError(
+            f"--weights {file} has hash {file_sha256(file)[:12]}, but the tokens in {shards} were made by "
+            f"{manifest.tokenizer_sha256[:12]}. Name those weights"
+        )
+    files = open_blocks(shards, manifest)
+    places = [(shard, block) for shard in range(len(manifest.shards)) for block in range(files.count(shard))]
+    firsts = np.cumsum([0, *(files.length(*place) for place in places)])
+    rows = []
+    for number in spread(manifest.num_samples, samples):
+        place = int(np.searchsorted(firsts, number, side="right")) - 1
+        tokens, _ = files.read(*places[place])
+        rows.append(tokens[number - firsts[place]].astype(np.int64))
+    with torch.inference_mode():
+        parts = [to_uint8(tokenizer.decode(part)) for part in torch.from_numpy(np.stack(rows)).split(_BATCH)]
+    return torch.cat(parts).numpy()
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` numbers below `count`, evenly apart."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()
+
+
+if __name__ == "__main__":
+    cli.run(main)

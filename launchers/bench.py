@@ -1,0 +1,61 @@
+"""Times a part of the system beside a plain reference and prints one JSON object.
+
+    python launchers/bench.py data
+
+stdout holds the object and nothing else; progress goes to stderr. --out FILE writes it to a file too; --dry-run shows the
+settings and measures nothing.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from rear_scale import cli
+
+
+def main() -> None:
+    modes = [name for name in ("train", "sample", "data") if importlib.util.find_spec(f"rear_scale.bench.{name}")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", help=", ".join(modes))
+    for name in modes:
+        command = commands.add_parser(name)
+        if name in sys.argv[1:]:
+            # Only the mode that runs is imported: each measures with nothing loaded that it does not need.
+            mode = importlib.import_module(f"rear_scale.bench.{name}")
+            command.description = mode.__doc__
+            command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here too")
+            command.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+            mode.add_arguments(command)
+            command.set_defaults(run=mode.run)
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
+        print(json.dumps({**settings, **machine()}, indent=1, default=str))
+        return
+    text = json.dumps({"mode": arguments.mode, **arguments.run(arguments), **machine()}, indent=1)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+    print(text)
+
+
+def machine() -> dict[str, object]:
+    """Where the figures were measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    packages = ("torch", "numpy", "webdataset")
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,24 @@
+"""The plain implementations of tests/reference, which the bench times and the tests compare with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from rear_scale.config import InputError
+
+_FOLDER = Path(__file__).resolve().parents[2] / "tests" / "reference"
+
+
+def load(name: str) -> ModuleType:
+    """The module tests/reference/NAME.py. Raises InputError outside a checkout, where it is not there."""
+    path = _FOLDER / f"{name}.py"
+    if not path.is_file():
+        raise InputError(f"not found: {path}, which the bench compares with. Run it from a checkout of the project")
+    spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,255 @@
+"""Token sets of the wider field, in and out, a shard at a time: the released jsonl, and AliTok's cache of npz files.
+
+jsonl        one line {"class_id": int, "tokens": [int, ...]} per sequence
+AliTok       CACHE/CLASS/IMAGE.npz with `codes` (integers [n, N]): the n crops of one image
+"""
+
+# N tokens of an image, n crops of an image
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.progress import progress, say
+from rear_scale.shards import writer
+from rear_scale.shards.blocks import open_blocks
+from rear_scale.shards.record import SHARD_SAMPLES, Manifest, file_sha256, read_manifest, write_manifest
+from rear_scale.shards.sources import names_by_id, read_class_map
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.weight_file import find_weights
+
+Sequence = tuple[str, int, np.ndarray]  # where it stands, class id, tokens: integers [N]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How the sequences of one image follow one another in a file."""
+
+    name: str  # center | flip | ten, or another word for an order that is none of these
+    count: int
+
+
+def import_jsonl(path: Path, out: Path, tokenizer: TokenizerConfig, crops: Crops) -> None:
+    """Writes token shards of a jsonl file, in its order, with one shard in memory at a time.
+
+    The codebook comes along if tokenizer.weights is set. A killed import continues with the same call. Raises InputError,
+    naming the line, for one that is no such object, has another number of tokens, or ids beyond the codebook.
+    """
+    if not path.is_file():
+        raise InputError(f"not found: {path}. Name a file with a line of class_id and tokens per sequence")
+    source = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    _import(_JsonlFile(path), out, tokenizer, crops, source, [])
+
+
+def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map: Path | None = None) -> None:
+    """Writes token shards of an AliTok cache; class ids as for class folders. As `import_jsonl` otherwise."""
+    if not cache.is_dir():
+        raise InputError(f"not found: {cache}. Name a folder of class folders with an .npz per image")
+    classes = sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
+    ids = read_class_map(class_map) if class_map else {name: number for number, name in enumerate(classes)}
+    files = [(path, name) for name in classes for path in sorted((cache / name).rglob("*.npz"))]
+    if not files:
+        raise InputError(
+            f"{cache} holds no class folders with .npz files. Is it the folder that the codes were cached in?"
+        )
+    if unknown := [name for name in classes if name not in ids]:
+        raise InputError(
+            f"{len(unknown)} folders of {cache} are not in the class map, {unknown[0]} among them. Add them"
+        )
+    first = _alitok_codes(files[0][0], tokenizer.num_tokens, None)
+    count = len(first)
+    if count > 1 and count % 2 == 0 and np.array_equal(first[::2], first[1::2]):
+        say(
+            f"note: in {files[0][0]} every second row repeats the one before: with --flip_flag the released script stores the "
+            "codes of the plain crops twice and those of the mirrored ones not at all"
+        )
+    listing = "\n".join(f"{path.relative_to(cache)} {path.stat().st_size}" for path, _ in files)
+    source = hashlib.sha256(f"{listing} {sorted(ids.items())}".encode()).hexdigest()
+    crops = Crops({1: "center", 10: "ten"}.get(count, "alitok"), count)
+    sequences = _AlitokCache([(path, ids[name]) for path, name in files], tokenizer.num_tokens, count)
+    _import(sequences, out, tokenizer, crops, source, names_by_id(ids))
+
+
+def export_jsonl(folder: Path, path: Path) -> None:
+    """Writes the sequences of packed shards as jsonl, a block in memory at a time. Raises InputError for damaged shards."""
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "w") as lines:
+        for _, label, tokens in _sequences(folder):
+            lines.write(json.dumps({"class_id": label, "tokens": tokens.tolist()}) + "\n")
+    part.replace(path)
+
+
+def export_alitok(folder: Path, cache: Path) -> None:
+    """Writes an AliTok cache of packed shards: CACHE/CLASS/NUMBER.npz with all crops of an image, int64 [n, N]."""
+    manifest = read_manifest(folder)
+    sequences = _sequences(folder)
+    for number in range(manifest.num_images):
+        crops = list(islice(sequences, manifest.crops_per_image))
+        name = manifest.class_names[crops[0][1]]
+        (cache / name).mkdir(parents=True, exist_ok=True)
+        np.savez(cache / name / f"{number:08d}.npz", codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
+
+
+def _sequences(folder: Path) -> Iterator[Sequence]:
+    manifest = read_manifest(folder)
+    files = open_blocks(folder, manifest)
+    with progress(f"export {folder}", manifest.num_samples, "sequence") as bar:
+        for shard in range(len(manifest.shards)):
+            for block in range(files.count(shard)):
+                tokens, labels = files.read(shard, block)
+                yield from (("", label, row) for label, row in zip(labels.tolist(), tokens, strict=True))
+                bar.update(len(labels))
+
+
+class _JsonlFile:
+    """Sequences from any line on. Skipping lines needs no parsing, so a resumed import catches up quickly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, start: int) -> Iterator[Sequence]:
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(islice(lines, start, None), start=start + 1):
+                where = f"{self.path}, line {number}"
+                try:
+                    entry = json.loads(line)
+                    label, tokens = int(entry["class_id"]), np.asarray(entry["tokens"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(
+                        f"{where}: not an object with class_id and tokens ({error}). Repair the file"
+                    ) from error
+                yield where, label, tokens
+
+
+class _AlitokCache:
+    def __init__(self, files: list[tuple[Path, int]], num_tokens: int, crops: int) -> None:
+        self.files, self.num_tokens, self.crops = files, num_tokens, crops
+
+    def read(self, start: int) -> Iterator[Sequence]:
+        for path, label in self.files[start // self.crops :]:
+            codes = _alitok_codes(path, self.num_tokens, self.crops)
+            yield from ((str(path), label, row) for row in codes[start % self.crops :])
+            start = 0
+
+
+def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
+    """Integers [n, N] of one image. Raises InputError for a file of another kind, shape or number of crops."""
+    try:
+        with np.load(path) as archive:
+            codes = archive["codes"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no array `codes` ({error}). Make it again") from error
+    if codes.ndim == 2 and codes.shape[1] == 2 * num_tokens:
+        raise InputError(
+            f"{path}: rows of {codes.shape[1]} codes join sequences of two images, as the released script writes them without "
+            "--ten_crop and --flip_flag. Tokenize the images again"
+        )
+    if codes.ndim != 2 or codes.shape[1] != num_tokens or len(codes) != (crops or len(codes)):
+        wanted = f"[{crops or 'crops'}, {num_tokens}]"
+        raise InputError(
+            f"{path}: codes are {list(codes.shape)}, but {wanted} is wanted. Is the tokenizer the right one?"
+        )
+    return codes
+
+
+def _import(
+    sequences: _JsonlFile | _AlitokCache,
+    out: Path,
+    tokenizer: TokenizerConfig,
+    crops: Crops,
+    source: str,
+    class_names: list[str],
+) -> None:
+    source = f"{source} {tokenizer.name} {tokenizer.num_tokens} {tokenizer.codebook_size} {crops}"
+    made_from = hashlib.sha256(source.encode()).hexdigest()
+    if (out / "index.json").exists():
+        if read_manifest(out).made_from != made_from:
+            raise InputError(f"{out} already holds other token shards. Remove it, or name another folder")
+        say(f"{out} is complete")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    # Whole images to a shard, so that an image's crops stay together.
+    per_shard = SHARD_SAMPLES // crops.count * crops.count
+    finished: list[writer.FinishedShard] = []
+    while (found := writer.finished_shard(out, len(finished), made_from)) is not None:
+        finished.append(found)
+    lines = _checked(sequences.read(sum(shard.shard.samples for shard in finished)), tokenizer)
+    with progress(f"import {out}", 0, "sequence") as bar:
+        bar.total = None  # counting the lines would read the file twice
+        while part := list(islice(lines, per_shard)):
+            tokens = np.stack([row for _, row in part])
+            labels = np.array([label for label, _ in part], dtype=np.int64)
+            shard = writer.write_shard(out, len(finished), tokens, labels, made_from, samples_per_shard=per_shard)
+            finished.append(writer.FinishedShard(shard, np.bincount(labels), []))
+            bar.update(len(part))
+    _finish(out, tokenizer, crops, made_from, finished, per_shard, class_names)
+
+
+def _checked(sequences: Iterable[Sequence], tokenizer: TokenizerConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """Class ids and tokens as uint16 [N], or an InputError for a sequence that the tokenizer cannot have made."""
+    for where, label, tokens in sequences:
+        if tokens.shape != (tokenizer.num_tokens,) or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(
+                f"{where}: {tokens.dtype} of shape {list(tokens.shape)}, but tokenizer.num_tokens={tokenizer.num_tokens} "
+                "integers are wanted. Name the tokenizer that made them"
+            )
+        if tokens.min() < 0 or tokens.max() >= tokenizer.codebook_size or not 0 <= label < 65_536:
+            raise InputError(
+                f"{where}: class {label} and tokens {tokens.min()}..{tokens.max()}, beyond class 65535 or "
+                f"tokenizer.codebook_size={tokenizer.codebook_size}. Name the tokenizer that made them"
+            )
+        yield label, tokens.astype(np.uint16)
+
+
+def _finish(
+    out: Path,
+    tokenizer: TokenizerConfig,
+    crops: Crops,
+    made_from: str,
+    finished: list[writer.FinishedShard],
+    per_shard: int,
+    class_names: list[str],
+) -> None:
+    samples = sum(shard.shard.samples for shard in finished)
+    if samples == 0 or samples % crops.count:
+        raise InputError(
+            f"{samples} sequences are no whole number of images with {crops.count} crops each. Name the right number of crops"
+        )
+    counts = np.zeros(max(len(class_names), *(len(shard.label_counts) for shard in finished)), dtype=np.int64)
+    for shard in finished:
+        counts[: len(shard.label_counts)] += shard.label_counts
+    codebook_sha256, weights_sha256 = None, ""
+    if tokenizer.weights is not None:
+        np.save(out / "codebook.npy", open_tokenizer(tokenizer, torch.device("cpu")).codebook.detach().float().numpy())
+        codebook_sha256 = file_sha256(out / "codebook.npy")
+        weights_sha256 = file_sha256(find_weights(tokenizer.weights))
+    manifest = Manifest(
+        tokenizer=tokenizer.name,
+        tokenizer_sha256=weights_sha256,
+        codebook_size=tokenizer.codebook_size,
+        codebook_dim=tokenizer.codebook_dim,
+        num_tokens=tokenizer.num_tokens,
+        num_samples=samples,
+        crops_per_image=crops.count,
+        label_counts=counts.tolist(),
+        class_names=[*class_names, *(str(number) for number in range(len(class_names), len(counts)))],
+        codebook_sha256=codebook_sha256,
+        shards=[shard.shard for shard in finished],
+        crops=crops.name,
+        samples_per_shard=per_shard,
+        made_from=made_from,
+    )
+    write_manifest(out, manifest)
+    writer.remove_records(out)
+    say(f"{out}: {samples:,} sequences of {manifest.num_images:,} images in {len(finished)} shards")

@@ -1,0 +1,257 @@
+"""Blocks of token sequences out of tar shards: one by one or in a row, checked, errors with file and byte."""
+
+# n samples of a block, N tokens of an image
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import tarfile
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from rear_scale.config import InputError
+from rear_scale.shards.record import Manifest, TarShard, block_checksum, file_sha256
+from rear_scale.shards.storage import address, is_remote, open_remote
+from rear_scale.shards.tar_index import scan
+
+Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
+
+
+class BlockFiles(ABC):
+    """The blocks of a set by (number of the shard, number of the block in it)."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @abstractmethod
+    def read(self, shard: int, block: int) -> Block:
+        """One block. Raises InputError, naming file and byte, when it is missing or damaged."""
+
+    def check_rest(self, shard: int) -> None:
+        """What is left to check of a shard all of whose blocks are intact. Raises InputError."""
+        return
+
+    def count(self, shard: int) -> int:
+        """Blocks of a shard."""
+        return math.ceil(self.manifest.shards[shard].samples / self.manifest.block_samples)
+
+    def length(self, shard: int, block: int) -> int:
+        """Samples of a block."""
+        size = self.manifest.block_samples
+        return min(size, self.manifest.shards[shard].samples - block * size)
+
+
+def open_blocks(folder: str | Path, manifest: Manifest, index: Path | None = None) -> BlockFiles:
+    """index: where the offsets of plain shards lie."""
+    if manifest.layout == "plain":
+        assert index is not None
+        return PlainFiles(folder, manifest, index)
+    return RemoteFiles(str(folder), manifest) if is_remote(folder) else PackedFiles(folder, manifest)
+
+
+class PackedFiles(BlockFiles):
+    """Our own shards in a local folder."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
+        super().__init__(folder, manifest)
+        self.folder = Path(folder)
+        self.places: dict[int, list[dict[str, tuple[int, int]]]] = {}  # of the shards that were opened, by block
+
+    def read(self, shard: int, block: int) -> Block:
+        entry = self.manifest.shards[shard]
+        path = self.folder / entry.file
+        members = self._places(shard, entry, path)[block]
+        try:
+            with open(path, "rb") as file:
+                content = {}
+                for name in ("tokens.npy", "label.npy"):
+                    offset, size = members[name]
+                    file.seek(offset)
+                    content[name] = file.read(size)
+            return unpack(content["tokens.npy"], content["label.npy"], self.manifest, shard, block)
+        except (KeyError, ValueError, EOFError, OSError) as error:
+            byte = min(offset for offset, _ in members.values())
+            raise _damage(path, f"block {block} at byte {byte}", error) from error
+
+    def check_rest(self, shard: int) -> None:
+        entry = self.manifest.shards[shard]
+        path = self.folder / entry.file
+        if file_sha256(path) != entry.sha256:
+            raise InputError(
+                f"{path}: its blocks are intact, but its checksum is not the one in index.json. Copy it again, or make the "
+                "shards again"
+            )
+
+    def _places(self, shard: int, entry: TarShard, path: Path) -> list[dict[str, tuple[int, int]]]:
+        if shard not in self.places:
+            if not path.is_file():
+                raise InputError(
+                    f"not found: {path}, which {self.folder / 'index.json'} lists. Copy the shard folder again"
+                )
+            size = path.stat().st_size
+            if size != entry.size:
+                raise InputError(
+                    f"{path} is truncated or altered at byte {min(size, entry.size)}: it has {size} bytes, but index.json "
+                    f"says {entry.size}. Copy it again"
+                )
+            places = [sample.members for sample in scan(path)]
+            if len(places) != self.count(shard):
+                raise InputError(
+                    f"{path} holds {len(places)} blocks, but index.json says {entry.samples} samples in blocks of "
+                    f"{self.manifest.block_samples}. Copy it again, or make the shards again"
+                )
+            self.places[shard] = places
+        return self.places[shard]
+
+
+class RemoteFiles(BlockFiles):
+    """Our own shards behind webdataset's openers: read from the front, so a stream is kept open for the next block."""
+
+    def __init__(self, folder: str, manifest: Manifest, streams: int = 64) -> None:
+        super().__init__(folder, manifest)
+        self.folder, self.most = folder, streams
+        # (shard, next block) -> the rest of that shard; the one used longest ago is closed first
+        self.open: OrderedDict[tuple[int, int], tuple[Any, Iterator[dict[str, Any]]]] = OrderedDict()
+
+    def read(self, shard: int, block: int) -> Block:
+        url = address(self.folder, self.manifest.shards[shard].file)
+        position, stream, samples = self._stream(shard, block)
+        try:
+            while True:
+                sample = next(samples)
+                if position == block:
+                    break
+                position += 1
+            found = unpack(sample["tokens.npy"], sample["label.npy"], self.manifest, shard, block)
+        except StopIteration:
+            raise InputError(
+                f"{url} ends at byte {stream.byte}, before block {block} of {self.count(shard)}. Copy it again"
+            ) from None
+        except (KeyError, ValueError, EOFError, OSError, tarfile.TarError) as error:
+            raise _damage(url, f"block {block} before byte {stream.byte}", error) from error
+        if block + 1 < self.count(shard):
+            self.open[shard, block + 1] = stream, samples
+            while len(self.open) > self.most:
+                self.open.popitem(last=False)[1][0].close()
+        else:
+            stream.close()
+        return found
+
+    def _stream(self, shard: int, block: int) -> tuple[int, Any, Iterator[dict[str, Any]]]:
+        """The next block, its stream and what is left of it: one that was left just before, or a new one."""
+        waiting = [key for key in self.open if key[0] == shard and key[1] <= block]
+        if waiting:
+            key = max(waiting)
+            return key[1], *self.open.pop(key)
+        stream = _Counted(open_remote(self.folder, self.manifest.shards[shard].file))
+        return 0, stream, group_by_keys(tar_file_expander([{"url": "", "stream": stream}]))
+
+
+class PlainFiles(BlockFiles):
+    """Ordinary WebDataset shards, one sample per key, through the offsets that plain.py wrote."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, index: Path) -> None:
+        super().__init__(folder, manifest)
+        self.folder, self.index = Path(folder), index
+
+    def read(self, shard: int, block: int) -> Block:
+        path = self.folder / self.manifest.shards[shard].file
+        size = self.manifest.block_samples
+        try:
+            offsets = np.load(self.index / f"{path.name}.offsets.npy", mmap_mode="r")
+            rows = np.array(offsets[block * size : (block + 1) * size])
+            if path.stat().st_size != self.manifest.shards[shard].size:
+                raise ValueError("its size changed since it was indexed")
+            first, last = int(rows[0, 0]), int(rows[-1, 0] + rows[-1, 1])
+            with open(path, "rb") as file:
+                file.seek(first)
+                data = file.read(last - first)
+        except (ValueError, OSError) as error:
+            raise _damage(path, f"block {block}", error) from error
+        tokens = np.empty((len(rows), self.manifest.num_tokens), np.uint16)
+        for row, (offset, length, kind, _) in enumerate(rows.tolist()):
+            try:
+                content = data[offset - first : offset - first + length]
+                tokens[row] = decode_plain(content, kind, self.manifest.num_tokens, self.manifest.codebook_size)
+            except (ValueError, EOFError) as error:
+                raise _damage(path, f"the sample at byte {offset}", error) from error
+        return tokens, rows[:, 3].astype(np.uint16)
+
+
+PLAIN_KINDS = ("tokens.npy", "npy", "tokens.bin", "bin", "tokens.json", "json")
+
+
+def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int) -> np.ndarray:
+    """Integers [N] of one member. npy: any integers; json: a list; bin: little-endian integers of 2, 4 or 8 bytes.
+
+    kind: the place of its extension in PLAIN_KINDS. Raises ValueError for another length or an id out of range.
+    """
+    extension = PLAIN_KINDS[kind].rpartition(".")[2]
+    if extension == "npy":
+        tokens = np.load(io.BytesIO(content))
+    elif extension == "json":
+        tokens = np.asarray(json.loads(content))
+    else:
+        width, rest = divmod(len(content), num_tokens)
+        if rest or width not in (2, 4, 8):
+            raise ValueError(f"{len(content)} bytes are not {num_tokens} integers")
+        tokens = np.frombuffer(content, f"<u{width}")
+    if tokens.size != num_tokens or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{tokens.dtype} of shape {tokens.shape} is not {num_tokens} integers")
+    if tokens.min() < 0 or tokens.max() >= codebook_size:
+        raise ValueError(f"a token is outside 0..{codebook_size - 1}")
+    return tokens.reshape(-1)
+
+
+def unpack(packed: bytes, classes: bytes, manifest: Manifest, shard: int, block: int) -> Block:
+    """The arrays of a block's two members. Raises ValueError when they are not those of the manifest."""
+    checksums = manifest.shards[shard].block_crc32
+    if checksums and block_checksum(packed, classes) != checksums[block]:
+        raise ValueError("its checksum is not the one in index.json")
+    tokens, labels = _view(packed), _view(classes)
+    length = min(manifest.block_samples, manifest.shards[shard].samples - block * manifest.block_samples)
+    if tokens.dtype != np.uint16 or tokens.shape != (length, manifest.num_tokens) or labels.shape != (length,):
+        raise ValueError(f"it holds {tokens.dtype} {tokens.shape} and {len(labels)} labels, not {length} samples")
+    if tokens.max(initial=0) >= manifest.codebook_size or labels.max(initial=0) >= len(manifest.label_counts):
+        raise ValueError("it has a token or label beyond the manifest's counts")
+    return tokens, labels
+
+
+def _view(content: bytes) -> np.ndarray:
+    """The array of an .npy file in memory, without a copy. Raises ValueError when it is none."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is no .npy file of version 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if by_columns and len(shape) > 1:
+        raise ValueError("it is stored by columns")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+
+
+class _Counted:
+    """A stream that knows how far it was read."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.byte = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.byte += len(data)
+        return data
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a command that is cut short says so with its exit code
+            self.stream.close()
+
+
+def _damage(path: str | Path, where: str, error: Exception) -> InputError:
+    return InputError(f"{path}, {where} cannot be read: {error}. Copy it again, or make the shards again")

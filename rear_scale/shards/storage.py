@@ -1,0 +1,51 @@
+"""Shard folders that may lie elsewhere: a local path, a URL, or a `pipe:` command."""
+
+# A folder is "s3://bucket/tokens", "https://host/tokens", ..., or "pipe:ssh host cat tokens/{file}".
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import BinaryIO
+
+from webdataset import gopen
+
+from rear_scale.config import InputError
+
+
+def is_remote(folder: str | Path) -> bool:
+    return str(folder).startswith("pipe:") or "://" in str(folder)
+
+
+def address(folder: str, file: str) -> str:
+    """What webdataset's openers take for a file of a remote folder."""
+    if folder.startswith("pipe:"):
+        if "{file}" not in folder:
+            raise InputError(f"the folder {folder} does not say where the file's name goes. Write it as {{file}}")
+        return folder.replace("{file}", shlex.quote(file))
+    url = f"{folder.rstrip('/')}/{file}"
+    # webdataset has no opener of its own for s3.
+    return f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -" if url.startswith("s3://") else url
+
+
+def open_remote(folder: str, file: str) -> BinaryIO:
+    """A stream of a file's bytes. Raises InputError when there is no opener for such an address."""
+    url = address(folder, file)
+    try:
+        return gopen(url, "rb")
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{url} cannot be opened: {error}. Check the address and that its tool is installed"
+        ) from error
+
+
+def read_remote(folder: str, file: str) -> bytes:
+    """A whole file. Raises InputError when it cannot be read or is empty."""
+    try:
+        with open_remote(folder, file) as stream:
+            data = stream.read()
+    except OSError as error:
+        raise InputError(f"not found: {address(folder, file)} ({error}). Make or copy the shards first") from error
+    if not data:
+        raise InputError(f"not found: {address(folder, file)} gave nothing. Make or copy the shards first")
+    return data

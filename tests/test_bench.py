@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers import launch
+
+from rear_scale.bench import data, reference
+from rear_scale.shards.reader import open_tokens
+from rear_scale.shards.record import read_manifest
+
+
+def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: Path) -> None:
+    words = ("data", "--samples", "4096", "--shards", "4", "--rounds", "1", "--folder", tmp_path / "sets")
+    done = launch("python", "launchers/bench.py", *words, "--out", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert json.loads((tmp_path / "result.json").read_text()) == values
+    assert values["ratio"] == values["images_per_s"] / values["reference_images_per_s"] > 1
+    assert set(values["variants"]) == {"resident", "stream", "webdataset", "jsonl"}
+    # One block of 1,024 a shard; with the usual ones of 4,096 it is less.
+    assert 514 < values["bytes_per_sample"] < 530
+    assert values["anonymous_bytes_per_sample"] > 0
+    assert {"device", "versions", "samples"} <= set(values)
+
+    folder = tmp_path / "sets"
+    whole = open_tokens(folder / "packed", str(folder / "cache"))
+    expected = sorted(map(tuple, np.column_stack([whole.labels, whole.tokens]).tolist()))
+    readers = reference.load("token_readers")
+    plain = sorted(str(tar) for tar in (folder / "plain").glob("*.tar"))
+    for batches in (
+        readers.jsonl_batches(folder / "tokens.jsonl", 256),
+        readers.webdataset_batches(plain, 256),
+        data._stream(folder),
+        data._resident(folder),
+    ):
+        epoch = [next(batches) for _ in range(16)]
+        assert all(tokens.dtype == labels.dtype == torch.int64 for tokens, labels in epoch)
+        found = [torch.column_stack([labels, tokens]) for tokens, labels in epoch]
+        assert sorted(map(tuple, torch.cat(found).tolist())) == expected
+        assert torch.cat(found)[:, 0].tolist() != whole.labels.tolist(), "not shuffled"
+
+
+def test_a_dry_run_shows_the_settings_and_writes_nothing(tmp_path: Path) -> None:
+    done = launch("python", "launchers/bench.py", "data", "--dry-run", "--folder", tmp_path / "sets")
+    assert json.loads(done.stdout)["samples"] == 1_048_576
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_set_can_be_opened(tmp_path: Path) -> None:
+    data._write_sets(tmp_path, 256, 1)
+    opened = open_tokens(tmp_path / "empty", str(tmp_path / "cache"))
+    assert len(opened) == 0
+    assert opened.tokens.shape == (0, 256)
+    assert read_manifest(tmp_path / "empty").shards == []
+
+
+def test_a_bench_without_a_mode_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    assert launch("python", "launchers/bench.py").returncode == 2
+    done = launch("python", "launchers/bench.py", "nothing")
+    assert done.returncode == 2
+    assert "data" in done.stderr
+    done = launch("python", "launchers/bench.py", "data", "--samples", "10")
+    assert done.returncode == 2
+    assert "at least" in done.stderr

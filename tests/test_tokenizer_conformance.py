@@ -1,0 +1,94 @@
+"""What every tokenizer must keep to, run on each that a config in configs/tokenizer/ names.
+
+With the weights of the config where its file is there, else with random ones of the same sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from rear_scale.config import CONFIG_DIR, TokenizerConfig
+from rear_scale.tokenizer import find_tokenizer, open_tokenizer
+from rear_scale.tokenizer.base import Tokenizer, nearest_code
+
+NAMES = sorted(path.stem for path in (CONFIG_DIR / "tokenizer").glob("*.yaml"))
+
+
+def config_of(name: str) -> TokenizerConfig:
+    values = OmegaConf.merge(
+        OmegaConf.structured(TokenizerConfig), OmegaConf.load(CONFIG_DIR / "tokenizer" / f"{name}.yaml")
+    )
+    return OmegaConf.to_object(values)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def cfg(request: pytest.FixtureRequest) -> TokenizerConfig:
+    return config_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cfg: TokenizerConfig) -> Iterator[Tokenizer]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        if cfg.weights and Path(cfg.weights).is_file():
+            yield open_tokenizer(cfg, torch.device("cpu"))
+        else:
+            yield find_tokenizer(cfg.name).untrained(cfg).eval()
+
+
+@pytest.fixture(scope="module")
+def images(cfg: TokenizerConfig) -> Tensor:
+    """Two smooth images, float32 [2, 3, S, S]."""
+    coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (cfg.image_size, cfg.image_size), mode="bilinear")
+
+
+def test_sizes_are_those_of_the_config(cfg: TokenizerConfig, tokenizer: Tokenizer) -> None:
+    found = (tokenizer.name, tokenizer.image_size, tokenizer.num_tokens, tokenizer.codebook_size)
+    assert found == (cfg.name, cfg.image_size, cfg.num_tokens, cfg.codebook_size)
+
+
+def test_round_trip(cfg: TokenizerConfig, tokenizer: Tokenizer, images: Tensor) -> None:
+    ids = tokenizer.encode(images)
+    assert (ids.dtype, ids.shape) == (torch.int64, (2, cfg.num_tokens))
+    assert ids.min() >= 0
+    assert ids.max() < cfg.codebook_size
+    assert not torch.equal(ids[0], ids[1]), "two images, one sequence"
+    assert torch.equal(tokenizer.encode(images), ids), "the same images, other tokens"
+    decoded = tokenizer.decode(ids)
+    assert decoded.shape == images.shape
+    assert 0 <= decoded.min() <= decoded.max() <= 1
+    assert not torch.equal(decoded[0], decoded[1]), "the decoder does not look at the tokens"
+    again = tokenizer.encode(decoded)
+    assert again.shape == ids.shape
+    if cfg.weights and Path(cfg.weights).is_file():
+        assert (decoded - images).square().mean() < images.var(), "worse than a grey image"
+
+
+def test_every_id_of_the_range_decodes(cfg: TokenizerConfig, tokenizer: Tokenizer) -> None:
+    ids = torch.tensor([[0], [cfg.codebook_size - 1]]).expand(2, cfg.num_tokens)
+    assert tokenizer.decode(ids).isfinite().all()
+
+
+def test_codebook_is_what_the_heads_are_taught(cfg: TokenizerConfig, tokenizer: Tokenizer) -> None:
+    codebook = tokenizer.codebook
+    assert (codebook.dtype, codebook.shape) == (torch.float32, (cfg.codebook_size, cfg.codebook_dim))
+    assert codebook.isfinite().all()
+    lengths = codebook.norm(dim=1)
+    # A target of length 0 has no direction to be taught.
+    assert lengths.min() > 0
+    assert bool(((lengths - 1).abs() < 1e-5).all()) == tokenizer.unit_codebook
+    assert torch.equal(nearest_code(codebook, codebook), torch.arange(cfg.codebook_size)), "codes that are the same"
+
+
+def test_codes_are_assigned_in_float32_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = 1 + 1e-2 * torch.randn(64, 8, generator=generator)  # closer than bfloat16 can tell apart
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_code(codes, codes), torch.arange(64))
