@@ -149,6 +149,7 @@ class SampleConfig:
     batch_size: int = 256  # images decoded together; part of what determines the arithmetic
     seed: int = 0
     temperature: float = 1.0
+    quantiser: str = "trunc255"  # images to uint8: trunc255 (cut off, as the released samplers do) | round
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 

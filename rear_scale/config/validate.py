@@ -11,6 +11,7 @@ from rear_scale.config.schema import ExperimentConfig, InputError
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
+QUANTISERS = ("trunc255", "round")
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -165,6 +166,7 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
     sample = cfg.sample
     _positive(cfg, "sample.num_images", "sample.batch_size", "sample.temperature", "sample.guidance.power")
     _one_of("sample.guidance.schedule", sample.guidance.schedule, GUIDANCE_SCHEDULES)
+    _one_of("sample.quantiser", sample.quantiser, QUANTISERS)
     _require(
         0 <= sample.guidance.scale < math.inf,
         "sample.guidance.scale",

@@ -28,6 +28,7 @@ from rear_scale.parallel.checkpoint import Checkpoint, load_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import file_sha256, write_text_atomically
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
@@ -117,8 +118,7 @@ def _make_unit(
     tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
     with torch.inference_mode():
         images = tokenizer.decode(tokens)[: len(ids)]
-    # Truncated, not rounded, as the released samplers do.
-    pixels = (images * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(images, cfg.sample.quantiser)
     _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
     _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
 
@@ -156,7 +156,7 @@ def _assemble(
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "sample": asdict(cfg.sample),
-        "quantiser": "trunc255",
+        "quantiser": cfg.sample.quantiser,
         "labels": "image id mod number of classes",
         **provenance(world),
     }

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 
 # A json belongs to the longest of these that its stem begins with. Those of a None are read in passing by others.
-FAMILIES = {"rear_tiny": "test_transformer", "index": None, "state_dict_keys": None}
+FAMILIES = {
+    "rear_tiny": "test_transformer",
+    "metrics": "test_metrics",
+    "inception": "test_inception",
+    "eval_e2e": "test_eval_e2e",
+    "lpips": "test_lpips",
+    "index": None,
+    "state_dict_keys": None,
+}
 
 
 @dataclass(frozen=True)
