@@ -79,6 +79,14 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     return CheckpointCommand(cfg, args, world.discover(), found)
 
 
+def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Command:
+    """A CheckpointCommand where --checkpoint is given, else a Command on --config or the default one."""
+    args = parser.parse_intermixed_args()
+    if args.checkpoint is not None:
+        return parse_checkpoint(parser)
+    return Command(config.load(args.config or default_config, args.overrides), args, world.discover())
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 1 anything else."""
     code = 0

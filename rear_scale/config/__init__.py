@@ -11,6 +11,7 @@ from rear_scale.config.load import CONFIG_DIR, from_dict, load
 from rear_scale.config.plan import Plan, check_resumable, derive
 from rear_scale.config.schema import (
     ClassifierConfig,
+    EvaluateConfig,
     ExperimentConfig,
     GuidanceConfig,
     HeadsConfig,
@@ -24,6 +25,7 @@ from rear_scale.config.values import to_dict, to_yaml
 __all__ = [
     "CONFIG_DIR",
     "ClassifierConfig",
+    "EvaluateConfig",
     "ExperimentConfig",
     "GuidanceConfig",
     "HeadsConfig",

@@ -12,6 +12,7 @@ STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 QUANTISERS = ("trunc255", "round")
+NEIGHBOUR_MODES = ("exact", "adm_fp16")
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -176,3 +177,19 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
     )
     _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
     _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")
+    _validate_scores(cfg)
+
+
+def _validate_scores(cfg: ExperimentConfig) -> None:
+    evaluate = cfg.evaluate
+    _positive(cfg, "evaluate.neighbour_reference_images")
+    _require(
+        evaluate.bootstrap == 0 or evaluate.bootstrap >= 2,
+        "evaluate.bootstrap",
+        evaluate.bootstrap,
+        "is neither 0 (none) nor at least 2 resamplings",
+        "Use 100",
+    )
+    for mode in evaluate.neighbour_modes:
+        _one_of("evaluate.neighbour_modes", mode, NEIGHBOUR_MODES)
+    _require(bool(evaluate.neighbour_modes), "evaluate.neighbour_modes", [], "is empty", "Use [exact,adm_fp16]")

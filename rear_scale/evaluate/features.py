@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.inception import Inception
+from rear_scale.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
 from rear_scale.evaluate.weights import INCEPTION, fill, read_weight_file
 
 
@@ -25,11 +25,26 @@ class Extractor(Protocol):
         ...
 
 
+class FeatureNetwork(Extractor, Protocol):
+    """An extractor whose features have Fréchet distances."""
+
+    name: str
+    sizes: dict[str, int]  # by kind of features (evaluate.statistics.KINDS): how many there are
+    neighbours: str  # the kind that precision and recall are taken on
+    weights_sha256: str
+    is_published: bool | None  # whether the weights are the published ones; null = no checksum is published
+    classifier: Tensor | None  # float64 [classes, F]: features @ classifier.T are the logits of the Inception Score
+
+
 class InceptionFeatures:
     """The extractor of FID, sFID, the Inception Score, precision and recall.
 
     Raises InputError for a missing, damaged or foreign weight file.
     """
+
+    name = "inception"
+    sizes: ClassVar = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES}
+    neighbours = "pool"
 
     def __init__(self, path: str | None, device: torch.device) -> None:
         weights = read_weight_file(path, "evaluate.inception_weights", INCEPTION)
@@ -37,7 +52,7 @@ class InceptionFeatures:
         fill(network, weights.state, f"evaluate.inception_weights={path}")
         self.network = network.to(device).eval().requires_grad_(False)
         self.device = device
-        self.weights_sha256, self.is_published = weights.sha256, bool(weights.is_published)
+        self.weights_sha256, self.is_published = weights.sha256, weights.is_published
         self.preprocessing = "TensorFlow 1 bilinear to 299 pixels, (x - 128) / 128, float32"
         self.identity = f"inception-2015-12-05 {weights.sha256} {self.preprocessing}"
 

@@ -36,17 +36,20 @@ class InceptionScoreSums:
         self.probabilities = torch.zeros(splits, num_classes, dtype=torch.float64)
         self.negative_entropy = torch.zeros(splits, dtype=torch.float64)
 
-    def add(self, logits: Tensor, ids: Tensor) -> None:
-        """logits: float [n, C]; ids: int64 [n], the images' global numbers."""
+    def add(self, logits: Tensor, ids: Tensor, weights: Tensor | None = None) -> None:
+        """logits: float [n, C]; ids: int64 [n], the images' global numbers; weights: float64 [n], how often each counts."""
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
         # exp(-800) is 0 and its logarithm is not: 0 * log 0 is 0 here.
         negative_entropy = (p * log_p).sum(1)
-        for split in torch.unique(ids // SPLIT_IMAGES).tolist():
-            rows = ids // SPLIT_IMAGES == split
-            self.images[split] += rows.sum()
-            self.probabilities[split] += p[rows].sum(0).cpu()
-            self.negative_entropy[split] += negative_entropy[rows].sum().cpu()
+        weights = torch.ones(len(ids), dtype=torch.float64) if weights is None else weights
+        splits = ids // SPLIT_IMAGES
+        for split in torch.unique(splits).tolist():
+            rows = splits == split
+            weight = weights[rows].to(p.device)
+            self.images[split] += weights[rows].sum()
+            self.probabilities[split] += (p[rows.to(p.device)] * weight[:, None]).sum(0).cpu()
+            self.negative_entropy[split] += (negative_entropy[rows.to(p.device)] * weight).sum().cpu()
 
     def score(self) -> InceptionScore:
         per_split = [

@@ -21,15 +21,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
         return 0.0
-    root_trace = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    root_trace = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return ((a.mean - b.mean).square().sum() + traces - 2 * root_trace).item()
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    # Rounding may leave a zero eigenvalue slightly negative.
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def nearest_distances(samples: Tensor, reference: Tensor, chunk: int = 256) -> Tensor:

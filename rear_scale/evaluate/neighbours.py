@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
+from rear_scale.config.validate import NEIGHBOUR_MODES
 from rear_scale.evaluate.features import exact_arithmetic
 from rear_scale.world import World
 
 NEIGHBOURS = 3  # k
-MODES = ("exact", "adm_fp16")
 
 _ROWS = 2000  # of a task; a rank holds _ROWS x _COLUMNS distances at a time
 _COLUMNS = 5000
@@ -58,7 +58,7 @@ class Distances:
     """
 
     def __init__(self, rows: Rows, columns: Rows, mode: str, device: torch.device) -> None:
-        assert mode in MODES, mode
+        assert mode in NEIGHBOUR_MODES, mode
         self.rows, self.columns, self.mode, self.device = rows, columns, mode, device
         self.fits_half: dict[tuple[int, int], bool] = {}
         if mode == "adm_fp16":

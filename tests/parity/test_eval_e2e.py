@@ -12,13 +12,17 @@ from seeded import inception_state, recipe
 from rear_scale.evaluate.features import InceptionFeatures
 from rear_scale.evaluate.inception import Inception
 from rear_scale.evaluate.inception_score import InceptionScoreSums
-from rear_scale.evaluate.job import moments
 from rear_scale.evaluate.metrics import codebook_use, frechet_distance
-from rear_scale.evaluate.moments import Moments
+from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import overlap, radii
 from rear_scale.sample.quantise import to_uint8
 
 BATCH = 16
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Added up in blocks, as an evaluation does."""
+    return moments_of(features[start : start + 500] for start in range(0, len(features), 500))
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,18 @@ import torch
 from seeded import recipe
 
 from rear_scale.evaluate.inception_score import InceptionScoreSums, unbalanced_splits
-from rear_scale.evaluate.job import moments
 from rear_scale.evaluate.metrics import frechet_distance
+from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import overlap, radii
 
 # As the json has them. The fp16 column varies with the hardware that made it.
 FID_FULL, FID_SINGULAR, FID_ADM = 1e-12, 1e-8, 2e-6
 ADM_FP16, FLIPS = 0.01, 2
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Added up in blocks, as an evaluation does."""
+    return moments_of(features[start : start + 500] for start in range(0, len(features), 500))
 
 
 @pytest.fixture(scope="module")
