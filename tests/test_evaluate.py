@@ -285,7 +285,7 @@ def test_other_sizes_are_resized_with_a_warning(tmp_path: Path, capsys: pytest.C
     assert "the samples are 8x8, plain is 12x12" in capsys.readouterr().err
 
 
-def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path) -> None:
+def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     network = Inception()
     for module in network.modules():
@@ -298,6 +298,7 @@ def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path) -> No
     cfg = config.load("evaluate.yaml", overrides)
     write_samples(tmp_path / "samples.npz", iter([some_images(10, 3)]), 10, 12, np.arange(10) % 3)
     expected = run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1", 5)
+    assert "are not the published ones" in capsys.readouterr().err
     assert expected["inception"]["references"]["reference"]["fid"] > 0
     assert expected["inception"]["references"]["reference"]["sfid"] > 0
     for scores in run_ranks(2, _score, cfg, tmp_path / "samples.npz", tmp_path / "cache2", 5):

@@ -146,6 +146,12 @@ def open_networks(cfg: ExperimentConfig, world: World) -> list[FeatureNetwork]:
     networks: list[FeatureNetwork] = []
     if cfg.evaluate.inception_weights is not None:
         networks.append(InceptionFeatures(cfg.evaluate.inception_weights, world.device))
+    for network in networks:
+        if network.is_published is False and world.is_main:
+            say(
+                f"warning: the weights of {network.name} (sha256 {network.weights_sha256[:8]}) are not the published ones: "
+                "their numbers compare with nobody else's"
+            )
     return networks
 
 

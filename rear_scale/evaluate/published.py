@@ -26,7 +26,8 @@ _RAR = "RAR, Yu et al. 2024, Table 4"
 _REAR = "reAR, He et al., Table 1"
 _REAR_TOKENIZERS = "reAR, He et al., Table 2"
 _ADM = "ADM's VIRTUAL_imagenet256_labeled.npz"
-_VAL = "ImageNet validation images by the paper's appendix A; ADM's npz by its released instructions"
+# The paper's appendix A and its released instructions differ.
+_VAL = "ImageNet validation images (appendix A) or ADM's npz (released instructions)"
 
 ROWS = {
     "rar_b": PublishedRow("RAR-B", 1.95, 290.5, 0.82, 0.58, _RAR, _ADM),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
-from rear_scale.progress import say
 from rear_scale.shards.record import file_sha256
 
 
@@ -69,9 +68,8 @@ def check_weight_file(path: str | Path | None, field: str, published: PublishedF
 def read_weight_file(path: str | Path | None, field: str, published: PublishedFile) -> WeightFile:
     """The tensors of a .pth (state dict) or .safetensors file, and its checksum.
 
-    A file under the published name must have the published checksum; another file is read with a warning when its
-    checksum is another one, because its numbers compare with nobody else's. Raises InputError for a missing or damaged
-    file, a wrong checksum, and a pickle that holds anything but tensors (it is not run).
+    A file under the published name must have the published checksum. Raises InputError for another one, for a missing or
+    damaged file, and for a pickle that holds anything but tensors (it is not run).
     """
     path = check_weight_file(path, field, published)
     sha256 = file_sha256(path)
@@ -80,11 +78,6 @@ def read_weight_file(path: str | Path | None, field: str, published: PublishedFi
         raise InputError(
             f"{field}={path} has sha256 {sha256[:16]}..., but the file of that name begins with "
             f"{published.sha256_prefix}. Get it again from {published.source}"
-        )
-    if is_published is False:
-        say(
-            f"warning: {field}={path} is not the published {published.name} (sha256 {sha256[:8]}, not "
-            f"{published.sha256_prefix}): its numbers compare with no published ones"
         )
     return WeightFile(str(path), sha256, is_published, _read_tensors(path, field, published))
 
