@@ -8,10 +8,11 @@ A checkpoint's images are generated while they are scored and written nowhere; s
 are used. --samples takes an .npz, a folder of images, or tar shards. Writes RUN/result.json (result_SETTING.json under
 --sweep; SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, to the
 same numbers. --part I/N computes one of N shares of the features, for jobs that run side by side on one file system; the
-one that finds all shares there goes on to the scores.
+one that finds all shares there goes on to the scores. --reconstruct takes images through the tokenizer of --config and back.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
+from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import write_result
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
 from rear_scale.parallel.checkpoint import find as find_checkpoint
@@ -34,6 +36,7 @@ def main() -> None:
     parser = cli.make_parser(__doc__, from_checkpoint=True)
     parser.add_argument("--config", metavar="NAME.yaml", help="without a checkpoint; default: evaluate.yaml")
     parser.add_argument("--samples", type=Path, metavar="PATH", help="score these images instead of generating")
+    parser.add_argument("--reconstruct", type=Path, metavar="PATH", help="score the tokenizer on these images instead")
     parser.add_argument("--also", type=Path, action="append", default=[], metavar="PATH", help="another checkpoint")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
@@ -46,6 +49,9 @@ def main() -> None:
     if args.dry_run:
         inputs = ("tokenizer.weights", "data.train", "data.val", "evaluate.inception_weights")
         cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
+        return
+    if args.reconstruct is not None:
+        _reconstruct(command, args.reconstruct)
         return
     checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
     for path in args.also if checkpoints else []:
@@ -60,6 +66,18 @@ def main() -> None:
             rows += _score(subject, opener, evaluation, args, world)
         if world.is_main and rows:
             print(table(rows))
+
+
+def _reconstruct(command: cli.Command, images: Path) -> None:
+    started = time.monotonic()
+    out = command.args.out or images.with_name(f"{images.stem}.reconstruction.json")
+    with joined(command.ranks, same_for_any_world=True) as world:
+        originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
+        if world.is_main:
+            seconds = time.monotonic() - started
+            write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
+            print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores["inception"]), {}))
+            print(json.dumps(scores["reconstruction"], indent=1))
 
 
 def _score(

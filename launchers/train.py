@@ -8,6 +8,7 @@ The same command again resumes from the newest checkpoint of run.dir.
 """
 
 from rear_scale import cli
+from rear_scale.evaluate.training import check_training_scores, training_hooks
 from rear_scale.train import dry_run, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import joined
@@ -19,9 +20,11 @@ def main() -> None:
         dry_run.show(command.cfg, command.ranks)
         return
     data = setup.check_data(command.cfg, command.ranks)
+    check_training_scores(command.cfg)
     with joined(command.ranks) as world:
         tokens, codebook = data.open(world)
-        train(command.cfg, data.plan, world, tokens, codebook, Hooks())
+        hooks = Hooks(on_checkpoint=training_hooks(command.cfg, world))
+        train(command.cfg, data.plan, world, tokens, codebook, hooks)
 
 
 if __name__ == "__main__":

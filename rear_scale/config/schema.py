@@ -166,6 +166,14 @@ class ClassifierConfig:
 
 
 @dataclass
+class TrainingScoresConfig:
+    """Scores of a few samples during training, for the trend: they compare only with values of as many samples."""
+
+    every_images: int = 10_000_000  # training images; scored at the first checkpoint after each multiple of it
+    num_images: int = 1000  # samples
+
+
+@dataclass
 class EvaluateConfig:
     # name -> what to compare samples with: .npz (statistics, images or both), folder of images, folder of tar shards
     reference: dict[str, str] = field(default_factory=dict)
@@ -179,6 +187,7 @@ class EvaluateConfig:
     bootstrap: int = 0  # resamplings for intervals; each costs about one pass over the features. 0 = none
     extrapolate: bool = False  # Fréchet distances at infinitely many samples, by a line in 1/N
     seed: int = 0  # of resampling and subsets
+    training: TrainingScoresConfig | None = None  # scores during training; null = none
     classifier: ClassifierConfig | None = (
         None  # its penultimate layer gives the features, its output the class accuracy
     )

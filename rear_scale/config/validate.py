@@ -183,6 +183,8 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
 def _validate_scores(cfg: ExperimentConfig) -> None:
     evaluate = cfg.evaluate
     _positive(cfg, "evaluate.neighbour_reference_images")
+    if evaluate.training is not None:
+        _positive(cfg, "evaluate.training.every_images", "evaluate.training.num_images")
     _require(
         evaluate.bootstrap == 0 or evaluate.bootstrap >= 2,
         "evaluate.bootstrap",

@@ -103,7 +103,9 @@ def extract(
     Raises InputError for images that cannot be read, and for features that are not finite.
     """
     part = part or Part()
-    found = [FeatureBlocks(_folder(images, extractor, cache, batch_size), images.blocks) for extractor in extractors]
+    found = [
+        FeatureBlocks(feature_folder(images, extractor, cache, batch_size), images.blocks) for extractor in extractors
+    ]
     if world.is_main:
         for blocks, extractor in zip(found, extractors, strict=True):
             _write_manifest(blocks.folder, images, extractor, batch_size)
@@ -158,7 +160,7 @@ def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
     part.replace(path)
 
 
-def _folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
+def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
     # The batch belongs to it, because another shape may be computed by another kernel.
     identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)}"
     return cache / hashlib.sha256(identity.encode()).hexdigest()[:16]

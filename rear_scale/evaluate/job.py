@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract, is_complete
+from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract, feature_folder, is_complete
 from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, train_classifier
+from rear_scale.evaluate.dinov2 import DinoV2Features
 from rear_scale.evaluate.features import Extractor, FeatureNetwork, InceptionFeatures
 from rear_scale.evaluate.metrics import frechet_distance
 from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference
 from rear_scale.evaluate.scores import network_scores
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.evaluate.statistics import write_statistics
-from rear_scale.evaluate.weights import INCEPTION, check_weight_file
+from rear_scale.evaluate.weights import DINOV2_VITL14, INCEPTION, check_weight_file
 from rear_scale.progress import say
 from rear_scale.world import World
 
@@ -32,13 +33,15 @@ def check_evaluation(cfg: ExperimentConfig) -> None:
             "evaluate.reference is empty. Set evaluate.reference.NAME=PATH to an .npz, a folder of images or tar shards to "
             "compare with"
         )
-    if evaluate.classifier is None and evaluate.inception_weights is None:
+    if evaluate.classifier is None and evaluate.inception_weights is None and evaluate.dinov2_weights is None:
         raise InputError(
             "there are no features to compare by. Set evaluate.inception_weights to the path of "
             f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
         )
     if evaluate.inception_weights is not None:
         check_weight_file(evaluate.inception_weights, "evaluate.inception_weights", INCEPTION)
+    if evaluate.dinov2_weights is not None:
+        check_weight_file(evaluate.dinov2_weights, "evaluate.dinov2_weights", DINOV2_VITL14)
     for name, path in evaluate.reference.items():
         check_reference(name, path)
 
@@ -79,6 +82,10 @@ class Evaluation:
         found = extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world, part)
         self.world.barrier()
         return bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
+
+    def folder(self, samples: ImageSet, extractor: Extractor) -> Path:
+        """Where the features of a set are kept."""
+        return feature_folder(samples, extractor, self.cache, self.cfg.evaluate.batch_size)
 
     def extractors(self) -> Sequence[Extractor]:
         """Of the samples."""
@@ -146,6 +153,8 @@ def open_networks(cfg: ExperimentConfig, world: World) -> list[FeatureNetwork]:
     networks: list[FeatureNetwork] = []
     if cfg.evaluate.inception_weights is not None:
         networks.append(InceptionFeatures(cfg.evaluate.inception_weights, world.device))
+    if cfg.evaluate.dinov2_weights is not None:
+        networks.append(DinoV2Features(cfg.evaluate.dinov2_weights, world.device))
     for network in networks:
         if network.is_published is False and world.is_main:
             say(

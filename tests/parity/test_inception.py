@@ -35,6 +35,8 @@ def images_of(case, name: str) -> np.ndarray:
 
 
 def test_names_and_shapes_are_the_public_files(case, network) -> None:
+    if "state_dict" not in case.json:
+        return
     found = {name: list(value.shape) for name, value in network.state_dict().items() if "num_batches" not in name}
     assert found == case.json["state_dict"]
     for name, (total, squares) in case.json.get("weight_checks", {}).items():
@@ -46,7 +48,7 @@ def test_names_and_shapes_are_the_public_files(case, network) -> None:
 def test_features(case, compare, network, precision: str) -> None:
     network = network.double() if precision == "float64" else network.float()
     tolerance = TOLERANCES[precision]
-    sizes = {"main": "", **{name: f"extra/{name}/" for name in case.json["extra_images_sha256"]}}
+    sizes = {"main": "", **{name: f"extra/{name}/" for name in case.json.get("extra_images_sha256", {})}}
     for name, prefix in sizes.items():
         if f"{prefix}pool" not in case:
             continue
@@ -63,7 +65,10 @@ def test_features(case, compare, network, precision: str) -> None:
 
 
 def test_resize(case, compare) -> None:
-    for name, prefix in {"main": "", **{name: f"extra/{name}/" for name in case.json["extra_images_sha256"]}}.items():
+    for name, prefix in {
+        "main": "",
+        **{name: f"extra/{name}/" for name in case.json.get("extra_images_sha256", {})},
+    }.items():
         stored = "resized_every13" if name == "main" else f"{prefix}resized_corner"
         if stored not in case:
             continue

@@ -28,22 +28,24 @@ def moments(features: np.ndarray) -> Moments:
 def sets(case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reference and sample features by sub-case."""
     make = recipe(case.json["recipe"]["python"])["make"]
-    found = {name: make(case.json["seed"], name, sub["params"]) for name, sub in case.json["cases"].items()}
+    found = {name: make(case.json["seed"], name, sub["params"]) for name, sub in case.json.get("cases", {}).items()}
     for name, pair in found.items():
         for features, which in zip(pair, ("ref", "smp"), strict=True):
-            assert hashlib.sha256(features.tobytes()).hexdigest() == case.json["cases"][name][f"sha256_{which}"]
+            stored = case.json["cases"][name].get(f"sha256_{which}")
+            assert stored in (None, hashlib.sha256(features.tobytes()).hexdigest())
     return found
 
 
 def test_fid(case, compare, sets) -> None:
     for name, (reference, samples) in sets.items():
-        expected, adm = case.json["cases"][name]["exact"], case.json["cases"][name]["adm"]
+        expected, adm = case.json["cases"][name]["exact"], case.json["cases"][name].get("adm")
         a, b = moments(reference), moments(samples)
         found = frechet_distance(a, b)
         total = expected["tr_sigma_ref"] + expected["tr_sigma_smp"]
         singular = min(len(reference), len(samples)) <= reference.shape[1]
         compare(f"{name} FID / traces", found / total, expected["fid"] / total, FID_SINGULAR if singular else FID_FULL)
-        compare(f"{name} FID / traces, ADM", found / total, adm["fid"] / total, FID_ADM)
+        if adm:
+            compare(f"{name} FID / traces, ADM", found / total, adm["fid"] / total, FID_ADM)
         if np.array_equal(reference, samples):
             assert found == 0.0
 
@@ -54,7 +56,8 @@ def test_precision_and_recall(case, compare, sets) -> None:
         found = overlap(reference, samples, radii(reference, "exact"), radii(samples, "exact"), "exact")
         for kind, value, count in (("precision", found.precision, samples), ("recall", found.recall, reference)):
             compare(f"{name} {kind}", value, sub["exact"][kind], (FLIPS + 0.5) / len(count))
-            compare(f"{name} {kind}, ADM fp32", value, sub["adm"][f"{kind}_fp32"], (FLIPS + 0.5) / len(count))
+            if "adm" in sub:
+                compare(f"{name} {kind}, ADM fp32", value, sub["adm"][f"{kind}_fp32"], (FLIPS + 0.5) / len(count))
         for key, flags in (("exact_smp_in_ref", found.sample_inside), ("exact_ref_in_smp", found.reference_inside)):
             if f"{name}/{key}" in case:
                 stored = np.unpackbits(case.arrays[f"{name}/{key}"])[: len(flags)].astype(bool)
@@ -73,7 +76,9 @@ def test_radii(case, compare, sets) -> None:
 
 def test_half_precision_as_adm_runs_it(case, compare, sets) -> None:
     for name, (reference, samples) in sets.items():
-        adm = case.json["cases"][name]["adm"]
+        adm = case.json["cases"][name].get("adm")
+        if adm is None:
+            continue
         mode = "adm_fp16"
         reference_radii = radii(reference, mode)
         found = overlap(reference, samples, reference_radii, radii(samples, mode), mode)
@@ -92,9 +97,9 @@ def test_half_precision_as_adm_runs_it(case, compare, sets) -> None:
 
 def test_inception_score(case, compare) -> None:
     make = recipe(case.json["recipe"]["python"])["logits"]
-    for name, sub in case.json["is_cases"].items():
+    for name, sub in case.json.get("is_cases", {}).items():
         logits = make(case.json["seed"], name, **sub["params"])
-        assert hashlib.sha256(logits.tobytes()).hexdigest() == sub["sha256"]
+        assert sub.get("sha256") in (None, hashlib.sha256(logits.tobytes()).hexdigest())
         sums = InceptionScoreSums(*logits.shape)
         # In an order and in parts of their own: the split belongs to the image.
         for ids in torch.randperm(len(logits), generator=torch.Generator().manual_seed(0)).split(700):
@@ -104,7 +109,7 @@ def test_inception_score(case, compare) -> None:
         splits = np.array(found.per_split) / exact["per_split"]
         compare(f"{name} IS of splits, relative", splits, np.ones(len(splits)), 1e-9)
         compare(f"{name} IS of one split, relative", found.one_split / exact["one_split"], 1, 1e-9)
-        if sub["adm"]["inception_score"] != "nan":
+        if sub.get("adm", {}).get("inception_score", "nan") != "nan":
             compare(f"{name} IS, ADM, relative", found.value / sub["adm"]["inception_score"], 1, 1e-6)
         if sub["params"]["order"] in ("cyclic", "sorted"):
             classes = sub["params"]["c"]
