@@ -19,13 +19,13 @@ from PIL import Image
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.crops import center_crop, decode_image
 from rear_scale.shards.record import FORMAT, Manifest, file_sha256, read_index, read_manifest
 from rear_scale.shards.sources import open_source
 from rear_scale.tokenizer import find_tokenizer
-from rear_scale.tokenizer.base import to_uint8
 from rear_scale.weight_file import find_weights
 
 _COLUMNS = 8
@@ -120,8 +120,10 @@ def decoded_images(shards: Path, manifest: Manifest, weights: Path, samples: int
         tokens, _ = files.read(*places[place])
         rows.append(tokens[number - firsts[place]].astype(np.int64))
     with torch.inference_mode():
-        parts = [to_uint8(tokenizer.decode(part)) for part in torch.from_numpy(np.stack(rows)).split(_BATCH)]
-    return torch.cat(parts).numpy()
+        parts = [
+            to_uint8(tokenizer.decode(part), "trunc255") for part in torch.from_numpy(np.stack(rows)).split(_BATCH)
+        ]
+    return np.concatenate(parts)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -1,41 +1,127 @@
-"""Scores a checkpoint: its samples against reference images, its token predictions on held-out shards.
+"""Scores images: FID, sFID, Inception Score, precision, recall, density, coverage; and a checkpoint's token predictions.
 
-    torchrun --nproc-per-node 8 launchers/evaluate.py --checkpoint runs/demo_rear
+    torchrun --nproc-per-node 8 launchers/evaluate.py --checkpoint runs/rear_xl evaluate.reference.adm=REFERENCE.npz
+    python launchers/evaluate.py --samples SAMPLES.npz evaluate.reference.adm=REFERENCE.npz evaluate.inception_weights=FILE
+    ... --checkpoint runs/rear_xl --sweep sample.guidance.scale=4.0,6.9 --also runs/rear_l     several in one job
 
-Samples first, unless the samples are there or --samples names a file. Writes RUN/result.json.
+A checkpoint's images are generated while they are scored and written nowhere; samples that launchers/sample.py has written
+are used. --samples takes an .npz, a folder of images, or tar shards. Writes RUN/result.json (result_SETTING.json under
+--sweep; SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, to the
+same numbers. --part I/N computes one of N shares of the features, for jobs that run side by side on one file system; the
+one that finds all shares there goes on to the scores. --reconstruct takes images through the tokenizer of --config and back.
 """
 
+import argparse
+import json
+import time
 from pathlib import Path
+from typing import Any
 
-from rear_scale import cli
+from rear_scale import cli, config
 from rear_scale.analysis.token_prediction import score_tokens
-from rear_scale.evaluate.job import check_evaluation, from_npz, score_images
+from rear_scale.evaluate.blocks import Part
+from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.published import our_rows, table
+from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import write_result
-from rear_scale.sample.job import default_output, load_generator, sample_images
-from rear_scale.world import joined
+from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
+from rear_scale.parallel.sources import open_source
+from rear_scale.progress import say
+from rear_scale.train.run_folder import RunFolder
+from rear_scale.train.telemetry import log_summary
+from rear_scale.world import World, joined
 
 
 def main() -> None:
     parser = cli.make_parser(__doc__, from_checkpoint=True)
-    parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="score these images instead of generating")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: RUN/result.json")
-    command = cli.parse_checkpoint(parser)
-    cfg, checkpoint = command.cfg, command.checkpoint
-    if command.args.dry_run:
-        cli.show_paths(
-            command, inputs=("tokenizer.weights", "data.train", "data.val"), outputs=("evaluate.classifier.weights",)
-        )
+    parser.add_argument("--samples", type=Path, metavar="PATH", help="score these images instead of generating")
+    parser.add_argument("--reconstruct", type=Path, metavar="PATH", help="score the tokenizer on these images instead")
+    parser.add_argument("--also", type=Path, action="append", default=[], metavar="PATH", help="another checkpoint")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
+    )
+    parser.add_argument("--part", type=_part, metavar="I/N", help="only a share of the features")
+    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="of the images, as a reference")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
+    command = cli.parse_either(parser, "evaluate.yaml")
+    args = command.args
+    if args.dry_run:
+        inputs = ("tokenizer.weights", "data.train", "data.val", "evaluate.inception_weights")
+        cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
         return
-    check_evaluation(cfg)
-    run = checkpoint.run
-    samples = command.args.samples or default_output(cfg, checkpoint)
+    if args.reconstruct is not None:
+        _reconstruct(command, args.reconstruct)
+        return
+    checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
+    for path in args.also if checkpoints else []:
+        other = open_source(path)
+        checkpoints.append((config.from_dict(other.meta["config"], str(other.path), args.overrides), other))
+    subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
+    check_evaluation(command.cfg)
     with joined(command.ranks, same_for_any_world=True) as world:
-        if command.args.samples is None:
-            sample_images(cfg, checkpoint, world, samples)
-        images = score_images(cfg, from_npz(samples), run / "features", world)
-        tokens = score_tokens(cfg, load_generator(cfg, checkpoint, world.device), world)
+        opener, rows = Opener(world), []
+        evaluation = Evaluation(command.cfg, subjects[0].output.parent / "features", world)
+        for subject in subjects:
+            rows += _score(subject, opener, evaluation, args, world)
+        if world.is_main and rows:
+            print(table(rows))
+
+
+def _reconstruct(command: cli.Command, images: Path) -> None:
+    started = time.monotonic()
+    out = command.args.out or images.with_name(f"{images.stem}.reconstruction.json")
+    with joined(command.ranks, same_for_any_world=True) as world:
+        originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
         if world.is_main:
-            write_result(command.args.out or run / "result.json", cfg, checkpoint, samples, images, tokens, world)
+            seconds = time.monotonic() - started
+            write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
+            print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores["inception"]), {}))
+            print(json.dumps(scores["reconstruction"], indent=1))
+
+
+def _score(
+    subject: Subject, opener: Opener, evaluation: Evaluation, args: argparse.Namespace, world: World
+) -> list[list[str]]:
+    """Rows for the table."""
+    started = time.monotonic()
+    samples = opener.images(subject)
+    if args.part is not None and not evaluation.extract_part(samples, args.part):
+        if world.is_main:
+            say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
+        return []
+    if args.write_statistics is not None:
+        evaluation.write_statistics(samples, args.write_statistics)
+    images = evaluation.score(samples)
+    tokens = _token_scores(subject, opener, world)
+    if not world.is_main:
+        return []
+    source = str(subject.samples or "generated")
+    seconds = time.monotonic() - started
+    write_result(subject.output, subject.cfg, subject.checkpoint, samples, source, images, tokens, seconds, world)
+    if "inception" not in images:
+        return []
+    if subject.run is not None:
+        distances = {f"fid/{name}": found["fid"] for name, found in images["inception"]["references"].items()}
+        log_summary(subject.cfg, RunFolder(subject.run), distances)
+    return our_rows(subject.name, images["inception"])
+
+
+def _token_scores(subject: Subject, opener: Opener, world: World) -> dict[str, Any] | None:
+    data = subject.cfg.data
+    if subject.checkpoint is None:
+        return None
+    if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
+        if world.is_main:
+            say(f"no token shards at {data.train}: token predictions are left out")
+        return None
+    return score_tokens(subject.cfg, opener.model(subject), world)
+
+
+def _part(text: str) -> Part:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I below N, as in 0/8")
+    return Part(int(index), int(count))
 
 
 if __name__ == "__main__":

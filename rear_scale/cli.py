@@ -56,7 +56,7 @@ def make_parser(
             metavar="PATH",
             help="a run folder, one of its checkpoints, or a weight file of ours or of a released model",
         )
-        config = "for a weight file: the config to use instead of the one that fits it"
+        config = "for a weight file: the config to use instead of the one that fits it; or without a checkpoint"
     parser.add_argument("--config", metavar="NAME.yaml", help=config)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument(
@@ -92,6 +92,14 @@ def parse_source(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for text in args.overrides:
         config.check_override(text)
     return args
+
+
+def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Command:
+    """A CheckpointCommand where --checkpoint is given, else a Command on --config or the default one."""
+    args = parser.parse_intermixed_args()
+    if args.checkpoint is not None:
+        return parse_checkpoint(parser)
+    return Command(load_config(args.config or default_config, args.overrides), args, world.discover())
 
 
 def run(main: Callable[[], None]) -> None:

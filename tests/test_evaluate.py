@@ -1,6 +1,8 @@
+"""Whole evaluations: the same numbers on any number of ranks and after a kill, from any source."""
+
 from __future__ import annotations
 
-import zipfile
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,73 +10,20 @@ import pytest
 import torch
 from helpers import run_alone, run_ranks
 from PIL import Image
-from scipy.linalg import sqrtm
+from test_evaluate_sources import write_tar
 
 from rear_scale import config
 from rear_scale.config import ClassifierConfig, ExperimentConfig, InputError
-from rear_scale.evaluate import job
+from rear_scale.evaluate import blocks, neighbours, sources
+from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
 from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
-from rear_scale.evaluate.metrics import frechet_distance, nearest_distances
-from rear_scale.evaluate.moments import MomentSums
-from rear_scale.evaluate.npz import read_samples
+from rear_scale.evaluate.inception import Inception, resize_tf1
+from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.published import ROWS, our_rows, table
+from rear_scale.evaluate.sources import from_arrays, open_image_set
 from rear_scale.interop.npz import write_samples
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.world import World
-
-
-def moments(features: np.ndarray):
-    return job.moments(np.asarray(features))
-
-
-def test_streamed_moments_equal_numpy() -> None:
-    features = np.random.default_rng(0).standard_normal((1234, 7)).astype(np.float32) * 3 + 100
-    found = moments(features)
-    assert found.count == 1234
-    assert np.allclose(found.mean, features.astype(np.float64).mean(0), rtol=1e-13)
-    assert np.allclose(found.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
-
-
-def test_blocks_may_be_of_any_size() -> None:
-    features = torch.randn(100, 5, dtype=torch.float64)
-    whole, parts = MomentSums(5), MomentSums(5)
-    whole.add(features)
-    for part in features.split(7):
-        parts.add(part)
-    assert torch.allclose(whole.moments().covariance, parts.moments().covariance, rtol=1e-12)
-
-
-@pytest.mark.parametrize("count", [500, 20])
-def test_frechet_distance_equals_the_matrix_root_formula(count: int) -> None:
-    generator = np.random.default_rng(0)
-    a, b = (
-        generator.standard_normal((count, 30)),
-        generator.standard_normal((count, 30)) @ generator.standard_normal((30, 30)) + 1,
-    )
-    one, other = moments(a), moments(b)
-    s1, s2 = one.covariance.numpy(), other.covariance.numpy()
-    expected = ((one.mean - other.mean) ** 2).sum().item() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
-    # With fewer samples than features the covariances are singular, where the matrix root is only good to 1e-5.
-    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9 if count > 30 else 1e-5)
-    assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-10)
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    features = np.random.default_rng(0).standard_normal((400, 6))
-    one = moments(features)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-10)
-    assert frechet_distance(one, moments(features + 2)) == pytest.approx(6 * 4, rel=1e-10)
-    # Twice the deviation: (2 - 1)^2 of the trace, and the means differ by one mean.
-    doubled = moments(features * 2)
-    assert frechet_distance(one, doubled) == pytest.approx(
-        (one.covariance.trace() + one.mean.square().sum()).item(), rel=1e-10
-    )
-
-
-def test_nearest_distance_is_the_smallest_root_mean_square() -> None:
-    samples, reference = torch.randint(256, (10, 12)), torch.randint(256, (30, 12))
-    expected = ((samples[:, None].double() - reference.double()) ** 2).mean(2).sqrt().min(1).values
-    assert torch.allclose(nearest_distances(samples, reference, chunk=3), expected, atol=1e-6)
-    assert nearest_distances(reference[:4], reference).max() == 0
 
 
 def some_images(count: int, seed: int = 0) -> np.ndarray:
@@ -83,50 +32,6 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
     for number in range(count):
         images[number, :, 4 * (number % 3) : 4 * (number % 3) + 4] += 150
     return images
-
-
-def test_samples_are_written_and_read_in_the_adm_form(tmp_path: Path) -> None:
-    images, labels = some_images(25), np.arange(25) % 3
-    for name in ("a", "b"):
-        write_samples(tmp_path / f"{name}.npz", (images[start : start + 10] for start in (0, 10, 20)), 25, 12, labels)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], images)
-    assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
-    found, found_labels = read_samples(tmp_path / "a.npz")
-    assert isinstance(found, np.memmap)
-    assert np.array_equal(found, images)
-    assert np.array_equal(found_labels, labels)
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "numpy.npz", arr_0=images)
-        found, found_labels = read_samples(tmp_path / "numpy.npz")
-        assert np.array_equal(found, images)
-        assert found_labels is None
-
-
-@pytest.mark.parametrize(
-    ("arrays", "expected"),
-    [
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0 is float32"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, "channels last"),
-        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images"),
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no arr_0"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "3 labels for 2 images"),
-        ({"arr_0": np.array([{}], dtype=object)}, "cannot be read"),
-    ],
-)
-def test_unsuitable_samples_are_named(tmp_path: Path, arrays: dict[str, np.ndarray], expected: str) -> None:
-    np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(InputError, match=expected):
-        read_samples(tmp_path / "bad.npz")
-
-
-def test_missing_and_truncated_samples_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not found"):
-        read_samples(tmp_path / "none.npz")
-    np.savez(tmp_path / "whole.npz", arr_0=some_images(5))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-50])
-    with pytest.raises(InputError, match="Is it complete"):
-        read_samples(tmp_path / "cut.npz")
 
 
 def evaluation(folder: Path) -> ExperimentConfig:
@@ -145,22 +50,28 @@ def evaluation(folder: Path) -> ExperimentConfig:
     )
 
 
-def _score(world: World, cfg: ExperimentConfig, samples: Path, cache: Path) -> dict:
-    job.BLOCK_IMAGES = 20
-    return job.score_images(cfg, job.from_npz(samples), cache, world)
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_IMAGES", 20)
 
 
-def test_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "BLOCK_IMAGES", 20)
+def _score(world: World, cfg: ExperimentConfig, samples: Path, cache: Path, block: int = 20) -> dict:
+    sources.BLOCK_IMAGES = block
+    return Evaluation(cfg, cache, world).score(open_image_set(samples, world))
+
+
+def test_scores_by_a_classifier_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
     cfg = evaluation(tmp_path)
     images = some_images(50, seed=2)
     write_samples(tmp_path / "samples.npz", iter([images]), 50, 12, np.arange(50) % 3)
     expected = run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1")
     for scores in run_ranks(2, _score, cfg, tmp_path / "samples.npz", tmp_path / "cache2"):
         assert scores == expected
-    blocks = sorted((tmp_path / "cache1").rglob("block_*.npz"))
-    assert len(blocks) == 3 + 5 + 3
-    blocks[4].unlink()
+    files = sorted((tmp_path / "cache1").rglob("block_*.npz"))
+    # By the classifier and by pixels.
+    assert len(files) == 2 * (3 + 5 + 3)
+    files[4].unlink()
+    files[7].write_bytes(files[7].read_bytes()[:-30])
     assert run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1") == expected
     found = expected["samples"]
     assert found["count"] == 50
@@ -185,16 +96,23 @@ def test_copies_have_distance_zero_and_noise_scores_worse(tmp_path: Path) -> Non
 
 def test_images_of_another_size_and_missing_settings_are_named(tmp_path: Path) -> None:
     cfg = evaluation(tmp_path)
-    job.check_evaluation(cfg)
+    check_evaluation(cfg)
     write_samples(tmp_path / "large.npz", iter([np.zeros((2, 24, 24, 3), np.uint8)]), 2, 24, np.zeros(2))
     with pytest.raises(InputError, match="24x24, but evaluate.reference.(training|validation) of 12x12"):
         run_alone(_score, cfg, tmp_path / "large.npz", tmp_path / "cache")
     values = config.to_dict(cfg)
     values["evaluate"]["reference"] = {}
     with pytest.raises(InputError, match="evaluate.reference is empty"):
-        job.check_evaluation(config.from_dict(values, "test"))
-    with pytest.raises(InputError, match="evaluate.classifier is not set"):
-        job.check_evaluation(config.from_dict(config.to_dict(cfg), "test", ["evaluate.classifier=null"]))
+        check_evaluation(config.from_dict(values, "test"))
+    for overrides, expected in (
+        (["evaluate.classifier=null"], "no features to compare by. Set evaluate.inception_weights"),
+        (["evaluate.inception_weights=nowhere.pth"], "not found: evaluate.inception_weights=nowhere.pth"),
+        (["evaluate.reference=nowhere.npz"], "not found: evaluate.reference.nowhere=nowhere.npz"),
+        (["evaluate.bootstrap=1"], "evaluate.bootstrap=1 is neither 0"),
+        (["evaluate.neighbour_modes=[fp16]"], "evaluate.neighbour_modes=fp16 is not one of exact, adm_fp16"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            check_evaluation(config.from_dict(config.to_dict(cfg), "test", overrides))
 
 
 def test_the_classifier_learns_and_refuses_foreign_files(tmp_path: Path) -> None:
@@ -208,3 +126,213 @@ def test_the_classifier_learns_and_refuses_foreign_files(tmp_path: Path) -> None
     (tmp_path / "weights").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read"):
         ClassifierFeatures(cfg, torch.device("cpu"))
+
+
+class _Small:
+    """A feature network that costs nothing: a fixed projection of the pixels."""
+
+    name, sizes, neighbours = "inception", {"pool": 8, "spatial": 6}, "pool"
+    weights_sha256, is_published = "0" * 64, False
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.matrix = torch.randn(4 * 4 * 3, 14, generator=generator)
+        self.classifier = torch.randn(10, 8, generator=generator, dtype=torch.float64)
+        self.identity = f"small {seed}"
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        pixels = resize_tf1(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, 4)
+        found = (pixels.flatten(1) @ self.matrix).numpy()
+        return {"pool": found[:, :8], "spatial": found[:, 8:]}
+
+
+def with_references(folder: Path, *overrides: str) -> ExperimentConfig:
+    """Against 45 image shards and an .npz of 33 images."""
+    if not (folder / "shards").exists():
+        pictures = ((Image.fromarray(image), n % 3) for n, image in enumerate(some_images(45, 1)))
+        write_images(folder / "shards", pictures, 12, ["a", "b", "c"])
+        np.savez(folder / "plain.npz", arr_0=some_images(33, 2))
+    references = f"evaluate.reference={{shards: {folder / 'shards'}, plain: {folder / 'plain.npz'}}}"
+    return config.load("evaluate.yaml", [references, "evaluate.batch_size=16", *overrides])
+
+
+def _open(cfg: ExperimentConfig, cache: Path, world: World, seed: int = 0) -> Evaluation:
+    found = Evaluation(cfg, cache, world)
+    found.networks = [_Small(seed)]
+    return found
+
+
+def _score_small(world: World, cfg: ExperimentConfig, samples: Path, cache: Path) -> dict:
+    sources.BLOCK_IMAGES = 20
+    neighbours._ROWS, neighbours._COLUMNS = 16, 24
+    return _open(cfg, cache, world).score(open_image_set(samples, world))
+
+
+def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
+    options = ["evaluate.bootstrap=20", "evaluate.extrapolate=true", "evaluate.neighbour_reference_images=40"]
+    cfg = with_references(tmp_path, *options)
+    write_samples(tmp_path / "samples.npz", iter([some_images(70, 3)]), 70, 12, np.arange(70) % 3)
+    expected = run_alone(_score_small, cfg, tmp_path / "samples.npz", tmp_path / "cache1")
+    for size in (2, 3):
+        for scores in run_ranks(size, _score_small, cfg, tmp_path / "samples.npz", tmp_path / f"cache{size}"):
+            assert scores == expected
+    for number, file in enumerate(sorted((tmp_path / "cache1").rglob("*.npz"))):
+        if number % 2:
+            file.unlink()
+    assert run_alone(_score_small, cfg, tmp_path / "samples.npz", tmp_path / "cache1") == expected
+    json.dumps(expected)
+
+    found = expected["inception"]
+    assert found["samples"] == 70
+    assert found["weights_are_published"] is False
+    assert expected["labels"]["counts"] == {"0": 24, "1": 23, "2": 23}
+    shards, plain = found["references"]["shards"], found["references"]["plain"]
+    assert (shards["fid_reference_images"], plain["fid_reference_images"]) == (45, 33)
+    assert shards["neighbour_reference_images"] == 40
+    for name in ("fid", "sfid"):
+        interval = shards["bootstrap"][name]
+        assert interval["low"] < interval["high"]
+        assert interval["std"] > 0
+        line = shards[f"{name}_extrapolated"]
+        assert line["samples"][-1] == 70
+        assert line["values"][-1] == pytest.approx(shards[name], rel=1e-9)
+        # Fewer samples, larger distance: the line falls towards the value at infinity.
+        assert line["value"] < shards[name]
+    assert found["inception_score"]["bootstrap"]["std"] > 0
+    assert set(shards["precision"]) == set(shards["recall"]) == {"exact", "adm_fp16"}
+    assert any("its file has no statistics" in note for note in plain["notes"])
+    printed = table(our_rows("ours", found))
+    assert all(row.model in printed for row in ROWS.values())
+    assert f"{shards['fid']:.3f}" in printed
+
+
+def test_few_samples_are_scored_and_marked(tmp_path: Path) -> None:
+    write_samples(tmp_path / "few.npz", iter([some_images(5, 3)]), 5, 12, np.arange(5) % 3)
+    found = run_alone(_score_small, with_references(tmp_path), tmp_path / "few.npz", tmp_path / "cache")
+    shards = found["inception"]["references"]["shards"]
+    assert shards["fid"] > 0
+    assert any("fid: 5 sample images give a singular covariance of 8 features" in note for note in shards["notes"])
+    write_samples(tmp_path / "one.npz", iter([some_images(1, 3)]), 1, 12, np.zeros(1))
+    found = run_alone(_score_small, with_references(tmp_path), tmp_path / "one.npz", tmp_path / "cache")
+    assert found["inception"]["references"]["shards"]["fid"] is None
+    assert found["inception"]["references"]["shards"]["precision"] is None
+
+
+def test_a_set_against_itself_and_its_statistics(tmp_path: Path) -> None:
+    cfg, statistics = with_references(tmp_path), tmp_path / "statistics.npz"
+
+    def write(world: World) -> None:
+        _open(cfg, tmp_path / "cache", world).write_statistics(
+            open_image_set(tmp_path / "plain.npz", world), statistics
+        )
+
+    run_alone(write)
+    cfg.evaluate.reference["written"] = str(statistics)
+    found = run_alone(_score_small, cfg, tmp_path / "plain.npz", tmp_path / "cache")["inception"]["references"]
+    assert found["plain"]["fid"] == found["written"]["fid"] == found["plain"]["sfid"] == 0.0
+    assert found["plain"]["precision"]["exact"] == found["plain"]["coverage"]["adm_fp16"] == 1
+    assert found["written"]["precision"] is None
+    assert found["written"]["fid_reference_images"] == 33
+    assert any("statistics alone" in note for note in found["written"]["notes"])
+
+    def with_other_weights(world: World) -> None:
+        _open(cfg, tmp_path / "cache", world, seed=1).score(open_image_set(tmp_path / "plain.npz", world))
+
+    with pytest.raises(InputError, match="made with other weights"):
+        run_alone(with_other_weights)
+
+
+def test_the_published_form_has_statistics_of_more_images_than_it_holds(tmp_path: Path) -> None:
+    """VIRTUAL_imagenet256_labeled.npz: distances against its statistics, neighbours against its images."""
+    cfg = with_references(tmp_path)
+    more = np.concatenate([some_images(33, 2), some_images(40, 5)])
+    found = _Small()(more)
+    arrays = {"mu": found["pool"].mean(0), "sigma": np.cov(found["pool"].astype(np.float64), rowvar=False)}
+    arrays |= {"mu_s": found["spatial"].mean(0), "sigma_s": np.cov(found["spatial"].astype(np.float64), rowvar=False)}
+    np.savez(tmp_path / "virtual.npz", arr_0=more[:33], **arrays)
+    np.savez(tmp_path / "all.npz", arr_0=more)
+    cfg.evaluate.reference |= {name: str(tmp_path / f"{name}.npz") for name in ("virtual", "all")}
+    samples = tmp_path / "samples.npz"
+    write_samples(samples, iter([some_images(50, 3)]), 50, 12, np.arange(50) % 3)
+    scores = run_alone(_score_small, cfg, samples, tmp_path / "cache")["inception"]["references"]
+    for name in ("fid", "sfid"):
+        assert scores["virtual"][name] == pytest.approx(scores["all"][name], rel=1e-4)
+    assert scores["virtual"]["precision"] == scores["plain"]["precision"]
+    assert scores["virtual"]["fid_reference_images"] is None
+    assert scores["virtual"]["notes"] == []
+
+
+def test_every_source_of_the_same_images_scores_the_same(tmp_path: Path) -> None:
+    cfg, images = with_references(tmp_path), some_images(26, 3)
+    write_samples(tmp_path / "samples.npz", iter([images]), 26, 12, np.arange(26) % 3)
+    for name in ("folder", "tars"):
+        (tmp_path / name).mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{number:03d}.png")
+    write_tar(tmp_path / "tars" / "a.tar", images, 0, with_classes=True)
+    scores = [
+        run_alone(_score_small, cfg, tmp_path / name, tmp_path / "cache")["inception"]
+        for name in ("samples.npz", "folder", "tars")
+    ]
+    assert scores[0] == scores[2]
+    assert scores[0]["references"] == scores[1]["references"]
+
+
+def test_other_sizes_are_resized_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_samples(tmp_path / "small.npz", iter([some_images(5)[:, :8, :8]]), 5, 8, np.zeros(5))
+    found = run_alone(_score_small, with_references(tmp_path), tmp_path / "small.npz", tmp_path / "cache")
+    assert found["inception"]["references"]["plain"]["fid"] > 0
+    assert "the samples are 8x8, plain is 12x12" in capsys.readouterr().err
+
+
+def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), tmp_path / "seeded.pth")
+    np.savez(tmp_path / "reference.npz", arr_0=some_images(8, 2))
+    reference, weights = tmp_path / "reference.npz", tmp_path / "seeded.pth"
+    overrides = [f"evaluate.reference={reference}", f"evaluate.inception_weights={weights}", "evaluate.batch_size=4"]
+    cfg = config.load("evaluate.yaml", overrides)
+    write_samples(tmp_path / "samples.npz", iter([some_images(10, 3)]), 10, 12, np.arange(10) % 3)
+    expected = run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1", 5)
+    assert "are not the published ones" in capsys.readouterr().err
+    assert expected["inception"]["references"]["reference"]["fid"] > 0
+    assert expected["inception"]["references"]["reference"]["sfid"] > 0
+    for scores in run_ranks(2, _score, cfg, tmp_path / "samples.npz", tmp_path / "cache2", 5):
+        assert scores == expected
+
+
+class _Counting:
+    """Features that note which images they were asked for."""
+
+    identity = "counting"
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        self.seen += images[:, 0, 0, 0].tolist()
+        return {"value": images[:, 0, 0, :1].astype(np.float32)}
+
+
+def _extract(world: World, cache: Path, part: Part | None, network: _Counting) -> FeatureBlocks:
+    images = np.arange(95, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    return extract(from_arrays("numbers", "id", images, None), [network], cache, 7, world, part)[0]
+
+
+def test_parts_of_a_job_together_make_the_whole(tmp_path: Path) -> None:
+    network = _Counting()
+    for index in (2, 0, 1):
+        found = run_alone(_extract, tmp_path, Part(index, 3), network)
+        assert blocks.is_complete([found]) == (index == 1)
+    assert sorted(network.seen) == list(range(95))
+    assert found.column("value")[:, 0].tolist() == list(range(95))
+    rows = found.rows("value")
+    assert len(rows) == 95
+    for part in (slice(0, 95), slice(18, 23), slice(40, 41), slice(90, 200)):
+        assert rows[part][:, 0].tolist() == list(range(95))[part]
+    run_alone(_extract, tmp_path, None, network)
+    assert len(network.seen) == 95

@@ -170,7 +170,7 @@ def test_other_settings_are_another_job(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_units_cover_every_image_once_class_by_class() -> None:
-    units = list(job._units(103, 10, 8))
+    units = job.units(103, 10, 8)
     assert sorted(np.concatenate(units).tolist()) == list(range(103))
     assert all(len(set((unit % 10).tolist())) <= 2 for unit in units)
 

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = use_device()
     model = drawn_model(cfg, device, with_heads=False).eval()
     B, N = cfg.sample.batch_size, cfg.tokenizer.num_tokens
-    decoder = Decoder(model, cfg.sample)
+    decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
     ids = torch.arange(B, device=device)
     distinct = ids % (arguments.classes or min(B, cfg.model.num_classes))
     weights = dict(model.named_parameters())

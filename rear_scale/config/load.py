@@ -59,6 +59,7 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
         OmegaConf.update(values, key, OmegaConf.load(group) if group.is_file() else value, merge=False, force_add=True)
     values = OmegaConf.to_container(values, resolve=False)
     _keep_one_length(values, overrides)
+    _name_reference(values)
     for key in leaves(values):
         _check_key(key)
     try:
@@ -153,6 +154,13 @@ def _type_name(key: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\n")[0].split()).rstrip(".")
+
+
+def _name_reference(values: dict[str, Any]) -> None:
+    """A path in place of evaluate.reference is one reference of that name."""
+    path = OmegaConf.select(OmegaConf.create(values), "evaluate.reference")
+    if isinstance(path, str):
+        values["evaluate"]["reference"] = {Path(path).stem: path}
 
 
 def _keep_one_length(values: dict[str, Any], overrides: list[str]) -> None:

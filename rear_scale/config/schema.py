@@ -242,6 +242,7 @@ class SampleConfig:
     top_p: float | None = None  # draw from the likeliest codes that hold this share of the probability; null = all
     # Scan order: null = that of objective.permutation.order; random = another one for each image
     order: str | None = None
+    quantiser: str = "trunc255"  # images to uint8: trunc255 (cut off, as the released samplers do) | round
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 
@@ -258,8 +259,28 @@ class ClassifierConfig:
 
 
 @dataclass
+class TrainingScoresConfig:
+    """Scores of a few samples during training, for the trend: they compare only with values of as many samples."""
+
+    every_images: int = 10_000_000  # training images; scored at the first checkpoint after each multiple of it
+    num_images: int = 1000  # samples
+
+
+@dataclass
 class EvaluateConfig:
-    reference: dict[str, str] = field(default_factory=dict)  # name -> folder of image shards to compare samples with
+    # name -> what to compare samples with: .npz (statistics, images or both), folder of images, folder of tar shards
+    reference: dict[str, str] = field(default_factory=dict)
+    inception_weights: str | None = None  # pt_inception-2015-12-05-6726825d.pth: FID, sFID, IS, precision, recall
+    dinov2_weights: str | None = None  # dinov2_vitl14_pretrain.pth: the Fréchet distance on DINOv2 features
+    vgg_weights: str | None = None  # vgg16-397923af.pth: LPIPS of reconstructions, with lpips_weights
+    lpips_weights: str | None = None  # lin weights of LPIPS v0.1 for VGG16
+    cache_dir: str | None = None  # folder of features; null = beside the result. References may share one over runs
+    neighbour_modes: list[str] = field(default_factory=lambda: ["exact", "adm_fp16"])  # of precision and recall
+    neighbour_reference_images: int | None = 10_000  # evenly spaced, for precision and recall; null = all
+    bootstrap: int = 0  # resamplings for intervals; each costs about one pass over the features. 0 = none
+    extrapolate: bool = False  # Fréchet distances at infinitely many samples, by a line in 1/N
+    seed: int = 0  # of resampling and subsets
+    training: TrainingScoresConfig | None = None  # scores during training; null = none
     classifier: ClassifierConfig | None = (
         None  # its penultimate layer gives the features, its output the class accuracy
     )

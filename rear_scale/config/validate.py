@@ -13,6 +13,8 @@ PRECISIONS = ("fp32", "bf16")
 RECOMPUTE_POLICIES = ("none", "full", "every_n", "selective")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
+QUANTISERS = ("trunc255", "round")
+NEIGHBOUR_MODES = ("exact", "adm_fp16")
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -321,6 +323,7 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
     if sample.top_p is not None:
         _require(0 < sample.top_p <= 1, "sample.top_p", sample.top_p, "must lie in (0, 1]", "null = all codes")
     _one_of("sample.guidance.schedule", sample.guidance.schedule, GUIDANCE_SCHEDULES)
+    _one_of("sample.quantiser", sample.quantiser, QUANTISERS)
     _require(
         0 <= sample.guidance.scale < math.inf,
         "sample.guidance.scale",
@@ -330,6 +333,7 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
     )
     _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
     _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")
+    _validate_scores(cfg)
 
 
 def _validate_data(cfg: ExperimentConfig) -> None:
@@ -348,3 +352,20 @@ def _validate_data(cfg: ExperimentConfig) -> None:
         "must hold the crops of at least one image",
         "Use at least 10",
     )
+
+
+def _validate_scores(cfg: ExperimentConfig) -> None:
+    evaluate = cfg.evaluate
+    _positive(cfg, "evaluate.neighbour_reference_images")
+    if evaluate.training is not None:
+        _positive(cfg, "evaluate.training.every_images", "evaluate.training.num_images")
+    _require(
+        evaluate.bootstrap == 0 or evaluate.bootstrap >= 2,
+        "evaluate.bootstrap",
+        evaluate.bootstrap,
+        "is neither 0 (none) nor at least 2 resamplings",
+        "Use 100",
+    )
+    for mode in evaluate.neighbour_modes:
+        _one_of("evaluate.neighbour_modes", mode, NEIGHBOUR_MODES)
+    _require(bool(evaluate.neighbour_modes), "evaluate.neighbour_modes", [], "is empty", "Use [exact,adm_fp16]")

@@ -46,7 +46,7 @@ def _samples(seed: int) -> Section:
     for model in MODELS:
         images, classes = read_samples(samples_file(model, seed))
         assert classes is not None
-        pictures.append(Picture(grid(class_rows(images, classes, _PER_CLASS), _PER_CLASS), _TITLES[model]))
+        pictures.append(Picture(grid(class_rows(images[:], classes, _PER_CLASS), _PER_CLASS), _TITLES[model]))
     text = f"Each row is a class. Training seed {seed}; the first {_PER_CLASS} samples of each class, not selected."
     return Section("Samples", [text], pictures=pictures)
 

@@ -5,6 +5,7 @@ penultimate layer gives the features of the Fréchet distance and its output the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ClassifierConfig
+from rear_scale.evaluate.metrics import nearest_distances
+from rear_scale.evaluate.sources import ImageSet
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
 from rear_scale.shards.record import file_sha256
@@ -64,7 +67,8 @@ class ClassifierFeatures:
         self.classifier = Classifier.from_file(cfg.weights).to(device).eval()
         self.device = device
         self.image_size = self.classifier.image_size
-        self.identity = file_sha256(cfg.weights)
+        self.weights_sha256 = file_sha256(cfg.weights)
+        self.identity = f"classifier {self.weights_sha256}"
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,6 +76,22 @@ class ClassifierFeatures:
         features = self.classifier.features(to_unit_range(torch.from_numpy(images).to(self.device)))
         classes = self.classifier.output(features).argmax(1)
         return {"features": features.float().cpu().numpy(), "classes": classes.cpu().numpy()}
+
+
+class NearestPixels:
+    """An extractor of distances to the nearest image of small sets, in grey levels (0 to 255)."""
+
+    def __init__(self, sets: Mapping[str, ImageSet]) -> None:
+        self.pixels = {
+            name: np.concatenate([images.read(block)[0] for block in images.blocks]).reshape(images.count, -1)
+            for name, images in sets.items()
+        }
+        self.identity = "nearest pixels " + " ".join(f"{name}={images.identity}" for name, images in sets.items())
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """float64 [n] under the name of each set: root mean square difference to its nearest image."""
+        flat = torch.from_numpy(images).flatten(1)
+        return {name: nearest_distances(flat, torch.from_numpy(pixels)).numpy() for name, pixels in self.pixels.items()}
 
 
 def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:

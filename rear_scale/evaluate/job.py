@@ -1,172 +1,205 @@
-"""Scores a set of images. The stored state is features per fixed block of image indices: a killed job continues with the
-missing blocks, and sums run in block order, so that the numbers do not depend on the ranks."""
+"""Scores sets of images by the networks and references of a config, which are opened once for all sets."""
 
-# n images, S side in pixels, F features
+# n images, F features
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
-from rear_scale.evaluate.metrics import frechet_distance, nearest_distances
-from rear_scale.evaluate.moments import Moments, MomentSums
-from rear_scale.evaluate.npz import read_samples
-from rear_scale.progress import progress
-from rear_scale.shards.images import open_images
-from rear_scale.shards.record import file_sha256
+from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract, feature_folder, is_complete
+from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, train_classifier
+from rear_scale.evaluate.dinov2 import DinoV2Features
+from rear_scale.evaluate.features import Extractor, FeatureNetwork, InceptionFeatures
+from rear_scale.evaluate.metrics import frechet_distance
+from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference
+from rear_scale.evaluate.scores import network_scores
+from rear_scale.evaluate.sources import ImageSet, open_image_set
+from rear_scale.evaluate.statistics import write_statistics
+from rear_scale.evaluate.weights import DINOV2_VITL14, INCEPTION, check_weight_file
+from rear_scale.progress import say
 from rear_scale.world import World
-
-BLOCK_IMAGES = 500
-
-
-class Extractor(Protocol):
-    identity: str  # a hash of the weights
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Named arrays with one row per image, of images (uint8 [n, S, S, 3])."""
-        ...
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images to score, wherever they lie."""
-
-    name: str
-    identity: str  # a hash of the content
-    count: int
-    block: Callable[[int, int], np.ndarray]  # (first, end) -> uint8 [n, S, S, 3]
-    labels: np.ndarray | None  # int [count]
-
-
-def from_npz(path: Path) -> ImageSet:
-    images, labels = read_samples(path)
-    return ImageSet(path.name, file_sha256(path), len(images), lambda start, end: np.array(images[start:end]), labels)
-
-
-def from_shards(name: str, folder: str) -> ImageSet:
-    shards = open_images(folder)
-    images, labels = shards.load()
-    return ImageSet(
-        name,
-        hashlib.sha256("".join(shard.sha256 for shard in shards.shards).encode()).hexdigest(),
-        len(images),
-        lambda start, end: images[start:end],
-        labels,
-    )
-
-
-def extract(
-    images: ImageSet, extractor: Extractor, cache: Path, batch_size: int, world: World
-) -> dict[str, np.ndarray]:
-    """All rows of every array of the extractor, in image order. All ranks must call this; each computes some blocks."""
-    folder = cache / hashlib.sha256(f"{images.identity} {extractor.identity}".encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, images.count, BLOCK_IMAGES)
-    files = [folder / f"block_{number:05d}.npz" for number in range(len(starts))]
-    missing = [number for number in range(len(starts)) if not files[number].exists()]
-    world.barrier()  # before anyone adds files
-    with progress(f"features of {images.name}", len(missing), "block", show=world.is_main and bool(missing)) as bar:
-        for number in missing[world.rank :: world.size]:
-            pixels = images.block(starts[number], min(starts[number] + BLOCK_IMAGES, images.count))
-            batches = [extractor(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
-            arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-            part = files[number].with_suffix(".part")
-            with open(part, "wb") as file:
-                np.savez(file, **arrays)
-            part.replace(files[number])
-            bar.update(min(world.size, len(missing) - bar.n))
-    world.barrier()
-    blocks = [np.load(file) for file in files]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0].files}
-
-
-def moments(features: np.ndarray) -> Moments:
-    """Of features [n, F], summed block by block."""
-    sums = MomentSums(features.shape[1])
-    for start in range(0, len(features), BLOCK_IMAGES):
-        sums.add(torch.from_numpy(features[start : start + BLOCK_IMAGES]))
-    return sums.moments()
 
 
 def check_evaluation(cfg: ExperimentConfig) -> None:
     """Raises InputError when there is nothing to compare with, or no features to compare by."""
-    if not cfg.evaluate.reference:
+    evaluate = cfg.evaluate
+    if not evaluate.reference:
         raise InputError(
-            "evaluate.reference is empty. Set evaluate.reference.NAME=FOLDER to image shards to compare with"
+            "evaluate.reference is empty. Set evaluate.reference.NAME=PATH to an .npz, a folder of images or tar shards to "
+            "compare with"
         )
-    if cfg.evaluate.classifier is None:
+    if evaluate.classifier is None and evaluate.inception_weights is None and evaluate.dinov2_weights is None:
         raise InputError(
-            "evaluate.classifier is not set. Set evaluate.classifier.weights and .images, as configs/demo.yaml does"
+            "there are no features to compare by. Set evaluate.inception_weights to the path of "
+            f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
         )
-    for folder in cfg.evaluate.reference.values():
-        open_images(folder)
+    if evaluate.inception_weights is not None:
+        check_weight_file(evaluate.inception_weights, "evaluate.inception_weights", INCEPTION)
+    if evaluate.dinov2_weights is not None:
+        check_weight_file(evaluate.dinov2_weights, "evaluate.dinov2_weights", DINOV2_VITL14)
+    for name, path in evaluate.reference.items():
+        check_reference(name, path)
 
 
-def score_images(cfg: ExperimentConfig, samples: ImageSet, cache: Path, world: World) -> dict[str, Any]:
-    """Scores of samples against every reference set, and of the references against each other as a yardstick.
+class Evaluation:
+    """The networks and references of a config. All ranks must make it and call its methods."""
 
-    All ranks must call this. Distances to the nearest image are root mean square differences in grey levels (0 to 255).
-    """
+    def __init__(self, cfg: ExperimentConfig, cache: Path, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        self.cache = Path(cfg.evaluate.cache_dir) if cfg.evaluate.cache_dir else cache
+        self.networks = open_networks(cfg, world)
+        self.classifier = _open_classifier(cfg, world)
+        self.small_sets: dict[str, ImageSet] = {}  # the references of a classifier, which fit in memory
+        self.nearest: NearestPixels | None = None
+        if self.classifier is not None:
+            self.small_sets = {name: open_image_set(path, world) for name, path in cfg.evaluate.reference.items()}
+            self.nearest = NearestPixels(self.small_sets)
+        self.references: dict[int, list[Reference]] = {}  # by size of the samples
+
+    def score(self, samples: ImageSet) -> dict[str, Any]:
+        """All scores of a set of images against every reference."""
+        if self.classifier is not None:
+            _check_sizes(samples, self.small_sets)
+        # All at once: a generated set is then generated once.
+        extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world)
+        scores = {} if self.classifier is None else self._classifier_scores(samples)
+        if self.networks:
+            references = self._references_for(samples)
+            found = extract(samples, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world)
+            for network, blocks in zip(self.networks, found, strict=True):
+                scores[network.name] = network_scores(network, blocks, references, self.cfg.evaluate, self.world)
+            scores["reference_sets"] = {reference.name: reference.describe() for reference in references}
+            scores["labels"] = _label_counts(found[0])
+        return scores
+
+    def extract_part(self, samples: ImageSet, part: Part) -> bool:
+        """Computes a share of the features, for a job that is split. Returns whether all shares are there now."""
+        found = extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world, part)
+        self.world.barrier()
+        return bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
+
+    def folder(self, samples: ImageSet, extractor: Extractor) -> Path:
+        """Where the features of a set are kept."""
+        return feature_folder(samples, extractor, self.cache, self.cfg.evaluate.batch_size)
+
+    def extractors(self) -> Sequence[Extractor]:
+        """Of the samples."""
+        return [*self.networks, *(part for part in (self.classifier, self.nearest) if part is not None)]
+
+    def write_statistics(self, samples: ImageSet, path: Path) -> None:
+        """Means and covariances of a set, as a reference for other evaluations."""
+        found = extract(samples, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world)
+        if self.world.is_main:
+            kinds = [
+                (network, blocks, kind)
+                for network, blocks in zip(self.networks, found, strict=True)
+                for kind in network.sizes
+            ]
+            write_statistics(
+                path,
+                {kind: block_moments(blocks, kind, self.world.device) for _, blocks, kind in kinds},
+                {kind: network.identity for network, _, kind in kinds},
+                {"identity": samples.identity, "count": samples.count, "preprocessing": samples.preprocessing},
+            )
+            say(f"{path}: statistics of {samples.count:,} images")
+        self.world.barrier()
+
+    def _references_for(self, samples: ImageSet) -> list[Reference]:
+        cfg, size = self.cfg.evaluate, samples.height
+        if size not in self.references:
+            self.references[size] = [
+                open_reference(name, path, cfg, self.networks, self.cache, size, self.world)
+                for name, path in cfg.reference.items()
+            ]
+            for reference in self.references[size]:
+                _warn_about_size(samples, reference, self.world)
+        return self.references[size]
+
+    def _classifier_scores(self, samples: ImageSet) -> dict[str, Any]:
+        """By the config's own classifier, and of the references against each other as a yardstick."""
+        assert self.classifier is not None
+        assert self.nearest is not None
+        extractors: list[Extractor] = [self.classifier, self.nearest]
+        batch_size = self.cfg.evaluate.batch_size
+        sets = {"": samples, **self.small_sets}
+        found = {name: extract(images, extractors, self.cache, batch_size, self.world) for name, images in sets.items()}
+        moments = {name: block_moments(blocks[0], "features", self.world.device) for name, blocks in found.items()}
+
+        def score(name: str) -> dict[str, Any]:
+            classes, nearest = found[name]
+            labels = classes.column("label")
+            others = [other for other in self.small_sets if self.small_sets[other].identity != sets[name].identity]
+            return {
+                "count": sets[name].count,
+                "class_accuracy": None if labels is None else float((classes.column("classes") == labels).mean()),
+                "frechet_distance": {other: frechet_distance(moments[name], moments[other]) for other in others},
+                "nearest_distance": {other: float(nearest.column(other).mean()) for other in others},
+            }
+
+        weights = self.cfg.evaluate.classifier.weights
+        return {
+            "features": f"penultimate layer of the classifier {weights} (sha256 {self.classifier.weights_sha256[:16]})",
+            "samples": score(""),
+            "references": {name: score(name) for name in self.small_sets},
+        }
+
+
+def open_networks(cfg: ExperimentConfig, world: World) -> list[FeatureNetwork]:
+    networks: list[FeatureNetwork] = []
+    if cfg.evaluate.inception_weights is not None:
+        networks.append(InceptionFeatures(cfg.evaluate.inception_weights, world.device))
+    if cfg.evaluate.dinov2_weights is not None:
+        networks.append(DinoV2Features(cfg.evaluate.dinov2_weights, world.device))
+    for network in networks:
+        if network.is_published is False and world.is_main:
+            say(
+                f"warning: the weights of {network.name} (sha256 {network.weights_sha256[:8]}) are not the published ones: "
+                "their numbers compare with nobody else's"
+            )
+    return networks
+
+
+def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures | None:
     classifier = cfg.evaluate.classifier
-    assert classifier is not None
+    if classifier is None:
+        return None
     if world.is_main and not Path(classifier.weights).exists():
         train_classifier(classifier, world.device)
     world.barrier()
-    extractor = ClassifierFeatures(classifier, world.device)
-    references = {name: from_shards(name, folder) for name, folder in cfg.evaluate.reference.items()}
-    _check_sizes(samples, references)
-    batch_size = cfg.evaluate.batch_size
-    found = extract(samples, extractor, cache, batch_size, world)
-    reference_found = {
-        name: extract(images, extractor, cache, batch_size, world) for name, images in references.items()
-    }
-    return {
-        "features": f"penultimate layer of the classifier {classifier.weights} (sha256 {extractor.identity[:16]})",
-        "samples": _score(samples, found, references, reference_found),
-        "references": {
-            name: _score(references[name], reference_found[name], references, reference_found) for name in references
-        },
-    }
+    return ClassifierFeatures(classifier, world.device)
 
 
-def _score(
-    images: ImageSet,
-    found: dict[str, np.ndarray],
-    references: dict[str, ImageSet],
-    reference_found: dict[str, dict[str, np.ndarray]],
-) -> dict[str, Any]:
-    own = moments(found["features"])
-    others = {name: reference for name, reference in references.items() if reference.identity != images.identity}
-    flat = torch.from_numpy(images.block(0, images.count)).flatten(1)
-    return {
-        "count": images.count,
-        "class_accuracy": None if images.labels is None else float((found["classes"] == images.labels).mean()),
-        "frechet_distance": {
-            name: frechet_distance(own, moments(reference_found[name]["features"])) for name in others
-        },
-        "nearest_distance": {
-            name: nearest_distances(flat, torch.from_numpy(reference.block(0, reference.count)).flatten(1))
-            .mean()
-            .item()
-            for name, reference in others.items()
-        },
-    }
+def _label_counts(blocks: FeatureBlocks) -> dict[str, Any] | None:
+    """How many images each class has; null when the images bring no classes."""
+    labels = blocks.column("label")
+    if labels is None:
+        return None
+    classes, counts = np.unique(labels, return_counts=True)
+    return {"classes": len(classes), "fewest": int(counts.min()), "most": int(counts.max()),
+            "counts": {str(label): int(count) for label, count in zip(classes, counts, strict=True)}}  # fmt: skip
+
+
+def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> None:
+    images = reference.images
+    if images is not None and (images.height, images.width) != (samples.height, samples.width):
+        note = (
+            f"the samples are {samples.width}x{samples.height}, {reference.name} is {images.width}x{images.height}: each is "
+            "resized to the network's input from its own size, so the distance holds the difference in sharpness too"
+        )
+        reference.notes.append(note)
+        if world.is_main:
+            say(f"warning: {note}")
 
 
 def _check_sizes(samples: ImageSet, references: dict[str, ImageSet]) -> None:
-    shape = samples.block(0, 1).shape[1:]
     for name, reference in references.items():
-        other = reference.block(0, 1).shape[1:]
-        if shape != other:
+        if (samples.height, samples.width) != (reference.height, reference.width):
             raise InputError(
-                f"{samples.name} holds images of {shape[1]}x{shape[0]}, but evaluate.reference.{name} of {other[1]}x{other[0]}. "
-                "Compare with images of the same size"
+                f"{samples.name} holds images of {samples.width}x{samples.height}, but evaluate.reference.{name} of "
+                f"{reference.width}x{reference.height}. Compare with images of the same size"
             )

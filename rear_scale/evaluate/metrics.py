@@ -1,9 +1,12 @@
-"""Scores of two sets of features, in float64."""
+"""Scores of two sets of features or images, in float64."""
 
-# n samples, m reference images, F features
+# n samples, m reference images, F features, S side in pixels, K codes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +17,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Fréchet distance of the Gaussians with these moments (FID, where the features are Inception's).
 
     Heusel et al. 2017, arXiv:1706.08500. The trace of the root of S1 S2 is the nuclear norm of S1^1/2 S2^1/2, which needs
-    symmetric eigenvalues only and holds for singular covariances.
+    symmetric eigenvalues only and holds for singular covariances. Equal moments give exactly 0.
     """
-    root_trace = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
+    if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
+        return 0.0
+    root_trace = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return ((a.mean - b.mean).square().sum() + traces - 2 * root_trace).item()
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    # Rounding may leave a zero eigenvalue slightly negative.
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def nearest_distances(samples: Tensor, reference: Tensor, chunk: int = 256) -> Tensor:
@@ -37,3 +36,26 @@ def nearest_distances(samples: Tensor, reference: Tensor, chunk: int = 256) -> T
         torch.cat([torch.cdist(part.double(), reference).min(1).values for part in samples.split(chunk)])
         / samples.shape[1] ** 0.5
     )
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float64 [n], in dB, of pairs of images (uint8 [n, S, S, 3] each); infinite for equal ones.
+
+    Peak 255, one value per image: papers give the mean of these, not the value of the mean error.
+    """
+    assert a.dtype == b.dtype == np.uint8, (a.dtype, b.dtype)
+    errors = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / errors)
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    used: float  # share of the codes that occur
+    entropy: float  # of their distribution, in bits; log2 K at most
+
+
+def codebook_use(counts: np.ndarray) -> CodebookUse:
+    """How evenly codes are used; counts: int [K], how often each occurs."""
+    shares = counts[counts > 0] / counts.sum()
+    return CodebookUse(len(shares) / len(counts), float(-(shares * np.log2(shares)).sum()))

@@ -1,61 +1,132 @@
-"""Reads sample files of the ADM evaluation."""
+"""Reads .npz files of the ADM evaluation in parts, in memory that does not grow with them."""
 
-# n images, S side in pixels
+# n images, H and W their size in pixels
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from rear_scale.config import InputError
 
 
-def read_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """`arr_0` (uint8 [n, S, S, 3], mapped from the file where it is stored uncompressed) and `label` (int [n]) if it is there.
+class StoredArray:
+    """One array of an .npz, read in consecutive rows. Nothing is mapped, so what was read counts for nobody's memory.
+
+    A compressed array is unpacked as it is read; going back starts over.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Raises KeyError when the file has no such array, and what zipfile and numpy raise for a damaged one."""
+        self.path, self.member = path, f"{name}.npy"
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(self.member)
+            with archive.open(info) as member:
+                self.shape, fortran_order, self.dtype = _read_header(member)
+                header_size = member.tell()
+        if fortran_order and len(self.shape) > 1:
+            raise ValueError(f"{name} is stored column by column")
+        if self.dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects")
+        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        self.stored = info.compress_type == zipfile.ZIP_STORED
+        self._stream: tuple[IO[bytes], int] | None = None  # an open member, and the rows read from it
+        if self.stored:
+            # The local header's own lengths count, not those of the central directory.
+            with open(path, "rb") as file:
+                file.seek(info.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2")
+            self.start = info.header_offset + 30 + int(lengths.sum()) + header_size
+            if self.start + len(self) * self.row_bytes > path.stat().st_size:
+                raise EOFError(f"{name} ends early")
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, step = part.indices(len(self))
+        assert step == 1, part
+        count = max(0, end - start)
+        if self.stored:
+            with open(self.path, "rb") as file:
+                file.seek(self.start + start * self.row_bytes)
+                data = file.read(count * self.row_bytes)
+        else:
+            data = self._unpack(start, count)
+        if len(data) != count * self.row_bytes:
+            raise InputError(f"{self.path}: {self.member} ends before row {end}. Write the file again")
+        # Of a copy that may be written to, as arrays in memory are.
+        return np.frombuffer(bytearray(data), self.dtype).reshape(count, *self.shape[1:])
+
+    def _unpack(self, start: int, count: int) -> bytes:
+        if self._stream is None or self._stream[1] > start:
+            member = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115 - kept for the next part
+            _read_header(member)
+            self._stream = (member, 0)
+        member, row = self._stream
+        for _ in range(row, start):
+            member.read(self.row_bytes)
+        self._stream = (member, start + count)
+        return member.read(count * self.row_bytes)
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)
+
+
+def array_names(path: str | Path) -> list[str]:
+    """The arrays of an .npz. Raises InputError when the file is missing, truncated or no .npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except FileNotFoundError:
+        raise InputError(f"not found: {path}. Make it with launchers/sample.py, or set the right path") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path} cannot be read as .npz ({error}). Is it complete?") from error
+
+
+def open_array(path: str | Path, name: str) -> StoredArray:
+    """Raises InputError when the array cannot be read."""
+    try:
+        return StoredArray(Path(path), name)
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: {name} cannot be read ({error}). Is it complete?") from error
+
+
+def read_samples(path: str | Path) -> tuple[StoredArray, np.ndarray | None]:
+    """`arr_0` (uint8 [n, H, W, 3]), to be read in parts, and the classes (int [n]; `label`, or ADM's `arr_1`) if they are there.
 
     Raises InputError for a missing, truncated or foreign file, and for images of another type or shape.
     """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise InputError(
-                    f"{path} has no arr_0 (it holds {', '.join(names) or 'nothing'}). Write samples as an ADM .npz"
-                )
-            images = _member(path, archive, "arr_0.npy")
-            labels = _member(path, archive, "label.npy") if "label.npy" in names else None
-    except FileNotFoundError:
-        raise InputError(f"not found: {path}. Make it with launchers/sample.py") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as .npz ({error}). Is it complete?") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    names = array_names(path)
+    if "arr_0" not in names:
+        raise InputError(
+            f"{path} has no arr_0 (it holds {', '.join(names) or 'nothing'}). Write samples as an ADM .npz"
+        )
+    images = open_array(path, "arr_0")
+    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3:
         raise InputError(
             f"{path}: arr_0 is {images.dtype} {images.shape}, but uint8 [n, height, width, 3] is wanted. "
             "Convert it to 0..255, channels last"
         )
     if len(images) == 0:
         raise InputError(f"{path}: arr_0 holds no images. Generate some first")
-    if labels is not None and len(labels) != len(images):
-        raise InputError(f"{path}: {len(labels)} labels for {len(images)} images. Write the file again")
-    return images, labels
+    return images, _labels(path, names, len(images))
 
 
-def _member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    info = archive.getinfo(name)
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(member)
-        header_size = member.tell()
-        if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject:
-            member.seek(0)
-            return np.lib.format.read_array(member)
-    # The local header's own lengths count, not those of the central directory.
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        lengths = np.frombuffer(file.read(4), "<u2")
-    start = info.header_offset + 30 + int(lengths.sum()) + header_size
-    return np.memmap(path, dtype, "r", offset=start, shape=shape)
+def _labels(path: str | Path, names: list[str], count: int) -> np.ndarray | None:
+    if "label" in names:
+        labels = open_array(path, "label")[:]
+        if labels.ndim != 1 or len(labels) != count:
+            raise InputError(f"{path}: {len(labels)} labels for {count} images. Write the file again")
+        return labels
+    if "arr_1" in names:
+        labels = open_array(path, "arr_1")[:]
+        if labels.shape == (count,) and labels.dtype.kind in "iu":
+            return labels
+    return None

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, to_dict
+from rear_scale.evaluate.sources import ImageSet
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.progress import say
-from rear_scale.shards.record import file_sha256, write_text_atomically
+from rear_scale.shards.record import write_text_atomically
 from rear_scale.train.run_folder import provenance
 from rear_scale.world import World
 
@@ -18,25 +19,43 @@ from rear_scale.world import World
 def write_result(
     path: Path,
     cfg: ExperimentConfig,
-    checkpoint: Checkpoint,
-    samples: Path,
+    checkpoint: Checkpoint | None,
+    samples: ImageSet,
+    source: str,
     images: dict[str, Any],
-    tokens: dict[str, Any],
+    tokens: dict[str, Any] | None,
+    seconds: float,
     world: World,
 ) -> None:
-    """Rank 0 only. images: from evaluate.job.score_images; tokens: from analysis.token_prediction.score_tokens."""
+    """Rank 0 only. images: from evaluate.job; tokens: from analysis.token_prediction; source: where the images come from.
+
+    Everything outside `provenance` and `seconds` is the same for any number of ranks.
+    """
     result = {
         "images": images,
         "tokens": tokens,
-        "checkpoint": {
+        "checkpoint": None
+        if checkpoint is None
+        else {
             "path": str(checkpoint.path),
             "step": checkpoint.step,
             "sha256": [item["sha256"] for item in checkpoint.meta["files"]],
         },
-        "samples": {"path": str(samples), "sha256": file_sha256(samples)},
-        "sample": asdict(cfg.sample),
+        "samples": {
+            "path": source,
+            "identity": samples.identity,
+            "images": samples.count,
+            "size": [samples.height, samples.width],
+            "preprocessing": samples.preprocessing,
+            "quantiser": samples.quantiser or "not known: the images came as uint8",
+        },
+        "sample": None if checkpoint is None else asdict(cfg.sample),
+        "dtype": None if checkpoint is None else cfg.train.precision,
         "evaluate": asdict(cfg.evaluate),
+        "config": to_dict(cfg) if checkpoint is not None else None,
+        "seconds": round(seconds, 1),
         "provenance": provenance(world),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(result, indent=1) + "\n")
     say(f"{path}: written")

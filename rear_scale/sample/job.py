@@ -27,9 +27,10 @@ from rear_scale.parallel.checkpoint import Checkpoint, load_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import file_sha256, write_text_atomically
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.base import Tokenizer, to_uint8
+from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
@@ -73,34 +74,46 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
     """
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
     identity = job_identity(cfg, checkpoint)
-    if _is_done(output, identity):
+    if is_done(output, identity):
         if world.is_main:
             say(f"{output} is complete")
         return
     parts = output.with_suffix(".parts") / identity[:16]
     parts.mkdir(parents=True, exist_ok=True)
     decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
-    units = list(_units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size))
-    missing = [number for number in range(len(units)) if not _images_file(parts, number).exists()]
+    planned = units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size)
+    missing = [number for number in range(len(planned)) if not _images_file(parts, number).exists()]
     # Before anyone adds files: all ranks must share out the same list.
     world.barrier()
     mine = missing[world.rank :: world.size]
     with progress("sample", len(missing) * cfg.sample.batch_size, "image", show=world.is_main) as bar:
         for number in mine:
-            _make_unit(decoder, tokenizer, units[number], cfg, world, parts, number)
+            _make_unit(decoder, tokenizer, planned[number], cfg, world, parts, number)
             bar.update(min(world.size, len(missing)) * cfg.sample.batch_size)
     world.barrier()
     if world.is_main:
-        _assemble(output, parts, units, cfg, checkpoint, identity, world)
+        _assemble(output, parts, planned, cfg, checkpoint, identity, world)
     world.barrier()
 
 
-def _units(num_images: int, num_classes: int, batch_size: int) -> Iterator[np.ndarray]:
+def units(num_images: int, num_classes: int, batch_size: int) -> list[np.ndarray]:
     """Image ids (int64 [at most batch_size]) of each unit, class by class."""
     ids = np.arange(num_images)
     ids = ids[np.argsort(ids % num_classes, kind="stable")]
-    for start in range(0, num_images, batch_size):
-        yield ids[start : start + batch_size]
+    return [ids[start : start + batch_size] for start in range(0, num_images, batch_size)]
+
+
+def make_images(
+    decoder: Decoder, tokenizer: Tokenizer, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (int64 [B, N]) and images (uint8 [B, S, S, 3]) of the image ids of a unit."""
+    # A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
+    full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
+    on_device = torch.from_numpy(full).to(device)
+    tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
+    with torch.inference_mode():
+        images = tokenizer.decode(tokens)[: len(ids)]
+    return tokens[: len(ids)].cpu().numpy(), to_uint8(images, cfg.sample.quantiser)
 
 
 def _make_unit(
@@ -112,14 +125,8 @@ def _make_unit(
     parts: Path,
     number: int,
 ) -> None:
-    # A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
-    full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
-    on_device = torch.from_numpy(full).to(world.device)
-    tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
-    with torch.inference_mode():
-        images = tokenizer.decode(tokens)[: len(ids)]
-    pixels = to_uint8(images).cpu().numpy()
-    _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
+    tokens, pixels = make_images(decoder, tokenizer, ids, cfg, world.device)
+    _save(_tokens_file(parts, number), tokens.astype(np.uint16))
     _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
 
 
@@ -156,7 +163,7 @@ def _assemble(
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "sample": asdict(cfg.sample),
-        "quantiser": "trunc255",
+        "quantiser": cfg.sample.quantiser,
         "labels": "image id mod number of classes",
         **provenance(world),
     }
@@ -165,7 +172,7 @@ def _assemble(
     say(f"{output}: {count:,} images")
 
 
-def _is_done(output: Path, identity: str) -> bool:
+def is_done(output: Path, identity: str) -> bool:
     try:
         return output.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
     except (OSError, json.JSONDecodeError, KeyError):

@@ -62,8 +62,3 @@ def nearest_code(latents: Tensor, codes: Tensor) -> Tensor:
 def to_unit_range(pixels: Tensor) -> Tensor:
     """float32 [B, 3, S, S] in [0, 1] of pixels (uint8 [B, S, S, 3])."""
     return pixels.permute(0, 3, 1, 2).float().div(255)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] of images (float [B, 3, S, S], clamped to [0, 1]): truncated, as the released samplers do."""
-    return (images.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -181,24 +181,37 @@ class Telemetry:
         return None if peak is None else images_per_s * self.flops_per_image / (peak * 1e12 * self.world.size)
 
     def _open_wandb(self) -> Any:
-        import wandb
+        return _open_wandb(self.cfg, self.run)
 
-        # The id makes a resumed run continue its curve.
-        identity = self.run.path / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
-        opened = wandb.init(
-            project=self.cfg.wandb.project,
-            name=self.cfg.run.name,
-            id=identity.read_text(),
-            resume="allow",
-            dir=str(self.run.path),
-            mode=self.cfg.wandb.mode,
-            config=to_dict(self.cfg),
-        )
-        # A resumed run logs some steps again, which wandb's own counter would refuse.
-        opened.define_metric("*", step_metric="step")
-        return opened
+
+def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
+    """Adds scores to the summary of the run's page in wandb, unless it is disabled. Rank 0 only."""
+    if cfg.wandb.mode == "disabled":
+        return
+    page = _open_wandb(cfg, run)
+    page.summary.update(values)
+    page.finish()
+
+
+def _open_wandb(cfg: ExperimentConfig, run: RunFolder) -> Any:
+    import wandb
+
+    # The id makes a resumed run continue its curve.
+    identity = run.path / "wandb_id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    opened = wandb.init(
+        project=cfg.wandb.project,
+        name=cfg.run.name,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(run.path),
+        mode=cfg.wandb.mode,
+        config=to_dict(cfg),
+    )
+    # A resumed run logs some steps again, which wandb's own counter would refuse.
+    opened.define_metric("*", step_metric="step")
+    return opened
 
 
 def _peak_memory_gib(world: World) -> float:

@@ -31,6 +31,10 @@ FAMILIES = {
     "titok_b64": "test_tokenizers",
     "alitok_tokenizer": "test_tokenizers",
     "preprocessing": "test_preprocessing",
+    "metrics": "test_metrics",
+    "inception": "test_inception",
+    "eval_e2e": "test_eval_e2e",
+    "lpips": "test_lpips",
     "index": None,
 }
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.crops import center_crop, cut
-from rear_scale.tokenizer.base import to_uint8
 
 
 def sha256(pixels: np.ndarray) -> str:
@@ -42,5 +42,5 @@ def test_crops(case) -> None:
 
 def test_colours_are_truncated(case) -> None:
     if "float_image" in case:
-        found = to_uint8(torch.from_numpy(case.arrays["float_image"]))
+        found = to_uint8(torch.from_numpy(case.arrays["float_image"]), "trunc255")
         assert np.array_equal(found, case.arrays["uint8_from_float_image"])

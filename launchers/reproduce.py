@@ -1,0 +1,48 @@
+"""Scores a published model from its published weights and sets the result beside the published row.
+
+    torchrun --nproc-per-node 8 launchers/reproduce.py rar_b --weights FOLDER
+    python launchers/reproduce.py rear_l --weights FOLDER --dry-run        which files it wants, and where they are published
+
+FOLDER holds the files under their published names. Both reference sets are used in one job where they are there: ADM's npz
+and the ImageNet validation images. Writes OUT/result.json (default runs/reproduce/MODEL) and says for each reference whether
+the FID is within 0.05 of the published one. The same command continues after a kill.
+"""
+
+import argparse
+from pathlib import Path
+
+from rear_scale import cli, config, world
+from rear_scale.config import InputError
+from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.reproduce import ENTRIES, entry_of, reproduce
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help=f"one of {', '.join(ENTRIES)}")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
+    parser.add_argument("--weights", type=Path, default=Path("weights"), metavar="FOLDER", help="default: weights")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/reproduce/MODEL")
+    parser.add_argument("--dry-run", action="store_true", help="print the config and what is missing, and stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    entry, ranks = entry_of(args.model), world.discover()
+    cfg = entry.load_config(args.weights, args.overrides)
+    missing = entry.missing(cfg, args.weights)
+    if args.dry_run:
+        if ranks.rank == 0:
+            print(config.to_yaml(cfg), *missing, sep="\n")
+        return
+    if missing:
+        raise InputError("; ".join(missing) + ". Put them there, or name their folder with --weights")
+    out = args.out or Path("runs/reproduce") / entry.name
+    with world.joined(ranks, same_for_any_world=True) as joined:
+        lines = reproduce(entry, cfg, args.weights, out, Evaluation(cfg, out / "features", joined), joined)
+        if joined.is_main:
+            print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,189 @@
+"""Features on disk: one file per fixed block of images and network.
+
+They are the stored state of an evaluation: all scores are functions of them. A killed job continues with the missing
+blocks, and sums run in block order, so that the numbers do not depend on how many ranks there were.
+"""
+
+# n images, F features
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from rear_scale.config import InputError
+from rear_scale.evaluate.features import Extractor
+from rear_scale.evaluate.npz import StoredArray, open_array
+from rear_scale.evaluate.sources import ImageSet
+from rear_scale.progress import progress
+from rear_scale.shards.record import write_text_atomically
+from rear_scale.world import World
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the blocks, for jobs that split one evaluation: those with number mod `of` = `index`."""
+
+    index: int = 0
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class FeatureBlocks:
+    """The features of one network for one image set."""
+
+    folder: Path
+    ids: Sequence[np.ndarray]  # image numbers of each block
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"block_{number:05d}.npz"
+
+    def array(self, number: int, name: str) -> np.ndarray:
+        return open_array(self.path(number), name)[:]
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A whole array in image order, for the narrow ones. Null when the blocks do not have it."""
+        try:
+            parts = [self.array(number, name) for number in range(len(self.ids))]
+        except KeyError:
+            return None
+        order = np.argsort(np.concatenate(self.ids))
+        return np.concatenate(parts)[order]
+
+    def rows(self, name: str) -> BlockRows:
+        return BlockRows([open_array(self.path(number), name) for number in range(len(self.ids))])
+
+    @property
+    def count(self) -> int:
+        return sum(len(ids) for ids in self.ids)
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """An array that lies in blocks, read from disk in slices; in the order of the blocks."""
+
+    blocks: list[StoredArray]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0, *(len(block) for block in self.blocks)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, _ = part.indices(len(self))
+        first, last = np.searchsorted(self.starts, [start, max(start, end - 1)], side="right") - 1
+        parts = [
+            self.blocks[number][max(0, start - self.starts[number]) : end - self.starts[number]]
+            for number in range(first, min(last + 1, len(self.blocks)))
+        ]
+        return np.concatenate(parts)
+
+
+def extract(
+    images: ImageSet,
+    extractors: Sequence[Extractor],
+    cache: Path,
+    batch_size: int,
+    world: World,
+    part: Part | None = None,
+) -> list[FeatureBlocks]:
+    """The features of each extractor, whose missing blocks are computed; the images of a block are read once for all.
+
+    All ranks must call this; each computes some blocks. With a part, only that share of the blocks is computed.
+    Raises InputError for images that cannot be read, and for features that are not finite.
+    """
+    part = part or Part()
+    found = [
+        FeatureBlocks(feature_folder(images, extractor, cache, batch_size), images.blocks) for extractor in extractors
+    ]
+    if world.is_main:
+        for blocks, extractor in zip(found, extractors, strict=True):
+            _write_manifest(blocks.folder, images, extractor, batch_size)
+    # One rank looks: all must share out the same list.
+    missing = world.from_main(_missing(found, part) if world.is_main else None)
+    description = f"features of {images.name}"
+    total = sum(len(images.blocks[number]) for number in missing)
+    with progress(description, total, "image", show=world.is_main and bool(missing)) as bar:
+        for place, number in enumerate(missing):
+            if place % world.size == world.rank:
+                pixels, labels = images.read(images.blocks[number])
+                for blocks, extractor in zip(found, extractors, strict=True):
+                    if not _is_whole(blocks.path(number)):
+                        _write_block(blocks.path(number), _features(extractor, pixels, labels, batch_size))
+            bar.update(len(images.blocks[number]))
+    world.barrier()
+    return found
+
+
+def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:
+    return not _missing(blocks, Part())
+
+
+def _missing(found: Sequence[FeatureBlocks], part: Part) -> list[int]:
+    numbers = range(part.index, len(found[0].ids), part.of)
+    return [number for number in numbers if not all(_is_whole(blocks.path(number)) for blocks in found)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a block can be read; one that was cut short is computed again."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (FileNotFoundError, zipfile.BadZipFile):
+        return False
+
+
+def _features(
+    extractor: Extractor, pixels: np.ndarray, labels: np.ndarray | None, batch_size: int
+) -> dict[str, np.ndarray]:
+    batches = [extractor(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
+    arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return arrays if labels is None else {**arrays, "label": np.asarray(labels, np.int64)}
+
+
+def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
+    # The batch belongs to it, because another shape may be computed by another kernel.
+    identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)}"
+    return cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _write_manifest(folder: Path, images: ImageSet, extractor: Extractor, batch_size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "format": "rear_scale features 1",
+        "images": {"name": images.name, "identity": images.identity, "count": images.count},
+        "preprocessing": images.preprocessing,
+        "network": extractor.identity,
+        "batch_size": batch_size,
+        "blocks": len(images.blocks),
+    }
+    path = folder / "manifest.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            before = None
+        if before is not None and {**before, "images": {**before.get("images", {}), "name": images.name}} != values:
+            raise InputError(
+                f"{folder} was made with other images, weights or preprocessing. Remove it, or set evaluate.cache_dir"
+            )
+    write_text_atomically(path, json.dumps(values, indent=1) + "\n")

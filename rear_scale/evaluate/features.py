@@ -1,0 +1,102 @@
+"""Feature networks: uint8 images in, named rows of features out, the same on every run."""
+
+# n images, H and W their size in pixels
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rear_scale.config import InputError
+from rear_scale.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
+from rear_scale.evaluate.weights import INCEPTION, fill, read_weight_file
+
+
+class Extractor(Protocol):
+    identity: str  # a hash of the weights and of what is done to the images before them
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Named arrays with one row per image, of images (uint8 [n, H, W, 3])."""
+        ...
+
+
+class FeatureNetwork(Extractor, Protocol):
+    """An extractor whose features have Fréchet distances."""
+
+    name: str
+    sizes: dict[str, int]  # by kind of features (evaluate.statistics.KINDS): how many there are
+    neighbours: str  # the kind that precision and recall are taken on
+    weights_sha256: str
+    is_published: bool | None  # whether the weights are the published ones; null = no checksum is published
+    classifier: Tensor | None  # float64 [classes, F]: features @ classifier.T are the logits of the Inception Score
+
+
+class InceptionFeatures:
+    """The extractor of FID, sFID, the Inception Score, precision and recall.
+
+    Raises InputError for a missing, damaged or foreign weight file.
+    """
+
+    name = "inception"
+    sizes: ClassVar = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES}
+    neighbours = "pool"
+
+    def __init__(self, path: str | None, device: torch.device) -> None:
+        weights = read_weight_file(path, "evaluate.inception_weights", INCEPTION)
+        network = Inception()
+        fill(network, weights.state, f"evaluate.inception_weights={path}")
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.weights_sha256, self.is_published = weights.sha256, weights.is_published
+        self.preprocessing = "TensorFlow 1 bilinear to 299 pixels, (x - 128) / 128, float32"
+        self.identity = f"inception-2015-12-05 {weights.sha256} {self.preprocessing}"
+
+    @property
+    def classifier(self) -> Tensor:
+        """float64 [1008, 2048]: pool @ classifier.T are the logits of the Inception Score, which have no bias."""
+        return self.network.fc.weight.double()
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """`pool` float32 [n, 2048] and `spatial` float32 [n, 2023] of images (uint8 [n, H, W, 3])."""
+        pixels = as_batch(images, self.device)
+        with exact_arithmetic(), torch.inference_mode():
+            pool, spatial = self.network(pixels)
+        return {"pool": checked("pool", pool), "spatial": checked("spatial", spatial)}
+
+
+def as_batch(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [n, 3, H, W] on the device, of images (uint8 [n, H, W, 3]). Raises InputError for anything else."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(
+            f"images are {images.dtype} {images.shape}, but uint8 [n, height, width, 3] is wanted. "
+            "Convert them to 0..255, channels last"
+        )
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+
+
+def checked(name: str, features: Tensor) -> np.ndarray:
+    """The features as an array. Raises InputError when one of them is not finite."""
+    finite = features.isfinite().all(1)
+    if not finite.all():
+        raise InputError(
+            f"the {name} features of {int((~finite).sum())} of {len(features)} images are not finite. "
+            "Check the weight file; a GPU that computes wrongly does this too"
+        )
+    return features.cpu().numpy()
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Full float32 products (no TF32) and the same kernels on every run."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,178 @@
+"""Published models to score again: which files they need, where those are published, and which row should come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rear_scale import config
+from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.evaluate.generated import generated_images
+from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.published import ACCEPTED_FID_DIFFERENCE, ROWS, PublishedRow, our_rows, table
+from rear_scale.evaluate.result import write_result
+from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
+from rear_scale.model import build_model
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.world import World
+
+_TITOK_FILES = "https://huggingface.co/fun-research/TiTok"
+_RAR_FILES = "https://huggingface.co/yucornetto/RAR"
+_REAR_FILES = "https://huggingface.co/qyoo/reAR"
+_ALITOK_FILES = "https://github.com/ali-vilab/alitok, which links its files"
+
+MASKGIT_VQGAN = PublishedFile("maskgit-vqgan-imagenet-f16-256.bin", _TITOK_FILES, None)
+ALITOK = PublishedFile("AliTok.pth", _ALITOK_FILES, None)
+ADM_REFERENCE = PublishedFile(
+    "VIRTUAL_imagenet256_labeled.npz", "https://github.com/openai/guided-diffusion/tree/main/evaluations", None
+)
+VALIDATION = PublishedFile(
+    "imagenet_val", "https://image-net.org: the 50,000 validation images in a folder or as tar shards", None
+)
+PUBLISHED_SAMPLES = 50_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published model. `name` is its row and its config in configs/official."""
+
+    name: str
+    generator: PublishedFile
+    tokenizer: PublishedFile
+    overrides: tuple[str, ...] = ()  # where the published row was sampled otherwise than the released config says
+    config: str | None = None  # null = official/NAME.yaml
+
+    @property
+    def row(self) -> PublishedRow:
+        return ROWS[self.name]
+
+    def load_config(self, folder: Path, overrides: Sequence[str]) -> ExperimentConfig:
+        """With every file in one folder; evaluate.reference names those of both sets that are there."""
+        values = [
+            *self.overrides,
+            f"tokenizer.weights={folder / self.tokenizer.name}",
+            f"evaluate.inception_weights={folder / INCEPTION.name}",
+        ]
+        cfg = config.load(self.config or f"official/{self.name}.yaml", [*values, *overrides])
+        if not cfg.evaluate.reference:
+            sets = {"adm": folder / ADM_REFERENCE.name, "validation": folder / VALIDATION.name}
+            there = {name: str(path) for name, path in sets.items() if name == "adm" or path.exists()}
+            cfg = replace(cfg, evaluate=replace(cfg.evaluate, reference=there))
+        return cfg
+
+    def missing(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
+        """A line for each file that is wanted and not there."""
+        wanted = [
+            (folder / self.generator.name, self.generator),
+            (Path(cfg.tokenizer.weights or ""), self.tokenizer),
+            (Path(cfg.evaluate.inception_weights or ""), INCEPTION),
+            *(
+                (Path(path), ADM_REFERENCE if name == "adm" else VALIDATION)
+                for name, path in cfg.evaluate.reference.items()
+            ),
+        ]
+        return [
+            f"not found: {path} ({file.name}, published at {file.source})" for path, file in wanted if not path.exists()
+        ]
+
+
+def _rear(size: str, scale: float, power: float) -> Entry:
+    # Appendix A of the paper; the released configs of B and L have other values.
+    guidance = (f"sample.guidance.scale={scale}", f"sample.guidance.power={power}")
+    generator = PublishedFile(f"reAR-{size}.safetensors", _REAR_FILES, None)
+    return Entry(f"rear_{size.lower()}", generator, MASKGIT_VQGAN, guidance)
+
+
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        *(
+            Entry(
+                f"rar_{size}",
+                PublishedFile(f"rar_{size}.bin", _RAR_FILES, None),
+                MASKGIT_VQGAN,
+                config=f"rar_{size}.yaml",
+            )
+            for size in ("b", "l", "xl", "xxl")
+        ),
+        _rear("S", 22.0, 2.75),
+        _rear("B", 14.5, 2.25),
+        _rear("L", 10.0, 1.75),
+        Entry("alitok_b", PublishedFile("alitok_b.bin", _ALITOK_FILES, None), ALITOK, config="ar_alitok_b.yaml"),
+    )
+}
+
+
+def entry_of(name: str) -> Entry:
+    if name not in ENTRIES:
+        raise InputError(f"{name} is not one of the published models {', '.join(ENTRIES)}. Use one of them")
+    return ENTRIES[name]
+
+
+def open_generator(entry: Entry, cfg: ExperimentConfig, folder: Path, device: torch.device) -> tuple[Any, Checkpoint]:
+    """The generator of a published file, in eval mode, and what stands for its checkpoint in results.
+
+    Heads, which sampling does not need, may be in the file. Raises InputError when the file does not fit the config.
+    """
+    path = folder / entry.generator.name
+    weights = read_weight_file(path, "--weights", entry.generator)
+    model = build_model(cfg, with_heads=False)
+    fill(model, weights.state, str(path))
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    meta = {"step": 0, "files": [{"file": path.name, "sha256": weights.sha256}], "config": to_dict(cfg)}
+    return model.to(device, dtype).eval().requires_grad_(False), Checkpoint(path, meta)
+
+
+def reproduce(
+    entry: Entry, cfg: ExperimentConfig, folder: Path, out: Path, evaluation: Evaluation, world: World
+) -> list[str]:
+    """Samples, scores and judges one published model; writes out/result.json. Returns lines for the user.
+
+    All ranks must call this. evaluation: of the same config.
+    """
+    started = time.monotonic()
+    tokenizer = open_tokenizer(cfg.tokenizer, world.device)
+    model, checkpoint = open_generator(entry, cfg, folder, world.device)
+    samples = generated_images(cfg, checkpoint, model, tokenizer, world)
+    images = evaluation.score(samples)
+    judged = verdicts(entry.row, images["inception"], evaluation.networks[0].is_published)
+    images["published"] = {**asdict(entry.row), "verdicts": [asdict(verdict) for verdict in judged]}
+    if world.is_main:
+        seconds = time.monotonic() - started
+        write_result(out / "result.json", cfg, checkpoint, samples, "generated", images, None, seconds, world)
+    ours = our_rows(f"{entry.name}, ours", images["inception"])
+    return [table(ours, {entry.name: entry.row}), *(verdict.text for verdict in judged)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a published FID came out, against one reference."""
+
+    reference: str
+    fid: float
+    published_fid: float
+    accepted: bool | None  # null = not comparable
+    text: str
+
+
+def verdicts(row: PublishedRow, scores: dict[str, Any], is_published: bool | None) -> list[Verdict]:
+    """Of `images.inception` of a result, one per reference."""
+    found = []
+    for name, against in scores["references"].items():
+        difference = against["fid"] - row.fid
+        text = f"{row.model} against {name}: FID {against['fid']:.3f}, published {row.fid:.2f} ({difference:+.3f})"
+        if scores["samples"] != PUBLISHED_SAMPLES:
+            accepted, reason = None, f"not comparable: {scores['samples']:,} samples instead of {PUBLISHED_SAMPLES:,}"
+        elif not is_published:
+            accepted, reason = None, "not comparable: other Inception weights than the published ones"
+        else:
+            accepted = abs(difference) <= ACCEPTED_FID_DIFFERENCE
+            reason = f"{'within' if accepted else 'outside'} +-{ACCEPTED_FID_DIFFERENCE}"
+        found.append(Verdict(name, against["fid"], row.fid, accepted, f"{text}: {reason}"))
+    return found

@@ -1,0 +1,99 @@
+"""Files of means and covariances: the published ones, and our own with a manifest of what made them."""
+
+# F features
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rear_scale.config import InputError
+from rear_scale.evaluate.moments import Moments
+from rear_scale.evaluate.npz import array_names, open_array
+
+_FORMAT = "rear_scale statistics 1"
+_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of features: which array of which network, and what its Fréchet distance is called."""
+
+    metric: str
+    mean: str  # arrays of a statistics file
+    covariance: str
+
+
+KINDS = {
+    "pool": Kind("fid", "mu", "sigma"),
+    "spatial": Kind("sfid", "mu_s", "sigma_s"),
+    "cls": Kind("fd_dinov2", "mu_dinov2", "sigma_dinov2"),
+}
+
+
+def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Moments]:
+    """The moments that a file holds, by kind of features, of the kinds in `sizes` (their F).
+
+    networks: the identity of each kind's network as it is used now. A file of ours says which it was made with, and is
+    refused if that is another one; published files do not say. Raises InputError for that, and for arrays of the wrong
+    shape, not finite or not symmetric.
+    """
+    names = array_names(path)
+    manifest = json.loads(str(open_array(path, "manifest")[:].item())) if "manifest" in names else None
+    found = {}
+    for kind, size in sizes.items():
+        arrays = KINDS[kind]
+        if arrays.mean not in names or arrays.covariance not in names:
+            continue
+        if manifest is not None and manifest["networks"].get(kind) != networks[kind]:
+            raise InputError(
+                f"{path}: {arrays.mean} was made with other weights or preprocessing ({manifest['networks'].get(kind)}) than "
+                f"those in use ({networks[kind]}). Make it again with --write-statistics, or use the weights it was made with"
+            )
+        mean, covariance = (open_array(path, name)[:] for name in (arrays.mean, arrays.covariance))
+        _check(path, arrays, mean, covariance, size)
+        count = None if manifest is None else manifest["images"]["count"]
+        found[kind] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
+    return found
+
+
+def _check(path: Path, arrays: Kind, mean: np.ndarray, covariance: np.ndarray, size: int) -> None:
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise InputError(
+            f"{path}: {arrays.mean} {mean.shape} and {arrays.covariance} {covariance.shape} are not of {size} features. "
+            "Use statistics of the same network"
+        )
+    for name, array in ((arrays.mean, mean), (arrays.covariance, covariance)):
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} is not made of finite floats. Get or make the file again")
+    if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
+        raise InputError(
+            f"{path}: {arrays.covariance} is not symmetric, so it is no covariance. Get or make the file again"
+        )
+
+
+def write_statistics(
+    path: Path, moments: Mapping[str, Moments], networks: Mapping[str, str], images: dict[str, Any]
+) -> None:
+    """Moments by kind with their networks and images (`count` among the latter). The same content gives the same bytes."""
+    manifest = {"format": _FORMAT, "networks": {kind: networks[kind] for kind in moments}, "images": images}
+    arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
+    for kind, found in moments.items():
+        arrays[KINDS[kind].mean], arrays[KINDS[kind].covariance] = found.mean.numpy(), found.covariance.numpy()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _TIME), buffer.getvalue())
+    part.replace(path)

@@ -1,0 +1,121 @@
+"""What one evaluation job scores: checkpoints, settings of them, or images that are there already."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rear_scale import config
+from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.evaluate.generated import generated_images
+from rear_scale.evaluate.sources import ImageSet, open_image_set
+from rear_scale.model import Generator
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.sample.job import default_output, is_done, job_identity, load_generator
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.tokenizer.base import Tokenizer
+from rear_scale.world import World
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One set of images to score, and where its result goes."""
+
+    cfg: ExperimentConfig
+    checkpoint: Checkpoint | None  # null = images alone
+    samples: Path | None  # images that are there; null = generated
+    output: Path
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        if self.checkpoint is None:
+            return self.samples.name
+        return f"{self.cfg.run.name} {self.output.stem.removeprefix('result').lstrip('_')}".strip()
+
+    @property
+    def run(self) -> Path | None:
+        return None if self.checkpoint is None else self.checkpoint.run
+
+
+def subjects_of(
+    cfg: ExperimentConfig,
+    checkpoints: Sequence[tuple[ExperimentConfig, Checkpoint]],
+    samples: Path | None,
+    sweeps: Sequence[str],
+    output: Path | None,
+) -> list[Subject]:
+    """All combinations of checkpoints and swept settings (`section.field=value,value,...`).
+
+    Raises InputError for a sweep of anything but sampling, and for one output of several results.
+    """
+    if not checkpoints and samples is None:
+        raise InputError(
+            "there is nothing to score. Use --checkpoint RUN, or --samples PATH (.npz, images or tar shards)"
+        )
+    if not checkpoints:
+        assert samples is not None
+        return [Subject(cfg, None, samples, output or samples.with_name(f"{samples.stem}.result.json"))]
+    if samples is not None and (sweeps or len(checkpoints) > 1):
+        raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
+    found = []
+    for own, checkpoint in checkpoints:
+        for setting in _settings(sweeps):
+            swept = config.from_dict(to_dict(own), str(checkpoint.path), setting)
+            name = "_".join(["result", *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
+            found.append(Subject(swept, checkpoint, samples, checkpoint.run / f"{name}.json"))
+    if output is None:
+        return found
+    if len(found) > 1:
+        raise InputError(
+            f"--out {output} is one file, but there are {len(found)} results. Leave it away: each has a name"
+        )
+    return [Subject(found[0].cfg, found[0].checkpoint, samples, output)]
+
+
+def _settings(sweeps: Sequence[str]) -> list[list[str]]:
+    choices = []
+    for text in sweeps:
+        field, _, values = text.partition("=")
+        if not field.startswith("sample.") or not values:
+            raise InputError(
+                f"--sweep {text}: the form is sample.FIELD=VALUE,VALUE,..., as in sample.guidance.scale=4.0,6.9"
+            )
+        choices.append([f"{field}={value}" for value in values.split(",")])
+    return [list(setting) for setting in itertools.product(*choices)]
+
+
+class Opener:
+    """Opens the images of subjects; a model stays where it is while the next subject has the same."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._model: tuple[tuple[Path, str], Generator] | None = None
+        self._tokenizer: tuple[str | None, Tokenizer] | None = None
+
+    def images(self, subject: Subject) -> ImageSet:
+        """All ranks must call this."""
+        if subject.samples is not None:
+            return open_image_set(subject.samples, self.world)
+        assert subject.checkpoint is not None
+        written = default_output(subject.cfg, subject.checkpoint)
+        if is_done(written, job_identity(subject.cfg, subject.checkpoint)):
+            return open_image_set(written, self.world)
+        cfg = subject.cfg
+        if self._tokenizer is None or self._tokenizer[0] != cfg.tokenizer.weights:
+            self._tokenizer = (cfg.tokenizer.weights, open_tokenizer(cfg.tokenizer, self.world.device))
+        return generated_images(cfg, subject.checkpoint, self.model(subject), self._tokenizer[1], self.world)
+
+    def model(self, subject: Subject) -> Generator:
+        assert subject.checkpoint is not None
+        key = (subject.checkpoint.path, subject.cfg.train.precision)
+        if self._model is None or self._model[0] != key:
+            self._model = None  # the old one goes before the new one comes
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._model = (key, load_generator(subject.cfg, subject.checkpoint, self.world.device))
+        return self._model[1]

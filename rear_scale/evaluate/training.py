@@ -1,0 +1,105 @@
+"""Scores of a few samples during training, on the training ranks, under names that say how few they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.evaluate.generated import generated_images
+from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.parallel.checkpoint import open_checkpoint
+from rear_scale.progress import say
+from rear_scale.sample.job import load_generator
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.world import World
+
+FILE = "evaluations.jsonl"
+
+
+def check_training_scores(cfg: ExperimentConfig) -> None:
+    """Raises InputError, before training starts, when scores are asked for that could not be made."""
+    if cfg.evaluate.training is None:
+        return
+    check_evaluation(cfg)
+    if cfg.tokenizer.weights is None or not Path(cfg.tokenizer.weights).exists():
+        raise InputError(
+            f"not found: tokenizer.weights={cfg.tokenizer.weights}, which evaluate.training needs to make images. Set it, or "
+            "evaluate.training=null"
+        )
+
+
+def is_due(step: int, cfg: ExperimentConfig) -> bool:
+    """Whether a multiple of every_images was passed since the checkpoint before this step's. A function of the step alone."""
+    assert cfg.evaluate.training is not None
+    every = cfg.checkpoint.every_steps
+    before = (step - 1) // every * every
+    batch, period = cfg.train.global_batch_size, cfg.evaluate.training.every_images
+    return step * batch // period > before * batch // period
+
+
+class TrainingScores:
+    """A hook on checkpoints. All ranks must call it; the model is read from the checkpoint, whatever sharded it."""
+
+    def __init__(self, cfg: ExperimentConfig, world: World) -> None:
+        assert cfg.evaluate.training is not None
+        sample = replace(cfg.sample, num_images=cfg.evaluate.training.num_images)
+        self.cfg, self.world = replace(cfg, sample=sample), world
+        self.evaluation: Evaluation | None = None
+
+    def __call__(self, step: int, path: Path) -> None:
+        """Adds a line to evaluations.jsonl of the run, in place of an earlier one of the same step."""
+        if not is_due(step, self.cfg):
+            return
+        cfg, world = self.cfg, self.world
+        run = Path(cfg.run.dir)
+        if self.evaluation is None:
+            self.evaluation = Evaluation(cfg, run / "features", world)
+        checkpoint = open_checkpoint(path)
+        tokenizer = open_tokenizer(cfg.tokenizer, world.device)
+        model = load_generator(cfg, checkpoint, world.device)
+        samples = generated_images(cfg, checkpoint, model, tokenizer, world)
+        scores = self.evaluation.score(samples)
+        if world.is_main:
+            line = {"step": step, "images_seen": step * cfg.train.global_batch_size, **_named(scores, samples.count)}
+            _write(run / FILE, line)
+            say(", ".join(f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float)))
+            # The next checkpoint has other samples; the features of the references stay.
+            for extractor in self.evaluation.extractors():
+                shutil.rmtree(self.evaluation.folder(samples, extractor), ignore_errors=True)
+        world.barrier()
+
+
+def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
+    """Flat, each name with its number of samples: fid_n1000/REFERENCE."""
+    found: dict[str, float] = {}
+    for network in ("inception", "dinov2"):
+        if network not in scores:
+            continue
+        for reference, values in scores[network]["references"].items():
+            for metric in ("fid", "sfid", "fd_dinov2"):
+                if values.get(metric) is not None:
+                    found[f"{metric}_n{count}/{reference}"] = values[metric]
+        if "inception_score" in scores[network]:
+            found[f"inception_score_n{count}"] = scores[network]["inception_score"]["one_split"]
+    if "samples" in scores:
+        for reference, value in scores["samples"]["frechet_distance"].items():
+            found[f"classifier_frechet_distance_n{count}/{reference}"] = value
+    return found
+
+
+def _write(path: Path, line: dict[str, Any]) -> None:
+    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    # A resumed run comes through the same steps again.
+    lines = [other for other in lines if other["step"] < line["step"]] + [line]
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(item) + "\n" for item in lines))
+    part.replace(path)
+
+
+def training_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:
+    return [] if cfg.evaluate.training is None else [TrainingScores(cfg, world)]

@@ -1,0 +1,97 @@
+"""Published weight files of the feature networks: read from a local path, never downloaded, never run as code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rear_scale.config import InputError
+from rear_scale.shards.record import file_sha256
+from rear_scale.weight_file import read_state
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weight file that others publish."""
+
+    name: str
+    source: str  # where to get it
+    sha256_prefix: str | None  # null = its publisher gives no checksum
+
+
+INCEPTION = PublishedFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights",
+    "6726825d",
+)
+VGG16 = PublishedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+LPIPS_VGG = PublishedFile(
+    "vgg.pth (LPIPS v0.1)",
+    "https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
+    None,
+)
+DINOV2_VITL14 = PublishedFile(
+    "dinov2_vitl14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    None,
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file that was read."""
+
+    path: str
+    sha256: str
+    is_published: bool | None  # whether the checksum is the published one; null = none is published
+    state: dict[str, Tensor]
+
+
+def check_weight_file(path: str | Path | None, field: str, published: PublishedFile) -> Path:
+    """The path, if a file is there. `field` is the config key that names it in errors. Raises InputError otherwise."""
+    if path is None:
+        raise InputError(f"{field} is not set. Set it to the path of {published.name}, published at {published.source}")
+    if not Path(path).is_file():
+        raise InputError(
+            f"not found: {field}={path}. Get {published.name} from {published.source} (nothing is downloaded here), "
+            "or set the right path"
+        )
+    return Path(path)
+
+
+def read_weight_file(path: str | Path | None, field: str, published: PublishedFile) -> WeightFile:
+    """The tensors of a .pth (state dict) or .safetensors file, and its checksum.
+
+    A file under the published name must have the published checksum. Raises InputError for another one, for a missing or
+    damaged file, and for a pickle that holds anything but tensors (it is not run).
+    """
+    path = check_weight_file(path, field, published)
+    sha256 = file_sha256(path)
+    is_published = None if published.sha256_prefix is None else sha256.startswith(published.sha256_prefix)
+    if is_published is False and path.name == published.name:
+        raise InputError(
+            f"{field}={path} has sha256 {sha256[:16]}..., but the file of that name begins with "
+            f"{published.sha256_prefix}. Get it again from {published.source}"
+        )
+    return WeightFile(str(path), sha256, is_published, read_state(path, field))
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a network by its names; batch counters and what the network has no place for may come on top.
+
+    `source` names the file in errors. Raises InputError for a tensor that is missing, of another shape or not finite.
+    """
+    wanted = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise InputError(f"{source} has no {missing[0]} ({len(missing)} tensors are missing). Is it the right file?")
+    for name, value in wanted.items():
+        if state[name].shape != value.shape:
+            raise InputError(
+                f"{source}: {name} is {list(state[name].shape)}, not {list(value.shape)}. Is it the right file?"
+            )
+        if not state[name].isfinite().all():
+            raise InputError(f"{source}: {name} holds values that are not finite. Get the file again")
+    model.load_state_dict({name: state[name] for name in wanted}, strict=False)

@@ -1,0 +1,261 @@
+"""What is scored: checkpoints and settings of them, reconstructions, and samples during training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import launch, metrics, run_alone, run_ranks, tiny_config
+from PIL import Image
+from test_evaluate import _Small, some_images
+from test_sample import prepared
+
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.evaluate import reconstruction, training
+from rear_scale.evaluate.dinov2 import DinoV2
+from rear_scale.evaluate.inception import Inception
+from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.sources import open_image_set
+from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
+from rear_scale.evaluate.training import TrainingScores, check_training_scores, is_due
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.sample import job as sample_job
+from rear_scale.sample.job import sample_images
+from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import World
+
+
+def reference(folder: Path, count: int = 30) -> Path:
+    np.savez(folder / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8))
+    return folder / "reference.npz"
+
+
+def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    planned = subjects_of(cfg, [(cfg, found)] * 2, None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
+    assert len(planned) == 8
+    assert [(p.cfg.sample.guidance.scale, p.cfg.sample.seed) for p in planned[:4]] == [
+        (1.5, 3), (1.5, 4), (2.0, 3), (2.0, 4),
+    ]  # fmt: skip
+    assert planned[0].output.name == "result_guidance.scale=1.5_seed=3.json"
+    (alone,) = subjects_of(cfg, [(cfg, found)], None, [], None)
+    assert alone.output == found.path.parent.parent / "result.json"
+    (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
+    assert images.output == Path("a/samples.result.json")
+
+
+def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    mine = [(cfg, found)]
+    for arguments, expected in (
+        (([], None, [], None), "nothing to score"),
+        ((mine, Path("a.npz"), ["sample.seed=1,2"], None), "one set of images"),
+        ((mine, None, ["optim.lr=1,2"], None), "the form is sample.FIELD"),
+        ((mine, None, ["sample.seed=1,2"], tmp_path / "out.json"), "there are 2 results"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            subjects_of(cfg, *arguments)
+
+
+def _score_subject(world: World, cfg: ExperimentConfig, found: Checkpoint, cache: Path, write: bool) -> dict:
+    subject = Subject(cfg, found, None, cache / "result.json")
+    if write:
+        sample_images(cfg, found, world, sample_job.default_output(cfg, found))
+    evaluation = Evaluation(cfg, cache, world)
+    evaluation.networks = [_Small()]
+    samples = Opener(world).images(subject)
+    assert samples.name.endswith(".npz") == write
+    return evaluation.score(samples)
+
+
+def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp_path: Path, tokens: Path) -> None:
+    overrides = ["sample.num_images=23", "sample.batch_size=5", f"evaluate.reference={reference(tmp_path)}"]
+    cfg, found = prepared(tmp_path, tokens, *overrides)
+    generated = run_alone(_score_subject, cfg, found, tmp_path / "one", False)
+    assert run_ranks(3, _score_subject, cfg, found, tmp_path / "three", False) == [generated] * 3
+    assert not list(tmp_path.rglob("*samples*"))
+    assert len(list((tmp_path / "one").rglob("block_*.npz"))) == 5 + 1
+    written = run_alone(_score_subject, cfg, found, tmp_path / "written", True)
+    assert written["labels"] == generated["labels"]
+    one, other = (scores["inception"]["references"]["reference"] for scores in (written, generated))
+    # The same images, added up in another order.
+    assert one["fid"] == pytest.approx(other["fid"], rel=1e-5)
+    assert one["precision"] == other["precision"]
+    assert written["inception"]["inception_score"]["value"] == pytest.approx(
+        generated["inception"]["inception_score"]["value"], rel=1e-6
+    )
+
+
+def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:
+    reconstruction.open_networks = lambda cfg, world: [_Small()]
+    return reconstruction.score_reconstruction(cfg, images, cache, world)[1]
+
+
+def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, tokens: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(16, 32, 8, 16)
+    tokenizer.codes.normal_()
+    tokenizer.save(tmp_path / "weights")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (20, 24, 16, 3), dtype=np.uint8)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:02d}.png")
+    overrides = [f"tokenizer.weights={tmp_path / 'weights'}", "evaluate.inception_weights=unused"]
+    cfg = tiny_config(tmp_path, tokens, *overrides, "evaluate.batch_size=8")
+    found = run_alone(_reconstruct, cfg, tmp_path / "images", tmp_path / "one")
+    assert run_ranks(2, _reconstruct, cfg, tmp_path / "images", tmp_path / "two") == [found, found]
+    pairs = found["reconstruction"]
+    assert pairs["images"] == 20
+    assert 0 < pairs["psnr"] < 20
+    assert pairs["lpips"] is None
+    assert 0 < pairs["codebook_used"] <= 1
+    assert pairs["codebook_entropy_bits"] <= 5
+    assert found["inception"]["references"]["originals"]["fid"] > 0
+    assert found["quantiser"] == "trunc255"
+    cfg.evaluate.inception_weights = None
+    with pytest.raises(InputError, match="rFID needs them"):
+        run_alone(reconstruct_without_weights, cfg, tmp_path / "images", tmp_path / "one")
+
+
+def reconstruct_without_weights(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> None:
+    reconstruction.score_reconstruction(cfg, images, cache, world)
+
+
+def test_scores_in_training_come_at_the_first_checkpoint_after_each_multiple(tmp_path: Path, tokens: Path) -> None:
+    # 12 images a step, a checkpoint every 4 steps and at the last.
+    cfg = tiny_config(tmp_path, tokens, "evaluate.training={every_images: 90, num_images: 10}")
+    assert [step for step in (4, 8, 12, 16, 20, 24) if is_due(step, cfg)] == [8, 16, 24]
+    # 22 is the last step, after 20: 240 and 264 images, no multiple of 90 between them.
+    assert not is_due(22, cfg)
+
+
+def _train(world: World, cfg: ExperimentConfig) -> None:
+    data = setup.check_data(cfg, world.ranks)
+    tokens, codebook = data.open(world)
+    hook = TrainingScores(cfg, world)
+    hook.evaluation = Evaluation(cfg, Path(cfg.run.dir) / "features", world)
+    hook.evaluation.networks = [_Small()]
+    train(cfg, data.plan, world, tokens, codebook, Hooks(on_checkpoint=[hook]))
+
+
+def test_scores_in_training_leave_the_training_as_it_is(tmp_path: Path, tokens: Path) -> None:
+    cfg, _ = prepared(tmp_path, tokens)
+    losses = {}
+    for name, section in (("without", "null"), ("with", "{every_images: 24, num_images: 10}")):
+        (tmp_path / name).mkdir()
+        own = tiny_config(
+            tmp_path / name, tokens, f"tokenizer.weights={cfg.tokenizer.weights}", "strategy=single",
+            f"evaluate.training={section}", f"evaluate.reference={reference(tmp_path)}", "sample.batch_size=5",
+            "checkpoint.every_steps=2", "train.total_steps=6",
+        )  # fmt: skip
+        run_alone(_train if name == "with" else _train_plainly, own)
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name / "run")]
+    assert losses["with"] == losses["without"]
+    lines = [json.loads(text) for text in (tmp_path / "with/run" / training.FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line["fid_n10/reference"] > 0 for line in lines)
+    assert lines[0]["images_seen"] == 24
+    assert "inception_score_n10" in lines[0]
+
+
+def _train_plainly(world: World, cfg: ExperimentConfig) -> None:
+    data = setup.check_data(cfg, world.ranks)
+    tokens, codebook = data.open(world)
+    train(cfg, data.plan, world, tokens, codebook, Hooks())
+
+
+def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: Path, tokens: Path) -> None:
+    cfg = tiny_config(tmp_path, tokens, "evaluate.training={num_images: 10}")
+    with pytest.raises(InputError, match="evaluate.reference is empty"):
+        check_training_scores(cfg)
+    check_training_scores(tiny_config(tmp_path, tokens))
+
+
+def test_dinov2_has_the_public_names_and_its_position_table_is_resized() -> None:
+    with torch.device("meta"):
+        network = DinoV2()
+    state = network.state_dict()
+    assert state["pos_embed"].shape == (1, 1370, 1024)
+    assert state["patch_embed.proj.weight"].shape == (1024, 3, 14, 14)
+    assert state["blocks.23.ls2.gamma"].shape == (1024,)
+    assert len(state) == 4 + 24 * 14 + 2
+    assert sum(value.numel() for value in state.values()) == 304_368_640 - 1024 + 0
+    torch.manual_seed(0)
+    small = DinoV2(width=32, depth=2, num_heads=4).eval()
+    torch.nn.init.normal_(small.pos_embed)
+    positions = small.positions(16)
+    assert positions.shape == (1, 257, 32)
+    assert torch.equal(positions[:, 0], small.pos_embed[:, 0])
+    images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    with torch.inference_mode():
+        features = small(images)
+        assert features.shape == (3, 32)
+        assert torch.allclose(features[1:2], small(images[1:2]), atol=1e-5)
+
+
+def seeded_inception(folder: Path) -> Path:
+    torch.manual_seed(0)
+    network = Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), folder / "seeded.pth")
+    return folder / "seeded.pth"
+
+
+def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens: Path) -> None:
+    """The launcher, from the checkpoint, with Inception: two results with their provenance, and the table."""
+    cfg, found = prepared(tmp_path, tokens)
+    run = found.path.parent.parent
+    result = launch(
+        "python", "launchers/evaluate.py", "--checkpoint", run, "--sweep", "sample.seed=3,4",
+        f"evaluate.reference={reference(tmp_path, 5)}", f"evaluate.inception_weights={seeded_inception(tmp_path)}",
+        "sample.num_images=5", "sample.batch_size=3",
+        f"data.train={tmp_path / 'nowhere'}", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "RAR-B" in result.stdout
+    results = [json.loads((run / f"result_seed={seed}.json").read_text()) for seed in (3, 4)]
+    scores = [found["images"]["inception"]["references"]["reference"]["fid"] for found in results]
+    assert scores[0] != scores[1]
+    assert all(f"{score:.3f}" in result.stdout for score in scores)
+    one = results[0]
+    assert one["sample"]["seed"] == 3
+    assert one["samples"]["quantiser"] == "trunc255"
+    assert one["images"]["labels"]["counts"]
+    assert one["provenance"]["world_size"] == 1
+    assert one["checkpoint"]["sha256"]
+    assert one["images"]["inception"]["weights_sha256"]
+    assert len(one["images"]["reference_sets"]["reference"]["identity"]) == 64
+    assert one["config"]["model"]["depth"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "error: there is nothing to score"),
+        (["--samples", "none.npz"], "error: evaluate.reference is empty"),
+        (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: there are no features to compare by"),
+    ],
+)
+def test_bad_requests_are_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    result = launch("python", "launchers/evaluate.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(expected)
+
+
+def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=some_images(4))
+
+    def check(world: World) -> None:
+        subject = Subject(None, None, tmp_path / "images.npz", tmp_path / "out.json")
+        assert Opener(world).images(subject).count == 4
+        assert (subject.name, subject.run) == ("images.npz", None)
+        assert open_image_set(tmp_path / "images.npz", world).quantiser is None
+
+    run_alone(check)
