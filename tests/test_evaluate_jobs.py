@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import launch, metrics, run_alone, run_ranks, tiny_config
+from helpers import ROOT, launch, metrics, run_alone, run_ranks, tiny_config
 from PIL import Image
 from test_evaluate import _Small, some_images
 from test_sample import prepared
@@ -259,3 +261,18 @@ def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
         assert open_image_set(tmp_path / "images.npz", world).quantiser is None
 
     run_alone(check)
+
+
+def test_the_job_array_gives_each_task_its_part(tmp_path: Path) -> None:
+    """With a torchrun that only says what it was asked."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    script = ROOT / "launchers/slurm/evaluate.sbatch"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    task = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "8"}
+    for extra, expected in ((task, " --part 2/8 --samples x"), ({}, " launchers/evaluate.py --samples x")):
+        environment = {"PATH": path, "SLURM_GPUS_ON_NODE": "4", **extra}
+        result = subprocess.run(["bash", script, "--samples", "x"], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip().endswith(expected)
+        assert "--nproc-per-node 4" in result.stdout

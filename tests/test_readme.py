@@ -39,7 +39,7 @@ def test_every_option_of_the_readme_exists() -> None:
         )
     )
     assert len(options) > 5
-    for option in options - {"train.py", "sample.py", "evaluate.py", "train.sh"}:
+    for option in options - {"train.py", "sample.py", "evaluate.py", "train.sh", "evaluate.yaml", "evaluate.sbatch"}:
         _check_key(option)
     groups = {path.name for path in config.CONFIG_DIR.iterdir() if path.is_dir()}
     for group, value in re.findall(r"\b(\w+)=(\w+)", text):
