@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive
-from rear_scale.progress import say
-from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set
+from rear_scale.progress import Say, say
+from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
 from rear_scale.shards.record import Manifest, read_codebook
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.world import Ranks, World
@@ -24,9 +24,18 @@ class Data:
 
     def open(self, world: World) -> tuple[TokenSet, Tensor]:
         """Unpacks the shards on this node unless they are, or opens them for reading while training."""
+        return open_set(self.cfg.data, self.manifest, world.size, self._report(world)), self.codebook
+
+    def open_val(self, world: World) -> TokenSet:
+        """The set of data.val, which is unpacked in either mode."""
+        folder = self.cfg.data.val
+        assert folder is not None
+        manifest = read_checked(self.cfg, folder)
+        return open_tokens(folder, self.cfg.data.cache_dir, self._report(world), manifest)
+
+    def _report(self, world: World) -> Say:
         # Damage that a stream meets is said by whichever rank meets it.
-        speaks = world.ranks.local_rank == 0 or self.cfg.data.mode == "stream"
-        return open_set(self.cfg.data, self.manifest, world.size, say if speaks else _silent), self.codebook
+        return say if world.ranks.local_rank == 0 or self.cfg.data.mode == "stream" else _silent
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
