@@ -180,9 +180,8 @@ def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> 
     if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
         return read_manifest(folder)
     place = index_folder(folder, _cache_root(data.cache_dir))
-    return index_plain(
-        folder, tokenizer, place, on_error=data.on_error, max_skipped_share=data.max_skipped_share
-    )  # fmt: skip
+    limits = {"on_error": data.on_error, "max_skipped_share": data.max_skipped_share}
+    return index_plain(folder, tokenizer, place, **limits)
 
 
 def open_tokens(
