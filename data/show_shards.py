@@ -65,7 +65,7 @@ def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> 
 
 def token_summary(manifest: Manifest) -> str:
     size = sum(shard.size for shard in manifest.shards)
-    counts = np.array(manifest.label_counts)
+    counts = np.array(manifest.label_counts or [0])
     lines = [
         f"{FORMAT}, made by {manifest.tokenizer} (weights {manifest.tokenizer_sha256[:12] or 'unknown'})",
         f"{manifest.num_samples:,} sequences of {manifest.num_tokens} tokens out of {manifest.codebook_size:,} codes of width "
@@ -74,7 +74,7 @@ def token_summary(manifest: Manifest) -> str:
         f"{manifest.num_skipped:,} images skipped",
         f"{len(manifest.shards):,} tar shards, {size / 2**20:,.1f} MiB, {size / max(manifest.num_samples, 1):,.1f} bytes per "
         "sequence",
-        f"{len(counts):,} classes with {counts.min(initial=0):,} to {counts.max(initial=0):,} sequences, "
+        f"{len(manifest.label_counts):,} classes with {counts.min():,} to {counts.max():,} sequences, "
         f"{(counts == 0).sum():,} without any",
     ]
     return "\n".join(lines)

@@ -236,6 +236,16 @@ def test_a_pipe_is_read_as_a_folder_is(tmp_path: Path, packed: Path, mode: str) 
         opened(data_config(url, tmp_path / "again", mode)).rows(torch.arange(500))
 
 
+def test_a_stream_that_broke_while_it_waited_is_opened_again(tmp_path: Path, packed: Path) -> None:
+    url = f"pipe:cat {packed}/{{file}}"
+    tokens = opened(data_config(url, tmp_path, "stream"))
+    expected = open_tokens(packed, str(tmp_path / "cache"))
+    tokens.rows(torch.arange(60))
+    ((stream, _),) = tokens.files.open.values()
+    stream.close()
+    assert np.array_equal(tokens.rows(torch.arange(60, 100))[0], expected.tokens[60:100])
+
+
 def test_a_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for url in ("pipe:cat /nowhere/{file}", "nothing://host/tokens"):
         with pytest.raises(InputError, match="nowhere|nothing"):

@@ -37,6 +37,9 @@ def test_token_shards_are_summed_up_and_drawn(tmp_path: Path, capsys: pytest.Cap
             show(folder, tmp_path / "weights", 20, tmp_path / "grid.png")
     said = capsys.readouterr().out
     assert "100 sequences of 16 tokens out of 32 codes of width 8" in said
+    assert (
+        f"5 classes with {min(manifest.label_counts)} to {max(manifest.label_counts)} sequences, 0 without any" in said
+    )
     assert "20 samples" in said
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (8 * 66, 3 * 66)

@@ -123,37 +123,40 @@ class RemoteFiles(BlockFiles):
         self.open: OrderedDict[tuple[int, int], tuple[Any, Iterator[dict[str, Any]]]] = OrderedDict()
 
     def read(self, shard: int, block: int) -> Block:
+        waiting = [key for key in self.open if key[0] == shard and key[1] <= block]
+        if waiting:
+            key = max(waiting)
+            # A server may have given up on a stream that waited for long: then the shard is read from its front.
+            with contextlib.suppress(InputError):
+                return self._advance(shard, key[1], block, *self.open.pop(key))
+        stream = _Counted(open_remote(self.folder, self.manifest.shards[shard].file))
+        return self._advance(shard, 0, block, stream, group_by_keys(tar_file_expander([{"url": "", "stream": stream}])))
+
+    def _advance(
+        self, shard: int, position: int, block: int, stream: _Counted, samples: Iterator[dict[str, Any]]
+    ) -> Block:
+        """The block from a stream whose next block is `position`. Keeps what is left of it."""
         url = address(self.folder, self.manifest.shards[shard].file)
-        position, stream, samples = self._stream(shard, block)
         try:
-            while True:
-                sample = next(samples)
-                if position == block:
-                    break
-                position += 1
+            for _ in range(position, block):
+                next(samples)
+            sample = next(samples)
             found = unpack(sample["tokens.npy"], sample["label.npy"], self.manifest, shard, block)
         except StopIteration:
+            stream.close()
             raise InputError(
                 f"{url} ends at byte {stream.byte}, before block {block} of {self.count(shard)}. Copy it again"
             ) from None
         except (KeyError, ValueError, EOFError, OSError, tarfile.TarError) as error:
-            raise _damage(url, f"block {block} before byte {stream.byte}", error) from error
-        if block + 1 < self.count(shard):
-            self.open[shard, block + 1] = stream, samples
-            while len(self.open) > self.most:
-                self.open.popitem(last=False)[1][0].close()
-        else:
             stream.close()
+            raise _damage(url, f"block {block} before byte {stream.byte}", error) from error
+        if block + 1 == self.count(shard):
+            stream.close()
+            return found
+        self.open[shard, block + 1] = stream, samples
+        while len(self.open) > self.most:
+            self.open.popitem(last=False)[1][0].close()
         return found
-
-    def _stream(self, shard: int, block: int) -> tuple[int, Any, Iterator[dict[str, Any]]]:
-        """The next block, its stream and what is left of it: one that was left just before, or a new one."""
-        waiting = [key for key in self.open if key[0] == shard and key[1] <= block]
-        if waiting:
-            key = max(waiting)
-            return key[1], *self.open.pop(key)
-        stream = _Counted(open_remote(self.folder, self.manifest.shards[shard].file))
-        return 0, stream, group_by_keys(tar_file_expander([{"url": "", "stream": stream}]))
 
 
 class PlainFiles(BlockFiles):

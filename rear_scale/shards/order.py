@@ -91,9 +91,8 @@ class LaneOrder(BatchOrder):
         offset = turn // self.buffer_samples * self.buffer_samples
         size = (lane_size - offset).clamp(max=self.buffer_samples)
         buffer_first = lane_first + offset
-        inside = rng.permuted_within(
-            self.seed, rng.Purpose.LANE_ORDER, epoch, buffer_first, turn - offset, size
-        )  # fmt: skip
+        purpose = rng.Purpose.LANE_ORDER
+        inside = rng.permuted_within(self.seed, purpose, epoch, buffer_first, turn - offset, size)
         return self._in_line(epoch, buffer_first + inside)
 
     def _count(self, end: Tensor | int, places: Tensor) -> Tensor:

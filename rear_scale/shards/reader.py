@@ -180,15 +180,14 @@ def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> 
     if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
         return read_manifest(folder)
     place = index_folder(folder, _cache_root(data.cache_dir))
-    return index_plain(
-        folder, tokenizer, place, on_error=data.on_error, max_skipped_share=data.max_skipped_share
-    )  # fmt: skip
+    limits = {"on_error": data.on_error, "max_skipped_share": data.max_skipped_share}
+    return index_plain(folder, tokenizer, place, **limits)
 
 
 def open_tokens(
     folder: str | Path,
     cache_dir: str | None = None,
-    say: Say = _quiet,
+    progress: Say = _quiet,
     manifest: Manifest | None = None,
     on_error: str = "raise",
     max_skipped_share: float = 0.0,
@@ -213,9 +212,9 @@ def open_tokens(
             if unpacked is None:
                 index = index_folder(folder, root) if manifest.layout == "plain" else None
                 files = open_blocks(folder, manifest, index)
-                unpacked = _unpack(files, whole, say, None if on_error == "raise" else max_skipped_share)
+                unpacked = _unpack(files, whole, progress, None if on_error == "raise" else max_skipped_share)
     for line in _lost_lines(unpacked):
-        say(line)
+        progress(line)
     return ResidentSet(
         manifest,
         _mapped(unpacked / "tokens.u16", (manifest.num_samples, manifest.num_tokens)),

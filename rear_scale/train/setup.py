@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.model.attention import choose_kernel
-from rear_scale.progress import say
+from rear_scale.progress import Say, say
 from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
 from rear_scale.shards.record import Manifest, read_codebook
 from rear_scale.tokenizer import open_tokenizer
@@ -26,16 +26,18 @@ class Data:
 
     def open(self, world: World) -> tuple[TokenSet, Tensor]:
         """Unpacks the shards on this node unless they are, or opens them for reading while training."""
-        # Damage that a stream meets is said by whichever rank meets it.
-        speaks = world.ranks.local_rank == 0 or self.cfg.data.mode == "stream"
-        return open_set(self.cfg.data, self.manifest, world.size, say if speaks else _silent), self.codebook
+        return open_set(self.cfg.data, self.manifest, world.size, self._report(world)), self.codebook
 
     def open_val(self, world: World) -> TokenSet:
-        """data.val, unpacked on this node."""
-        data = self.cfg.data
-        manifest = open_manifest(data.val, self.cfg.tokenizer, data)
-        report = say if world.ranks.local_rank == 0 else _silent
-        return open_tokens(data.val, data.cache_dir, say=report, manifest=manifest)
+        """The set of data.val, which is unpacked in either mode."""
+        folder = self.cfg.data.val
+        assert folder is not None
+        manifest = read_checked(self.cfg, folder)
+        return open_tokens(folder, self.cfg.data.cache_dir, self._report(world), manifest)
+
+    def _report(self, world: World) -> Say:
+        # Damage that a stream meets is said by whichever rank meets it.
+        return say if world.ranks.local_rank == 0 or self.cfg.data.mode == "stream" else _silent
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
