@@ -16,7 +16,7 @@ from pathlib import Path
 from rear_scale import config, world
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import load_config, open_source
+from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.progress import say
 
 EXIT_INPUT_ERROR = 2
@@ -83,6 +83,7 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
     found = open_source(args.checkpoint, args.config, args.overrides)
     cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=args.overrides)
+    check_overrides(found, cfg)
     return CheckpointCommand(cfg, args, world.discover(), found)
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from rear_scale.config import ExperimentConfig
 from rear_scale.interop.npz import write_samples
 from rear_scale.model import Generator, build_model
-from rear_scale.parallel.checkpoint import Checkpoint, load_weights
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
@@ -41,7 +42,7 @@ _WRITE_BLOCK = 500  # images
 def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
     model = build_model(cfg, with_heads=False)
-    load_weights(checkpoint, model)
+    load_generator_weights(checkpoint, model)
     if cfg.model.tie_codebook is not None:
         model.set_codebook(torch.from_numpy(read_codebook(cfg.data.train, read_manifest(cfg.data.train))))
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
