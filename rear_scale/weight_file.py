@@ -28,6 +28,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any
     part.replace(path)
 
 
+def find_weights(path: str | Path) -> Path:
+    """The weight file itself, where a path may name the folder of a published model."""
+    path = Path(path)
+    inside = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
+    return next((file for file in inside if file.is_file()), path)
+
+
 def read_weights(path: str | Path, kind: str, field: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Architecture and state dict of a file. `field` is the config key that names it in errors.
 

@@ -7,14 +7,16 @@ The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything e
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,6 +155,46 @@ class World:
         box = [item]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    @contextmanager
+    def alone(self, lock: Path, refusal: str) -> Iterator[None]:
+        """One job at a time: rank 0 holds a lock file. Raises InputError, on all ranks, when another process holds it.
+
+        When rank 0 raised alone, the errors of the others about its end would bury what it has to say.
+        """
+        with ExitStack() as stack:
+            error: Exception | None = None
+            if self.is_main:
+                try:
+                    stack.enter_context(locked(lock, refusal))
+                except (InputError, OSError) as raised:
+                    error = raised
+            if (error := self.from_main(error)) is not None:
+                raise error
+            yield
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock file, which is made with its folder and goes at the end. Raises InputError(refusal) when it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(path, "w")  # noqa: SIM115 - open for as long as the block runs
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(refusal) from None
+        except OSError:
+            break  # a file system without locks
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # its last holder has removed the file since it was opened here
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
 @contextmanager

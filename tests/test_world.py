@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import run_ranks
 
 from rear_scale.config import InputError
-from rear_scale.world import World, discover
+from rear_scale.world import World, discover, locked
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
@@ -79,3 +82,33 @@ def test_three_ranks_sum_gather_and_hear_rank_0() -> None:
         assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert heard == "from 0"
         assert threads == 1
+
+
+def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/.lock"
+    with locked(path, "mine"):
+        with pytest.raises(InputError, match="theirs"), locked(path, "theirs"):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with locked(path, "mine"), contextlib.suppress(KeyError), locked(tmp_path / "other", "x"):
+        raise KeyError
+    assert not list(tmp_path.rglob("*lock")) + list(tmp_path.glob("other"))
+
+
+def _refused(world: World, lock: Path) -> str:
+    try:
+        with world.alone(lock, "in use"):
+            return "entered"
+    except (InputError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_what_stops_rank_0_stops_all_ranks_with_the_same_words(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock", "never said"):
+        assert run_ranks(2, _refused, tmp_path / ".lock") == ["InputError: in use"] * 2
+    (tmp_path / "file").write_text("")
+    (error, same) = run_ranks(2, _refused, tmp_path / "file/.lock")
+    assert error == same
+    assert str(tmp_path / "file") in error
+    assert run_ranks(2, _refused, tmp_path / ".lock") == ["entered"] * 2

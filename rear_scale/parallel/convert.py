@@ -48,9 +48,8 @@ def convert(
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     if form == "portable":
-        write_portable(
-            out, found.step, _states(found), {name: found.meta[name] for name in ("config", "optimizer_step")}
-        )
+        kept = ("config", "optimizer_step", "tokenizer_sha256")
+        write_portable(out, found.step, _states(found), {name: found.meta[name] for name in kept if name in found.meta})
     elif form == "consolidated":
         write_consolidated(out, found)
     else:

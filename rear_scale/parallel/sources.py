@@ -96,6 +96,7 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         "step": head.get("step", 0),
         "optimizer_step": 0,
         "config": to_dict(cfg),
+        "tokenizer_sha256": head.get("tokenizer_sha256", ""),
         "files": [{"file": path.name, "sha256": file_sha256(_file_of(path))}],
     }
     _check_fits(tensors, cfg, str(path))
@@ -193,6 +194,7 @@ def write_consolidated(path: Path, source: Checkpoint) -> None:
     """One safetensors file of float32 weights by official names, with the config and step in its head."""
     read = source.reader("param")
     head = {"kind": _CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
+    head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
     write_tensors(path, {name: read(name) for name in source.names()}, head)
 
 

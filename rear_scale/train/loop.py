@@ -47,8 +47,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
     """
     run = RunFolder(cfg.run.dir)
     with ExitStack() as stack:
-        if world.is_main:
-            stack.enter_context(run.locked())
+        stack.enter_context(world.alone(*run.lock))
         found = checkpoint.newest(run.checkpoints, world, report=say)
         if found is None and cfg.train.init_from is not None:
             found = start.take_over(cfg, tokens, run, world)
@@ -174,6 +173,7 @@ def _save(
         "images_seen": step * cfg.train.global_batch_size,
         "config": to_dict(cfg),
         "data_fingerprint": tokens.manifest.fingerprint,
+        "tokenizer_sha256": tokens.manifest.tokenizer_sha256,
         "world_size": world.size,
         "versions": versions(),
         "commit": commit(),

@@ -65,6 +65,7 @@ def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: Wo
             "images_seen": released.step * cfg.train.global_batch_size,
             "config": to_dict(cfg),
             "data_fingerprint": tokens.manifest.fingerprint,
+            "tokenizer_sha256": tokens.manifest.tokenizer_sha256,
             "world_size": world.size,
             "versions": versions(),
             "commit": commit(),
