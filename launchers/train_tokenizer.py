@@ -2,7 +2,8 @@
 
     python launchers/train_tokenizer.py --config demo.yaml
 
-One process; the same command continues after a kill and leaves finished weights as they are.
+One process; the same command continues after a kill and leaves finished weights as they are. Other settings are refused
+while the weights are there.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 from rear_scale.shards.images import open_images
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.training import train_compact
+from rear_scale.tokenizer.training import check_same_training, train_compact
 from rear_scale.world import joined
 
 
@@ -32,11 +33,17 @@ def main() -> None:
             raise InputError(
                 f"the compact tokenizer trains in one process, but {world.size} were started. Use plain python"
             )
-        if Path(tokenizer.weights).exists():
-            open_tokenizer(tokenizer, world.device)
-            say(f"{tokenizer.weights} is complete")
-        else:
-            train_compact(tokenizer, images.load()[0], world.device)
+        path, pixels = Path(tokenizer.weights), images.load()[0]
+        with world.alone(
+            path.with_name(f".{path.name}.lock"),
+            f"tokenizer.weights={path} is being trained by another process. Wait for it, or set another file",
+        ):
+            if path.exists():
+                open_tokenizer(tokenizer, world.device)
+                check_same_training(tokenizer, pixels)
+                say(f"{path} is complete")
+            else:
+                train_compact(tokenizer, pixels, world.device)
 
 
 if __name__ == "__main__":

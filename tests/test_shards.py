@@ -184,6 +184,11 @@ def test_images_are_read_back_from_any_place(tmp_path: Path) -> None:
     assert sample["cls"] == 1000 % 3
 
 
+def test_a_set_without_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="index.json lists no images"):
+        write_images(tmp_path / "set", iter(()), 8, ["a"]).load()
+
+
 def test_damaged_images_are_named(tmp_path: Path) -> None:
     images = ((Image.fromarray(np.zeros((8, 8, 3), np.uint8)), 0) for _ in range(3))
     folder = write_images(tmp_path / "set", images, 8, ["a"]).folder

@@ -104,6 +104,14 @@ def _validate_model(cfg: ExperimentConfig) -> None:
     if cfg.tokenizer.training is not None:
         _positive(cfg, *(f"tokenizer.training.{n}" for n in ("steps", "batch_size", "lr", "channels")))
         _share("tokenizer.training.ema_decay", cfg.tokenizer.training.ema_decay)
+        steps = cfg.tokenizer.training.steps
+        _require(
+            0 <= cfg.tokenizer.training.continuous_steps < steps,
+            "tokenizer.training.continuous_steps",
+            cfg.tokenizer.training.continuous_steps,
+            f"must lie between 0 and tokenizer.training.steps={steps}: the codes are placed and used after them",
+            f"Use {steps // 4}, or more steps",
+        )
 
 
 def _validate_objective(cfg: ExperimentConfig) -> None:
