@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers import run_ranks
 
 from rear_scale.config import InputError
-from rear_scale.world import World, discover, locked
+from rear_scale.world import World, discover, joined, locked
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
@@ -57,6 +58,13 @@ def test_plain_python_in_a_batch_script_is_one_process() -> None:
     ("env", "expected"),
     [
         ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"RANK": "abc", "WORLD_SIZE": "4"}, "RANK=abc is not a whole number"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "RANK= is not a whole number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"},
+            "MASTER_PORT=x is not a whole number",
+        ),
+        ({**SRUN, "SLURM_PROCID": "one"}, "SLURM_PROCID=one is not a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "needs MASTER_ADDR and MASTER_PORT"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}, "is not a list such as"),
     ],
@@ -64,6 +72,17 @@ def test_plain_python_in_a_batch_script_is_one_process() -> None:
 def test_contradictions_are_named(env: dict[str, str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         discover(env)
+
+
+def test_an_empty_number_of_threads_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = discover({})
+    for text in ("", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        with joined(alone):
+            assert torch.get_num_threads() == (int(text) if text else len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    with pytest.raises(InputError, match="OMP_NUM_THREADS=all is not a whole number"), joined(alone):
+        pass
 
 
 def _collectives(world: World) -> tuple:

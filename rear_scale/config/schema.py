@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Something that a user can get wrong. The launchers print it as one line and exit with code 2."""
 
 
+class UnknownLength(InputError):
+    """A run in epochs of a set that is not there."""
+
+
 @dataclass
 class RunConfig:
     name: str = "run"  # names the run in logs and the default folder

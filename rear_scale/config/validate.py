@@ -57,6 +57,10 @@ def _share(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "must lie between 0 and 1", f"Set {name} to a share such as 0.1")
 
 
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((one for one in range(1, number + 1) if number % one == 0), key=lambda one: abs(one - wanted))
+
+
 def _validate_model(cfg: ExperimentConfig) -> None:
     model = cfg.model
     _positive(cfg, "model.depth", "model.width", "model.num_heads", "model.mlp_width", "model.num_classes")
@@ -66,7 +70,8 @@ def _validate_model(cfg: ExperimentConfig) -> None:
         "model.width",
         model.width,
         f"is not a multiple of model.num_heads={model.num_heads}",
-        f"Use width {model.width // model.num_heads * model.num_heads or model.num_heads} or another number of heads",
+        f"Use model.num_heads={_nearest_divisor(model.width, model.num_heads)}, or "
+        f"model.width={model.width // model.num_heads * model.num_heads or model.num_heads}",
     )
     for name in ("dropout", "attn_dropout", "embed_dropout"):
         value = getattr(model, name)
@@ -148,7 +153,7 @@ def _marks(section: str, start: float, end: float) -> None:
     """Where something falls: shares of the run up to 1, steps above 1."""
     for name, value in (("start", start), ("end", end)):
         _require(
-            value >= 0 and (value <= 1 or value == int(value)),
+            0 <= value < math.inf and (value <= 1 or value == int(value)),
             f"{section}.{name}",
             value,
             "is neither a share of the run (0 to 1) nor a whole number of steps",
