@@ -56,6 +56,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             _check_same_run(cfg, tokens, found)
         if done >= plan.last_step:
             if world.is_main:
+                if run.state() != "done":
+                    # Killed between the last checkpoint and its word for it.
+                    run.set_status("done", done, _why_done(plan))
                 say(f"{run.path} is complete: {done} of {plan.last_step} steps")
             return 0
         if world.is_main:
@@ -67,10 +70,11 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         except BaseException as error:
             if world.is_main:
                 run.set_status("failed", _last_step(run), f"{type(error).__name__}: {error}")
+                if isinstance(error, KeyboardInterrupt):
+                    say(f"stopped; the same command continues from step {_last_step(run)}")
             raise
         if world.is_main:
-            reason = f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
-            run.set_status("done", plan.last_step, reason)
+            run.set_status("done", plan.last_step, _why_done(plan))
         return plan.last_step - done
 
 
@@ -202,6 +206,10 @@ def _check_finite(grad_norm: float, statistics: Tensor, step: int, world: World)
             f"step {step}: the gradient norm is {grad_norm} (loss {statistics[0].item()} on rank {world.rank}). The update was "
             "not applied and the last checkpoint is intact. Lower optim.lr, or use train.precision=fp32"
         )
+
+
+def _why_done(plan: Plan) -> str:
+    return f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
 
 
 def _last_step(run: RunFolder) -> int:

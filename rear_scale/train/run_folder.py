@@ -64,6 +64,13 @@ class RunFolder:
             self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         )
 
+    def state(self) -> str | None:
+        """The state in status.json; None when it says none."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def cut_metrics(self, step: int) -> None:
         """Drops what was logged after a step, and a line that a kill left unfinished: every step appears once."""
         if not self.metrics.exists():
