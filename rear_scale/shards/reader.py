@@ -57,8 +57,12 @@ def open_tokens(
     # A folder of one's own: /tmp is shared, and a file that somebody else may write is not to be trusted.
     root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
     unpacked = root / manifest.fingerprint[:32]
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not cache_dir and root.lstat().st_uid != os.getuid():
+        raise InputError(
+            f"{root} belongs to another user, who could change what is read. Set data.cache_dir to a folder of your own"
+        )
     if not _is_complete(unpacked, manifest):
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(root / f"{unpacked.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_complete(unpacked, manifest):
@@ -161,7 +165,9 @@ class BatchOrder:
 def check_fits(
     manifest: Manifest, folder: str, *, codebook_size: int, num_tokens: int, codebook_dim: int, num_classes: int
 ) -> None:
-    """Raises InputError, naming both values, when shards were made for another tokenizer or other classes."""
+    """Raises InputError, naming both values, when shards were made for another tokenizer or other classes, or are empty."""
+    if manifest.num_samples == 0:
+        raise InputError(f"{folder} holds no samples. Make the shards again, or name another folder")
     for field, found, wanted in (
         ("tokenizer.codebook_size", manifest.codebook_size, codebook_size),
         ("tokenizer.num_tokens", manifest.num_tokens, num_tokens),
