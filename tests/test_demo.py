@@ -16,6 +16,7 @@ import pytest
 from helpers import ROOT, command_line, environment, launch
 
 from rear_scale.config import InputError
+from rear_scale.demo import report
 from rear_scale.demo.stages import FOLDER, Progress, Stage, stages
 from rear_scale.demo.summary import SCORES
 from rear_scale.world import locked
@@ -53,6 +54,37 @@ def test_a_start_does_not_touch_what_is_as_it_was(here: Path) -> None:
     assert (mark.stat().st_ino, mark.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     Progress(["b"])
     assert (FOLDER.with_name("demo.old1") / "stages/fingerprint").exists()
+
+
+def summary_of(rate: float) -> dict:
+    scores = dict.fromkeys(SCORES, 0.25)
+    ratios = {"ctr_train": {"mean": 0.75, "std": 0.0, "values": [0.75]}, "ctr_clean": 0.5}
+    return {
+        "seeds": [0],
+        "num_samples": 20,
+        "replace_rate": rate,
+        "ar": {**scores, **ratios},
+        "rear": scores,
+        "real": {},
+    }
+
+
+def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, draws and marks may be overridden, and what the figures show may be anything."""
+    result = {
+        "sample": {"guidance": {"schedule": "linear", "scale": 3}},
+        "tokens": {"val_noisy": {"draws": 5}},
+    }
+    section = report._scores(summary_of(0.35), result)
+    text = " ".join(section.text)
+    assert "with probability 0.35 by a random one, over 5 fixed draws" in text
+    assert "vanilla AR 0.750 against 0.500; reAR 0.250 against 0.250" in text
+    assert "correct token ratio, validation, 35% of the context replaced" in [row[0] for row in section.table.rows]
+    steps = [
+        {"step": n, "images_seen": n, "noise_max": max(0, 4 - n), "loss_ar": 1.0, "accuracy": 0.5} for n in range(1, 6)
+    ]
+    monkeypatch.setattr(report, "read_metrics", lambda run: steps)
+    assert "up to step 3 of 5" in " ".join(report._training(0).text)
 
 
 def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -12,7 +12,7 @@ from helpers import NUM_CLASSES, run_alone, run_ranks, tiny_config
 from PIL import Image
 from scipy.stats import chisquare
 
-from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig
+from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
@@ -38,6 +38,14 @@ def test_guidance_schedules_give_the_released_curves() -> None:
     linear = GuidanceConfig("linear", scale=3.0)
     assert [guidance_scale(step, 20, linear) for step in (0, 1, 19)] == pytest.approx([1.0, 1.15, 3.85])
     assert guidance_scale(7, 20, GuidanceConfig("constant", scale=4.0)) == 4.0
+
+
+@pytest.mark.parametrize(("schedule", "none"), [("constant", 1), ("power_cosine", 1), ("linear", 0)])
+def test_the_scale_that_is_said_to_be_none_is_none(schedule: str, none: int) -> None:
+    with pytest.raises(InputError, match=f"must not be negative. {none} = no guidance under .*={schedule}"):
+        load("demo.yaml", [f"sample.guidance.schedule={schedule}", "sample.guidance.scale=-1"])
+    scales = {guidance_scale(step, 16, GuidanceConfig(schedule, scale=none)) for step in range(16)}
+    assert scales == {1.0}
 
 
 def drawn_model(cfg: ExperimentConfig) -> Generator:

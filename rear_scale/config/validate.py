@@ -253,7 +253,8 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
         "sample.guidance.scale",
         sample.guidance.scale,
         "must not be negative",
-        "1 = no guidance",
+        f"{0 if sample.guidance.schedule == 'linear' else 1} = no guidance under sample.guidance.schedule="
+        f"{sample.guidance.schedule}",
     )
     _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
     _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")
