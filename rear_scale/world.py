@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,21 +170,27 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    @contextmanager
-    def alone(self, lock: Path, refusal: str) -> Iterator[None]:
-        """One job at a time: rank 0 holds a lock file. Raises InputError, on all ranks, when another process holds it.
+    def on_main(self, job: Callable[[], Any]) -> Any:
+        """What a job of rank 0 returns, on every rank; the InputError or OSError that it raises, on every rank too.
 
         When rank 0 raised alone, the errors of the others about its end would bury what it has to say.
         """
+        done, error = None, None
+        if self.is_main:
+            try:
+                done = job()
+            except (InputError, OSError) as raised:
+                error = raised
+        done, error = self.from_main((done, error))
+        if error is not None:
+            raise error
+        return done
+
+    @contextmanager
+    def alone(self, lock: Path, refusal: str) -> Iterator[None]:
+        """One job at a time: rank 0 holds a lock file. Raises InputError, on all ranks, when another process holds it."""
         with ExitStack() as stack:
-            error: Exception | None = None
-            if self.is_main:
-                try:
-                    stack.enter_context(locked(lock, refusal))
-                except (InputError, OSError) as raised:
-                    error = raised
-            if (error := self.from_main(error)) is not None:
-                raise error
+            self.on_main(lambda: stack.enter_context(locked(lock, refusal)))
             yield
 
 

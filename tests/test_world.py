@@ -115,6 +115,24 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*lock")) + list(tmp_path.glob("other"))
 
 
+def _of_rank_0(world: World, error: Exception | None) -> object:
+    def job() -> str:
+        assert world.is_main
+        if error is not None:
+            raise error
+        return "result"
+
+    try:
+        return world.on_main(job)
+    except (InputError, OSError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+
+
+def test_a_job_of_rank_0_ends_alike_on_all_ranks() -> None:
+    assert run_ranks(2, _of_rank_0, None) == ["result"] * 2
+    assert run_ranks(2, _of_rank_0, InputError("no")) == ["InputError: no"] * 2
+
+
 def _refused(world: World, lock: Path) -> str:
     try:
         with world.alone(lock, "in use"):

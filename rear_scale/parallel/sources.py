@@ -140,10 +140,10 @@ def _another(folder: Path) -> str:
 
 def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
     """Raises InputError when `cfg`, the config of a source with overrides, asks for another model than its weights are."""
-    before, now = leaves(found.meta["config"]), leaves(to_dict(cfg))
+    # A field that the checkpoint does not know had its default's effect.
+    before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(found.meta["config"])}, leaves(to_dict(cfg))
     for key in sorted(now):
-        fixed = key.startswith(_FIXED_BY_WEIGHTS) and key not in _FREE
-        if fixed and key in before and before[key] != now[key]:
+        if key.startswith(_FIXED_BY_WEIGHTS) and key not in _FREE and before[key] != now[key]:
             raise InputError(
                 f"{key}={now[key]}, but {found.path} was trained with {key}={before[key]}: its weights are for that. "
                 f"Leave {key} out, or name another checkpoint"
