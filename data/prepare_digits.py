@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from rear_scale import cli
 from rear_scale.shards.images import write_images
 
 IMAGE_SIZE = 24
@@ -49,4 +50,4 @@ def enlarge(scan: np.ndarray) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

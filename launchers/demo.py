@@ -13,8 +13,10 @@ import shlex
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.demo.report import write_report
-from rear_scale.demo.stages import Progress, stages
+from rear_scale.demo.stages import FOLDER, Progress, stages
 from rear_scale.demo.summary import print_table, write_summary
+from rear_scale.progress import say
+from rear_scale.world import locked
 
 
 def main() -> None:
@@ -32,11 +34,18 @@ def main() -> None:
     if args.dry_run:
         print("\n".join(shlex.join(stage.command) for stage in planned))
         return
-    progress = Progress(args.overrides)
-    for number, stage in enumerate(planned, start=1):
-        progress.run(stage, number, len(planned))
-    summary = write_summary(seeds)
-    print_table(summary, write_report(summary, planned, progress))
+    in_use = f"{FOLDER} is in use by another demo. Wait for it, or start in another folder"
+    # Beside the folder, which is moved when it was made by other settings.
+    with locked(FOLDER.with_name(f".{FOLDER.name}.lock"), in_use):
+        progress = Progress(args.overrides)
+        for number, stage in enumerate(planned, start=1):
+            try:
+                progress.run(stage, number, len(planned))
+            except KeyboardInterrupt:
+                say(f"stopped; the same command continues with stage {number} of {len(planned)}, {stage.title}")
+                raise
+        summary = write_summary(seeds)
+        print_table(summary, write_report(summary, planned, progress))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 8 launchers/sample.py --checkpoint runs/rear_xl sample.num_images=50000
 
-Writes an ADM .npz (arr_0: uint8 [n, S, S, 3], label: int64 [n]) with a grid, the token ids and the settings beside it.
+Writes an ADM .npz (arr_0: uint8 [n, S, S, 3], label: int64 [n]) with a grid, the token ids and the settings beside it; for a
+tokenizer whose images are not decoded here, token ids and settings alone.
 The same command continues after a kill. Image i is the same for any number of ranks.
 """
 
 from pathlib import Path
 
 from rear_scale import cli
-from rear_scale.sample.job import default_output, sample_images
+from rear_scale.sample.job import check_output, default_output, sample_images
 from rear_scale.world import joined
 
 
@@ -19,6 +20,8 @@ def main() -> None:
         "--out", type=Path, metavar="FILE.npz", help="default: RUN/samples/, named by step and settings"
     )
     command = cli.parse_checkpoint(parser)
+    if command.args.out is not None:
+        check_output(command.args.out)
     if command.args.dry_run:
         cli.show_paths(command, inputs=("tokenizer.weights",), outputs=())
         return

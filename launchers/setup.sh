@@ -55,6 +55,10 @@ install pip setuptools wheel
 install torch
 DS_BUILD_OPS=0 install --no-build-isolation deepspeed
 install --no-build-isolation --editable '.[demo,test,wandb]'
-.venv/bin/python -m pip check --disable-pip-version-check >>"$log"
+.venv/bin/python -m pip check --disable-pip-version-check >>"$log" 2>&1 || {
+    tail -n 5 "$log" >&2
+    echo "error: the packages in .venv do not fit together (see above). Remove .venv and run the same command again." >&2
+    exit 1
+}
 
 echo "$wanted" >.venv/installed

@@ -3,7 +3,8 @@
     python launchers/train_tokenizer.py --config demo.yaml
 
 The images are a folder of class folders or of WebDataset tars; of each, ADM's centre crop at tokenizer.image_size is taken.
-One process; the same command continues after a kill and leaves finished weights as they are.
+One process; the same command continues after a kill and leaves finished weights as they are. Other settings are refused
+while the weights are there.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 from rear_scale.shards.sources import check_size, load_crops, open_source
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.training import train_compact
+from rear_scale.tokenizer.training import check_same_training, train_compact
 from rear_scale.world import joined
 
 
@@ -34,14 +35,20 @@ def main() -> None:
             raise InputError(
                 f"the compact tokenizer trains in one process, but {world.size} were started. Use plain python"
             )
-        if Path(tokenizer.weights).exists():
-            open_tokenizer(tokenizer, world.device)
-            say(f"{tokenizer.weights} is complete")
-        else:
-            images, skipped = load_crops(source, tokenizer.image_size)
-            for name, reason in skipped:
-                say(f"skipped {name}: {reason}")
-            train_compact(tokenizer, images, world.device)
+        path = Path(tokenizer.weights)
+        pixels, skipped = load_crops(source, tokenizer.image_size)
+        for name, reason in skipped:
+            say(f"skipped {name}: {reason}")
+        with world.alone(
+            path.with_name(f".{path.name}.lock"),
+            f"tokenizer.weights={path} is being trained by another process. Wait for it, or set another file",
+        ):
+            if path.exists():
+                open_tokenizer(tokenizer, world.device)
+                check_same_training(tokenizer, pixels)
+                say(f"{path} is complete")
+            else:
+                train_compact(tokenizer, pixels, world.device)
 
 
 if __name__ == "__main__":

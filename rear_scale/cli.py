@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -16,11 +17,14 @@ from pathlib import Path
 from rear_scale import config, world
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import load_config, open_source
+from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.progress import say
 
 EXIT_INPUT_ERROR = 2
 _RANK_0_SPEAKS_FIRST_S = 10.0
+# What a file system says to a path that a user chose.
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.ENOSPC, errno.EDQUOT)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,12 @@ def parse(parser: argparse.ArgumentParser) -> Command:
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
-    return Command(load_config(args.config, args.overrides), args, world.discover())
+    command = Command(load_config(args.config, args.overrides), args, world.discover())
+    # Where both are there, the file of the current folder is meant.
+    path, known = Path(args.config), config.CONFIG_DIR / args.config
+    if command.ranks.rank == 0 and path.is_file() and known.is_file() and not path.samefile(known):
+        say(f"--config {args.config}: {path.resolve()}, not the file of that name in {config.CONFIG_DIR}")
+    return command
 
 
 def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
@@ -83,6 +92,7 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
     found = open_source(args.checkpoint, args.config, args.overrides)
     cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=args.overrides)
+    check_overrides(found, cfg)
     return CheckpointCommand(cfg, args, world.discover(), found)
 
 
@@ -110,14 +120,14 @@ def run(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         code = EXIT_INPUT_ERROR
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0":
-            say(f"error: {error}")
+        _say_error(str(error))
+    except OSError as error:
+        code = 1
+        if error.errno in _UNUSABLE:
+            code = EXIT_INPUT_ERROR
+            _say_error(f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or name another place")
         else:
-            # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say,
-            # the error is this rank's own.
-            time.sleep(_RANK_0_SPEAKS_FIRST_S)
-            say(f"error on rank {rank}: {error}")
+            traceback.print_exc()
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:
@@ -130,6 +140,17 @@ def run(main: Callable[[], None]) -> None:
     # Not through the interpreter's own end: engines keep process groups alive into it, and gloo's threads then abort
     # the process now and then after its work is done (exit code -6).
     os._exit(code)
+
+
+def _say_error(line: str) -> None:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if not rank.isdecimal() or int(rank) == 0:
+        say(f"error: {line}")
+        return
+    # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say, the
+    # error is this rank's own.
+    time.sleep(_RANK_0_SPEAKS_FIRST_S)
+    say(f"error on rank {rank}: {line}")
 
 
 def _end_with_launcher() -> None:

@@ -18,9 +18,18 @@ from rear_scale.config import InputError
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def write_weights(path: Path, model: nn.Module, kind: str, architecture: dict[str, Any]) -> None:
-    """Writes a model in one piece. The same weights give the same bytes."""
-    write_tensors(path, model.state_dict(), {"kind": kind, "architecture": architecture})
+def write_weights(
+    path: Path, model: nn.Module, kind: str, architecture: dict[str, Any], training: dict[str, Any] | None = None
+) -> None:
+    """Writes a model in one piece. The same weights and settings of their training give the same bytes."""
+    head = {"kind": kind, "architecture": architecture}
+    write_tensors(path, model.state_dict(), head if training is None else {**head, "training": training})
+
+
+def read_training(path: str | Path) -> dict[str, Any]:
+    """What a file that `read_weights` reads says of its training; empty when it says nothing."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["rear_scale"]).get("training", {})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any] | None) -> None:

@@ -7,14 +7,16 @@ The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything e
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,34 +46,35 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
     Raises InputError when the variables contradict each other.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        world_size = int(env["WORLD_SIZE"])
+        world_size = _whole(env, "WORLD_SIZE")
         ranks = Ranks(
-            rank=int(env["RANK"]),
-            local_rank=int(env.get("LOCAL_RANK", 0)),
+            rank=_whole(env, "RANK"),
+            local_rank=_whole(env, "LOCAL_RANK", default=0),
             world_size=world_size,
             # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size),
+            local_world_size=_whole(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
             master_addr=env.get("MASTER_ADDR"),
-            master_port=int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None,
+            master_port=_whole(env, "MASTER_PORT", default=0) or None,
             launcher="environment",
         )
     # SLURM_STEP_ID is there in tasks of srun alone: a batch script that starts plain python is one process.
     elif (
         "SLURM_PROCID" in env
         and "SLURM_STEP_ID" in env
-        and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))) > 1
+        and _whole(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1) > 1
     ):
-        world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+        world_size = _whole(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
         ranks = Ranks(
-            rank=int(env["SLURM_PROCID"]),
-            local_rank=int(env["SLURM_LOCALID"]),
+            rank=_whole(env, "SLURM_PROCID"),
+            local_rank=_whole(env, "SLURM_LOCALID"),
             world_size=world_size,
             local_world_size=_slurm_local_tasks(env, world_size),
             master_addr=env.get("MASTER_ADDR") or _first_slurm_host(env),
             # Any fixed function of the job will do: every task must find the same port without asking.
-            master_port=int(
-                env.get("MASTER_PORT")
-                or 20_000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20_000 + int(env["SLURM_STEP_ID"]) % 7
+            master_port=_whole(
+                env,
+                "MASTER_PORT",
+                default=20_000 + _whole(env, "SLURM_JOB_ID", default=0) * 7 % 20_000 + _whole(env, "SLURM_STEP_ID") % 7,
             ),
             launcher="slurm",
         )
@@ -88,6 +91,19 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
     return ranks
 
 
+def _whole(env: Mapping[str, str], *names: str, default: int | None = None) -> int:
+    """The whole number in the first variable that is set and not empty. Raises InputError for anything else in it."""
+    name = next((name for name in names if env.get(name)), None)
+    if name is None and default is not None:
+        return default
+    text = env.get(name or names[0], "")
+    if not text.strip().isdecimal():
+        raise InputError(
+            f"{name or names[0]}={text} is not a whole number. Unset it, or use torchrun, deepspeed or srun, which set it"
+        )
+    return int(text)
+
+
 def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
     """Tasks on this node, from a list such as "8(x3),4" over the nodes of the step."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
@@ -97,7 +113,7 @@ def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
         if match is None:
             raise InputError(f"SLURM_TASKS_PER_NODE={text} is not a list such as 8(x2),4. Start the job with srun")
         per_node += [int(match[1])] * int(match[2] or 1)
-    return per_node[min(int(env.get("SLURM_NODEID", 0)), len(per_node) - 1)]
+    return per_node[min(_whole(env, "SLURM_NODEID", default=0), len(per_node) - 1)]
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
@@ -161,6 +177,52 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def on_main(self, job: Callable[[], Any]) -> Any:
+        """What a job of rank 0 returns, on every rank; the InputError or OSError that it raises, on every rank too.
+
+        When rank 0 raised alone, the errors of the others about its end would bury what it has to say.
+        """
+        done, error = None, None
+        if self.is_main:
+            try:
+                done = job()
+            except (InputError, OSError) as raised:
+                error = raised
+        done, error = self.from_main((done, error))
+        if error is not None:
+            raise error
+        return done
+
+    @contextmanager
+    def alone(self, lock: Path, refusal: str) -> Iterator[None]:
+        """One job at a time: rank 0 holds a lock file. Raises InputError, on all ranks, when another process holds it."""
+        with ExitStack() as stack:
+            self.on_main(lambda: stack.enter_context(locked(lock, refusal)))
+            yield
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock file, which is made with its folder and goes at the end. Raises InputError(refusal) when it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(path, "w")  # noqa: SIM115 - open for as long as the block runs
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(refusal) from None
+        except OSError:
+            break  # a file system without locks
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # its last holder has removed the file since it was opened here
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+
 
 @contextmanager
 def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float = 1800) -> Iterator[World]:
@@ -211,9 +273,8 @@ def _device(ranks: Ranks) -> torch.device:
 
 def _share_of_cores(ranks: Ranks) -> int:
     """Threads of this rank. More threads than cores on a machine are several times slower."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+    share = max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+    return max(1, _whole(os.environ, "OMP_NUM_THREADS", default=share))
 
 
 def end_with_parent(number: int) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from rear_scale import config
-from rear_scale.config import InputError, to_dict
+from rear_scale import cli, config
+from rear_scale.config import InputError, to_dict, to_yaml
 from rear_scale.config.values import leaves
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.train import dry_run
@@ -92,6 +95,108 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path: Path) -> None:
 )
 def test_errors_name_field_value_and_rule(override: str, expected: str) -> None:
     assert expected in error_of("rear_xl.yaml", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.noise.start=inf", "objective.noise.start=inf is neither a share of the run"),
+        ("objective.noise.end=nan", "objective.noise.end=nan is neither a share of the run"),
+        ("run=foo", "run=foo in .* is a single value, but run is a section. Set its fields: run.FIELD=VALUE"),
+        ("evaluate.classifier=3", "evaluate.classifier=3 .* is a section"),
+        ("optim.betas=0.9", "optim.betas=0.9 is of the wrong type: it takes a list of numbers"),
+        ("optim.betas=[a,b]", r"optim.betas\[0\]=a is of the wrong type: it takes a number"),
+        ("run.name=${oops}", "run.name=.*oops.* refers to what is not there"),
+        ("model.num_heads=7", "is not a multiple of model.num_heads=7. Use model.num_heads=8, or model.width=1274"),
+        ("model.num_heads=19", "Use model.num_heads=20, or model.width=1273"),
+    ],
+)
+def test_odd_values_are_one_line_too(override: str, expected: str) -> None:
+    assert re.search(expected, error_of("rear_xl.yaml", override))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"model: {depth: 3\n", "is not valid YAML (line 2"),
+        (b'run: {name: "\xff"}\n', "is not UTF-8 text"),
+        (b"defaults: [demo, _self_]\noptim: {lr: '${oops}'}\n", "optim.lr=${oops} refers to what is not there"),
+        (b"defaults: [demo, _self_]\nmodel: 3\n", "model=3 in"),
+        (b"defaults: [demo, _self_]\nmodel:\n", "model=null in"),
+        (b"defaults: [mine, _self_]\n", "its defaults lead back to themselves"),
+        (b"- a\n", "must be a DictConfig"),
+        (b"", "tokenizer.name is not set in"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, text: bytes, expected: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(text)
+    message = error_of(str(tmp_path / "mine.yaml"))
+    assert expected in message
+    assert "mine.yaml" in message
+
+
+def test_a_file_that_hides_the_one_it_builds_on_is_named(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("defaults: [demo, _self_]\n")
+    assert "since demo.yaml in" in error_of(str(tmp_path / "demo.yaml"))
+
+
+def test_of_two_files_of_a_name_the_one_in_use_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["launcher", "--config", "demo.yaml"])
+    assert cli.parse(cli.make_parser("")).cfg.run.name == "demo_rear"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "demo.yaml").write_text(to_yaml(config.load("demo.yaml", ["run.name=mine"])))
+    assert cli.parse(cli.make_parser("")).cfg.run.name == "mine"
+    assert f"--config demo.yaml: {tmp_path / 'demo.yaml'}, not the file" in capsys.readouterr().err
+
+
+def test_the_project_may_lie_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "a=(b), 'c'"
+    shutil.copytree(config.CONFIG_DIR, odd)
+    monkeypatch.setattr(sys.modules["rear_scale.config.load"], "CONFIG_DIR", odd)
+    (tmp_path / "mine.yaml").write_text("defaults: [demo, _self_]\n")
+    for name in (str(tmp_path / "mine.yaml"), "demo.yaml"):
+        assert config.load(name, ["strategy=ddp"]).strategy.name == "ddp"
+
+
+def test_a_section_is_overridden_alike_in_files_and_checkpoints(tmp_path: Path) -> None:
+    """As a user sees it: what the override names changes, the rest of the section stays."""
+    cfg = config.load("rear_l.yaml")
+    (tmp_path / "saved.yaml").write_text(to_yaml(cfg))
+    for text in ("sample.guidance={scale: 3}", "train={epochs: 2}", "strategy=ddp"):
+        changed = config.load("rear_l.yaml", [text])
+        assert changed != cfg
+        assert config.from_dict(to_dict(cfg), "saved", [text]) == changed
+        assert config.load(str(tmp_path / "saved.yaml"), [text]) == changed
+    guidance = config.load("rear_l.yaml", ["sample.guidance={scale: 3}"]).sample.guidance
+    assert (guidance.schedule, guidance.scale, guidance.power) == ("power_cosine", 3.0, cfg.sample.guidance.power)
+
+
+def test_a_choice_on_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "defaults: [demo, _self_]\nstrategy: {name: single}\nobjective: {noise: {max: 0.5}, heads: {hidden: 7}}\n"
+    )
+    assert config.load(str(path)).strategy.name == "single"
+    cfg = config.load(str(path), ["strategy=ddp", "objective=ar"])
+    assert (cfg.strategy.name, cfg.objective.noise.max) == ("ddp", 0.0)
+    # What the choice says nothing of stays, and what comes after it wins over it.
+    assert cfg.objective.heads.hidden == 7
+    assert config.load(str(path), ["strategy=ddp", "strategy.name=zero2"]).strategy.name == "zero2"
+    assert config.load(str(path), ["strategy.name=zero2", "strategy=ddp", "strategy=zero3"]).strategy.name == "zero3"
+
+
+def test_a_dry_run_without_data_says_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["train.epochs=400", "data.assumed_images=null", "data.train=nowhere"]
+    dry_run.show(config.load("rear_xl.yaml", overrides), ALONE)
+    text = capsys.readouterr().out
+    assert "not found: data.train=nowhere" in text
+    assert "run length: train.epochs=400.0 needs the number of images" in text
+    assert "955,425,024" in text
+    with pytest.raises(InputError, match="is not a multiple of"):
+        dry_run.show(config.load("rear_xl.yaml", [*overrides, "train.micro_batch_size=7"]), ALONE)
 
 
 def test_an_unknown_config_lists_the_known_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import time
@@ -12,12 +13,122 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command_line, environment, launch
+from helpers import ROOT, command_line, environment, launch
 
-from rear_scale.demo.stages import stages
+from rear_scale.config import InputError
+from rear_scale.demo import report
+from rear_scale.demo.stages import FOLDER, Progress, Stage, stages
 from rear_scale.demo.summary import SCORES
+from rear_scale.world import locked
 
 SHORT = ["train.total_steps=6", "checkpoint.every_steps=2"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def a_stage(product: Path) -> Stage:
+    """Each run of it adds a line to its product."""
+    code = f"import pathlib; open({str(product)!r}, 'a').write('x')"
+    return Stage("one", "make one", ["python", "-c", code], product)
+
+
+def test_a_stage_without_its_product_is_run_again(here: Path) -> None:
+    stage = a_stage(Path("product"))
+    for expected in ("x", "x"):
+        Progress([]).run(stage, 1, 1)
+        assert stage.product.read_text() == expected
+    stage.product.unlink()
+    Progress([]).run(stage, 1, 1)
+    assert stage.product.read_text() == "x"
+
+
+def test_a_start_does_not_touch_what_is_as_it_was(here: Path) -> None:
+    Progress(["a"])
+    mark = FOLDER / "stages/fingerprint"
+    before = mark.stat()
+    Progress(["a"])
+    assert (mark.stat().st_ino, mark.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    Progress(["b"])
+    assert (FOLDER.with_name("demo.old1") / "stages/fingerprint").exists()
+
+
+def summary_of(rate: float) -> dict:
+    scores = dict.fromkeys(SCORES, 0.25)
+    ratios = {"ctr_train": {"mean": 0.75, "std": 0.0, "values": [0.75]}, "ctr_clean": 0.5}
+    return {
+        "seeds": [0],
+        "num_samples": 20,
+        "replace_rate": rate,
+        "ar": {**scores, **ratios},
+        "rear": scores,
+        "real": {},
+    }
+
+
+def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, draws and marks may be overridden, and what the figures show may be anything."""
+    result = {
+        "sample": {"guidance": {"schedule": "linear", "scale": 3}},
+        "tokens": {"val_noisy": {"draws": 5}},
+    }
+    section = report._scores(summary_of(0.35), result)
+    text = " ".join(section.text)
+    assert "with probability 0.35 by a random one, over 5 fixed draws" in text
+    assert "vanilla AR 0.750 against 0.500; reAR 0.250 against 0.250" in text
+    assert "correct token ratio, validation, 35% of the context replaced" in [row[0] for row in section.table.rows]
+    steps = [
+        {"step": n, "images_seen": n, "noise_max": max(0, 4 - n), "loss_ar": 1.0, "accuracy": 0.5} for n in range(1, 6)
+    ]
+    monkeypatch.setattr(report, "read_metrics", lambda run: steps)
+    assert "up to step 3 of 5" in " ".join(report._training(0).text)
+
+
+def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
+    runpy.run_path(str(ROOT / "launchers/demo.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.depht=3", "did you mean model.depth"),
+        ("train.global_batch_size=63", "is not a multiple of"),
+        ("strategy=single", "strategy=single runs one process"),
+    ],
+)
+def test_wrong_arguments_leave_good_results_where_they_are(
+    here: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: str
+) -> None:
+    Progress(SHORT)
+    with pytest.raises(InputError, match=expected):
+        demo(monkeypatch, override)
+    assert [path.name for path in (here / "runs").iterdir()] == ["demo"]
+
+
+def test_a_second_demo_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        locked(Path("runs/.demo.lock"), "never said"),
+        pytest.raises(InputError, match="runs/demo is in use by another demo"),
+    ):
+        demo(monkeypatch)
+    assert not list((here / "runs").iterdir())
+
+
+def test_ctrl_c_names_the_stage_that_is_next(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Progress, stage: Stage, number: int, total: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo(monkeypatch)
+    assert "the same command continues with stage 2 of 10, train the tokenizer" in capsys.readouterr().err
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -100,7 +211,7 @@ def test_a_stage_that_fails_is_named_and_can_be_repeated(tmp_path: Path) -> None
     (tmp_path / "runs/demo/images/train").write_text("in the way")
     result = launch("python", "launchers/demo.py", cwd=tmp_path)
     assert result.returncode == 2
-    assert "error: the stage 'digits as image shards' failed with exit code 1" in result.stderr
+    assert "error: the stage 'digits as image shards' failed with exit code 2" in result.stderr
 
 
 @pytest.mark.long

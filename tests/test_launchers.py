@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,9 +14,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import BIN, ROOT, TIMES, command_line, environment, launch, metrics, tiny_config_file
+from helpers import (
+    BIN,
+    ROOT,
+    TIMES,
+    command_line,
+    environment,
+    launch,
+    metrics,
+    run_alone,
+    tiny_config,
+    tiny_config_file,
+)
 
-from rear_scale.world import free_port
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import discover, free_port
 
 TRAIN = "launchers/train.py"
 
@@ -140,14 +153,59 @@ def test_deepspeed_needs_no_compiler(tmp_path: Path, tokens: Path) -> None:
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_dry_run_of_a_large_config_is_quick_and_small() -> None:
+def test_dry_run_of_a_large_config_is_quick_and_small(tmp_path: Path) -> None:
     started = time.monotonic()
-    result = launch("python", TRAIN, "--config", "rear_xl.yaml", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert "not found: data.train" in result.stdout
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            command_line("python", TRAIN, "--config", "rear_xl.yaml", "--dry-run"),
+            stdout=out,
+            env=environment(),
+            cwd=ROOT,
+        )
+        # Of this child alone: RUSAGE_CHILDREN would give the largest of all so far.
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert "not found: data.train" in (tmp_path / "out").read_text()
     assert time.monotonic() - started < 20
-    # Of all children so far; none of them may have needed more.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20
+    assert usage.ru_maxrss < 2 * 2**20
+
+
+@pytest.mark.parametrize("launcher", ["sample", "evaluate"])
+def test_dry_runs_of_a_checkpoint_change_nothing(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    cfg = tiny_config(
+        tmp_path, tokens, "strategy=single", "train.total_steps=1", f"tokenizer.weights={tmp_path / 'none'}"
+    )
+    data = setup.check_data(cfg, discover({}))
+    run_alone(lambda world: train(cfg, data.plan, world, *data.open(world), Hooks()))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["launcher", "--checkpoint", "run", "sample.seed=7", "--dry-run"])
+    runpy.run_path(str(ROOT / f"launchers/{launcher}.py"))["main"]()
+    out = capsys.readouterr().out
+    assert f"not found: tokenizer.weights={tmp_path / 'none'}" in out
+    assert "seed: 7" in out
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_packages_that_do_not_fit_are_said(tmp_path: Path) -> None:
+    """With an environment whose python does all that it is asked but for one thing."""
+    for name in ("launchers/setup.sh", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *"pip check"*) echo "torch 1 needs that 2"; exit 1;; esac\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", tmp_path / "launchers/setup.sh"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 1
+    assert "torch 1 needs that 2" in result.stderr
+    assert "error: the packages in .venv do not fit together" in result.stderr
+    assert not (tmp_path / ".venv/installed").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,20 @@ from helpers import NUM_CLASSES, run_alone, run_ranks, tiny_config
 from PIL import Image
 from scipy.stats import chisquare
 
-from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig
+from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
+from rear_scale.parallel.convert import convert
+from rear_scale.parallel.sources import open_source
 from rear_scale.sample import job
 from rear_scale.sample.decode import CachedDecoding, Decoder
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
+from rear_scale.shards.record import file_sha256, read_manifest, write_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
-from rear_scale.world import World, discover
+from rear_scale.world import World, discover, locked
 
 POWER_COSINE = GuidanceConfig("power_cosine", scale=10.0, power=1.75)
 
@@ -33,6 +38,14 @@ def test_guidance_schedules_give_the_released_curves() -> None:
     linear = GuidanceConfig("linear", scale=3.0)
     assert [guidance_scale(step, 20, linear) for step in (0, 1, 19)] == pytest.approx([1.0, 1.15, 3.85])
     assert guidance_scale(7, 20, GuidanceConfig("constant", scale=4.0)) == 4.0
+
+
+@pytest.mark.parametrize(("schedule", "none"), [("constant", 1), ("power_cosine", 1), ("linear", 0)])
+def test_the_scale_that_is_said_to_be_none_is_none(schedule: str, none: int) -> None:
+    with pytest.raises(InputError, match=f"must not be negative. {none} = no guidance under .*={schedule}"):
+        load("demo.yaml", [f"sample.guidance.schedule={schedule}", "sample.guidance.scale=-1"])
+    scales = {guidance_scale(step, 16, GuidanceConfig(schedule, scale=none)) for step in range(16)}
+    assert scales == {1.0}
 
 
 def drawn_model(cfg: ExperimentConfig) -> Generator:
@@ -167,6 +180,96 @@ def test_other_settings_are_another_job(tmp_path: Path, tokens: Path) -> None:
     run_alone(_sample, cfg, found, output)
     assert output.read_bytes() != before
     assert job.default_output(cfg, found) != job.default_output(prepared(tmp_path, tokens)[0], found)
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path: Path, tokens: Path) -> None:
+    folder = Path(shutil.copytree(tokens, tmp_path / "tokens"))
+    cfg, _ = prepared(tmp_path, folder)
+    manifest = read_manifest(folder)
+    made = file_sha256(tmp_path / "weights")
+    write_manifest(folder, dataclasses.replace(manifest, tokenizer_sha256=made))
+    shutil.rmtree(tmp_path / "run")
+    cfg, found = prepared(tmp_path, folder)
+    assert found.meta["tokenizer_sha256"] == made
+    other = CompactTokenizer(16, 32, 8, 16)
+    other.codes.normal_()
+    other.save(tmp_path / "other")
+    cfg.tokenizer.weights = str(tmp_path / "other")
+    given = file_sha256(tmp_path / "other")
+    for source in (found, _as_one_file(tmp_path)):
+        with pytest.raises(
+            InputError, match=f"has sha256 {given[:12]}, but .* trained on tokens of a file with {made[:12]}"
+        ):
+            run_alone(_sample, cfg, source, tmp_path / "samples.npz")
+    assert not list(tmp_path.glob("*samples*"))
+    cfg.tokenizer.weights = str(tmp_path / "weights")
+    run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+
+
+def _as_one_file(folder: Path) -> checkpoint.Checkpoint:
+    convert(folder / "run", None, [], "consolidated", folder / "all.safetensors")
+    return open_source(folder / "all.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (None, "tokenizer.weights is not set"),
+        ("/nowhere", "not found: tokenizer.weights=/nowhere"),
+        (".", r"tokenizer.weights=\. cannot be read"),
+    ],
+)
+def test_weights_that_are_not_there_are_named_before_a_job_has_a_name(
+    tmp_path: Path, tokens: Path, weights: str | None, expected: str
+) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    cfg.tokenizer.weights = weights
+    with pytest.raises(InputError, match=expected):
+        job.default_output(cfg, found)
+
+
+@pytest.mark.parametrize("name", ["y.json", "x.png", "y", "folder", "folder.npz"])
+def test_an_output_that_would_be_overwritten_or_lost_is_refused(tmp_path: Path, tokens: Path, name: str) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    output = tmp_path / name
+    if name.startswith("folder"):
+        output.mkdir()
+    with pytest.raises(InputError, match=r"Use --out .*\.npz"):
+        run_alone(_sample, cfg, found, output)
+    assert output.is_dir() or not output.exists()
+
+
+def test_without_a_decoder_the_samples_are_token_ids(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    run_alone(_sample, cfg, found, tmp_path / "images.npz")
+    cfg.tokenizer.name, cfg.tokenizer.weights = "vqplus", None
+    output = tmp_path / "ids.npz"
+    run_alone(_sample, cfg, found, output)
+    assert "as token ids alone: the images of tokenizer.name=vqplus are not decoded here" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("ids*")) == ["ids.json", "ids.tokens.npy"]
+    ids = (tmp_path / "ids.tokens.npy").read_bytes()
+    assert ids == (tmp_path / "images.tokens.npy").read_bytes()
+    run_alone(_sample, cfg, found, output)
+    assert "ids.tokens.npy is complete" in capsys.readouterr().err
+
+
+def test_two_jobs_of_one_output_do_not_meet(tmp_path: Path, tokens: Path) -> None:
+    """Every rank of the second one says the same, so that nothing buries it; the first goes on."""
+    cfg, found = prepared(tmp_path, tokens)
+    output = tmp_path / "samples.npz"
+    with locked(tmp_path / ".samples.npz.lock", "never said"):
+        messages = run_ranks(2, _refusal, cfg, found, output)
+    assert messages == [f"{output} is being written by another process. Wait for it, or write elsewhere with --out"] * 2
+    assert not list(tmp_path.glob("*samples*"))
+    run_alone(_sample, cfg, found, output)
+
+
+def _refusal(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        job.sample_images(cfg, found, world, output)
+    return str(caught.value)
 
 
 def test_units_cover_every_image_once_class_by_class() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -113,6 +116,44 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert "format" in broken(lambda folder: (folder / "index.json").write_text("{}"))
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_samples": "x"}, "num_samples='x' is not a whole number"),
+        ({"num_samples": -1}, "num_samples=-1 is not a whole number"),
+        ({"num_samples": 50}, "num_samples=50, but its 1 shards hold 60"),
+        ({"crops_per_image": 0}, "crops_per_image=0 is not a whole number of at least 1"),
+        ({"num_tokens": True}, "num_tokens=True"),
+        ({"label_counts": 3}, "label_counts=3 is not a list"),
+        ({"label_counts": [1, "x"]}, "are not whole numbers"),
+        ({"label_counts": [1, 2]}, "but label_counts sum to 3"),
+        ({"shards": []}, "but its 0 shards hold 0"),
+        ({"shards": 3}, "lacks or adds a field"),
+    ],
+)
+def test_a_manifest_whose_counts_cannot_be_is_named(tmp_path: Path, change: dict, expected: str) -> None:
+    folder = write_token_shards(tmp_path / "set", 60)
+    values = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError) as caught:
+        read_manifest(folder)
+    assert expected in str(caught.value)
+    assert str(folder / "index.json") in str(caught.value)
+
+
+def test_a_cache_folder_of_somebody_else_is_not_trusted(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    open_tokens(tokens)
+    user = os.getuid() + 1
+    (tmp_path / f"rear_scale-{user - 1}").rename(tmp_path / f"rear_scale-{user}")
+    monkeypatch.setattr("os.getuid", lambda: user)
+    with pytest.raises(InputError, match=f"rear_scale-{user} belongs to another user.* Set data.cache_dir"):
+        open_tokens(tokens)
+    open_tokens(tokens, str(tmp_path / "own"))
+
+
 def test_too_little_space_is_named(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(InputError, match="data.cache_dir"):
@@ -125,6 +166,8 @@ def test_shards_of_another_tokenizer_are_refused_with_both_values(tokens: Path) 
     fits = {"codebook_size": CODEBOOK_SIZE, "num_tokens": NUM_TOKENS, "codebook_dim": 8, "num_classes": NUM_CLASSES}
     check_fits(manifest, "folder", **fits)
     check_fits(manifest, "folder", **{**fits, "num_classes": 1000})
+    with pytest.raises(InputError, match="folder holds no samples"):
+        check_fits(dataclasses.replace(manifest, num_samples=0), "folder", **fits)
     for name, value in (("codebook_size", 64), ("num_tokens", 17), ("codebook_dim", 4), ("num_classes", 3)):
         with pytest.raises(InputError, match=rf"{name}={value}, but the shards in folder have {fits[name]}"):
             check_fits(manifest, "folder", **{**fits, name: value})
@@ -182,6 +225,11 @@ def test_images_are_read_back_from_any_place(tmp_path: Path) -> None:
     )
     assert np.array_equal(sample["png"], pixels[1000])
     assert sample["cls"] == 1000 % 3
+
+
+def test_a_set_without_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="index.json lists no images"):
+        write_images(tmp_path / "set", iter(()), 8, ["a"]).load()
 
 
 def test_damaged_images_are_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
+from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig, load
 from rear_scale.tokenizer import open_tokenizer, training
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer
 from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
@@ -90,14 +90,63 @@ def test_training_continues_after_a_kill_as_if_unbroken(
 
 def test_progress_of_other_settings_is_not_continued(tmp_path: Path, images: np.ndarray) -> None:
     cfg = config(tmp_path / "weights")
-    run = training._TrainingRun(cfg, cfg.training, CPU)
+    run = training._TrainingRun(cfg, cfg.training, CPU, training.training_settings(cfg, images))
     run.train_step(torch.from_numpy(images))
     run.save(tmp_path / "progress")
     same, other = (config(tmp_path / "weights", lr=lr) for lr in (1e-3, 2e-3))
     for cfg, expected in ((same, 1), (other, 0)):
-        resumed = training._TrainingRun(cfg, cfg.training, CPU)
+        resumed = training._TrainingRun(cfg, cfg.training, CPU, training.training_settings(cfg, images))
         resumed.resume(tmp_path / "progress")
         assert resumed.step == expected
+
+
+def test_a_diverged_training_writes_nothing(
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SAVE_EVERY", 1)
+    with pytest.raises(
+        FloatingPointError, match=r"tokenizer training, step \d+: .* Lower tokenizer.training.lr=1e\+30"
+    ):
+        training.train_compact(config(tmp_path / "weights", lr=1e30), images, CPU)
+    assert not list(tmp_path.glob("weights"))
+    # The last update alone: its loss was computed before it.
+    step = training._TrainingRun.train_step
+
+    def ruined(self, pixels):
+        loss = step(self, pixels)
+        if self.step == 12:
+            self.tokenizer.codes[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(training._TrainingRun, "train_step", ruined)
+    with pytest.raises(FloatingPointError, match="step 12: a weight is not finite"):
+        training.train_compact(config(tmp_path / "weights"), images, CPU)
+    assert not list(tmp_path.glob("weights"))
+
+
+def test_finished_weights_belong_to_their_settings_and_images(tmp_path: Path, images: np.ndarray) -> None:
+    cfg = config(tmp_path / "weights")
+    training.train_compact(cfg, images, CPU)
+    training.check_same_training(cfg, images)
+    cfg.weights = str((tmp_path / "weights").rename(tmp_path / "moved"))
+    cfg.training.images = "moved too"
+    training.check_same_training(cfg, images)
+    other = config(tmp_path / "moved", lr=2e-3)
+    with pytest.raises(InputError, match=r"tokenizer.training.lr=0.002, but .*moved was trained with .*lr=0.001"):
+        training.check_same_training(other, images)
+    with pytest.raises(InputError, match=r"was trained with images of tokenizer.training.images="):
+        training.check_same_training(cfg, images[1:])
+    CompactTokenizer(16, 32, 8, 16).save(tmp_path / "unknown")
+    training.check_same_training(config(tmp_path / "unknown"), images)
+
+
+def test_a_training_without_codes_is_refused() -> None:
+    for value in (-1, 400, 500):
+        with pytest.raises(
+            InputError, match=f"tokenizer.training.continuous_steps={value} must lie between 0 and .*=400"
+        ):
+            load("demo.yaml", [f"tokenizer.training.continuous_steps={value}"])
+    load("demo.yaml", ["tokenizer.training.continuous_steps=0"])
 
 
 def test_k_means_finds_clusters_and_dead_codes_move() -> None:

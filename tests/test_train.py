@@ -110,6 +110,35 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, tokens: Path) -> None:
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_killed_before_its_last_word_is_done_all_the_same(tmp_path: Path, tokens: Path) -> None:
+    cfg = tiny_config(tmp_path, tokens, "strategy=single", "train.stop_at_step=2")
+    run_alone(run, cfg)
+    status = tmp_path / "run/status.json"
+    expected = status.read_text()
+    for left in ('{"state": "running", "step": 2, "reason": ""}', "", None):
+        if left is None:
+            status.unlink()
+        else:
+            status.write_text(left)
+        assert run_alone(run, cfg) == 0
+        assert status.read_text() == expected
+    # An earlier end than the one that was reached says nothing of how it was reached.
+    assert run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.stop_at_step=1")) == 0
+    assert status.read_text() == expected
+
+
+def test_ctrl_c_says_where_the_same_command_continues(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(step: int, model: object) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"), Hooks([interrupt]))
+    assert "stopped; the same command continues from step 4" in capsys.readouterr().err
+
+
 def test_another_micro_batch_keeps_the_trajectory(tmp_path: Path, tokens: Path) -> None:
     losses = {}
     for size in (12, 6, 3):

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import run_ranks
 
 from rear_scale.config import InputError
-from rear_scale.world import World, discover
+from rear_scale.world import World, discover, joined, locked
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
@@ -54,6 +58,13 @@ def test_plain_python_in_a_batch_script_is_one_process() -> None:
     ("env", "expected"),
     [
         ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"RANK": "abc", "WORLD_SIZE": "4"}, "RANK=abc is not a whole number"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "RANK= is not a whole number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"},
+            "MASTER_PORT=x is not a whole number",
+        ),
+        ({**SRUN, "SLURM_PROCID": "one"}, "SLURM_PROCID=one is not a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "needs MASTER_ADDR and MASTER_PORT"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}, "is not a list such as"),
     ],
@@ -61,6 +72,17 @@ def test_plain_python_in_a_batch_script_is_one_process() -> None:
 def test_contradictions_are_named(env: dict[str, str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         discover(env)
+
+
+def test_an_empty_number_of_threads_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = discover({})
+    for text in ("", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        with joined(alone):
+            assert torch.get_num_threads() == (int(text) if text else len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    with pytest.raises(InputError, match="OMP_NUM_THREADS=all is not a whole number"), joined(alone):
+        pass
 
 
 def _collectives(world: World) -> tuple:
@@ -79,3 +101,51 @@ def test_three_ranks_sum_gather_and_hear_rank_0() -> None:
         assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert heard == "from 0"
         assert threads == 1
+
+
+def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/.lock"
+    with locked(path, "mine"):
+        with pytest.raises(InputError, match="theirs"), locked(path, "theirs"):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with locked(path, "mine"), contextlib.suppress(KeyError), locked(tmp_path / "other", "x"):
+        raise KeyError
+    assert not list(tmp_path.rglob("*lock")) + list(tmp_path.glob("other"))
+
+
+def _of_rank_0(world: World, error: Exception | None) -> object:
+    def job() -> str:
+        assert world.is_main
+        if error is not None:
+            raise error
+        return "result"
+
+    try:
+        return world.on_main(job)
+    except (InputError, OSError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+
+
+def test_a_job_of_rank_0_ends_alike_on_all_ranks() -> None:
+    assert run_ranks(2, _of_rank_0, None) == ["result"] * 2
+    assert run_ranks(2, _of_rank_0, InputError("no")) == ["InputError: no"] * 2
+
+
+def _refused(world: World, lock: Path) -> str:
+    try:
+        with world.alone(lock, "in use"):
+            return "entered"
+    except (InputError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_what_stops_rank_0_stops_all_ranks_with_the_same_words(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock", "never said"):
+        assert run_ranks(2, _refused, tmp_path / ".lock") == ["InputError: in use"] * 2
+    (tmp_path / "file").write_text("")
+    (error, same) = run_ranks(2, _refused, tmp_path / "file/.lock")
+    assert error == same
+    assert str(tmp_path / "file") in error
+    assert run_ranks(2, _refused, tmp_path / ".lock") == ["entered"] * 2

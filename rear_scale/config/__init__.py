@@ -7,7 +7,7 @@ is spent.
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """
 
-from rear_scale.config.load import CONFIG_DIR, check_override, from_dict, load
+from rear_scale.config.load import CONFIG_DIR, check_override, find_config, from_dict, load
 from rear_scale.config.plan import Plan, check_resumable, derive
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -24,6 +24,7 @@ from rear_scale.config.schema import (
     SampleConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
+    UnknownLength,
 )
 from rear_scale.config.values import to_dict, to_yaml
 
@@ -44,9 +45,11 @@ __all__ = [
     "SampleConfig",
     "TokenizerConfig",
     "TokenizerTrainingConfig",
+    "UnknownLength",
     "check_override",
     "check_resumable",
     "derive",
+    "find_config",
     "from_dict",
     "load",
     "to_dict",

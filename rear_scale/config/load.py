@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from rear_scale.config.schema import ExperimentConfig, InputError
 from rear_scale.config.validate import suggest, validate
@@ -29,20 +31,10 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
 
     Raises InputError for an unknown file, key or group, a wrong type, and every rule of `validate`.
     """
-    path = _find_config(config)
-    overrides = [check_override(text) for text in overrides]
-    ours = path.is_relative_to(CONFIG_DIR)
-    folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
-    search = [] if ours else [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = compose(name.with_suffix("").as_posix(), overrides=search + overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
-    values = OmegaConf.to_container(composed, resolve=False)
-    _keep_one_length(values, overrides)
-    return from_dict(values, source=str(path))
+    path = find_config(config)
+    parsed = [check_override(text) for text in overrides]
+    values, composed = _compose(path, {item.key_or_group: item.value() for item in parsed if _group_file(item)})
+    return _typed(_overridden(values, parsed, composed), parsed, str(path))
 
 
 def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
@@ -50,36 +42,107 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
 
     `source` is named in errors. Raises InputError as `load` does.
     """
-    values = OmegaConf.create(values)
-    for text in overrides:
-        check_override(text)
-        (override,) = OverridesParser.create().parse_overrides([text])
-        key, value = override.key_or_group, override.value()
-        group = CONFIG_DIR / key / f"{value}.yaml"
-        OmegaConf.update(values, key, OmegaConf.load(group) if group.is_file() else value, merge=False, force_add=True)
-    values = OmegaConf.to_container(values, resolve=False)
-    _keep_one_length(values, overrides)
+    parsed = [check_override(text) for text in overrides]
+    return _typed(_overridden(OmegaConf.create(values), parsed, set()), parsed, source)
+
+
+def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
+    """The values of a file with the groups of its defaults list, and which of `groups` that list has."""
+    ours = path.is_relative_to(CONFIG_DIR)
+    folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
+    # In quotes: the folder may have any name.
+    search = [] if ours else ["hydra.searchpath=['file://{}']".format(str(CONFIG_DIR).replace("'", "\\'"))]
+    groups = dict(groups)
+    while True:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                chosen = [f"{group}={choice}" for group, choice in groups.items()]
+                values = compose(name.with_suffix("").as_posix(), overrides=search + chosen)
+        except ConfigCompositionException as error:
+            # Such as the config.yaml of a run folder, which has its sections written out.
+            unlisted = re.match(r"Could not override '(\w+)'", str(error))
+            if unlisted is None or groups.pop(unlisted[1], None) is None:
+                raise InputError(f"{path}: {_one_line(error)}") from error
+        except RecursionError:
+            here = sorted(
+                file.name for file in folder.glob("*.yaml") if not ours and (CONFIG_DIR / file.name).is_file()
+            )
+            raise InputError(
+                f"{path}: its defaults lead back to themselves, since {', '.join(here) or 'a file'} in {folder} takes the place "
+                "of the one in configs/. Rename it"
+            ) from None
+        except yaml.MarkedYAMLError as error:
+            place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise InputError(f"{path} is not valid YAML ({place}{error.problem}). Correct it") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8") from error
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+            raise InputError(f"{path}: {_one_line(error)}") from error
+        else:
+            return OmegaConf.create(OmegaConf.to_container(values, resolve=False)), set(groups)
+
+
+def _group_file(override: Override) -> Path | None:
+    """The file of a choice such as strategy=ddp; None when the override sets a value."""
+    path = CONFIG_DIR / override.key_or_group / f"{override.value()}.yaml"
+    return path if (CONFIG_DIR / override.key_or_group).is_dir() and path.is_file() else None
+
+
+def _overridden(values: DictConfig, overrides: list[Override], composed: set[str]) -> dict[str, Any]:
+    """Values with overrides in their order. composed: groups that the values have the chosen file of already, so that what
+    their own file says of it stays where the choice says nothing."""
+    for override in overrides:
+        key, value, group = override.key_or_group, override.value(), _group_file(override)
+        if group is not None:
+            OmegaConf.update(values, key, OmegaConf.load(group), merge=key in composed, force_add=True)
+        else:
+            OmegaConf.update(values, key, value, merge=isinstance(value, dict), force_add=True)
+    return OmegaConf.to_container(values, resolve=False)
+
+
+def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> ExperimentConfig:
+    _keep_one_length(values, {key for item in overrides for key in leaves({item.key_or_group: item.value()})})
     _name_reference(values)
-    for key in leaves(values):
-        _check_key(key)
+    for key, value in leaves(values).items():
+        _check_section(key, value, _check_key(key), source)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), values)
         cfg = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        key = error.full_key or "?"
-        if "mandatory" in str(error):
-            raise InputError(
-                f"{key} is not set in {source}. Set it there or on the command line: {key}=VALUE"
-            ) from None
-        value = OmegaConf.select(OmegaConf.create(values), key)
-        raise InputError(
-            f"{key}={value} is of the wrong type: it takes {_type_name(key)}. Set {key} in {source} or on the command line"
-        ) from None
+        raise InputError(_wrong_value(error, values, source)) from None
     validate(cfg)
     return cfg
 
 
-def _find_config(config: str) -> Path:
+def _check_section(key: str, value: Any, kind: Any, source: str) -> None:
+    optional = _strip_optional(kind) is not kind
+    if (
+        dataclasses.is_dataclass(_strip_optional(kind))
+        and not isinstance(value, dict)
+        and not (optional and value is None)
+    ):
+        raise InputError(
+            f"{key}={'null' if value is None else value} in {source} is a single value, but {key} is a section. "
+            f"Set its fields: {key}.FIELD=VALUE"
+        )
+
+
+def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: str) -> str:
+    key = error.full_key or "?"
+    way_out = f"Set {key} in {source} or on the command line"
+    if "mandatory" in str(error):
+        return f"{key} is not set in {source}. Set it there or on the command line: {key}=VALUE"
+    value: Any = values
+    for part in re.findall(r"[^.\[\]]+", key):
+        value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else None
+    if isinstance(error, InterpolationResolutionError):
+        return f"{key}={value} refers to what is not there ({_one_line(error)}). {way_out}"
+    return f"{key}={value} is of the wrong type: it takes {_type_name(key)}. {way_out}"
+
+
+def find_config(config: str) -> Path:
+    """The file that --config means: one here, or one in configs/. Raises InputError when there is none."""
     for path in (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml"):
         if path.is_file() and path.suffix == ".yaml":
             return path.resolve()
@@ -92,8 +155,8 @@ def _find_config(config: str) -> Path:
     )
 
 
-def check_override(text: str) -> str:
-    """The override in the form that Hydra takes, after its key was looked up in the schema or among the groups."""
+def check_override(text: str) -> Override:
+    """The parsed override, after its key was looked up in the schema or among the groups. Raises InputError."""
     try:
         (override,) = OverridesParser.create().parse_overrides([text])
     except HydraException as error:
@@ -108,19 +171,20 @@ def check_override(text: str) -> str:
                 f"{key}={value} is not one of {', '.join(choices)}{suggest(str(value), choices)}. "
                 f"Single fields are set by {key}.FIELD=VALUE"
             )
-        return text
+        return override
     _check_key(key)
-    return f"++{text}"
+    return override
 
 
-def _check_key(key: str) -> None:
+def _check_key(key: str) -> Any:
+    """The type of a field. Raises InputError when there is none of that name."""
     kind: Any = ExperimentConfig
     done: list[str] = []
     for part in key.split("."):
         kind = _strip_optional(kind)
         if not dataclasses.is_dataclass(kind):
             if done and getattr(kind, "__origin__", None) is dict:
-                return
+                return get_args(kind)[1]
             raise InputError(
                 f"{key}: {'.'.join(done)} is a single value and has no field {part}. Use {'.'.join(done)}=VALUE"
             )
@@ -131,6 +195,7 @@ def _check_key(key: str) -> None:
             raise InputError(f"{wrong} is not a config key{suggest(wrong, known)}. Known here: {', '.join(known)}")
         kind = hints[part]
         done.append(part)
+    return kind
 
 
 def _strip_optional(kind: Any) -> Any:
@@ -139,17 +204,18 @@ def _strip_optional(kind: Any) -> Any:
 
 
 def _type_name(key: str) -> str:
-    """In words, the type of a field or of the elements of a list field."""
-    kind: Any = ExperimentConfig
-    for part in re.sub(r"\[.*?\]", "", key).split("."):
-        kind = get_type_hints(_strip_optional(kind)).get(part, str)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    text = (
-        words.get(_strip_optional(kind)) or "a section"
-        if not get_args(kind) or _strip_optional(kind) is not kind
-        else str(kind)
-    )
-    return f"{text} or null" if type(None) in get_args(kind) else text
+    """In words, the type of a field or of one element of a list field."""
+    kind = _check_key(re.sub(r"\[.*?\]", "", key))
+    if key.endswith("]"):
+        (kind,) = get_args(_strip_optional(kind))
+    plain = _strip_optional(kind)
+    if getattr(plain, "__origin__", None) is list:
+        many = {int: "whole numbers", float: "numbers", str: "texts"}
+        text = f"a list of {many[get_args(plain)[0]]}"
+    else:
+        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        text = words.get(plain, "a section")
+    return text if plain is kind else f"{text} or null"
 
 
 def _one_line(error: Exception) -> str:
@@ -163,14 +229,12 @@ def _name_reference(values: dict[str, Any]) -> None:
         values["evaluate"]["reference"] = {Path(path).stem: path}
 
 
-def _keep_one_length(values: dict[str, Any], overrides: list[str]) -> None:
+def _keep_one_length(values: dict[str, Any], overridden: set[str]) -> None:
     """An override of train.epochs or train.total_steps replaces the other one; both in one place are an error."""
-    train = values.get("train", {})
-    given = {
-        key
-        for key in ("epochs", "total_steps")
-        if any(text.lstrip("+").startswith(f"train.{key}=") for text in overrides)
-    }
+    train = values.get("train")
+    if not isinstance(train, dict):
+        return
+    given = {key for key in ("epochs", "total_steps") if f"train.{key}" in overridden}
     if len(given) == 1:
         other = ({"epochs", "total_steps"} - given).pop()
         train[other] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rear_scale.config.schema import ExperimentConfig, InputError, TrainConfig
+from rear_scale.config.schema import ExperimentConfig, InputError, TrainConfig, UnknownLength
 from rear_scale.config.values import leaves, to_dict
 
 
@@ -46,7 +46,7 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
     if train.total_steps is not None:
         total_steps = train.total_steps
     elif images_per_epoch is None:
-        raise InputError(
+        raise UnknownLength(
             f"train.epochs={train.epochs} needs the number of images, but {cfg.data.train} has no manifest. "
             "Make the shards first, or set data.assumed_images or train.total_steps"
         )

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Something that a user can get wrong. The launchers print it as one line and exit with code 2."""
 
 
+class UnknownLength(InputError):
+    """A run in epochs of a set that is not there."""
+
+
 @dataclass
 class RunConfig:
     name: str = "run"  # names the run in logs and the default folder
@@ -225,10 +229,11 @@ class ResumeConfig:
 
 @dataclass
 class GuidanceConfig:
-    """Classifier-free guidance: logits = uncond + (cond - uncond) * scale(step). Scale 1 = none."""
+    """Classifier-free guidance: logits = uncond + (cond - uncond) * strength(step). Strength 1 = none."""
 
     schedule: str = "constant"  # constant | linear | power_cosine
-    scale: float = 1.0  # at the last token
+    # constant: the strength, 1 = none; power_cosine: what it rises to from 1, 1 = none; linear: what is added to 1, 0 = none
+    scale: float = 1.0
     power: float = 1.0  # of power_cosine
 
 

@@ -61,6 +61,10 @@ def _share(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "must lie between 0 and 1", f"Set {name} to a share such as 0.1")
 
 
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((one for one in range(1, number + 1) if number % one == 0), key=lambda one: abs(one - wanted))
+
+
 def _validate_model(cfg: ExperimentConfig) -> None:
     model = cfg.model
     _positive(cfg, "model.depth", "model.width", "model.num_heads", "model.mlp_width", "model.num_classes")
@@ -70,7 +74,8 @@ def _validate_model(cfg: ExperimentConfig) -> None:
         "model.width",
         model.width,
         f"is not a multiple of model.num_heads={model.num_heads}",
-        f"Use width {model.width // model.num_heads * model.num_heads or model.num_heads} or another number of heads",
+        f"Use model.num_heads={_nearest_divisor(model.width, model.num_heads)}, or "
+        f"model.width={model.width // model.num_heads * model.num_heads or model.num_heads}",
     )
     for name in ("dropout", "attn_dropout", "embed_dropout"):
         value = getattr(model, name)
@@ -108,6 +113,14 @@ def _validate_model(cfg: ExperimentConfig) -> None:
     if cfg.tokenizer.training is not None:
         _positive(cfg, *(f"tokenizer.training.{n}" for n in ("steps", "batch_size", "lr", "channels")))
         _share("tokenizer.training.ema_decay", cfg.tokenizer.training.ema_decay)
+        steps = cfg.tokenizer.training.steps
+        _require(
+            0 <= cfg.tokenizer.training.continuous_steps < steps,
+            "tokenizer.training.continuous_steps",
+            cfg.tokenizer.training.continuous_steps,
+            f"must lie between 0 and tokenizer.training.steps={steps}: the codes are placed and used after them",
+            f"Use {steps // 4}, or more steps",
+        )
 
 
 def _validate_objective(cfg: ExperimentConfig) -> None:
@@ -144,7 +157,7 @@ def _marks(section: str, start: float, end: float) -> None:
     """Where something falls: shares of the run up to 1, steps above 1."""
     for name, value in (("start", start), ("end", end)):
         _require(
-            value >= 0 and (value <= 1 or value == int(value)),
+            0 <= value < math.inf and (value <= 1 or value == int(value)),
             f"{section}.{name}",
             value,
             "is neither a share of the run (0 to 1) nor a whole number of steps",
@@ -329,7 +342,8 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
         "sample.guidance.scale",
         sample.guidance.scale,
         "must not be negative",
-        "1 = no guidance",
+        f"{0 if sample.guidance.schedule == 'linear' else 1} = no guidance under sample.guidance.schedule="
+        f"{sample.guidance.schedule}",
     )
     _share("evaluate.replace_rate", cfg.evaluate.replace_rate)
     _positive(cfg, "evaluate.replace_draws", "evaluate.batch_size", "pretokenize.batch_size")

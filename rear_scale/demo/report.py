@@ -10,6 +10,7 @@ from typing import Any
 from rear_scale.config import load
 from rear_scale.demo.stages import FOLDER, MODELS, Progress, Stage, run_folder, samples_file
 from rear_scale.demo.summary import table
+from rear_scale.evaluate.classifier import NUM_FEATURES
 from rear_scale.evaluate.npz import read_samples
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
@@ -30,7 +31,7 @@ def write_report(summary: dict[str, Any], stages: list[Stage], progress: Progres
         "rear_scale demo: reAR and vanilla AR on handwritten digits",
         [
             _samples(seed),
-            _scores(summary, result["sample"]),
+            _scores(summary, result),
             _training(seed),
             _commands(stages, progress),
             _versions(result),
@@ -51,27 +52,36 @@ def _samples(seed: int) -> Section:
     return Section("Samples", [text], pictures=pictures)
 
 
-def _scores(summary: dict[str, Any], sample: dict[str, Any]) -> Section:
+def _scores(summary: dict[str, Any], result: dict[str, Any]) -> Section:
     header, rows = table(summary)
-    guidance = sample["guidance"]
+    guidance, draws = result["sample"]["guidance"], result["tokens"]["val_noisy"]["draws"]
+    size = load("demo.yaml").tokenizer.image_size
+    ratios = [
+        f"{_TITLES[model]} {_mean(summary[model]['ctr_train']):.3f} against {_mean(summary[model]['ctr_clean']):.3f}"
+        for model in MODELS
+    ]
     text = f"""
 Training seeds behind each number: {len(summary["seeds"])}. {summary["num_samples"]:,} samples per seed, {guidance["schedule"]}
 guidance at scale {guidance["scale"]}. A ± is the standard deviation over seeds.
 
-These are not FID figures: Inception says little about digits of 24 pixels. The Fréchet distance here is taken on 64 features
-of a small digit classifier that was trained on the same training images, and class accuracy is that classifier's agreement
-with the class that was asked for. Both compare inside this page only.
+These are not FID figures: Inception says little about digits of {size} pixels. The Fréchet distance here is taken on
+{NUM_FEATURES} features of a small digit classifier that was trained on the same training images, and class accuracy is that
+classifier's agreement with the class that was asked for. Both compare inside this page only.
 
 The distance to the nearest training image is a root mean square difference in grey levels (0 to 255), averaged over the
 samples. The last column gives it for real digits that were held out; values far below it would mean copies.
 
 The correct token ratio is the share of right next-token predictions when the true tokens are the context. For the noisy one
-(reAR, appendix C.1), each context token is replaced with probability 0.1 by a random one, over 16 fixed draws that are the
-same for both models.
+(reAR, appendix C.1), each context token is replaced with probability {summary["replace_rate"]:g} by a random one, over
+{draws} fixed draws that are the same for both models.
 
-Vanilla AR memorises under these settings: compare its ratio on training images with that on validation images."""
+What a model has memorised shows in its ratio on training images against that on validation images: {"; ".join(ratios)}."""
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
     return Section("Scores", paragraphs, Table(header, rows))
+
+
+def _mean(value: float | dict[str, Any]) -> float:
+    return value["mean"] if isinstance(value, dict) else value
 
 
 def _training(seed: int) -> Section:
@@ -80,9 +90,9 @@ def _training(seed: int) -> Section:
         Picture(curves(metrics, "loss_ar", "cross-entropy per token"), "cross-entropy on the training batches"),
         Picture(curves(metrics, "accuracy", "share of correct predictions"), "accuracy on the training batches"),
     ]
-    text = (
-        "reAR predicts from noisy context for the first three quarters of the run, so its curves are worse until then."
-    )
+    steps = read_metrics(run_folder("rear", seed))
+    last = max((line["step"] for line in steps if line["noise_max"] > 0), default=0)
+    text = f"reAR predicts from noisy context up to step {last} of {steps[-1]['step']}, so its curves are worse until then."
     return Section("Training", [text], pictures=pictures)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rear_scale.config import InputError
+from rear_scale.config import InputError, derive, load
 from rear_scale.progress import say
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.world import end_with_parent, free_port
@@ -31,6 +31,7 @@ class Stage:
     name: str
     title: str
     command: list[str]  # as a user would type it in the project's root
+    product: Path  # what later stages need of it: without it, it is not finished
 
 
 def run_folder(model: str, seed: int) -> Path:
@@ -42,18 +43,32 @@ def samples_file(model: str, seed: int) -> Path:
 
 
 def stages(seeds: list[int], overrides: list[str]) -> list[Stage]:
-    """All stages up to the report. The overrides go to both trainings."""
+    """All stages up to the report. The overrides go to both trainings. Raises InputError for what these would refuse."""
+    for config in MODELS.values():
+        derive(load(config, overrides), _num_processes(), None)
     deepspeed = ["deepspeed", "--num_gpus", str(_num_processes())]
     torchrun = ["torchrun", "--nproc-per-node", str(_num_processes())]
     images, tokens = FOLDER / "images", FOLDER / "tokens"
     found = [
-        Stage("images", "digits as image shards", ["python", "data/prepare_digits.py", "--out", str(images)]),
-        Stage("tokenizer", "train the tokenizer", ["python", "launchers/train_tokenizer.py", "--config", "demo.yaml"]),
+        Stage(
+            "images",
+            "digits as image shards",
+            ["python", "data/prepare_digits.py", "--out", str(images)],
+            images / "val/index.json",
+        ),
+        Stage(
+            "tokenizer",
+            "train the tokenizer",
+            ["python", "launchers/train_tokenizer.py", "--config", "demo.yaml"],
+            Path(load("demo.yaml").tokenizer.weights),
+        ),
     ]
     for split in ("train", "val"):
         paths = [f"pretokenize.images={images / split}", f"pretokenize.out={tokens / split}"]
         command = [*torchrun, "launchers/pretokenize.py", "--config", "demo.yaml", *paths]
-        found.append(Stage(f"tokens_{split}", f"images to token shards ({split})", command))
+        found.append(
+            Stage(f"tokens_{split}", f"images to token shards ({split})", command, tokens / split / "index.json")
+        )
     for seed in seeds:
         for model, config in MODELS.items():
             label = f"{'vanilla AR' if model == 'ar' else 'reAR'}, seed {seed}"
@@ -77,9 +92,9 @@ def stages(seeds: list[int], overrides: list[str]) -> list[Stage]:
                 str(samples_file(model, seed)),
             ]
             found += [
-                Stage(f"train_{model}_{seed}", f"train {label}", train),
-                Stage(f"sample_{model}_{seed}", f"sample {label}", sample),
-                Stage(f"evaluate_{model}_{seed}", f"evaluate {label}", evaluate),
+                Stage(f"train_{model}_{seed}", f"train {label}", train, run / "checkpoints/latest"),
+                Stage(f"sample_{model}_{seed}", f"sample {label}", sample, samples_file(model, seed)),
+                Stage(f"evaluate_{model}_{seed}", f"evaluate {label}", evaluate, run / "result.json"),
             ]
     return found
 
@@ -99,12 +114,13 @@ class Progress:
         if mark.exists() and mark.read_text() != fingerprint:
             _set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(fingerprint)
+        if not mark.exists():
+            write_text_atomically(mark, fingerprint)
 
     def run(self, stage: Stage, number: int, total: int) -> None:
         """Runs a stage unless it is finished. Raises InputError when its command fails."""
         mark, line = self.folder / f"{stage.name}.done", shlex.join(stage.command)
-        if mark.exists() and mark.read_text().splitlines()[0] == line:
+        if mark.exists() and mark.read_text().splitlines()[0] == line and stage.product.exists():
             say(f"[{number}/{total}] {stage.title}: finished before")
             return
         say(f"[{number}/{total}] {stage.title}\n    {line}")

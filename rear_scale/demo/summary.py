@@ -17,10 +17,10 @@ SCORES = {
     "frechet_distance_train": ("Fréchet distance to the training images", 2),
     "nearest_distance": ("distance to the nearest training image", 1),
     "ctr_clean": ("correct token ratio, validation, clean context", 4),
-    "ctr_noisy": ("correct token ratio, validation, 10% of the context replaced", 4),
+    "ctr_noisy": ("correct token ratio, validation, {replaced} of the context replaced", 4),
     "ctr_train": ("correct token ratio, training, clean context", 4),
     "perplexity": ("perplexity, validation, clean context", 3),
-    "perplexity_noisy": ("perplexity, validation, 10% of the context replaced", 3),
+    "perplexity_noisy": ("perplexity, validation, {replaced} of the context replaced", 3),
 }
 
 
@@ -42,6 +42,7 @@ def write_summary(seeds: list[int]) -> dict[str, Any]:
     summary["seeds"] = seeds
     summary["num_samples"] = images["samples"]["count"]
     summary["features"] = images["features"]
+    summary["replace_rate"] = results["ar"][0]["evaluate"]["replace_rate"]
     write_text_atomically(FOLDER / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -83,8 +84,12 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         *(f"{name} ({count} seed{'s' if count > 1 else ''})" for name in ("vanilla AR", "reAR")),
         "real validation digits",
     ]
+    replaced = f"{100 * summary['replace_rate']:g}%"
     rows = [
-        [title, *(_cell(summary[column].get(name), digits) for column in ("ar", "rear", "real"))]
+        [
+            title.format(replaced=replaced),
+            *(_cell(summary[column].get(name), digits) for column in ("ar", "rear", "real")),
+        ]
         for name, (title, digits) in SCORES.items()
     ]
     return header, rows

@@ -26,7 +26,7 @@ def generated_images(
     decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return make_images(decoder, tokenizer, numbers, cfg, world.device)[1], numbers % cfg.model.num_classes
+        return make_images(decoder, tokenizer, numbers, cfg, world.device), numbers % cfg.model.num_classes
 
     size = cfg.tokenizer.image_size
     name = f"{cfg.run.name}, step {checkpoint.step}"

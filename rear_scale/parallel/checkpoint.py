@@ -257,9 +257,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path / 'meta.json'} is not valid JSON ({error}). Use another checkpoint") from error
-    if meta.get("format") != FORMAT:
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
         raise InputError(
-            f"{path} has format {meta.get('format')!r}, but {FORMAT!r} is wanted. Use a version of rear_scale that reads it"
+            f"{path} has format {found!r}, but {FORMAT!r} is wanted. Use a version of rear_scale that reads it"
         )
     return Checkpoint(path, meta)
 

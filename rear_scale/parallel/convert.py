@@ -13,7 +13,7 @@ from rear_scale.interop import accelerate, official
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import open_source, write_consolidated, write_portable
+from rear_scale.parallel.sources import check_overrides, open_source, write_consolidated, write_portable
 from rear_scale.parallel.strategy import KINDS, decays
 from rear_scale.progress import say
 
@@ -33,6 +33,7 @@ def convert(
         return
     found = open_source(source, config_name, overrides)
     cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
+    check_overrides(found, cfg)
     read = found.reader("param")
     weights = {name: read(name) for name in found.names()}
     with torch.device("meta"):
@@ -47,9 +48,8 @@ def convert(
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     if form == "portable":
-        write_portable(
-            out, found.step, _states(found), {name: found.meta[name] for name in ("config", "optimizer_step")}
-        )
+        kept = ("config", "optimizer_step", "tokenizer_sha256")
+        write_portable(out, found.step, _states(found), {name: found.meta[name] for name in kept if name in found.meta})
     elif form == "consolidated":
         write_consolidated(out, found)
     else:

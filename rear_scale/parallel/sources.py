@@ -4,18 +4,23 @@ form of what did not come from a strategy."""
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.config.values import leaves
 from rear_scale.interop import official, published
+from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.strategy import KINDS, Kind
@@ -23,6 +28,15 @@ from rear_scale.shards.record import file_sha256
 from rear_scale.weight_file import find_weights, write_tensors
 
 _CONSOLIDATED = "generator"
+# What the weights were trained as. Another attention kernel computes the same.
+_FIXED_BY_WEIGHTS = (
+    "model.",
+    "objective.",
+    "tokenizer.num_tokens",
+    "tokenizer.codebook_size",
+    "tokenizer.codebook_dim",
+)
+_FREE = ("model.kernel",)
 
 
 @dataclass(frozen=True)
@@ -55,15 +69,19 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
 
     config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
     YAML of the released trainers. overrides are needed early only to tell the shape of a weight file's model. Raises
-    InputError when there is no such source or the file does not fit the config.
+    InputError when there is no such source, when a file of it is missing or is not the one that was written, and when a
+    weight file does not fit its config.
     """
-    if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
-        return checkpoint.find(path)
+    if (path / "meta.json").exists():
+        # Not relative: what is made of a checkpoint goes to the folder two above, whatever the current one is.
+        return _intact(Path(os.path.abspath(path)))
+    if folders := _complete(path / "checkpoints"):
+        return _intact(folders[-1])
     if not path.exists():
         raise InputError(
             f"not found: --checkpoint {path}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
         )
-    if find_weights(path).is_dir():
+    if (path / "checkpoints").is_dir() or find_weights(path).is_dir():
         return checkpoint.find(path)  # its error says what a checkpoint looks like
     tensors = official.read_weights(path, "--checkpoint")
     head = _own_head(path)
@@ -77,9 +95,71 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         "step": head.get("step", 0),
         "optimizer_step": 0,
         "config": to_dict(cfg),
+        "tokenizer_sha256": head.get("tokenizer_sha256", ""),
         "files": [{"file": path.name, "sha256": file_sha256(find_weights(path))}],
     }
+    _check_fits(tensors, cfg, str(path))
     return WeightFile(path, meta, tensors)
+
+
+def _complete(root: Path) -> list[Path]:
+    """The checkpoint folders that were written to their end, oldest first."""
+    named = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
+    return sorted(path for path in named if (path / "meta.json").is_file())
+
+
+def _intact(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder whose files are those that were written. Raises InputError naming what is not."""
+    found = checkpoint.open_checkpoint(folder)
+    for name, kind in (("step", int), ("config", dict), ("files", list), ("index", dict)):
+        if not isinstance(found.meta.get(name), kind):
+            raise InputError(f"{folder / 'meta.json'} has no {name}: it is not whole. {_another(folder)}")
+    try:
+        listed = {item["file"]: (item["size"], item["sha256"]) for item in found.meta["files"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'meta.json'}: a file lacks {error}. {_another(folder)}") from error
+    for name in sorted(listed.keys() | set(found.meta["index"].values())):
+        file, (size, sha256) = folder / name, listed.get(name, (None, None))
+        if not file.is_file():
+            raise InputError(f"not found: {file}, which meta.json lists. {_another(folder)}")
+        if file.stat().st_size != size:
+            raise InputError(
+                f"{file} has {file.stat().st_size} bytes, but meta.json says {size}: it is truncated or altered. "
+                f"{_another(folder)}"
+            )
+        if file_sha256(file) != sha256:
+            raise InputError(f"{file} does not match its checksum in meta.json: it is damaged. {_another(folder)}")
+    return found
+
+
+def _another(folder: Path) -> str:
+    others = [path for path in _complete(folder.parent) if path.name != folder.name]
+    return f"Copy it again, or use {others[-1] if others else 'another checkpoint'}"
+
+
+def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
+    """Raises InputError when `cfg`, the config of a source with overrides, asks for another model than its weights are."""
+    # A field that the checkpoint does not know had its default's effect.
+    before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(found.meta["config"])}, leaves(to_dict(cfg))
+    for key in sorted(now):
+        if key.startswith(_FIXED_BY_WEIGHTS) and key not in _FREE and before[key] != now[key]:
+            raise InputError(
+                f"{key}={now[key]}, but {found.path} was trained with {key}={before[key]}: its weights are for that. "
+                f"Leave {key} out, or name another checkpoint"
+            )
+
+
+def load_generator_weights(found: Checkpoint, model: Generator) -> None:
+    """Fills a model without heads. Raises InputError unless all weights of the source but heads have their place in it."""
+    read = found.reader("param")
+    weights = {name: read(name) for name in found.names() if not official.is_head(name)}
+    official.load(weights, model, str(found.path), heads_optional=True)
+
+
+def _check_fits(tensors: dict[str, Tensor], cfg: ExperimentConfig, source: str) -> None:
+    with torch.device("meta"):
+        model = build_model(cfg)
+    official.check_fits(tensors, model, source, heads_optional=True)
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> ExperimentConfig:
@@ -105,6 +185,7 @@ def write_consolidated(path: Path, source: Checkpoint) -> None:
     """One safetensors file of float32 weights by official names, with the config and step in its head."""
     read = source.reader("param")
     head = {"kind": _CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
+    head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
     write_tensors(path, {name: read(name) for name in source.names()}, head)
 
 

@@ -19,17 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.interop.npz import write_samples
 from rear_scale.model import Generator, build_model
-from rear_scale.parallel.checkpoint import Checkpoint, load_weights
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.quantise import to_uint8
-from rear_scale.shards.record import file_sha256, write_text_atomically
-from rear_scale.tokenizer import open_tokenizer
+from rear_scale.shards.record import write_text_atomically
+from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
@@ -38,12 +40,13 @@ from rear_scale.world import World
 _GRID_COLUMNS = 10
 _GRID_ROWS = 10
 _WRITE_BLOCK = 500  # images
+_AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
 def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
     model = build_model(cfg, with_heads=False)
-    load_weights(checkpoint, model)
+    load_generator_weights(checkpoint, model)
     if cfg.model.tie_codebook is not None:
         model.set_codebook(codebook_of(cfg, read_checked(cfg, cfg.data.train)))
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
@@ -60,29 +63,62 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
     """A hash of all that the images depend on: weights, tokenizer and sampling settings."""
     parts = {
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
-        "tokenizer": file_sha256(cfg.tokenizer.weights),
+        "tokenizer": weights_sha256(cfg.tokenizer),
         "sample": asdict(cfg.sample),
         "precision": cfg.train.precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def check_output(output: Path) -> None:
+    """Raises InputError when samples cannot be written there."""
+    if output.suffix != ".npz" or output.is_dir():
+        raise InputError(
+            f"--out {output} {'is a folder' if output.is_dir() else 'does not end in .npz'}, but the samples are one .npz with "
+            f"other files beside it. Use --out {output / 'samples.npz' if output.is_dir() else output.with_suffix('.npz')}"
+        )
+
+
+def _check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
+    made, given = checkpoint.meta.get("tokenizer_sha256") or "", weights_sha256(cfg.tokenizer)
+    # Shards whose maker is not known have an empty or zero hash.
+    if made.strip("0") and given is not None and given != made:
+        raise InputError(
+            f"tokenizer.weights={cfg.tokenizer.weights} has sha256 {given[:12]}, but {checkpoint.path} was trained on tokens of "
+            f"a file with {made[:12]}: they stand for other images. Set tokenizer.weights to that file"
+        )
+
+
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
     """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
 
-    All ranks must call this. Finished work of an earlier call with the same settings is kept.
+    Only token ids and settings for a tokenizer whose images are not decoded here. All ranks must call this. Finished work
+    of an earlier call with the same settings is kept. Raises InputError when another process writes there, and when the
+    tokenizer is not the one whose tokens the model was trained on.
     """
-    tokenizer = open_tokenizer(cfg.tokenizer, world.device)
+    check_output(output)
+    _check_tokenizer(cfg, checkpoint)
+    tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
+    refusal = f"{output} is being written by another process. Wait for it, or write elsewhere with --out"
+    with world.alone(output.with_name(f".{output.name}.lock"), refusal):
+        _sample(cfg, checkpoint, world, output, tokenizer)
+
+
+def _sample(
+    cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path, tokenizer: Tokenizer | None
+) -> None:
     identity = job_identity(cfg, checkpoint)
-    if is_done(output, identity):
+    result = output if tokenizer else output.with_suffix(".tokens.npy")
+    if is_done(output, identity, result):
         if world.is_main:
-            say(f"{output} is complete")
+            say(f"{result} is complete")
         return
+    finished = _images_file if tokenizer else _tokens_file
     parts = output.with_suffix(".parts") / identity[:16]
     parts.mkdir(parents=True, exist_ok=True)
     decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     planned = units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size)
-    missing = [number for number in range(len(planned)) if not _images_file(parts, number).exists()]
+    missing = [number for number in range(len(planned)) if not finished(parts, number).exists()]
     # Before anyone adds files: all ranks must share out the same list.
     world.barrier()
     mine = missing[world.rank :: world.size]
@@ -92,7 +128,10 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
             bar.update(min(world.size, len(missing)) * cfg.sample.batch_size)
     world.barrier()
     if world.is_main:
-        _assemble(output, parts, planned, cfg, checkpoint, identity, world)
+        _assemble(output, parts, planned, cfg, with_images=tokenizer is not None)
+        _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world)
+        shutil.rmtree(output.with_suffix(".parts"))
+        say(f"{result}: {cfg.sample.num_images:,} images{'' if tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)}")
     world.barrier()
 
 
@@ -103,43 +142,53 @@ def units(num_images: int, num_classes: int, batch_size: int) -> list[np.ndarray
     return [ids[start : start + batch_size] for start in range(0, num_images, batch_size)]
 
 
-def make_images(
-    decoder: Decoder, tokenizer: Tokenizer, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (int64 [B, N]) and images (uint8 [B, S, S, 3]) of the image ids of a unit."""
-    # A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
+def make_tokens(decoder: Decoder, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device) -> Tensor:
+    """Token ids int64 [sample.batch_size, N] of the image ids of a unit, which come first.
+
+    A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
+    """
     full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
     on_device = torch.from_numpy(full).to(device)
-    tokens = decoder.generate(on_device % cfg.model.num_classes, on_device)
+    return decoder.generate(on_device % cfg.model.num_classes, on_device)
+
+
+def make_images(
+    decoder: Decoder, tokenizer: Tokenizer, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device
+) -> np.ndarray:
+    """Images (uint8 [B, S, S, 3]) of the image ids of a unit."""
+    return _decoded(tokenizer, make_tokens(decoder, ids, cfg, device), cfg)[: len(ids)]
+
+
+def _decoded(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -> np.ndarray:
     with torch.inference_mode():
-        images = tokenizer.decode(tokens)[: len(ids)]
-    return tokens[: len(ids)].cpu().numpy(), to_uint8(images, cfg.sample.quantiser)
+        return to_uint8(tokenizer.decode(tokens), cfg.sample.quantiser)
 
 
 def _make_unit(
     decoder: Decoder,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     ids: np.ndarray,
     cfg: ExperimentConfig,
     world: World,
     parts: Path,
     number: int,
 ) -> None:
-    tokens, pixels = make_images(decoder, tokenizer, ids, cfg, world.device)
-    _save(_tokens_file(parts, number), tokens.astype(np.uint16))
+    tokens = make_tokens(decoder, ids, cfg, world.device)
+    _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
+    if tokenizer is None:
+        return
+    pixels = _decoded(tokenizer, tokens, cfg)[: len(ids)]
     _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
 
 
-def _assemble(
-    output: Path,
-    parts: Path,
-    units: list[np.ndarray],
-    cfg: ExperimentConfig,
-    checkpoint: Checkpoint,
-    identity: str,
-    world: World,
-) -> None:
+def _assemble(output: Path, parts: Path, units: list[np.ndarray], cfg: ExperimentConfig, *, with_images: bool) -> None:
     count, size = cfg.sample.num_images, cfg.tokenizer.image_size
+    tokens = np.empty((count, cfg.tokenizer.num_tokens), dtype=np.uint16)
+    for number, ids in enumerate(units):
+        tokens[ids] = np.load(_tokens_file(parts, number))
+    _save(output.with_suffix(".tokens.npy"), tokens)
+    if not with_images:
+        return
     place = np.empty((count, 2), dtype=np.int64)  # image id -> unit, row
     for number, ids in enumerate(units):
         place[ids] = np.stack([np.full(len(ids), number), np.arange(len(ids))], axis=1)
@@ -149,15 +198,14 @@ def _assemble(
         for start in range(0, count, _WRITE_BLOCK):
             yield np.stack([images[number][row] for number, row in place[start : start + _WRITE_BLOCK]])
 
-    tokens = np.empty((count, cfg.tokenizer.num_tokens), dtype=np.uint16)
-    for number, ids in enumerate(units):
-        tokens[ids] = np.load(_tokens_file(parts, number))
     labels = np.arange(count) % cfg.model.num_classes
-    _save(output.with_suffix(".tokens.npy"), tokens)
     columns = min(cfg.model.num_classes, _GRID_COLUMNS)
     first = np.stack([images[number][row] for number, row in place[: columns * _GRID_ROWS]])
     Image.fromarray(contact_sheet(first, columns)).save(output.with_suffix(".png"))
     write_samples(output, blocks(), count, size, labels)
+
+
+def _write_settings(path: Path, cfg: ExperimentConfig, checkpoint: Checkpoint, identity: str, world: World) -> None:
     settings: dict[str, Any] = {
         "identity": identity,
         "checkpoint": str(checkpoint.path),
@@ -167,14 +215,14 @@ def _assemble(
         "labels": "image id mod number of classes",
         **provenance(world),
     }
-    write_text_atomically(output.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")
-    shutil.rmtree(output.with_suffix(".parts"))
-    say(f"{output}: {count:,} images")
+    write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
-def is_done(output: Path, identity: str) -> bool:
+def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
+    """Whether a job of that identity has written `result` (by default, output itself) and its settings."""
+    result = result or output
     try:
-        return output.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
+        return result.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
     except (OSError, json.JSONDecodeError, KeyError):
         return False
 

@@ -67,6 +67,10 @@ class ImageShards:
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """All images (uint8 [n, S, S, 3]) and class ids (int64 [n]), for sets that fit in memory."""
+        if len(self) == 0:
+            raise InputError(
+                f"{self.folder / 'index.json'} lists no images. Make the shards again, or name another folder"
+            )
         return next(self.batches(len(self)))
 
     def _read_shard(self, shard: TarShard, start: int, end: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -228,8 +228,15 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _cache_root(cache_dir: str | None) -> Path:
-    # A folder of one's own: /tmp is shared, and a file that somebody else may write is not to be trusted.
-    return Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
+    if cache_dir:
+        return Path(cache_dir)
+    # /tmp is shared, and a file that somebody else may write is not to be trusted.
+    root = Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
+    if root.exists() and root.lstat().st_uid != os.getuid():
+        raise InputError(
+            f"{root} belongs to another user, who could change what is read. Set data.cache_dir to a folder of your own"
+        )
+    return root
 
 
 def _complete(places: list[Path], manifest: Manifest) -> Path | None:
@@ -323,7 +330,9 @@ def _check_lost(lost: int, total: int, max_skipped_share: float | None, first: s
 def check_fits(
     manifest: Manifest, folder: str, *, codebook_size: int, num_tokens: int, codebook_dim: int, num_classes: int
 ) -> None:
-    """Raises InputError, naming both values, when shards were made for another tokenizer or other classes."""
+    """Raises InputError, naming both values, when shards were made for another tokenizer or other classes, or are empty."""
+    if manifest.num_samples == 0:
+        raise InputError(f"{folder} holds no samples. Make the shards again, or name another folder")
     for field, found, wanted in (
         ("tokenizer.codebook_size", manifest.codebook_size, codebook_size),
         ("tokenizer.num_tokens", manifest.num_tokens, num_tokens),

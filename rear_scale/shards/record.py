@@ -92,11 +92,43 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Raises InputError when the folder (local or remote) has no manifest, or one that is not ours."""
     values = read_index(folder, FORMAT)
     try:
-        return manifest_from(values)
+        manifest = manifest_from(values)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
         ) from error
+    if wrong := _wrong_count(manifest):
+        raise InputError(f"{Path(folder) / 'index.json'}: {wrong}. Copy the folder again, or make the shards again")
+    return manifest
+
+
+def _wrong_count(manifest: Manifest) -> str | None:
+    """What in the counts of a manifest cannot be, or None."""
+    for name in ("codebook_size", "codebook_dim", "num_tokens", "crops_per_image", "num_samples"):
+        value, least = getattr(manifest, name), 0 if name == "num_samples" else 1
+        if not _is_count(value) or value < least:
+            return f"{name}={value!r} is not a whole number of at least {least}"
+    for name in ("label_counts", "class_names"):
+        if not isinstance(getattr(manifest, name), list):
+            return f"{name}={getattr(manifest, name)!r} is not a list"
+    for counts, what in (
+        (manifest.label_counts, "label_counts"),
+        ([shard.samples for shard in manifest.shards], "the samples of shards"),
+        ([shard.size for shard in manifest.shards], "the sizes of shards"),
+    ):
+        if not all(_is_count(value) for value in counts):
+            return f"{what} {counts[:8]} are not whole numbers"
+    total = sum(shard.samples for shard in manifest.shards)
+    if total != manifest.num_samples:
+        return f"num_samples={manifest.num_samples}, but its {len(manifest.shards)} shards hold {total}"
+    # All zero: not counted.
+    if sum(manifest.label_counts) not in (0, manifest.num_samples):
+        return f"num_samples={manifest.num_samples}, but label_counts sum to {sum(manifest.label_counts)}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def manifest_from(values: dict[str, Any]) -> Manifest:

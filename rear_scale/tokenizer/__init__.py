@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
@@ -10,8 +12,21 @@ from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 from rear_scale.tokenizer.titok import TiTok
+from rear_scale.weight_file import find_weights
 
 _TOKENIZERS: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (CompactTokenizer, MaskgitVqgan, TiTok, AliTok)}
+# Known by their tokens alone: shards of them come from elsewhere, and their images are not decoded here.
+TOKENS_ONLY = ("vqplus",)
+
+
+def weights_sha256(cfg: TokenizerConfig) -> str | None:
+    """Of the weight file; None for a tokenizer whose images are not decoded here. Raises InputError as `open_tokenizer`."""
+    if cfg.name in TOKENS_ONLY:
+        return None
+    if cfg.weights is None or not find_weights(cfg.weights).is_file():
+        open_tokenizer(cfg, torch.device("cpu"))  # which says what is wrong with it
+    with open(find_weights(cfg.weights), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_tokenizer(name: str) -> type[Tokenizer]:

@@ -9,7 +9,7 @@ Codes are placed by k-means on continuous latents, follow them by moving average
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,11 @@ class CompactTokenizer(Tokenizer):
         """int64 [L]: the code at the smallest Euclidean distance of each latent (float [L, D])."""
         return nearest_code(latents, self.codes)
 
-    def save(self, path: Path) -> None:
-        """Writes the weight file."""
+    def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
+        """Writes the weight file. training: the settings that it came from."""
         codebook_size, codebook_dim = self.codes.shape
         architecture = {"codebook_size": codebook_size, "codebook_dim": codebook_dim, "channels": self.channels}
-        write_weights(path, self, _KIND, {"image_size": self.image_size, **architecture})
+        write_weights(path, self, _KIND, {"image_size": self.image_size, **architecture}, training)
 
     @classmethod
     def from_file(cls, path: str) -> Self:

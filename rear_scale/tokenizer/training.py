@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
+from rear_scale.config.values import leaves
 from rear_scale.progress import progress
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
+from rear_scale.weight_file import read_training
 
 _SAVE_EVERY = 100  # steps
 
@@ -26,7 +30,7 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
     """Trains on images (uint8 [n, S, S, 3]) and writes `cfg.weights`; progress lies beside it until it is complete.
 
     Continuous autoencoder first, then k-means places the codes, then straight-through VQ with a commitment term.
-    Raises InputError for images of another size.
+    Raises InputError for images of another size, and FloatingPointError, with nothing written, when the training diverges.
     """
     assert cfg.training is not None
     assert cfg.weights is not None
@@ -36,30 +40,59 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
             f"tokenizer.image_size={cfg.image_size}, but the images are {images.shape[2]}x{images.shape[1]}. Set it to their size"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = _TrainingRun(cfg, training, device)
+    settings = training_settings(cfg, images)
+    run = _TrainingRun(cfg, training, device, settings)
     progress_file = path.with_name(f"{path.name}.training")
     run.resume(progress_file)
     pixels = torch.from_numpy(images)
     with progress("train tokenizer", training.steps, "step", done=run.step) as bar:
         while run.step < training.steps:
             loss = run.train_step(pixels)
+            if not math.isfinite(loss):
+                raise run.diverged(f"the mean squared error is {loss}")
             bar.set_postfix(mse=f"{loss:.5f}", refresh=False)
             bar.update()
             if run.step % _SAVE_EVERY == 0:
                 run.save(progress_file)
+    run.check_finite()
     tokenizer = run.tokenizer.eval()
-    tokenizer.save(path)
+    tokenizer.save(path, settings)
     progress_file.unlink(missing_ok=True)
     return tokenizer
 
 
-class _TrainingRun:
-    """All state of the training: everything else is a function of the config and the step."""
+def training_settings(cfg: TokenizerConfig, images: np.ndarray) -> dict[str, Any]:
+    """All that the weights depend on, by config key: settings, and a hash of the images (uint8 [n, S, S, 3])."""
+    settings = {f"tokenizer.{name}": value for name, value in leaves(asdict(cfg)).items()}
+    settings.pop("tokenizer.weights")
+    settings["tokenizer.training.images"] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
+    return settings
 
-    def __init__(self, cfg: TokenizerConfig, training: TokenizerTrainingConfig, device: torch.device) -> None:
+
+def check_same_training(cfg: TokenizerConfig, images: np.ndarray) -> None:
+    """Raises InputError when the weights of a config are there but come from other settings or images.
+
+    A file that does not say what it comes from is taken as it is.
+    """
+    before = read_training(cfg.weights)
+    for key, value in training_settings(cfg, images).items():
+        if key in before and before[key] != value:
+            what = "images of " if key.endswith(".images") else ""
+            raise InputError(
+                f"{key}={value}, but {cfg.weights} was trained with {what}{key}={before[key]}. "
+                "Set it back, name another tokenizer.weights, or remove the file to train anew"
+            )
+
+
+class _TrainingRun:
+    """All state of the training: everything else is a function of the settings and the step."""
+
+    def __init__(
+        self, cfg: TokenizerConfig, training: TokenizerTrainingConfig, device: torch.device, settings: dict[str, Any]
+    ) -> None:
         torch.manual_seed(training.seed)
         self.training, self.device = training, device
-        self.identity = repr(asdict(cfg))
+        self.settings = settings
         self.tokenizer = build(cfg).to(device)
         self.tracker = CodeTracker(self.tokenizer, training.ema_decay, training.restart_below)
         self.optimizer = torch.optim.Adam(self.tokenizer.parameters(), lr=training.lr, betas=(0.9, 0.99))
@@ -99,10 +132,22 @@ class _TrainingRun:
     def _images(self, pixels: Tensor, chosen: Tensor) -> Tensor:
         return to_unit_range(pixels[chosen].to(self.device))
 
+    def check_finite(self) -> None:
+        """Raises FloatingPointError when a weight is not a number: the last update may be what ruined them."""
+        if not all(value.isfinite().all() for value in self.tokenizer.state_dict().values()):
+            raise self.diverged("a weight is not finite")
+
+    def diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"tokenizer training, step {self.step}: {what}. No weights were written. "
+            f"Lower tokenizer.training.lr={self.training.lr}"
+        )
+
     def save(self, path: Path) -> None:
+        self.check_finite()
         part = path.with_name(f"{path.name}.part")
         state = {
-            "identity": self.identity,
+            "settings": self.settings,
             "step": self.step,
             "tokenizer": self.tokenizer.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -112,11 +157,11 @@ class _TrainingRun:
         part.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Takes up the progress of an earlier call with the same config, if there is any."""
+        """Takes up the progress of an earlier call with the same settings, if there is any."""
         if not path.exists():
             return
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        if state["identity"] != self.identity:
+        if state.get("settings") != self.settings:
             return
         self.step = state["step"]
         self.tokenizer.load_state_dict(state["tokenizer"])

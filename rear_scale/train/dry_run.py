@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rear_scale.config import ExperimentConfig, InputError, Plan, derive, to_yaml
+from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.storage import is_remote
@@ -15,8 +15,11 @@ from rear_scale.world import Ranks
 def show(cfg: ExperimentConfig, ranks: Ranks) -> None:
     """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet."""
     lines = [to_yaml(cfg).rstrip(), "", *_data_lines(cfg)]
-    plan = derive(cfg, ranks.world_size, _images_per_epoch(cfg))
-    lines += [*_run_lines(cfg, plan), *_model_lines(cfg)]
+    try:
+        lines += _run_lines(cfg, derive(cfg, ranks.world_size, _images_per_epoch(cfg)))
+    except UnknownLength as unknown:
+        lines.append(f"run length: {unknown}")
+    lines += _model_lines(cfg)
     if ranks.rank == 0:
         print("\n".join(lines), flush=True)
 

@@ -52,8 +52,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
     """
     run = RunFolder(cfg.run.dir)
     with ExitStack() as stack:
-        if world.is_main:
-            stack.enter_context(run.locked())
+        stack.enter_context(world.alone(*run.lock))
         found = checkpoint.newest(run.checkpoints, world, report=say)
         if found is None and cfg.train.init_from is not None:
             found = start.take_over(cfg, tokens, run, world)
@@ -62,6 +61,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             _check_same_run(cfg, tokens, found)
         if done >= plan.last_step:
             if world.is_main:
+                if run.state() != "done":
+                    # Killed between the last checkpoint and its word for it.
+                    run.set_status("done", done, _why_done(plan))
                 say(f"{run.path} is complete: {done} of {plan.last_step} steps")
             return 0
         if world.is_main:
@@ -77,10 +79,11 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         except BaseException as error:
             if world.is_main:
                 run.set_status("failed", last_step(run), f"{type(error).__name__}: {error}")
+                if isinstance(error, KeyboardInterrupt):
+                    say(f"stopped; the same command continues from step {last_step(run)}")
             raise
         if world.is_main:
-            reason = f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
-            run.set_status("done", plan.last_step, reason)
+            run.set_status("done", plan.last_step, _why_done(plan))
         return plan.last_step - done
 
 
@@ -209,6 +212,7 @@ class _Run:
             "data_offset": self.data_offset,
             "config": to_dict(self.cfg),
             "data_fingerprint": self.tokens.manifest.fingerprint,
+            "tokenizer_sha256": self.tokens.manifest.tokenizer_sha256,
             "world_size": self.world.size,
             "versions": versions(),
             "commit": commit(),
@@ -362,6 +366,10 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.C
             f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {found.path} was trained on "
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
+
+
+def _why_done(plan: Plan) -> str:
+    return f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
 
 
 class _Prefetcher:

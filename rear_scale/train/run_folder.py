@@ -9,7 +9,6 @@ events.jsonl     what went out of the ordinary: updates left out, loss spikes, c
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import platform
@@ -18,17 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rear_scale.config import ExperimentConfig, InputError, to_yaml
+from rear_scale.config import ExperimentConfig, to_yaml
 from rear_scale.shards.record import write_text_atomically
-from rear_scale.world import World
+from rear_scale.world import World, locked
 
 
 class RunFolder:
@@ -45,20 +43,17 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    @property
+    def lock(self) -> tuple[Path, str]:
+        """The file that keeps a second process out of the folder, and what that process is told."""
+        return (
+            self.path / ".lock",
+            f"run.dir={self.path} is in use by another process. Wait for it, stop it, or set another run.dir",
+        )
+
+    def locked(self) -> AbstractContextManager[None]:
         """Keeps a second process out of the folder. Raises InputError when one is in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"run.dir={self.path} is in use by another process. Wait for it, stop it, or set another run.dir"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            yield
+        return locked(*self.lock)
 
     def start(self, cfg: ExperimentConfig, world: World) -> None:
         write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
@@ -69,6 +64,13 @@ class RunFolder:
         write_text_atomically(
             self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
         )
+
+    def state(self) -> str | None:
+        """The state in status.json; None when it says none."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def cut_metrics(self, step: int) -> None:
         """Drops what was logged after a step, and a line that a kill left unfinished: every step appears once."""

@@ -56,23 +56,26 @@ def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: Wo
     source = Path(cfg.train.init_from)
     if not accelerate.is_released_checkpoint(source):
         return None
-    if world.is_main:
-        released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
-        with torch.device("meta"):
-            model = build_model(cfg)
-        official.check_fits(released.tensors["param"], model, f"train.init_from={source}", heads_optional=False)
-        meta = {
-            "optimizer_step": released.step,
-            "images_seen": released.step * cfg.train.global_batch_size,
-            "config": to_dict(cfg),
-            "data_fingerprint": tokens.manifest.fingerprint,
-            "world_size": world.size,
-            "versions": versions(),
-            "commit": commit(),
-        }
-        folder = run.checkpoints / f"step_{released.step:08d}"
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_portable(folder, released.step, released.tensors, meta)
-        say(f"goes on from {source}: {released.step} updates done")
-    world.barrier()
+    world.on_main(lambda: _write_first(cfg, tokens, run, source, world))
     return checkpoint.newest(run.checkpoints, world, report=say)
+
+
+def _write_first(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, source: Path, world: World) -> None:
+    released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    official.check_fits(released.tensors["param"], model, f"train.init_from={source}", heads_optional=False)
+    meta = {
+        "optimizer_step": released.step,
+        "images_seen": released.step * cfg.train.global_batch_size,
+        "config": to_dict(cfg),
+        "data_fingerprint": tokens.manifest.fingerprint,
+        "tokenizer_sha256": tokens.manifest.tokenizer_sha256,
+        "world_size": world.size,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    folder = run.checkpoints / f"step_{released.step:08d}"
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_portable(folder, released.step, released.tensors, meta)
+    say(f"goes on from {source}: {released.step} updates done")

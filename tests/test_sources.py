@@ -1,0 +1,154 @@
+"""What a checkpoint is opened from, what of it is checked, and what may be asked of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from helpers import run_alone, tiny_config
+
+from rear_scale import cli
+from rear_scale.config import InputError, from_dict
+from rear_scale.model import build_model
+from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.convert import convert
+from rear_scale.parallel.sources import load_generator_weights, open_source
+from rear_scale.sample.job import load_generator
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import discover
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """A run folder with checkpoints at steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = tiny_config(folder, tokens, "strategy=single", "train.total_steps=2", "checkpoint.every_steps=1")
+    data = setup.check_data(cfg, discover({}))
+    run_alone(lambda world: train(cfg, data.plan, world, *data.open(world), Hooks()))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tmp_path: Path, trained: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def open_with(path: Path, *overrides: str) -> Checkpoint:
+    """As a launcher with --checkpoint does."""
+    with mock.patch.object(sys, "argv", ["launcher", "--checkpoint", str(path), *overrides]):
+        return cli.parse_checkpoint(cli.make_parser("", from_checkpoint=True)).checkpoint
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        open_with(path, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.depth=1", "model.depth=1, but .*step_00000002 was trained with model.depth=2"),
+        ("model.num_heads=4", "trained with model.num_heads=2"),
+        ("model.num_classes=3", "trained with model.num_classes=5"),
+        ("tokenizer.codebook_size=16", "trained with tokenizer.codebook_size=32"),
+        ("objective.permutation.order=z_curve", "trained with objective.permutation.order=row_major"),
+        ("objective=ar", "trained with objective.heads.decode_tap=1"),
+    ],
+)
+def test_another_model_cannot_be_asked_of_a_checkpoint(trained: Path, override: str, expected: str) -> None:
+    assert re.search(expected, error_of(trained, override))
+
+
+def test_what_is_not_the_model_may_be_set(trained: Path) -> None:
+    free = ["model.kernel=sdpa", "sample.seed=3", "strategy=ddp", "tokenizer.weights=x", "evaluate.batch_size=2"]
+    assert open_with(trained, *free).step == 2
+
+
+def test_a_consolidated_file_holds_on_to_its_model_too(tmp_path: Path, trained: Path) -> None:
+    convert(trained, None, [], "consolidated", tmp_path / "all.safetensors")
+    assert "model.num_heads=4, but" in error_of(tmp_path / "all.safetensors", "model.num_heads=4")
+    assert open_with(tmp_path / "all.safetensors", "sample.seed=3").step == 2
+    config = tmp_path / "other.yaml"
+    config.write_text((trained / "config.yaml").read_text().replace("depth: 2", "depth: 1"))
+    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model has not"):
+        open_source(tmp_path / "all.safetensors", str(config))
+
+
+def test_converting_does_not_relabel_a_checkpoint(tmp_path: Path, trained: Path) -> None:
+    with pytest.raises(InputError, match=r"objective\.permutation\.order=z_curve, but"):
+        convert(trained, None, ["objective.permutation.order=z_curve"], "merged", tmp_path / "merged.bin")
+
+
+def test_all_weights_but_heads_must_have_a_place(trained: Path) -> None:
+    found = open_source(trained)
+    cfg = from_dict(found.meta["config"], "saved")
+    model = load_generator(cfg, found, torch.device("cpu"))
+    assert torch.equal(model.state_dict()["lm_head.weight"], found.reader("param")("lm_head.weight"))
+    cfg.model.depth = 1
+    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model has not"):
+        load_generator_weights(found, build_model(cfg, with_heads=False))
+
+
+def zero_some_bytes(part: Path) -> None:
+    with open(part, "r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(b"\0" * 4000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (zero_some_bytes, "does not match its checksum in meta.json"),
+        (lambda part: os.truncate(part, 5000), "has 5000 bytes, but meta.json says"),
+        (Path.unlink, "not found"),
+    ],
+    ids=["zeroed", "truncated", "missing"],
+)
+def test_a_damaged_part_is_named_with_an_intact_checkpoint(run: Path, spoil, expected: str) -> None:
+    part = run / "checkpoints/step_00000002/part-00000.safetensors"
+    spoil(part)
+    intact = run / "checkpoints/step_00000001"
+    for path in (run, part.parent):
+        message = error_of(path)
+        assert expected in message
+        assert str(part) in message
+        assert message.endswith(f"or use {intact}")
+    assert open_with(intact).step == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda meta: [], "has format None"),
+        (lambda meta: {**meta, "config": None}, "has no config"),
+        (lambda meta: {name: value for name, value in meta.items() if name != "files"}, "has no files"),
+        (lambda meta: {**meta, "files": [{"file": "part-00000.safetensors"}]}, "a file lacks 'size'"),
+        (lambda meta: {**meta, "files": []}, "but meta.json says None"),
+    ],
+)
+def test_a_meta_file_that_is_not_whole_is_named(run: Path, change, expected: str) -> None:
+    path = run / "checkpoints/step_00000002/meta.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert expected in error_of(run)
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(run: Path) -> None:
+    (run / "checkpoints/step_00000003").mkdir()
+    shutil.copytree(run / "checkpoints/step_00000001", run / "checkpoints/step_0000best")
+    assert open_with(run).step == 2
+
+
+def test_samples_of_a_checkpoint_named_by_a_dot_go_to_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints/step_00000002")
+    assert open_with(Path(".")).run.resolve() == run.resolve()
