@@ -3,6 +3,8 @@ of ranks and replicate over the groups (hsdp)."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -10,6 +12,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rear_scale.parallel.strategy import Compute
 from rear_scale.parallel.torch_strategy import TorchStrategy
+
+# The output of a linear layer on [B, S, D] is a view; nothing here changes one in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class FSDPStrategy(TorchStrategy):

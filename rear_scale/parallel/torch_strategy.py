@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
@@ -95,8 +95,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
-    """A full tensor on the CPU, placed as the weight is."""
-    if isinstance(weight, DTensor):
-        # Every rank has read the same file, so nothing needs to travel.
-        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-    return value.to(weight.device)
+    """A full tensor on the CPU, placed as the weight is. Every rank has read the same file, so nothing needs to travel."""
+    if not isinstance(weight, DTensor):
+        return value.to(weight.device)
+    # FSDP2 shards the first dimension, as chunk does: the last ranks may have less of it, or nothing.
+    axis = next(number for number, placement in enumerate(weight.placements) if placement.is_shard())
+    chunks = value.chunk(weight.device_mesh.size(axis))
+    place = weight.device_mesh.get_local_rank(axis)
+    like = torch.zeros_like(weight)
+    if place < len(chunks):
+        like.to_local().copy_(chunks[place])
+    return like
