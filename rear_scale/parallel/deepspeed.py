@@ -26,6 +26,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 # On CPUs, DeepSpeed compiles a shared-memory all-reduce when it starts, and stops where there is no C++ compiler.
@@ -199,10 +201,22 @@ class DeepSpeedStrategy(Strategy):
         self._relink()
         for name, weight in self.model.named_parameters():
             value = read(name).to(self.world.device)
-            if kind == "param":
+            if self.stage == 3:
+                self._set_partition(weight, value, kind)
+            elif kind == "param":
                 safe_set_full_fp32_param(weight, value)
             else:
                 safe_set_full_optimizer_state(weight, value, kind)
+
+    def _set_partition(self, weight: nn.Parameter, value: Tensor, kind: Kind) -> None:
+        # The engine's way to set a full value fails where it does not divide evenly among the ranks.
+        size = weight.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+        partition = padded.narrow(0, size * self.world.rank, size)
+        if kind == "param":
+            safe_set_local_fp32_param(weight, partition)
+        else:
+            safe_set_local_optimizer_state(weight, partition, kind)
 
     def _create_moments(self, optimizer_step: int) -> None:
         base = self.zero.optimizer
