@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,10 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
     draw = random.Random(seed)
     counts = {"rank": 0, "group": 0, "while writing": 0}
     log = folder / "killed/run/metrics.jsonl"
-    root = folder / "killed/run/checkpoints"
+    root, status = folder / "killed/run/checkpoints", folder / "killed/run/status.json"
     lost = 0
     while sum((counts["rank"], counts["group"])) < kills:
-        before = checkpoint_steps(root)
+        before, last = checkpoint_steps(root), modified(status)
         process = subprocess.Popen(
             command_line(*commands["killed"]),
             env=environment(),
@@ -139,13 +140,11 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        moment = draw.random()
-        start_size = log.stat().st_mtime if log.exists() else 0.0
-        # From the first step of this start on: before it, little can break.
-        while not log.exists() or log.stat().st_mtime == start_size or not log.stat().st_size:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        time.sleep(moment * 0.5)
+        # Some steps after its start, and then at any moment of a step.
+        wait_until(process, lambda last=last: modified(status) != last)
+        wanted = max(before, default=0) + draw.randint(1, 6)
+        wait_until(process, lambda wanted=wanted: len(log.read_bytes().splitlines() if log.exists() else []) >= wanted)
+        time.sleep(draw.random() * 0.2)
         counts["while writing"] += bool(list(root.glob("step_*.tmp")))
         whole = draw.random() < 0.5
         ranks = ranks_of(process)
@@ -157,6 +156,7 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
             kill(draw.choice(ranks))
             counts["rank"] += 1
         process.communicate(timeout=120)
+        print(counts, "at step", max(checkpoint_steps(root), default=0), flush=True)
         # What was visible stays, and what is visible is whole.
         after = checkpoint_steps(root)
         lost += bool(before) and max(after, default=0) < max(before)
@@ -171,6 +171,15 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
     print(f"{counts['rank'] + counts['group']} kills: {counts}; torn or lost checkpoints: {lost}")
     assert lost == 0
     assert without_times(folder / "killed") == without_times(folder / "unbroken")
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def checkpoint_steps(root: Path) -> list[int]:
@@ -191,13 +200,13 @@ def kill(pid: int) -> None:
 
 
 def test_a_few_kills_lose_nothing(tmp_path: Path, tokens: Path) -> None:
-    _kill_and_restart(tmp_path, tokens, kills=3, seed=0, steps=150)
+    _kill_and_restart(tmp_path, tokens, kills=3, seed=0, steps=24)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_a_hundred_kills_lose_nothing(tmp_path: Path, tokens: Path) -> None:
-    _kill_and_restart(tmp_path, tokens, kills=100, seed=1, steps=4000)
+    _kill_and_restart(tmp_path, tokens, kills=100, seed=1, steps=500)
 
 
 def test_a_full_disk_stops_no_training(tmp_path: Path, tokens: Path) -> None:

@@ -104,6 +104,8 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.96])
     weight_decay: float = 0.03
     grad_clip: float = 1.0  # largest global gradient norm
+    # AdamW of torch_fused | torch_foreach | deepspeed | apex; auto = fused on GPUs, foreach on CPUs
+    backend: str = "auto"
     ema_decay: float = 0.0  # moving average of the weights, per update; 0 = none
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rear_scale.parallel.communication import ZERO_BUCKET_ELEMENTS
+from rear_scale.parallel.optimizer import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 if not torch.cuda.is_available():
@@ -41,9 +43,6 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 
 # Stage 3 replaces this function for the whole process.
 _LINEAR = torch.nn.functional.linear
-
-# Elements in flight per collective. Larger ones cost gigabytes of buffers and gain nothing.
-_BUCKET_ELEMENTS = 50_000_000
 
 
 class DeepSpeedStrategy(Strategy):
@@ -102,8 +101,8 @@ class DeepSpeedStrategy(Strategy):
             "communication_data_type": "fp32",
             "zero_optimization": {
                 "stage": self.stage,
-                "reduce_bucket_size": _BUCKET_ELEMENTS,
-                "allgather_bucket_size": _BUCKET_ELEMENTS,
+                "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
+                "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
                 # A bucket then goes to the rank that owns it, instead of to all of them.
                 "use_multi_rank_bucket_allreduce": False,
@@ -224,9 +223,7 @@ class DeepSpeedStrategy(Strategy):
             state = base.state[flat]
             if "exp_avg" not in state:
                 state.update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            # AdamW's fused kernel wants its step count on the device.
-            step_device = flat.device if base.defaults.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(optimizer_step), device=step_device)
+            set_step(base, flat, optimizer_step)
 
     def _master_partitions(self) -> list[Tensor]:
         """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""
