@@ -165,6 +165,8 @@ class OptimConfig:
     # Which weights decay. released: not biases, norms, embeddings, final AdaLN; matrices: all of 2 or more dimensions
     decay: str = "released"
     grad_clip: float = 1.0  # largest global gradient norm
+    # AdamW of torch_fused | torch_foreach | deepspeed | apex; auto = fused on GPUs, foreach on CPUs
+    backend: str = "auto"
     ema_decay: float = 0.0  # moving average of the weights, per update; 0 = none
 
 

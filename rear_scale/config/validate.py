@@ -10,6 +10,7 @@ from rear_scale.config.schema import ExperimentConfig, InputError
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("auto", "torch_fused", "torch_foreach", "deepspeed", "apex")
 RECOMPUTE_POLICIES = ("none", "full", "every_n", "selective")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
@@ -223,6 +224,14 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     _positive(cfg, "checkpoint.keep_every", "train.val_every")
     _require(
         0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must lie in [0, 1)", "Use 0 for none, or 0.9999"
+    )
+    _one_of("optim.backend", optim.backend, BACKENDS)
+    _require(
+        optim.backend not in ("deepspeed", "apex") or cfg.strategy.name not in ("fsdp2", "hsdp"),
+        "optim.backend",
+        optim.backend,
+        f"cannot update the sharded tensors of strategy={cfg.strategy.name}",
+        "Use optim.backend=auto",
     )
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("optim.schedule", optim.schedule, ("paper", "released"))

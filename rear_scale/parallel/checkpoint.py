@@ -151,7 +151,7 @@ class Writer:
                 part.mkdir(parents=True)
                 free = shutil.disk_usage(self.root).free
                 if free < needed * _SPACE_MARGIN:
-                    problem = f"{self.root} has {free / 2**20:,.0f} MiB free, but a checkpoint takes {needed / 2**20:,.0f} MiB"
+                    problem = f"{self.root} has {free / 2**20:,.1f} MiB free, but a checkpoint takes {needed / 2**20:,.1f} MiB"
                     shutil.rmtree(part)
             except OSError as error:
                 problem = str(error)

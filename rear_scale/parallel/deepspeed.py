@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rear_scale.parallel.communication import ZERO_BUCKET_ELEMENTS
+from rear_scale.parallel.optimizer import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 if not torch.cuda.is_available():
@@ -26,6 +28,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 # On CPUs, DeepSpeed compiles a shared-memory all-reduce when it starts, and stops where there is no C++ compiler.
@@ -39,9 +43,6 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 
 # Stage 3 replaces this function for the whole process.
 _LINEAR = torch.nn.functional.linear
-
-# Elements in flight per collective. Larger ones cost gigabytes of buffers and gain nothing.
-_BUCKET_ELEMENTS = 50_000_000
 
 
 class DeepSpeedStrategy(Strategy):
@@ -100,8 +101,8 @@ class DeepSpeedStrategy(Strategy):
             "communication_data_type": "fp32",
             "zero_optimization": {
                 "stage": self.stage,
-                "reduce_bucket_size": _BUCKET_ELEMENTS,
-                "allgather_bucket_size": _BUCKET_ELEMENTS,
+                "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
+                "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
                 # A bucket then goes to the rank that owns it, instead of to all of them.
                 "use_multi_rank_bucket_allreduce": False,
@@ -199,10 +200,22 @@ class DeepSpeedStrategy(Strategy):
         self._relink()
         for name, weight in self.model.named_parameters():
             value = read(name).to(self.world.device)
-            if kind == "param":
+            if self.stage == 3:
+                self._set_partition(weight, value, kind)
+            elif kind == "param":
                 safe_set_full_fp32_param(weight, value)
             else:
                 safe_set_full_optimizer_state(weight, value, kind)
+
+    def _set_partition(self, weight: nn.Parameter, value: Tensor, kind: Kind) -> None:
+        # The engine's way to set a full value fails where it does not divide evenly among the ranks.
+        size = weight.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+        partition = padded.narrow(0, size * self.world.rank, size)
+        if kind == "param":
+            safe_set_local_fp32_param(weight, partition)
+        else:
+            safe_set_local_optimizer_state(weight, partition, kind)
 
     def _create_moments(self, optimizer_step: int) -> None:
         base = self.zero.optimizer
@@ -210,9 +223,7 @@ class DeepSpeedStrategy(Strategy):
             state = base.state[flat]
             if "exp_avg" not in state:
                 state.update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            # AdamW's fused kernel wants its step count on the device.
-            step_device = flat.device if base.defaults.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(optimizer_step), device=step_device)
+            set_step(base, flat, optimizer_step)
 
     def _master_partitions(self) -> list[Tensor]:
         """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""

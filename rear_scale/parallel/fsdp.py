@@ -3,13 +3,20 @@ of ranks and replicate over the groups (hsdp)."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
+from rear_scale.parallel.communication import fsdp_units, shard_dimension
 from rear_scale.parallel.strategy import Compute
 from rear_scale.parallel.torch_strategy import TorchStrategy
+
+# The output of a linear layer on [B, S, D] is a view; nothing here changes one in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class FSDPStrategy(TorchStrategy):
@@ -56,10 +63,9 @@ def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forwa
     """Shards a model in place over the ranks of a mesh; its parameters become DTensors under their own names."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
-    for block in model.blocks:
-        fully_shard(block, **settings, reshard_after_forward=reshard_after_forward)
-    for name, child in model.named_children():
-        if name.endswith("_align_mlp"):
-            fully_shard(child, **settings, reshard_after_forward=reshard_after_forward)
+    ranks = mesh.size(mesh.ndim - 1)
+    settings["shard_placement_fn"] = lambda weight: Shard(shard_dimension(weight, ranks))
+    for unit in fsdp_units(model):
+        fully_shard(unit, **settings, reshard_after_forward=reshard_after_forward)
     # What is left is needed first and last: the backward pass begins where the forward pass ends.
     return fully_shard(model, **settings, reshard_after_forward=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.parallel.optimizer import make_adamw
 from rear_scale.world import World
 
 # One float32 value per weight and kind makes a checkpoint.
@@ -74,8 +75,8 @@ class Strategy(ABC):
     def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
         """Sets every parameter's value of a kind from `read(name)` (full float32 tensors on the CPU)."""
 
-    def make_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over the published groups: with weight decay first, without it second."""
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over the published groups: with weight decay first, without it second. Raises InputError (make_adamw)."""
         optim = self.cfg.optim
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         groups = [
@@ -85,5 +86,4 @@ class Strategy(ABC):
             }
             for decay, rate in ((True, optim.weight_decay), (False, 0.0))
         ]
-        on_gpu = self.world.device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas), fused=on_gpu, foreach=not on_gpu)
+        return make_adamw(optim, groups, self.world.device)

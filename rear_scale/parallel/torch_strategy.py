@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from rear_scale.parallel.optimizer import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 
@@ -54,22 +55,14 @@ class TorchStrategy(Strategy):
             for weight in self.model.parameters():
                 # An optimizer that finds a state completes none, so the others are made here too.
                 zeros = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[weight] = {
-                    "step": self._step_count(weight, 0),
-                    **zeros,
-                    "ema": weight.detach().clone(),
-                }
+                self.optimizer.state[weight] = {**zeros, "ema": weight.detach().clone()}
+                set_step(self.optimizer, weight, 0)
 
     @torch.no_grad()
     def _average(self) -> None:
         weights = list(self.model.parameters())
         averages = [_local(self.optimizer.state[weight]["ema"]) for weight in weights]
         torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
-
-    def _step_count(self, weight: Tensor, optimizer_step: int) -> Tensor:
-        # AdamW's fused kernel wants its step count on the device.
-        device = weight.device if self.optimizer.defaults.get("fused") else "cpu"
-        return torch.tensor(float(optimizer_step), device=device)
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.model.named_parameters():
@@ -81,9 +74,8 @@ class TorchStrategy(Strategy):
             if kind == "param":
                 weight.data.copy_(value)
                 continue
-            state = self.optimizer.state[weight]
-            state[kind] = value
-            state["step"] = self._step_count(weight, optimizer_step)
+            self.optimizer.state[weight][kind] = value
+            set_step(self.optimizer, weight, optimizer_step)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -95,8 +87,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
-    """A full tensor on the CPU, placed as the weight is."""
-    if isinstance(weight, DTensor):
-        # Every rank has read the same file, so nothing needs to travel.
-        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-    return value.to(weight.device)
+    """A full tensor on the CPU, placed as the weight is. Every rank has read the same file, so nothing needs to travel."""
+    if not isinstance(weight, DTensor):
+        return value.to(weight.device)
+    # Sharded as chunk does it: the last ranks may have less, or nothing.
+    axis, placement = next((axis, found) for axis, found in enumerate(weight.placements) if found.is_shard())
+    chunks = value.chunk(weight.device_mesh.size(axis), placement.dim)
+    place = weight.device_mesh.get_local_rank(axis)
+    like = torch.zeros_like(weight)
+    if place < len(chunks):
+        like.to_local().copy_(chunks[place])
+    return like

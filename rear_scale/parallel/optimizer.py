@@ -1,0 +1,70 @@
+"""AdamW by several hands: torch's own (fused or foreach), DeepSpeed's and NVIDIA apex's. The same updates within rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rear_scale.config import InputError, OptimConfig
+
+Groups = list[dict[str, Any]]
+
+
+def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of optim.backend over parameter groups that bring their own weight decay. Its learning rate is set later.
+
+    Raises InputError when the backend is not installed, or does not work on this device.
+    """
+    common = {"lr": 0.0, "betas": tuple(optim.betas), "eps": 1e-8}
+    backend = optim.backend
+    if backend == "auto":
+        backend = "torch_fused" if device.type == "cuda" else "torch_foreach"
+    if backend in ("torch_fused", "torch_foreach"):
+        return torch.optim.AdamW(groups, **common, fused=backend == "torch_fused", foreach=backend == "torch_foreach")
+    make = _deepspeed_adam() if backend == "deepspeed" else _apex_adam(device)
+    return make(groups, **common, adam_w_mode=True)
+
+
+def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> None:
+    """Says that a weight has had `step` updates, in the place where this kind of optimizer keeps it."""
+    state = optimizer.state[weight]
+    if isinstance(optimizer, torch.optim.AdamW):
+        # The fused kernel wants its count on the device.
+        state["step"] = torch.tensor(float(step), device=weight.device if optimizer.defaults["fused"] else "cpu")
+        return
+    state["step"] = step  # DeepSpeed
+    for group in optimizer.param_groups:
+        group["step"] = step  # apex
+
+
+def _deepspeed_adam() -> Any:
+    try:
+        from deepspeed.ops.adam import FusedAdam
+    except ImportError as error:
+        raise InputError(
+            f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"
+        ) from None
+    return FusedAdam
+
+
+def _apex_adam(device: torch.device) -> Any:
+    try:
+        import apex
+    except ImportError:
+        raise InputError(
+            "optim.backend=apex needs NVIDIA apex, which is built from its own repository (see README.md). "
+            "Use optim.backend=auto, whose fused kernel does the same"
+        ) from None
+    if not hasattr(apex, "optimizers"):
+        try:
+            import apex.optimizers  # noqa: F401
+        except ImportError:
+            raise InputError(
+                f"optim.backend=apex: the package apex in {getattr(apex, '__path__', ['?'])[0]} is not NVIDIA's but another one "
+                "of that name, as PyPI has it. Uninstall it and build NVIDIA's (see README.md), or use optim.backend=auto"
+            ) from None
+    if device.type != "cuda":
+        raise InputError("optim.backend=apex works on CUDA devices only. Use optim.backend=auto")
+    return apex.optimizers.FusedAdam

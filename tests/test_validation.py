@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import metrics, run_alone, run_ranks, tiny_config, write_token_shards
+from test_parallel import QUIET, build, run_steps
+
+from rear_scale.config import InputError
+from rear_scale.objective import Objective
+from rear_scale.shards.reader import open_tokens
+from rear_scale.shards.record import read_codebook
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.train.validation import Validation
+from rear_scale.world import World, discover
+
+# No number of ranks or micro-batch divides it.
+HELD_OUT = 29
+
+
+def _validated(world: World, folder: Path, tokens: Path, val: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in names:
+        cfg = tiny_config(folder, tokens, f"strategy={name}", f"data.val={val}", *QUIET)
+        strategy = build(world, cfg)
+        held_out = open_tokens(val, cfg.data.cache_dir)
+        codebook = torch.from_numpy(read_codebook(val, held_out.manifest))
+        validate = Validation(cfg, held_out, codebook, world)
+        before = validate(0, strategy)
+        losses = run_steps(world, cfg, strategy, 1, 2)
+        found[name] = {**validate(2, strategy), "before": before["val_loss"], "losses": losses}
+    return found
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_token_shards(tmp_path_factory.mktemp("val") / "val", HELD_OUT, seed=5)
+
+
+def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path, tokens: Path, val: Path) -> None:
+    alone = run_alone(_validated, tmp_path, tokens, val, ["single"])["single"]
+    assert alone["val_loss"] == pytest.approx(
+        alone["val_loss_ar"] + alone["val_loss_encode"] + alone["val_loss_decode"], rel=1e-6
+    )
+    assert 0 < alone["val_ctr_noisy"] <= alone["val_ctr"] < 1
+    # A share of correct predictions is a whole number of them.
+    assert alone["val_ctr"] * HELD_OUT * 16 == pytest.approx(round(alone["val_ctr"] * HELD_OUT * 16), abs=1e-4)
+    for name, found in run_ranks(2, _validated, tmp_path, tokens, val, ["zero3", "fsdp2"])[0].items():
+        losses, expected = found.pop("losses"), alone["losses"]
+        assert found == pytest.approx({key: alone[key] for key in found}, rel=1e-5), name
+        # And it leaves no trace in training.
+        assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+
+
+def test_the_loss_is_that_of_a_plain_model(tmp_path: Path, tokens: Path, val: Path) -> None:
+    def both(world: World) -> tuple[float, float]:
+        cfg = tiny_config(tmp_path, tokens, "strategy=single", f"data.val={val}", *QUIET)
+        strategy = build(world, cfg)
+        held_out = open_tokens(val, cfg.data.cache_dir)
+        codebook = torch.from_numpy(read_codebook(val, held_out.manifest))
+        truth, labels = held_out.rows(torch.arange(HELD_OUT))
+        with torch.no_grad():
+            loss, _ = Objective(cfg, strategy.plan, codebook, world.device).loss(
+                strategy.model.eval()(truth, labels, None), truth
+            )
+        return Validation(cfg, held_out, codebook, world)(0, strategy)["val_loss"], loss.item()
+
+    found, expected = run_alone(both)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_validates_every_so_often(tmp_path: Path, tokens: Path, val: Path) -> None:
+    cfg = tiny_config(
+        tmp_path, tokens, "strategy=single", f"data.val={val}", "train.val_every=5", "train.log_every=100"
+    )
+
+    def run(world: World) -> int:
+        data = setup.check_data(cfg, discover({}))
+        read, codebook = data.open(world)
+        validation = Validation(cfg, data.open_val(world), codebook, world)
+        return train(cfg, data.plan, world, read, codebook, Hooks(validate=[validation]))
+
+    run_alone(run)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 5, 10, 12]
+    assert [("val_loss" in line, "val_ctr" in line) for line in lines] == [
+        (False, False), (True, True), (True, True), (False, False)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="train.val_every=5 needs data.val"):
+        tiny_config(tmp_path, tokens, "train.val_every=5")
