@@ -125,7 +125,7 @@ def _zero12(
     traffic: Traffic, cfg: ExperimentConfig, model: nn.Module, world_size: int, accumulation: int, width: int
 ) -> None:
     named = list(model.named_parameters())
-    groups = [[w.numel() for n, w in named if decays(n, w) is decay] for decay in (True, False)]
+    groups = [[w.numel() for n, w in named if decays(n, w, cfg.optim.decay) is decay] for decay in (True, False)]
     total = sum(map(sum, groups))
     if cfg.strategy.name == "zero1" and width == 2 and not cfg.strategy.cpu_offload:
         for _ in range(-(-total // 500_000_000)):
