@@ -55,6 +55,7 @@ class Entry:
     def load_config(self, folder: Path, overrides: Sequence[str]) -> ExperimentConfig:
         """With every file in one folder; evaluate.reference names those of both sets that are there."""
         values = [
+            "train.precision=fp32",  # the released samplers use no half precision
             *self.overrides,
             f"tokenizer.weights={folder / self.tokenizer.name}",
             f"evaluate.inception_weights={folder / INCEPTION.name}",

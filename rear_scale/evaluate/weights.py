@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,18 +87,12 @@ def _read_tensors(path: Path, field: str, published: PublishedFile) -> dict[str,
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the pickle's protocol
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Not torch's own text, which advises to load it all the same.
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"it is a pickle that asks for {named[1]}"
-            if named
-            else "it is damaged, or a pickle of other things than tensors"
-        )
-        raise InputError(f"{field}={path} is refused: {what}; code in a weight file is never run. {again}") from None
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{field}={path} is refused: it is damaged, or a pickle with code in it, which is never run ({reason}). {again}"
+        ) from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{field}={path} cannot be read ({str(error).splitlines()[0]}). {again}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
