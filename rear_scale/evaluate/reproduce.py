@@ -82,6 +82,12 @@ class Entry:
             f"not found: {path} ({file.name}, published at {file.source})" for path, file in wanted if not path.exists()
         ]
 
+    def left_out(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
+        """What goes on without: the validation images, which are many, are not insisted on."""
+        if set(cfg.evaluate.reference) != {"adm"}:
+            return []
+        return [f"without {folder / VALIDATION.name} ({VALIDATION.source}): no row against the validation images"]
+
 
 def _rear(size: str, scale: float, power: float) -> Entry:
     # Appendix A of the paper; the released configs of B and L have other values.
