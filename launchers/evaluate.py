@@ -24,6 +24,7 @@ from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import write_result
+from rear_scale.evaluate.sources import check_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
 from rear_scale.parallel.sources import open_source
 from rear_scale.progress import say
@@ -50,6 +51,7 @@ def main() -> None:
         cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
         return
     if args.reconstruct is not None:
+        check_image_set(args.reconstruct)
         _reconstruct(command, args.reconstruct)
         return
     checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
@@ -58,6 +60,8 @@ def main() -> None:
         checkpoints.append((config.from_dict(other.meta["config"], str(other.path), args.overrides), other))
     subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
     check_evaluation(command.cfg)
+    if args.samples is not None:
+        check_image_set(args.samples)
     with joined(command.ranks, same_for_any_world=True) as world:
         opener, rows = Opener(world), []
         evaluation = Evaluation(command.cfg, subjects[0].output.parent / "features", world)

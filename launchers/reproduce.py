@@ -15,6 +15,7 @@ from rear_scale import cli, config, world
 from rear_scale.config import InputError
 from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.reproduce import ENTRIES, entry_of, reproduce
+from rear_scale.progress import say
 
 
 def main() -> None:
@@ -33,10 +34,13 @@ def main() -> None:
     missing = entry.missing(cfg, args.weights)
     if args.dry_run:
         if ranks.rank == 0:
-            print(config.to_yaml(cfg), *missing, sep="\n")
+            print(config.to_yaml(cfg), *missing, *entry.left_out(cfg, args.weights), sep="\n")
         return
     if missing:
         raise InputError("; ".join(missing) + ". Put them there, or name their folder with --weights")
+    if ranks.rank == 0:
+        for line in entry.left_out(cfg, args.weights):
+            say(line)
     out = args.out or Path("runs/reproduce") / entry.name
     with world.joined(ranks, same_for_any_world=True) as joined:
         lines = reproduce(entry, cfg, args.weights, out, Evaluation(cfg, out / "features", joined), joined)

@@ -100,8 +100,12 @@ def test_absent_files_are_named_with_their_sources(tmp_path: Path, tokens: Path)
         ("VIRTUAL_imagenet256_labeled.npz", "https://github.com/openai/guided-diffusion"),
     ):
         assert any(f"nowhere/{name}" in line and source in line for line in lines), name
+    (line,) = entry.left_out(cfg, tmp_path / "files")
+    assert "imagenet_val" in line
     (tmp_path / "files/imagenet_val").mkdir()
-    assert set(entry.load_config(tmp_path / "files", []).evaluate.reference) == {"adm", "validation"}
+    both = entry.load_config(tmp_path / "files", [])
+    assert set(both.evaluate.reference) == {"adm", "validation"}
+    assert entry.left_out(both, tmp_path / "files") == []
     assert MASKGIT_VQGAN.source.startswith("https://")
 
 

@@ -162,7 +162,7 @@ def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
     # The batch belongs to it, because another shape may be computed by another kernel.
-    identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)}"
+    identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)} {len(images.blocks[0])}"
     return cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 

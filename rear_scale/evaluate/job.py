@@ -65,11 +65,12 @@ class Evaluation:
         """All scores of a set of images against every reference."""
         if self.classifier is not None:
             _check_sizes(samples, self.small_sets)
-        # All at once: a generated set is then generated once.
+        # Before the samples: a reference that does not fit fails before 50,000 images are made.
+        references = self._references_for(samples) if self.networks else []
+        # All networks at once: a generated set is then generated once.
         extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world)
         scores = {} if self.classifier is None else self._classifier_scores(samples)
         if self.networks:
-            references = self._references_for(samples)
             found = extract(samples, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world)
             for network, blocks in zip(self.networks, found, strict=True):
                 scores[network.name] = network_scores(network, blocks, references, self.cfg.evaluate, self.world)

@@ -55,6 +55,7 @@ class Entry:
     def load_config(self, folder: Path, overrides: Sequence[str]) -> ExperimentConfig:
         """With every file in one folder; evaluate.reference names those of both sets that are there."""
         values = [
+            "train.precision=fp32",  # the released samplers use no half precision
             *self.overrides,
             f"tokenizer.weights={folder / self.tokenizer.name}",
             f"evaluate.inception_weights={folder / INCEPTION.name}",
@@ -80,6 +81,12 @@ class Entry:
         return [
             f"not found: {path} ({file.name}, published at {file.source})" for path, file in wanted if not path.exists()
         ]
+
+    def left_out(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
+        """What goes on without: the validation images, which are many, are not insisted on."""
+        if set(cfg.evaluate.reference) != {"adm"}:
+            return []
+        return [f"without {folder / VALIDATION.name} ({VALIDATION.source}): no row against the validation images"]
 
 
 def _rear(size: str, scale: float, power: float) -> Entry:

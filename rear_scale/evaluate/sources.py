@@ -49,6 +49,14 @@ def consecutive_blocks(count: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + BLOCK_IMAGES, count)) for start in range(0, count, BLOCK_IMAGES)]
 
 
+def check_image_set(path: Path) -> None:
+    """Raises InputError, before anything is spent, when there is nothing at the path, or a file that is no .npz of images."""
+    if path.is_file():
+        read_samples(path)
+    elif not path.is_dir():
+        raise InputError(f"not found: {path}. Name an .npz, a folder of images or a folder of tar shards")
+
+
 def open_image_set(path: str | Path, world: World, size: int | None = None) -> ImageSet:
     """The images at a path: a file is an .npz; a folder holds image shards, plain tar shards, or image files.
 
@@ -57,10 +65,9 @@ def open_image_set(path: str | Path, world: World, size: int | None = None) -> I
     Raises InputError when there are no images, or none that can be read.
     """
     path = Path(path)
+    check_image_set(path)
     if path.is_file():
         return from_npz(path, world)
-    if not path.is_dir():
-        raise InputError(f"not found: {path}. Name an .npz, a folder of images or a folder of tar shards")
     if (path / "index.json").is_file():
         return from_shards(path.name, open_images(path))
     if tars := sorted(path.glob("*.tar")):
