@@ -65,14 +65,14 @@ def test_round_trip(cfg: TokenizerConfig, tokenizer: Tokenizer, images: Tensor) 
     assert decoded.shape == images.shape
     assert 0 <= decoded.min() <= decoded.max() <= 1
     assert not torch.equal(decoded[0], decoded[1]), "the decoder does not look at the tokens"
-    again = tokenizer.encode(decoded)
-    assert again.shape == ids.shape
+    again = tokenizer.encode(decoded[:1])
+    assert again.shape == (1, cfg.num_tokens)
     if cfg.weights and Path(cfg.weights).is_file():
         assert (decoded - images).square().mean() < images.var(), "worse than a grey image"
 
 
 def test_every_id_of_the_range_decodes(cfg: TokenizerConfig, tokenizer: Tokenizer) -> None:
-    ids = torch.tensor([[0], [cfg.codebook_size - 1]]).expand(2, cfg.num_tokens)
+    ids = torch.arange(cfg.num_tokens)[None] % 2 * (cfg.codebook_size - 1)
     assert tokenizer.decode(ids).isfinite().all()
 
 
