@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import build_model
+from rear_scale.model.memory import ZERO_BUCKET_ELEMENTS
 from rear_scale.parallel.strategy import decays
 
 _MIB = 2**20
 _FP32 = 4
 # DeepSpeed's stage3_max_live_parameters and stage3_param_persistence_threshold.
 _ZERO3_LIVE, _ZERO3_PERSISTENT = 1_000_000_000, 100_000
-# Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
-ZERO_BUCKET_ELEMENTS = 50_000_000
 
 
 @dataclass

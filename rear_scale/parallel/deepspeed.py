@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rear_scale.parallel.communication import ZERO_BUCKET_ELEMENTS
+from rear_scale.model.memory import ZERO_BUCKET_ELEMENTS
 from rear_scale.parallel.optimizer import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 

@@ -1,0 +1,113 @@
+"""Bytes of one rank while it trains: weights, gradients, optimizer state and what blocks keep for the backward pass."""
+
+# B images of a micro-batch, S positions, D width, psi parameters, W ranks
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.model import build_model
+
+# Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
+ZERO_BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per rank."""
+
+    weights: int  # what the rank keeps between steps, master copies apart
+    masters: int  # float32 copies of bf16 weights
+    gradients: int  # at the end of the backward pass, after reduction
+    optimizer: int  # both moments, and the moving average where there is one
+    buffers: int  # of collectives, kept from step to step
+    gathered: int  # whole weights that are there at the height of a pass
+    activations: int  # kept for the backward pass, at its beginning
+
+    @property
+    def states(self) -> int:
+        """Between two steps."""
+        return self.weights + self.masters + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return self.states + self.gradients + self.buffers + self.gathered + self.activations
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "states": self.states, "peak": self.peak}
+
+
+def memory_per_rank(cfg: ExperimentConfig, world_size: int, accumulation: int) -> Memory:
+    """By the usual formulas (psi parameters: 4 psi for float32 weights, 8 psi for the moments, each over W where sharded).
+
+    The allocator's fragments and the runtime's own memory come on top.
+    """
+    with torch.device("meta"):
+        model = build_model(cfg)
+    psi = sum(weight.numel() for weight in model.parameters())
+    block = sum(weight.numel() for weight in model.blocks[0].parameters())
+    name, half = cfg.strategy.name, cfg.train.precision == "bf16"
+    W = world_size
+    if name == "hsdp":
+        W = world_size // cfg.strategy.replicas
+    width = 2 if half else 4
+    moments = 12 if cfg.optim.ema_decay else 8
+    sharded = {"single": 1, "ddp": 1}.get(name, W)
+    off_device = name.startswith("zero") and cfg.strategy.cpu_offload
+    optimizer = 0 if off_device else moments * psi // sharded
+    masters = gathered = buffers = 0
+    if name in ("single", "ddp"):
+        weights, gradients = 4 * psi, 4 * psi
+        gathered = 2 * psi if half else 0  # autocast keeps its casts until the end of the forward pass
+    elif name in ("fsdp2", "hsdp"):
+        weights = 4 * psi // W
+        whole = accumulation > 1 and cfg.strategy.defer_reduction
+        gradients = 4 * psi if whole else 4 * psi // W
+        root = psi - cfg.model.depth * block
+        # Two blocks, one of them fetched ahead, beside the group of the root.
+        gathered = width * (root + 2 * block if cfg.strategy.reshard_after_forward else psi)
+    else:
+        stage = int(name.removeprefix("zero"))
+        weights = width * psi if stage < 3 else width * psi // W
+        # In float32 the engine still keeps masters of its own.
+        masters = 0 if off_device else 4 * psi // W
+        # The engine frees what a rank does not own as soon as it is reduced: with the last micro-step also at stage 1.
+        whole = accumulation > 1 and (stage == 1 or cfg.strategy.defer_reduction)
+        gradients = width * psi if whole else width * psi // W
+        if stage == 1 and half:
+            gradients += 4 * psi // W if accumulation == 1 else 4 * psi
+        if stage == 3:
+            buffers = width * ZERO_BUCKET_ELEMENTS
+        gathered = 0 if stage < 3 else width * min(psi, 1_000_000_000)
+    return Memory(weights, masters, gradients, optimizer, buffers, gathered, activation_bytes(cfg))
+
+
+def activation_bytes(cfg: ExperimentConfig) -> int:
+    """What the blocks of one micro-batch keep, in bytes: elements of each kind per position and block, times their width.
+
+    Per position, in units of D: the norms' inputs and outputs, the modulated inputs, qkv, attention, both products of the
+    feed-forward, and each image's six chunks of modulation.
+    """
+    width = 2 if cfg.train.precision == "bf16" else 4
+    positions = cfg.train.micro_batch_size * (cfg.tokenizer.num_tokens + 1)
+    ratio = (cfg.model.mlp_width or 4 * cfg.model.width) / cfg.model.width
+    kept = (
+        2 + 2 + 2 + 3 + 2 + 2 + 2 * ratio + 2 + 6
+    )  # inputs, norms, modulated, qkv, qk-norms, attention, mlp, gates, modulation
+    if cfg.model.dropout:
+        kept += (2 + ratio) / width  # one byte per mask element
+    one = int(kept * positions * cfg.model.width * width)
+    boundary = positions * cfg.model.width * width
+    depth, policy = cfg.model.depth, cfg.train.activation_checkpointing
+    if policy == "none":
+        return depth * one
+    if policy == "full":
+        return depth * boundary + one
+    if policy == "every_n":
+        recomputed = -(-depth // cfg.train.recompute_every_n)
+        return (depth - recomputed) * one + recomputed * boundary + one
+    products = int((3 + 1 + 1 + ratio + 1) * positions * cfg.model.width * width) + boundary
+    return depth * products + one
