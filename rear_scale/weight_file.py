@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,7 +100,7 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{field}={file} is a pickle that holds more than tensors ({_first_line(error)}), which could run any program. "
+            f"{field}={file} is a pickle that holds more than tensors{_what(error)}, which could run any program. "
             "Use a safetensors file, or one that was saved from state_dict()"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -109,6 +110,12 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{field}={file} does not hold tensors by name. Use a file that was saved from state_dict()")
     return dict(state)
+
+
+def _what(error: BaseException) -> str:
+    """What a refused pickle asks for; torch's message around it advises to load the file all the same."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found[1]})" if found else ""
 
 
 def _first_line(error: BaseException) -> str:
