@@ -8,6 +8,8 @@ SOURCE: a run folder (its newest checkpoint), a checkpoint folder, a weight file
     consolidated  one safetensors file of float32 weights, with the config in its head
     official      a file that the released loaders read (.safetensors, .bin or .pth)
     merged        as official, with RAR's two position tables in one
+
+--ema takes the moving average of the weights (optim.ema_decay) in place of the weights.
 """
 
 from pathlib import Path
@@ -21,8 +23,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder or weight file")
     parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="file, or folder for portable")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     args = cli.parse_source(parser)
-    convert(args.source, args.config, args.overrides, args.to, args.out, dry_run=args.dry_run)
+    convert(args.source, args.config, args.overrides, args.to, args.out, ema=args.ema, dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

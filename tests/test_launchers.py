@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from helpers import (
     BIN,
     ROOT,
@@ -26,7 +27,9 @@ from helpers import (
     tiny_config,
     tiny_config_file,
 )
+from safetensors.torch import load_file
 
+from rear_scale.parallel import checkpoint
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import discover, free_port
@@ -130,6 +133,21 @@ def test_a_kill_of_the_whole_group_is_survived(tmp_path: Path, tokens: Path) -> 
 
 def metrics_or_partial(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_checkpoint_becomes_one_file(tmp_path: Path, tokens: Path) -> None:
+    config = fresh_config(tmp_path, "run", tokens)
+    command = ["python", TRAIN, "--config", config, "strategy=single", "train.total_steps=2", "optim.ema_decay=0.5"]
+    assert launch(*command).returncode == 0
+    run = tmp_path / "run/run"
+    found = checkpoint.find(run)
+    for kind, flags in (("param", []), ("ema", ["--ema"])):
+        out = tmp_path / f"{kind}.safetensors"
+        result = launch("python", "launchers/convert.py", run, "--to", "consolidated", "--out", out, *flags)
+        assert result.returncode == 0, result.stderr
+        weights = load_file(out)
+        assert sorted(weights) == sorted(found.names())
+        assert all(torch.equal(value, found.reader(kind)(name)) for name, value in weights.items())
 
 
 def test_deepspeed_needs_no_compiler(tmp_path: Path, tokens: Path) -> None:

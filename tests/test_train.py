@@ -228,6 +228,14 @@ def test_wandb_offline_gets_the_same_curve(tmp_path: Path, tokens: Path, monkeyp
     assert list((tmp_path / "run/wandb").glob(f"offline-run-*-{identity}"))
 
 
+def test_chosen_steps_are_traced(tmp_path: Path, tokens: Path) -> None:
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=4", "profile.steps=[2,3]"))
+    trace = json.loads((tmp_path / "run/profile/rank_00000.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    # One update each.
+    assert sum("Optimizer.step" in str(name) for name in names) == 2
+
+
 def test_shards_that_do_not_fit_are_refused_before_any_process_group(tmp_path: Path, tokens: Path) -> None:
     with pytest.raises(InputError, match="tokenizer.codebook_size=64, but the shards in .* have 32"):
         setup.check_data(tiny_config(tmp_path, tokens, "tokenizer.codebook_size=64"), discover({}))

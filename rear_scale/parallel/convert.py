@@ -21,7 +21,14 @@ FORMS = ("portable", "consolidated", "official", "merged")
 
 
 def convert(
-    source: Path, config_name: str | None, overrides: list[str], form: str, out: Path, *, dry_run: bool = False
+    source: Path,
+    config_name: str | None,
+    overrides: list[str],
+    form: str,
+    out: Path,
+    *,
+    ema: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Writes `out` in a form. Raises InputError when the source cannot be read or the form does not exist for it."""
     if out.exists():
@@ -34,7 +41,12 @@ def convert(
     found = open_source(source, config_name, overrides)
     cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
-    read = found.reader("param")
+    if ema and (form == "portable" or "index" not in found.meta or not found.has("ema")):
+        raise InputError(
+            f"--ema: {found.path} has no moving average, or --to {form} keeps it beside the weights. Leave --ema out, "
+            "or train with optim.ema_decay=0.9999"
+        )
+    read = found.reader("ema" if ema else "param")
     weights = {name: read(name) for name in found.names()}
     with torch.device("meta"):
         model = build_model(cfg)
@@ -51,15 +63,15 @@ def convert(
         kept = ("config", "optimizer_step", "tokenizer_sha256")
         write_portable(out, found.step, _states(found), {name: found.meta[name] for name in kept if name in found.meta})
     elif form == "consolidated":
-        write_consolidated(out, found)
+        write_consolidated(out, found, weights)
     else:
         official.write(out, weights)
     say(f"{found.path} -> {out} ({form})")
 
 
 def _states(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Weights, and moments where the source has them."""
-    kinds = KINDS if "index" in found.meta else KINDS[:1]
+    """Weights, and moments and moving average where the source has them."""
+    kinds = [kind for kind in (*KINDS, "ema") if found.has(kind)] if "index" in found.meta else KINDS[:1]
     return {kind: {name: found.reader(kind)(name) for name in found.names()} for kind in kinds}
 
 

@@ -23,7 +23,7 @@ from rear_scale.interop import official, published
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.strategy import KINDS, Kind
+from rear_scale.parallel.strategy import Kind
 from rear_scale.shards.record import file_sha256
 from rear_scale.weight_file import find_weights, write_tensors
 
@@ -181,12 +181,11 @@ def _own_head(path: Path) -> dict[str, Any]:
     return head if head.get("kind") == _CONSOLIDATED else {}
 
 
-def write_consolidated(path: Path, source: Checkpoint) -> None:
-    """One safetensors file of float32 weights by official names, with the config and step in its head."""
-    read = source.reader("param")
+def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """One safetensors file of float32 weights by official names, with the config and step of their source in its head."""
     head = {"kind": _CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
     head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
-    write_tensors(path, {name: read(name) for name in source.names()}, head)
+    write_tensors(path, weights, head)
 
 
 def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
@@ -194,7 +193,7 @@ def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]
     part = folder.with_name(f"{folder.name}.tmp")
     part.mkdir(parents=True)
     keyed = {
-        f"{kind}/{name}": value.float().contiguous() for kind in KINDS for name, value in tensors.get(kind, {}).items()
+        f"{kind}/{name}": value.float().contiguous() for kind, named in tensors.items() for name, value in named.items()
     }
     file = part / "part-00000.safetensors"
     save_file(keyed, file)
