@@ -18,7 +18,7 @@ from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import open_source
 from rear_scale.sample import job
-from rear_scale.sample.decode import CachedDecoding, Decoder
+from rear_scale.sample.decode import CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.shards.record import file_sha256, read_manifest, write_manifest
@@ -284,3 +284,19 @@ def test_a_sheet_shows_every_image() -> None:
     assert sheet.shape == (2 * 50, 3 * 50, 3)
     assert [sheet[10 + 50 * (n // 3), 10 + 50 * (n % 3), 0] for n in range(6)] == [0, 1, 2, 3, 4, 255]
     assert contact_sheet(np.zeros((2, 256, 256, 3), np.uint8), 2).shape == (258, 516, 3)
+
+
+def test_only_the_likeliest_codes_are_drawn() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
+
+    def kept(top_k: int | None = None, top_p: float | None = None) -> list[list[int]]:
+        return [row.isfinite().nonzero()[:, 0].tolist() for row in likeliest(logits, top_k, top_p)]
+
+    assert kept() == kept(4, 1.0) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert kept(2) == [[0, 1], [2, 3]]
+    # The codes that are needed to reach the share, the one that crosses it included.
+    assert kept(top_p=0.5) == [[0], [2, 3]]
+    assert kept(top_p=0.6) == [[0, 1], [2, 3]]
+    assert kept(top_k=1, top_p=0.9) == [[0], [3]]
+    untouched = likeliest(logits, 2, None)
+    assert torch.equal(untouched[0, :2], logits[0, :2])
