@@ -41,7 +41,7 @@ def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> Non
 
 def _deepspeed_adam() -> Any:
     try:
-        from deepspeed.ops.adam import FusedAdam
+        from rear_scale.parallel.deepspeed import FusedAdam
     except ImportError as error:
         raise InputError(
             f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"
