@@ -31,6 +31,10 @@ _KEPT = {
 }
 
 
+# The operator of the flash-attn package, where it registers one.
+_KEPT_BY_NAME = ("flash_attn::_flash_attn_forward",)
+
+
 def prepare_blocks(model: nn.Module, cfg: ExperimentConfig) -> None:
     """Applies train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model over."""
     train = cfg.train
@@ -61,5 +65,6 @@ def _checkpointed(forward: Any, settings: dict[str, Any], *inputs: Any) -> Any:
 
 
 def _policy(context: Any, operation: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    kept = getattr(operation, "overloadpacket", None) in _KEPT
+    packet = getattr(operation, "overloadpacket", None)
+    kept = packet in _KEPT or str(getattr(operation, "name", str)()).startswith(_KEPT_BY_NAME)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

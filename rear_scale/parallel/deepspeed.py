@@ -46,13 +46,6 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 _LINEAR = torch.nn.functional.linear
 
 
-def fused_adam() -> Any:
-    """DeepSpeed's optimizer for GPUs, which it compiles when it is made."""
-    from deepspeed.ops.adam import FusedAdam
-
-    return FusedAdam
-
-
 class DeepSpeedStrategy(Strategy):
     """Sharded optimizer (1), gradients (2) and weights (3). bf16 weights with float32 masters and gradient sums.
 

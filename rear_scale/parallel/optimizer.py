@@ -41,12 +41,12 @@ def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> Non
 
 def _deepspeed_adam() -> Any:
     try:
-        from rear_scale.parallel.deepspeed import fused_adam
+        from rear_scale.parallel.deepspeed import FusedAdam
     except ImportError as error:
         raise InputError(
             f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"
         ) from None
-    return fused_adam()
+    return FusedAdam
 
 
 def _apex_adam(device: torch.device) -> Any:
