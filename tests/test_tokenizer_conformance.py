@@ -14,10 +14,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from rear_scale.config import CONFIG_DIR, TokenizerConfig
-from rear_scale.tokenizer import find_tokenizer, open_tokenizer
+from rear_scale.tokenizer import TOKENS_ONLY, find_tokenizer, open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, nearest_code
 
-NAMES = sorted(path.stem for path in (CONFIG_DIR / "tokenizer").glob("*.yaml"))
+NAMES = sorted(
+    path.stem for path in (CONFIG_DIR / "tokenizer").glob("*.yaml") if OmegaConf.load(path).name not in TOKENS_ONLY
+)
 
 
 def config_of(name: str) -> TokenizerConfig:

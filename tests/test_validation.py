@@ -8,7 +8,7 @@ from helpers import metrics, run_alone, run_ranks, tiny_config, write_token_shar
 from test_parallel import QUIET, build, run_steps
 
 from rear_scale.config import InputError
-from rear_scale.objective import Objective
+from rear_scale.objective import Objective, Task
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
 from rear_scale.train import setup
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_a_plain_model(tmp_path: Path, tokens: Path, val: Pa
         truth, labels = held_out.rows(torch.arange(HELD_OUT))
         with torch.no_grad():
             loss, _ = Objective(cfg, strategy.plan, codebook, world.device).loss(
-                strategy.model.eval()(truth, labels, None), truth
+                strategy.model.eval()(truth, labels, None), Task(truth, truth, None, None)
             )
         return Validation(cfg, held_out, codebook, world)(0, strategy)["val_loss"], loss.item()
 
