@@ -69,7 +69,8 @@ def test_round_trip(cfg: TokenizerConfig, tokenizer: Tokenizer, images: Tensor) 
     assert not torch.equal(decoded[0], decoded[1]), "the decoder does not look at the tokens"
     again = tokenizer.encode(decoded[:1])
     assert again.shape == (1, cfg.num_tokens)
-    if cfg.weights and Path(cfg.weights).is_file():
+    # Of a tokenizer that is trained here nobody knows whether it has seen anything like these photographs.
+    if cfg.training is None and cfg.weights and Path(cfg.weights).is_file():
         assert (decoded - images).square().mean() < images.var(), "worse than a grey image"
 
 
