@@ -116,5 +116,4 @@ def test_reconstructions_as_the_released_evaluator_scores_them(case, compare, ex
     assert hashlib.sha256(codes.tobytes()).hexdigest() == expected["sha256"]["codes_int64"]
     use = codebook_use(np.bincount(codes.ravel(), minlength=1024))
     compare("codebook used", use.used, expected["result_truncation"]["CodebookUsage"], 1e-12)
-    # Theirs is a float32 sum with an epsilon.
-    compare("codebook entropy", use.entropy, expected["result_truncation"]["CodebookEntropy"], 5e-5)
+    compare("codebook entropy", use.entropy, expected["result_truncation"]["CodebookEntropy"], 1e-12)

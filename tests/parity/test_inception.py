@@ -13,8 +13,6 @@ from rear_scale.evaluate.features import InceptionFeatures
 from rear_scale.evaluate.inception import Inception, resize_tf1
 
 TOLERANCES = {"float64": 5e-6, "float32_cpu": 2e-5}  # absolute, as in the json
-# The logits multiply the features by weights of norm 30: float32 is that much coarser there.
-LOGITS_FLOAT32 = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,10 @@ def test_features(case, compare, network, precision: str) -> None:
         compare(f"{prefix}sfid {precision}", spatial, case.arrays[f"{prefix}sfid"], tolerance)
         if f"{prefix}logits_unbiased" in case:
             logits = pool.double() @ network.fc.weight.double().T
-            limit = tolerance if precision == "float64" else LOGITS_FLOAT32
+            # The logits multiply the features by weights of norm 30: the reference's own float32 parts from its float64
+            # by what the json records, and more than the tolerance with some seeds. Two roundings may add up.
+            rounding = case.json.get("float32_vs_float64_maxabs", {}).get("logits_unbiased", 0)
+            limit = tolerance if precision == "float64" else max(tolerance, 2 * rounding)
             compare(f"{prefix}logits_unbiased {precision}", logits, case.arrays[f"{prefix}logits_unbiased"], limit)
     network.float()
 
