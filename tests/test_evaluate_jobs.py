@@ -12,11 +12,12 @@ import pytest
 import torch
 from helpers import ROOT, launch, metrics, run_alone, run_ranks, tiny_config
 from PIL import Image
-from test_evaluate import _Small, some_images
+from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import reconstruction, training
+from rear_scale.evaluate import reconstruction, sources, training
+from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
 from rear_scale.evaluate.job import Evaluation
@@ -261,6 +262,38 @@ def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
         assert open_image_set(tmp_path / "images.npz", world).quantiser is None
 
     run_alone(check)
+
+
+class _Counting(_Small):
+    seen = 0
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        self.seen += len(images)
+        return super().__call__(images)
+
+
+def test_parts_of_a_job_share_out_the_references_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_IMAGES", 10)
+    np.savez(tmp_path / "samples.npz", arr_0=some_images(25, 3))
+    cfg = with_references(tmp_path)
+
+    def share(world: World, index: int) -> tuple[int, bool]:
+        evaluation, network = Evaluation(cfg, tmp_path / "features", world), _Counting()
+        evaluation.networks = [network]
+        samples = open_image_set(tmp_path / "samples.npz", world)
+        done = evaluation.extract_part(samples, Part(index, 3))
+        seen = network.seen
+        if done:
+            evaluation.score(samples)
+            assert network.seen == seen, "the scores found every feature there"
+        return seen, done
+
+    # 25 samples, 45 and 33 reference images, in blocks of 10.
+    assert [run_alone(share, index) for index in range(3)] == [
+        (10 + 20 + 13, False),
+        (10 + 15 + 10, False),
+        (5 + 10 + 10, True),
+    ]
 
 
 def test_the_job_array_gives_each_task_its_part(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from rear_scale.config import CONFIG_DIR, TokenizerConfig
+from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig
 from rear_scale.tokenizer import TOKENS_ONLY, find_tokenizer, open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, nearest_code
 
@@ -98,3 +98,11 @@ def test_codes_are_assigned_in_float32_under_autocast() -> None:
     codes = 1 + 1e-2 * torch.randn(64, 8, generator=generator)  # closer than bfloat16 can tell apart
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(nearest_code(codes, codes), torch.arange(64))
+
+
+def test_a_tokenizer_of_tokens_alone_says_so(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"whatever it is")
+    cfg = config_of("vqplus")
+    cfg.weights = str(tmp_path / "weights")
+    with pytest.raises(InputError, match="vqplus is known by its token ids alone.*--samples"):
+        open_tokenizer(cfg, torch.device("cpu"))

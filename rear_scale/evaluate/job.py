@@ -16,7 +16,7 @@ from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, tr
 from rear_scale.evaluate.dinov2 import DinoV2Features
 from rear_scale.evaluate.features import Extractor, FeatureNetwork, InceptionFeatures
 from rear_scale.evaluate.metrics import frechet_distance
-from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference
+from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference, read_reference
 from rear_scale.evaluate.scores import network_scores
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.evaluate.statistics import write_statistics
@@ -79,10 +79,18 @@ class Evaluation:
         return scores
 
     def extract_part(self, samples: ImageSet, part: Part) -> bool:
-        """Computes a share of the features, for a job that is split. Returns whether all shares are there now."""
-        found = extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world, part)
+        """Computes a share of the features, of samples and references, for a job that is split.
+
+        Returns whether all shares are there now.
+        """
+        batch_size = self.cfg.evaluate.batch_size
+        found = [extract(samples, self.extractors(), self.cache, batch_size, self.world, part)]
+        for name, path in self.cfg.evaluate.reference.items() if self.networks else ():
+            _, images = read_reference(name, path, self.networks, samples.height, self.world)
+            if images is not None:
+                found.append(extract(images, self.networks, self.cache, batch_size, self.world, part))
         self.world.barrier()
-        return bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
+        return bool(self.world.from_main(all(map(is_complete, found)) if self.world.is_main else None))
 
     def folder(self, samples: ImageSet, extractor: Extractor) -> Path:
         """Where the features of a set are kept."""

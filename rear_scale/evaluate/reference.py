@@ -108,21 +108,8 @@ def open_reference(
 
     size: of the samples, to which image files are cropped. Raises InputError for files that cannot be read or do not fit.
     """
-    identities = {kind: network.identity for network in networks for kind in network.sizes}
-    sizes = {kind: number for network in networks for kind, number in network.sizes.items()}
-    stored: dict[str, Moments] = {}
-    images: ImageSet | None = None
-    has_images = True
-    if Path(path).is_file():
-        stored = read_statistics(Path(path), identities, sizes)
-        has_images = "arr_0" in array_names(path)
-        if not stored and not has_images:
-            raise InputError(
-                f"evaluate.reference.{name}={path} has neither arr_0 nor statistics of the features in use "
-                f"(it holds {', '.join(array_names(path)) or 'nothing'}). Name another file"
-            )
-    if has_images:
-        images = open_image_set(path, world, size)
+    stored, images = read_reference(name, path, networks, size, world)
+    identities, sizes = _kinds(networks)
     found = extract(images, networks, cache, cfg.batch_size, world) if images else []
     blocks = {kind: part for network, part in zip(networks, found, strict=False) for kind in network.sizes}
     identity = images.identity if images else world.from_main(file_sha256(path) if world.is_main else None)
@@ -136,3 +123,31 @@ def open_reference(
             if images.count <= NEIGHBOURS:
                 notes.append(f"{images.count} images are too few for precision and recall")
     return Reference(name, path, identity, stored, images, blocks, identities, list(dict.fromkeys(notes)))
+
+
+def read_reference(
+    name: str, path: str, networks: Sequence[FeatureNetwork], size: int, world: World
+) -> tuple[Mapping[str, Moments], ImageSet | None]:
+    """Stored statistics by kind of features, and the images (null for statistics alone). All ranks must call this.
+
+    Raises InputError for a file with neither, and for one that does not fit the networks.
+    """
+    if not Path(path).is_file():
+        return {}, open_image_set(path, world, size)
+    stored = read_statistics(Path(path), *_kinds(networks))
+    if "arr_0" in array_names(path):
+        return stored, open_image_set(path, world, size)
+    if not stored:
+        raise InputError(
+            f"evaluate.reference.{name}={path} has neither arr_0 nor statistics of the features in use "
+            f"(it holds {', '.join(array_names(path)) or 'nothing'}). Name another file"
+        )
+    return stored, None
+
+
+def _kinds(networks: Sequence[FeatureNetwork]) -> tuple[dict[str, str], dict[str, int]]:
+    """By kind of features: the identity of its network, and how many features there are."""
+    return (
+        {kind: network.identity for network in networks for kind in network.sizes},
+        {kind: number for network in networks for kind, number in network.sizes.items()},
+    )

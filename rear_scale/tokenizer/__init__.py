@@ -30,7 +30,12 @@ def weights_sha256(cfg: TokenizerConfig) -> str | None:
 
 
 def find_tokenizer(name: str) -> type[Tokenizer]:
-    """The class of tokenizer.name. Raises InputError for an unknown one."""
+    """The class of tokenizer.name. Raises InputError for an unknown one, and for one whose images are not decoded here."""
+    if name in TOKENS_ONLY:
+        raise InputError(
+            f"tokenizer.name={name} is known by its token ids alone: its images are not decoded here. Sample token ids with "
+            "launchers/sample.py, decode them where its decoder is, and score the images with launchers/evaluate.py --samples"
+        )
     if name not in _TOKENIZERS:
         raise InputError(f"tokenizer.name={name} is not one of {', '.join(_TOKENIZERS)}. Use one of them")
     return _TOKENIZERS[name]
