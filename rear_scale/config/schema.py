@@ -293,7 +293,7 @@ class EvaluateConfig:
     )
     replace_rate: float = 0.1  # share of context tokens replaced for the noisy correct token ratio
     replace_draws: int = 16  # fixed replacement draws that it averages over
-    batch_size: int = 250  # images or sequences per forward pass
+    batch_size: int = 100  # images or sequences per forward pass
 
 
 @dataclass
