@@ -17,10 +17,12 @@ from helpers import run_alone, tiny_config
 from rear_scale import cli
 from rear_scale.config import InputError, from_dict
 from rear_scale.model import build_model
+from rear_scale.parallel import sources
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import load_generator_weights, open_source
 from rear_scale.sample.job import load_generator
+from rear_scale.shards.record import file_sha256
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import discover
@@ -125,6 +127,25 @@ def test_a_damaged_part_is_named_with_an_intact_checkpoint(run: Path, spoil, exp
         assert str(part) in message
         assert message.endswith(f"or use {intact}")
     assert open_with(intact).step == 1
+
+
+def test_a_node_takes_checksums_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(sources, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    for rank, parts_read in ((8, 1), (9, 0)):
+        ranks = {
+            "RANK": rank,
+            "WORLD_SIZE": 16,
+            "LOCAL_RANK": rank - 8,
+            "LOCAL_WORLD_SIZE": 8,
+            "MASTER_ADDR": "here",
+            "MASTER_PORT": 1,
+        }
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, str(value))
+        read.clear()
+        assert open_source(run).step == 2
+        assert len(read) == parts_read
 
 
 @pytest.mark.parametrize(
