@@ -59,6 +59,7 @@ def rehearse(cfg: ExperimentConfig) -> tuple[dict[str, int], Collectives]:
     return held, sent
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("depth", [3, pytest.param(40, marks=pytest.mark.long)])
 def test_seven_billion_parameters_step_on_512_fake_ranks(fake_world: None, depth: int) -> None:
     """The whole depth takes two minutes; each block is like the others."""

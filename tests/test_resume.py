@@ -95,6 +95,7 @@ def test_resuming_each_strategy_under_some(tmp_path: Path, tokens: Path) -> None
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 def test_resuming_each_strategy_under_each(tmp_path: Path, tokens: Path) -> None:
     cells = {size: list(itertools.product(SAVED_AT, names)) for size, names in RESUMED_AT.items()}
     _check_matrix(tmp_path, tokens, cells)

@@ -71,5 +71,6 @@ def test_losses_of_every_strategy_and_some_policies(tmp_path: Path, tokens: Path
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 def test_losses_of_every_strategy_and_policy(tmp_path: Path, tokens: Path) -> None:
     _check_losses(tmp_path, tokens, everything=True)

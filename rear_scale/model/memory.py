@@ -74,13 +74,16 @@ def memory_per_rank(cfg: ExperimentConfig, world_size: int, accumulation: int) -
         weights = width * psi if stage < 3 else width * psi // W
         # In float32 the engine still keeps masters of its own.
         masters = 0 if off_device else 4 * psi // W
-        # The engine frees what a rank does not own as soon as it is reduced: with the last micro-step also at stage 1.
+        # The engine frees what a rank does not own as soon as it is reduced: with the last micro-step also at stage 1. What it
+        # keeps is float32, the sum over micro-steps and ranks.
         whole = accumulation > 1 and (stage == 1 or cfg.strategy.defer_reduction)
-        gradients = width * psi if whole else width * psi // W
-        if stage == 1 and half:
-            gradients += 4 * psi // W if accumulation == 1 else 4 * psi
+        gradients = width * psi if whole else 4 * psi // W
+        if stage == 1 and half and not off_device:
+            # Another optimizer of the engine: a whole float32 sum, beside the bf16 gradients of the last micro-step.
+            gradients = 4 * psi + width * psi
         if stage == 3:
-            buffers = width * ZERO_BUCKET_ELEMENTS
+            # A bucket travels as float32.
+            buffers = 4 * ZERO_BUCKET_ELEMENTS
         gathered = 0 if stage < 3 else width * min(psi, 1_000_000_000)
     return Memory(weights, masters, gradients, optimizer, buffers, gathered, activation_bytes(cfg))
 

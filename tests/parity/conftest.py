@@ -7,16 +7,14 @@ for the table at the end.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import Case, read_case
 
 # A json belongs to the longest of these that its stem begins with. Those of a None are read in passing by others.
 FAMILIES = {
@@ -37,17 +35,6 @@ FAMILIES = {
     "lpips": "test_lpips",
     "index": None,
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    stem: str
-    json: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    weights: ModuleType  # fill, normal, image, tokens: deterministic tensors by name
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
 
 
 @dataclass(frozen=True)
@@ -82,13 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def case(request: pytest.FixtureRequest) -> Case:
-    folder = Path(request.config.getoption("--golden"))
-    spec = importlib.util.spec_from_file_location("golden_weights", Path(__file__).parents[1] / "golden" / "weights.py")
-    weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(weights)
-    values = json.loads((folder / f"{request.param}.json").read_text())
-    npz = folder / f"{request.param}.npz"
-    return Case(request.param, values, dict(np.load(npz)) if npz.exists() else {}, weights)
+    return read_case(Path(request.config.getoption("--golden")), request.param)
 
 
 @pytest.fixture

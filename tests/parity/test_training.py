@@ -1,27 +1,43 @@
-"""The first optimizer updates of the released training, through the project's own training step."""
+"""The first optimizer updates of the released training, through the project's own training step: in one process, and sharded
+over two."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from cases import Case, read_case
 from generators import build, released_heads, start_weights
+from helpers import run_alone, run_ranks
 from torch import Tensor, nn
 
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.config import ExperimentConfig
 from rear_scale.objective import Objective, Task, schedules
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy, decays
-from rear_scale.world import World, discover
+from rear_scale.world import World
+
+# Strategy and overrides of two ranks. The number of micro-steps changes on the way, which an engine that counts them itself
+# does not follow: it has to defer.
+SHARDED = {"fsdp2": [], "zero3": ["strategy.defer_reduction=true"]}
 
 
-def experiment(case) -> ExperimentConfig:
+def experiment(case: Case, world_size: int, overrides: list[str]) -> ExperimentConfig:
     t, c = case.json["training"], case.json["config"]
     cfg = config.load(
         "rear_xl.yaml",
-        ["strategy=single", f"train.total_steps={t['total_steps']}", "train.precision=fp32", "optim.schedule=released"],
+        [
+            f"train.total_steps={t['total_steps']}",
+            "train.precision=fp32",
+            "optim.schedule=released",
+            f"train.global_batch_size={case.json['sizes']['batch_rows']}",
+            f"train.micro_batch_size={case.json['sizes']['batch_rows'] // world_size}",
+            *overrides,
+        ],
     )
     cfg.optim = dataclasses.replace(
         cfg.optim,
@@ -38,11 +54,15 @@ def experiment(case) -> ExperimentConfig:
     return cfg
 
 
-def micro_batches(case, update: int) -> list[tuple[Task, Tensor]]:
-    """What the model is shown at an update, and its class ids."""
+def micro_batches(case: Case, update: int, rank: int, world_size: int) -> list[tuple[Task, Tensor]]:
+    """What the model of a rank is shown at an update, and its class ids."""
     found = []
     for number in np.flatnonzero(case.arrays["micro_update"] == update):
-        part = {name: torch.from_numpy(values[number]) for name, values in case.arrays.items() if name in _BATCHES}
+        part = {
+            name: torch.from_numpy(values[number, rank::world_size])
+            for name, values in case.arrays.items()
+            if name in _BATCHES
+        }
         tokens, replaced = part["tokens"], part.get("perturb_mask")
         context = tokens
         if replaced is not None:
@@ -77,23 +97,20 @@ def run_update(
     return strategy.grad_norm().item(), total.tolist()
 
 
-def test_updates(case, compare) -> None:
-    cfg, tolerance = experiment(case), case.json["tolerance"]
-    plan: Plan = config.derive(cfg, 1, 100)
-    world = World(discover(), torch.device("cpu"))
+def train(world: World, folder: Path, stem: str, overrides: list[str]) -> dict[int, dict[str, Any]]:
+    """By update: statistics, gradient norm and rate; and the weights after it, where the case has them."""
+    case = read_case(folder, stem)
+    cfg = experiment(case, world.size, overrides)
+    plan = config.derive(cfg, world.size, 100)
     model = build(case).train()
-    start = start_weights(case, model)
     codebook = case.arrays.get("tokenizer_codebook", np.ones((case.json["config"]["codebook_size"], 1), np.float32))
     objective = Objective(cfg, plan, torch.from_numpy(codebook), world.device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
-    groups = case.json["parameter_groups"]
-    for name, weight in model.named_parameters():
-        assert decays(name, weight, "released") == (name in groups["decay"]), name
-        assert (name in groups["no_decay"]) != (name in groups["decay"]), name
+    found: dict[int, dict[str, Any]] = {}
     for expected in case.json["per_update"]:
         update = expected["update"]
-        norm, statistics = run_update(strategy, objective, micro_batches(case, update))
+        norm, statistics = run_update(strategy, objective, micro_batches(case, update, world.rank, world.size))
         lr = schedules.learning_rate(
             update,
             peak=cfg.optim.lr,
@@ -103,34 +120,62 @@ def test_updates(case, compare) -> None:
             form=cfg.optim.schedule,
         )
         strategy.step(lr)
-        loss, ar_loss, encode, decode, accuracy = statistics
-        found = {"loss": loss, "ar_loss": ar_loss, "proj_loss": encode + decode, "accuracy": accuracy}
-        for name, value in {**found, "grad_norm": norm, "lr": lr}.items():
-            if name in expected and name in tolerance:
-                rule = tolerance[name]
-                absolute = rule.get("absolute", rule.get("absolute_at_update_1", 0))
-                allowed = rule.get("relative", 0) * abs(expected[name]) + absolute
-                compare(f"{name} {update}", value, expected[name], allowed)
+        loss, ar_loss, encode, decode, accuracy = (world.sum(statistics) / world.size).tolist()
+        values = {"loss": loss, "ar_loss": ar_loss, "proj_loss": encode + decode, "accuracy": accuracy}
+        found[update] = {**values, "grad_norm": norm, "lr": lr}
         if str(update) in case.json["parameters_after_update"]:
-            _check_parameters(case, compare, model, start, update)
+            found[update]["weights"] = {name: value.cpu().numpy().copy() for name, value in strategy.tensors("param")}
+    return found
 
 
-def _check_parameters(case, compare, model: nn.Module, start: dict, update: int) -> None:
+def test_updates(case: Case, compare) -> None:
+    model = build(case)
+    groups = case.json["parameter_groups"]
+    for name, weight in model.named_parameters():
+        assert decays(name, weight, "released") == (name in groups["decay"]), name
+        assert (name in groups["no_decay"]) != (name in groups["decay"]), name
+    _check_updates(case, compare, run_alone(train, case.folder, case.stem, ["strategy=single"]), "")
+
+
+def test_updates_of_two_ranks(case: Case, compare) -> None:
+    for strategy, found in run_ranks(2, _train_sharded, case.folder, case.stem)[0].items():
+        _check_updates(case, compare, found, f"{strategy} ")
+
+
+def _train_sharded(world: World, folder: Path, stem: str) -> dict[str, dict[int, dict[str, Any]]]:
+    return {name: train(world, folder, stem, [f"strategy={name}", *more]) for name, more in SHARDED.items()}
+
+
+def _check_updates(case: Case, compare, found: dict[int, dict[str, Any]], label: str) -> None:
+    tolerance = case.json["tolerance"]
+    start = start_weights(case, build(case))
+    for expected in case.json["per_update"]:
+        values = found[expected["update"]]
+        for name in expected.keys() & tolerance.keys() & values.keys():
+            rule = tolerance[name]
+            absolute = rule.get("absolute", rule.get("absolute_at_update_1", 0))
+            allowed = rule.get("relative", 0) * abs(expected[name]) + absolute
+            compare(f"{label}{name} {expected['update']}", values[name], expected[name], allowed)
+        if "weights" in values:
+            _check_parameters(case, compare, values["weights"], start, expected["update"], label)
+
+
+def _check_parameters(case: Case, compare, weights: dict, start: dict, update: int, label: str) -> None:
     rules = case.json["tolerance"]["parameters_after_update"][str(update)]
     expected = case.json["parameters_after_update"][str(update)]
     skipped = case.json["not_comparable_parameters"]["names"]
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         if name in skipped:
             continue
         probe = case.weights.normal(f"{name}#probe", weight.shape, case.json["seed"]).astype(np.float64)
-        now = weight.detach().numpy().astype(np.float64)
+        now = weight.astype(np.float64)
         moved, values = now - start[name], expected[name]
         norm, moved_norm = values["norm"], values["moved_norm"]
-        compare(f"{update} norm {name}", np.linalg.norm(now), norm, rules["norm"] * norm)
-        compare(f"{update} probe {name}", (now * probe).sum(), values["dot_probe"], rules["dot_probe"] * norm)
+        compare(f"{label}{update} norm {name}", np.linalg.norm(now), norm, rules["norm"] * norm)
+        compare(f"{label}{update} probe {name}", (now * probe).sum(), values["dot_probe"], rules["dot_probe"] * norm)
         if update == 1:
             assert not moved.any(), name  # rate 0
         elif "moved_norm" in rules:
-            compare(f"{update} moved {name}", np.linalg.norm(moved), moved_norm, rules["moved_norm"] * moved_norm)
+            compare(f"{label}{update} moved {name}", np.linalg.norm(moved), moved_norm, rules["moved_norm"] * moved_norm)
             allowed = rules["moved_dot_probe"] * moved_norm
-            compare(f"{update} moved-probe {name}", (moved * probe).sum(), values["moved_dot_probe"], allowed)
+            compare(f"{label}{update} moved-probe {name}", (moved * probe).sum(), values["moved_dot_probe"], allowed)
