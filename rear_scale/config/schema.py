@@ -196,6 +196,7 @@ class TrainConfig:
     activation_checkpointing: str = "none"
     recompute_every_n: int = 2  # n of every_n
     compile: bool = False  # torch.compile of each block
+    check_memory: bool = True  # refuse to start where a rank needs more memory by formula than there is; false = try it
     log_every: int = 10  # steps
     val_every: int | None = None  # steps between validations on data.val; null = none
 
@@ -297,6 +298,14 @@ class EvaluateConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """The machines that launchers/plan.py plans for, and --dry-run when it is not started on many ranks itself."""
+
+    gpus: int | None = None  # ranks, one per GPU; null = one full machine
+    gpu: str = "h100-80g"  # a row of configs/devices/gpus.yaml
+
+
+@dataclass
 class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
     project: str = "rear_scale"
@@ -319,4 +328,5 @@ class ExperimentConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

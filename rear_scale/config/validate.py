@@ -40,13 +40,9 @@ def validate(cfg: ExperimentConfig) -> None:
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(
-        value in choices,
-        name,
-        value,
-        f"is not one of {', '.join(choices)}",
-        f"Use one of them{suggest(value, list(choices))}",
-    )
+    if value not in choices:
+        way_out = f"Use one of them{suggest(value, list(choices))}"
+        _require(False, name, value, f"is not one of {', '.join(choices)}", way_out)
 
 
 def _positive(cfg: ExperimentConfig, *names: str) -> None:
@@ -219,7 +215,7 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         "Set train.total_steps=N or train.epochs=N",
     )
     _positive(cfg, "train.epochs", "train.total_steps", "train.stop_at_step", "train.log_every")
-    _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images")
+    _positive(cfg, "train.global_batch_size", "train.micro_batch_size", "data.assumed_images", "cluster.gpus")
     _positive(cfg, "checkpoint.every_steps", "checkpoint.keep_last", "optim.lr", "optim.grad_clip")
     _positive(cfg, "checkpoint.keep_every", "train.val_every")
     _require(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
 from rear_scale.config import ExperimentConfig, HeadsConfig
 from rear_scale.model.alitok import AliTokTransformer, feed_forward_width
 from rear_scale.model.generator import Generator, Shape
@@ -11,6 +17,21 @@ from rear_scale.model.transformer import AdaLNTransformer, PlainTransformer
 def build_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
     """The generator of a config, with uninitialised weights. Sampling needs no heads."""
     return build_generator(cfg.model.architecture, shape_of(cfg), cfg.objective.heads if with_heads else None)
+
+
+def meta_model(cfg: ExperimentConfig) -> Generator:
+    """The generator of a config without memory: names and shapes alone."""
+    with torch.device("meta"), _Undrawn():
+        return build_model(cfg)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights undrawn: a draw on the meta device makes torch import its whole compiler first."""
+
+    def __torch_function__(self, function: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
+        draws = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+        named = named or {}
+        return (*inputs, named.get("tensor"))[0] if function in draws else function(*inputs, **named)
 
 
 def build_generator(architecture: str, shape: Shape, heads: HeadsConfig | None) -> Generator:

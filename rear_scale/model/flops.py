@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model import build_model, mlp_width
+from rear_scale.model import meta_model, mlp_width
 
 
-def parameters_by_part(cfg: ExperimentConfig) -> dict[str, int]:
-    """Trainable parameters of each part, counted on a model without memory. `total` includes `heads`."""
-    with torch.device("meta"):
-        model = build_model(cfg)
+def parameters_by_part(cfg: ExperimentConfig, model: nn.Module | None = None) -> dict[str, int]:
+    """Trainable parameters of each part, counted on a model, by default one without memory. `total` includes `heads`."""
+    if model is None:
+        model = meta_model(cfg)
     parts = {
         "embeddings": 0,
         "positions": 0,
@@ -54,10 +54,8 @@ def train_flops_per_image(cfg: ExperimentConfig) -> int:
     the backward pass counts twice the forward; recomputation under activation checkpointing is not counted.
     """
     D, N, K, Z = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim
-    alitok = cfg.model.architecture == "alitok"
-    adaln = not alitok and cfg.model.conditioning == "adaln"
-    S = N if alitok else N + 1
-    block = 2 * S * (4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg) + 6 * D * D * adaln) + 2 * S * (S + 1) * D
+    adaln = cfg.model.architecture != "alitok" and cfg.model.conditioning == "adaln"
+    S, block = _positions(cfg), _block_forward(cfg)
     tied = cfg.model.tie_codebook
     output = 2 * N * (2 * D * D * adaln + D * K) + 2 * K * Z * D * {None: 0, "both": 2}.get(tied, 1)
     heads = cfg.objective.heads
@@ -68,6 +66,24 @@ def train_flops_per_image(cfg: ExperimentConfig) -> int:
     # An encode head that counts the last token has it run through the blocks before it.
     last = (heads.encode_tap or 0) * (block // S) if every and heads.encode_tap is not None else 0
     return 3 * (cfg.model.depth * block + output + len(taps) * head + last)
+
+
+def recomputed_flops_per_image(cfg: ExperimentConfig) -> int:
+    """What activation checkpointing computes again in the backward pass of one image. Matrix products and attention alone."""
+    depth, policy = cfg.model.depth, cfg.train.activation_checkpointing
+    blocks = {"full": depth, "every_n": -(-depth // cfg.train.recompute_every_n)}.get(policy, 0)
+    return blocks * _block_forward(cfg)
+
+
+def _positions(cfg: ExperimentConfig) -> int:
+    return cfg.tokenizer.num_tokens + (cfg.model.architecture != "alitok")
+
+
+def _block_forward(cfg: ExperimentConfig) -> int:
+    D, S = cfg.model.width, _positions(cfg)
+    alitok = cfg.model.architecture == "alitok"
+    adaln = not alitok and cfg.model.conditioning == "adaln"
+    return 2 * S * (4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg) + 6 * D * D * adaln) + 2 * S * (S + 1) * D
 
 
 @dataclass(frozen=True)

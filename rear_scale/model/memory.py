@@ -1,116 +1,161 @@
-"""Bytes of one rank while it trains: weights, gradients, optimizer state and what blocks keep for the backward pass."""
+"""Bytes of one rank while it trains: weights, gradients, optimizer state and what is kept for the backward pass."""
 
-# B images of a micro-batch, S positions, D width, psi parameters, W ranks
+# psi parameters, W ranks
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
-import torch
+from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model import build_model
+from rear_scale.model import meta_model
+from rear_scale.model.activations import activation_bytes, compute_width
 
 # Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
 ZERO_BUCKET_ELEMENTS = 50_000_000
+# DeepSpeed's stage3_max_live_parameters: gathered weights that it keeps for later.
+ZERO3_LIVE_ELEMENTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank."""
+    """Bytes of the rank that holds most."""
 
     weights: int  # what the rank keeps between steps, master copies apart
     masters: int  # float32 copies of bf16 weights
-    gradients: int  # at the end of the backward pass, after reduction
+    gradients: int  # at the end of the backward pass, after reduction, those below apart
+    kept_gradients: int  # what of them stays allocated from step to step
+    deferred: int  # whole gradients of earlier micro-steps, until the last one reduces them
     optimizer: int  # both moments, and the moving average where there is one
     buffers: int  # of collectives, kept from step to step
-    gathered: int  # whole weights that are there at the height of a pass
+    gathered: int  # whole weights, casts and buckets that are there at the height of a pass
     activations: int  # kept for the backward pass, at its beginning
 
     @property
     def states(self) -> int:
-        """Between two steps."""
-        return self.weights + self.masters + self.optimizer
+        """Between two steps, buffers apart."""
+        return self.weights + self.masters + self.optimizer + self.kept_gradients
+
+    @property
+    def all_gradients(self) -> int:
+        """The most there is of gradients at once."""
+        return max(self.gradients + self.kept_gradients, self.deferred)
 
     @property
     def peak(self) -> int:
-        return self.states + self.gradients + self.buffers + self.gathered + self.activations
+        lasting = self.weights + self.masters + self.optimizer + self.buffers
+        return lasting + self.all_gradients + self.gathered + self.activations
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "states": self.states, "peak": self.peak}
 
 
-def memory_per_rank(cfg: ExperimentConfig, world_size: int, accumulation: int) -> Memory:
+def memory_per_rank(
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
+) -> Memory:
     """By the usual formulas (psi parameters: 4 psi for float32 weights, 8 psi for the moments, each over W where sharded).
 
-    The allocator's fragments and the runtime's own memory come on top.
+    `model` gives the shapes; without one, it is built without memory. The allocator's fragments and the runtime's own
+    memory come on top.
     """
-    with torch.device("meta"):
-        model = build_model(cfg)
-    psi = sum(weight.numel() for weight in model.parameters())
-    block = sum(weight.numel() for weight in model.blocks[0].parameters())
-    name, half = cfg.strategy.name, cfg.train.precision == "bf16"
-    W = world_size
-    if name == "hsdp":
-        W = world_size // cfg.strategy.replicas
-    width = 2 if half else 4
-    moments = 12 if cfg.optim.ema_decay else 8
-    sharded = {"single": 1, "ddp": 1}.get(name, W)
-    off_device = name.startswith("zero") and cfg.strategy.cpu_offload
-    optimizer = 0 if off_device else moments * psi // sharded
-    masters = gathered = buffers = 0
-    if name in ("single", "ddp"):
-        weights, gradients = 4 * psi, 4 * psi
-        gathered = 2 * psi if half else 0  # autocast keeps its casts until the end of the forward pass
-    elif name in ("fsdp2", "hsdp"):
-        weights = 4 * psi // W
-        whole = accumulation > 1 and cfg.strategy.defer_reduction
-        gradients = 4 * psi if whole else 4 * psi // W
-        root = psi - cfg.model.depth * block
-        # Two blocks, one of them fetched ahead, beside the group of the root.
-        gathered = width * (root + 2 * block if cfg.strategy.reshard_after_forward else psi)
+    if model is None:
+        model = meta_model(cfg)
+    moments = 3 if cfg.optim.ema_decay else 2
+    if cfg.strategy.name in ("single", "ddp"):
+        parts = _whole(cfg, world_size, model, moments)
+    elif cfg.strategy.name in ("fsdp2", "hsdp"):
+        parts = _fsdp(cfg, world_size, accumulation, model, moments)
     else:
-        stage = int(name.removeprefix("zero"))
-        weights = width * psi if stage < 3 else width * psi // W
+        parts = _zero(cfg, world_size, accumulation, model, moments)
+    return Memory(**{**_NOTHING, **parts}, activations=activation_bytes(cfg))
+
+
+_NOTHING = {"masters": 0, "gradients": 0, "kept_gradients": 0, "deferred": 0, "buffers": 0, "gathered": 0}
+
+
+def _whole(cfg: ExperimentConfig, world_size: int, model: nn.Module, moments: int) -> dict[str, int]:
+    psi = elements(model)
+    # DDP's gradients are views of its buckets, which stay.
+    gradients = "gradients" if world_size == 1 else "kept_gradients"
+    # Autocast keeps its casts until the end of the forward pass.
+    casts = 2 * psi if cfg.train.precision == "bf16" else 0
+    return {"weights": 4 * psi, gradients: 4 * psi, "optimizer": moments * 4 * psi, "gathered": casts}
+
+
+def _fsdp(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module, moments: int) -> dict[str, int]:
+    strategy, width = cfg.strategy, compute_width(cfg)
+    ranks = world_size // (strategy.replicas if strategy.name == "hsdp" else 1)
+    shard = 4 * (elements_padded(model, ranks) // ranks)
+    psi, block = elements(model), elements(model.blocks[0])
+    root = psi - cfg.model.depth * block
+    return {
+        "weights": shard,
+        "gradients": shard,
+        "deferred": 4 * psi if accumulation > 1 and strategy.defer_reduction else 0,
+        "optimizer": moments * shard,
+        # Two blocks, one of them fetched ahead, beside the group of the root.
+        "gathered": width * (root + 2 * block if strategy.reshard_after_forward else psi),
+    }
+
+
+def _zero(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module, moments: int) -> dict[str, int]:
+    psi, width, half = elements(model), compute_width(cfg), cfg.train.precision == "bf16"
+    stage, shard = int(cfg.strategy.name.removeprefix("zero")), -(-psi // world_size)
+    on_device = not cfg.strategy.cpu_offload
+    parts = {
+        "weights": width * (psi if stage < 3 else shard),
         # In float32 the engine still keeps masters of its own.
-        masters = 0 if off_device else 4 * psi // W
-        # The engine frees what a rank does not own as soon as it is reduced: with the last micro-step also at stage 1. What it
-        # keeps is float32, the sum over micro-steps and ranks.
-        whole = accumulation > 1 and (stage == 1 or cfg.strategy.defer_reduction)
-        gradients = width * psi if whole else 4 * psi // W
-        if stage == 1 and half and not off_device:
-            # Another optimizer of the engine: a whole float32 sum, beside the bf16 gradients of the last micro-step.
-            gradients = 4 * psi + width * psi
-        if stage == 3:
-            # A bucket travels as float32.
-            buffers = 4 * ZERO_BUCKET_ELEMENTS
-        gathered = 0 if stage < 3 else width * min(psi, 1_000_000_000)
-    return Memory(weights, masters, gradients, optimizer, buffers, gathered, activation_bytes(cfg))
+        "masters": 4 * shard * on_device,
+        "optimizer": moments * 4 * shard * on_device,
+        "gradients": 4 * shard,
+    }
+    if stage == 1 and half and on_device:
+        # Another optimizer of the engine: whole bf16 gradients, added up in whole float32 ones that stay.
+        return {**parts, "gradients": 2 * psi, "kept_gradients": 4 * psi}
+    if accumulation > 1 and (stage == 1 or cfg.strategy.defer_reduction):
+        # What a rank does not own is freed as soon as the last micro-step has reduced it.
+        parts["deferred"] = width * psi
+    bucket = min(psi, ZERO_BUCKET_ELEMENTS)
+    if stage < 3:
+        # One bucket fills while the other travels, as float32.
+        return {**parts, "gathered": (2 * width + 4 * half) * bucket}
+    whole = width * min(psi, ZERO3_LIVE_ELEMENTS)
+    return {
+        **parts,
+        "gradients": 0,
+        "kept_gradients": 4 * shard,
+        "buffers": 4 * ZERO_BUCKET_ELEMENTS,
+        "gathered": whole,
+    }
 
 
-def activation_bytes(cfg: ExperimentConfig) -> int:
-    """What the blocks of one micro-batch keep, in bytes: elements of each kind per position and block, times their width.
+@lru_cache(maxsize=256)
+def elements(module: nn.Module) -> int:
+    """Of all weights. Remembered, as is elements_padded: the planner asks thousands of times."""
+    return sum(weight.numel() for weight in module.parameters())
 
-    Per position, in units of D: the norms' inputs and outputs, the modulated inputs, qkv, attention, both products of the
-    feed-forward, and each image's six chunks of modulation.
+
+@lru_cache(maxsize=1024)
+def elements_padded(module: nn.Module, ranks: int) -> int:
+    """Of all weights as FSDP2 pads them for so many ranks."""
+    return sum(padded(weight, ranks) for weight in module.parameters())
+
+
+def shard_dimension(weight: Tensor, ranks: int) -> int:
+    """The dimension along which FSDP2 shards a weight: the first, unless that is too short and another divides evenly.
+
+    The tables of positions are [1, S, D]: along their first dimension one rank would hold everything, padded by all others.
     """
-    width = 2 if cfg.train.precision == "bf16" else 4
-    positions = cfg.train.micro_batch_size * (cfg.tokenizer.num_tokens + 1)
-    ratio = (cfg.model.mlp_width or 4 * cfg.model.width) / cfg.model.width
-    kept = (
-        2 + 2 + 2 + 3 + 2 + 2 + 2 * ratio + 2 + 6
-    )  # inputs, norms, modulated, qkv, qk-norms, attention, mlp, gates, modulation
-    if cfg.model.dropout:
-        kept += (2 + ratio) / width  # one byte per mask element
-    one = int(kept * positions * cfg.model.width * width)
-    boundary = positions * cfg.model.width * width
-    depth, policy = cfg.model.depth, cfg.train.activation_checkpointing
-    if policy == "none":
-        return depth * one
-    if policy == "full":
-        return depth * boundary + one
-    if policy == "every_n":
-        recomputed = -(-depth // cfg.train.recompute_every_n)
-        return (depth - recomputed) * one + recomputed * boundary + one
-    products = int((3 + 1 + 1 + ratio + 1) * positions * cfg.model.width * width) + boundary
-    return depth * products + one
+    if weight.ndim > 1 and weight.shape[0] < ranks:
+        for dimension in range(1, weight.ndim):
+            if weight.shape[dimension] % ranks == 0:
+                return dimension
+    return 0
+
+
+def padded(weight: Tensor, ranks: int) -> int:
+    """Elements of a weight whose dimension of sharding is filled up to a multiple of the ranks."""
+    length = weight.shape[shard_dimension(weight, ranks)]
+    return weight.numel() // length * -(-length // ranks) * ranks

@@ -17,19 +17,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model import build_model
-from rear_scale.model.memory import ZERO_BUCKET_ELEMENTS
+from rear_scale.model import meta_model
+from rear_scale.model.memory import ZERO3_LIVE_ELEMENTS, ZERO_BUCKET_ELEMENTS, elements_padded
 from rear_scale.parallel.strategy import decays
 
 _MIB = 2**20
 _FP32 = 4
-# DeepSpeed's stage3_max_live_parameters and stage3_param_persistence_threshold.
-_ZERO3_LIVE, _ZERO3_PERSISTENT = 1_000_000_000, 100_000
+_ZERO3_PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 
 
 @dataclass
@@ -49,10 +49,12 @@ class Traffic:
         return sum(self.payload.values()) + self.payload["all_reduce"]
 
 
-def traffic_per_update(cfg: ExperimentConfig, world_size: int, accumulation: int) -> Traffic:
-    """The traffic of a strategy. Builds the model without memory."""
-    with torch.device("meta"):
-        model = build_model(cfg)
+def traffic_per_update(
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
+) -> Traffic:
+    """The traffic of a strategy, from the shapes of the model; without one, it is built without memory."""
+    if model is None:
+        model = meta_model(cfg)
     name, width = cfg.strategy.name, 2 if cfg.train.precision == "bf16" else _FP32
     traffic = Traffic()
     if world_size == 1:
@@ -69,18 +71,6 @@ def traffic_per_update(cfg: ExperimentConfig, world_size: int, accumulation: int
     return traffic
 
 
-def shard_dimension(weight: Tensor, ranks: int) -> int:
-    """The dimension along which FSDP2 shards a weight: the first, unless that is too short and another divides evenly.
-
-    The tables of positions are [1, S, D]: along their first dimension one rank would hold everything, padded by all others.
-    """
-    if weight.ndim > 1 and weight.shape[0] < ranks:
-        for dimension in range(1, weight.ndim):
-            if weight.shape[dimension] % ranks == 0:
-                return dimension
-    return 0
-
-
 def fsdp_units(model: nn.Module) -> list[nn.Module]:
     """What FSDP2 gathers at once, the root apart: each block and each reAR head."""
     heads = [child for name, child in model.named_children() if name.endswith("_align_mlp")]
@@ -93,8 +83,8 @@ def _fsdp(
     strategy = cfg.strategy
     replicas = strategy.replicas if strategy.name == "hsdp" else 1
     ranks = world_size // replicas
-    sizes = [sum(_padded(weight, ranks) for weight in unit.parameters()) for unit in fsdp_units(model)]
-    root = sum(_padded(weight, ranks) for weight in model.parameters()) - sum(sizes)
+    sizes = [elements_padded(unit, ranks) for unit in fsdp_units(model)]
+    root = elements_padded(model, ranks) - sum(sizes)
     gathers = 2 * accumulation if strategy.reshard_after_forward else 1
     reductions = 1 if strategy.defer_reduction else accumulation
     for size in sizes:
@@ -106,11 +96,7 @@ def _fsdp(
             traffic.add("all_reduce", size / ranks, _FP32)
 
 
-def _padded(weight: Tensor, ranks: int) -> int:
-    length = weight.shape[shard_dimension(weight, ranks)]
-    return weight.numel() // length * -(-length // ranks) * ranks
-
-
+@lru_cache(maxsize=8)
 def _ddp_buckets(model: nn.Module) -> list[int]:
     """Elements per bucket."""
     weights = list(reversed(list(model.parameters())))
@@ -123,9 +109,8 @@ def _ddp_buckets(model: nn.Module) -> list[int]:
 def _zero12(
     traffic: Traffic, cfg: ExperimentConfig, model: nn.Module, world_size: int, accumulation: int, width: int
 ) -> None:
-    named = list(model.named_parameters())
-    groups = [[w.numel() for n, w in named if decays(n, w, cfg.optim.decay) is decay] for decay in (True, False)]
-    total = sum(map(sum, groups))
+    groups = _groups(model, cfg.optim.decay)
+    total = sum(groups)
     if cfg.strategy.name == "zero1" and width == 2 and not cfg.strategy.cpu_offload:
         for _ in range(-(-total // 500_000_000)):
             traffic.add("all_reduce", total / -(-total // 500_000_000), _FP32)
@@ -136,16 +121,29 @@ def _zero12(
         traffic.calls["reduce"] += (flushes + world_size - 1) * times
         traffic.payload["reduce"] += total * _FP32 * times
     for group in groups:
-        traffic.add("all_gather", sum(group), width)
+        traffic.add("all_gather", group, width)
+
+
+@lru_cache(maxsize=8)
+def _groups(model: nn.Module, rule: str) -> list[int]:
+    """Elements with and without weight decay."""
+    named = list(model.named_parameters())
+    return [sum(w.numel() for n, w in named if decays(n, w, rule) is decay) for decay in (True, False)]
+
+
+@lru_cache(maxsize=64)
+def _sizes(model: nn.Module, ranks: int) -> list[int]:
+    """Elements of each weight, filled up to a multiple of the ranks."""
+    return [-(-weight.numel() // ranks) * ranks for weight in model.parameters()]
 
 
 def _zero3(
     traffic: Traffic, cfg: ExperimentConfig, model: nn.Module, world_size: int, accumulation: int, width: int
 ) -> None:
-    sizes = [-(-weight.numel() // world_size) * world_size for weight in model.parameters()]
+    sizes = _sizes(model, world_size)
     large = sum(size for size in sizes if size > _ZERO3_PERSISTENT)
     small = [size for size in sizes if size <= _ZERO3_PERSISTENT]
-    passes = accumulation * (1 if sum(sizes) <= _ZERO3_LIVE else 2)
+    passes = accumulation * (1 if sum(sizes) <= ZERO3_LIVE_ELEMENTS else 2)
     # The first fetch is waited for; the rest is fetched ahead of it, a bucket at once.
     traffic.calls["all_gather"] += (1 + -(-large // ZERO_BUCKET_ELEMENTS)) * passes
     traffic.payload["all_gather"] += large * width * passes

@@ -1,0 +1,28 @@
+"""Says what fits on a cluster and what it costs: memory, time and GPU-hours of every strategy, and which to take.
+
+    python launchers/plan.py --config rear_xl.yaml cluster.gpus=64 cluster.gpu=h100-80g
+    python launchers/plan.py --config rear_7b.yaml cluster.gpus=512 --simulate
+
+Needs no GPU and builds no weights. GPUs are the rows of configs/devices/gpus.yaml. Overrides of strategy,
+train.activation_checkpointing and train.micro_batch_size are kept; without them the fastest that fits is recommended.
+"""
+
+import json
+
+from rear_scale import cli, config
+from rear_scale.scaling import plan, report
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    command = cli.parse(parser)
+    if command.args.dry_run:
+        print(config.to_yaml(command.cfg))
+        return
+    found = plan.make(command.args.config, command.cfg, command.args.overrides)
+    print(json.dumps(report.as_dict(found), indent=1) if command.args.json else report.as_text(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,113 @@
+"""Bytes that a model keeps for its backward pass: elements of each kind per position, times their width.
+
+Counted from the graphs that torch builds; where kernels differ, as on a CPU: a GPU's attention writes its output where the
+projection reads it (one element per position and width less), and its RMSNorm keeps no float32 copies.
+"""
+
+# B images of a micro-batch, N tokens of an image, S positions, D width, K codes, Z width of a code
+
+from __future__ import annotations
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.model import mlp_width
+
+_FP32 = 4
+
+
+def activation_bytes(cfg: ExperimentConfig) -> int:
+    """What one micro-batch has kept when its backward pass begins, heads and logits included.
+
+    Every image counts a row of modulation of its own, the most there can be. Under activation checkpointing, the block
+    that is computed again is counted whole beside what is kept of the others.
+    """
+    return block_activation_bytes(cfg) + _end_bytes(cfg) + head_activation_bytes(cfg)
+
+
+def compute_width(cfg: ExperimentConfig) -> int:
+    """Bytes of a number in matrix products."""
+    return 2 if cfg.train.precision == "bf16" else _FP32
+
+
+def autocasts(cfg: ExperimentConfig) -> bool:
+    """Whether bf16 comes by autocast, which leaves the residual stream and the norms in float32."""
+    return cfg.train.precision == "bf16" and cfg.strategy.name in ("single", "ddp")
+
+
+def block_activation_bytes(cfg: ExperimentConfig) -> int:
+    """What all blocks keep together."""
+    one, depth, policy = _positions(cfg) * _one_block(cfg), cfg.model.depth, cfg.train.activation_checkpointing
+    boundary = _positions(cfg) * cfg.model.width * _residual_width(cfg)
+    if policy == "none":
+        return depth * one
+    if policy == "full":
+        return depth * boundary + one
+    if policy == "every_n":
+        recomputed = -(-depth // cfg.train.recompute_every_n)
+        return (depth - recomputed) * one + recomputed * boundary + one
+    return depth * (boundary + _positions(cfg) * _products(cfg)) + one
+
+
+def head_activation_bytes(cfg: ExperimentConfig) -> int:
+    """What the reAR heads and their terms of the loss keep."""
+    heads, low = cfg.objective.heads, compute_width(cfg)
+    taps = sum(tap is not None for tap in (heads.encode_tap, heads.decode_tap))
+    hidden = (4 if heads.form == "released" else 2) * heads.hidden  # in and out of each activation function
+    tokens = cfg.tokenizer.num_tokens - (heads.positions == "eq6")
+    # Their input, cut out of the sequence; features and directions of the cosine are float32.
+    per_token = low * (cfg.model.width + hidden) + _FP32 * 2 * cfg.tokenizer.codebook_dim
+    return taps * cfg.train.micro_batch_size * tokens * per_token
+
+
+def _one_block(cfg: ExperimentConfig) -> int:
+    """Bytes per position of a block that keeps everything."""
+    D, F, low, residual = cfg.model.width, mlp_width(cfg), compute_width(cfg), _residual_width(cfg)
+    if cfg.model.architecture == "alitok":
+        # Each RMSNorm keeps its input and what it made of it in float32; of queries and keys the inputs are new only where
+        # they are not float32 already. Then both norms' outputs, qkv, rotated queries and keys, attention and its copy.
+        norms = _FP32 * D * (4 + (2 if low == _FP32 else 4))
+        return norms + low * ((9 + autocasts(cfg)) * D + 4 * F) + _mask_bytes(cfg)
+    attention = 3 + 2 + 1 + 1  # qkv, normalised queries and keys, attention, its copy
+    if cfg.model.conditioning == "adaln":
+        # The stream twice, both norms; both scales plus 1, both modulated inputs, both gated outputs, six chunks.
+        modulated = 2 + 2 + 2 + 6 + autocasts(cfg)  # and, under autocast, a cast of the condition
+        return D * (4 * residual + low * (modulated + attention)) + low * 2 * F + _mask_bytes(cfg)
+    return D * (2 * residual + low * (2 + attention)) + low * 2 * F + _mask_bytes(cfg)
+
+
+def _products(cfg: ExperimentConfig) -> int:
+    """Bytes per position of matrix products and attention alone: what selective recomputation keeps."""
+    D, F = cfg.model.width, mlp_width(cfg)
+    modulation = 6 * D if _modulated(cfg) else 0
+    hidden = 2 * F if cfg.model.architecture == "alitok" else F
+    return compute_width(cfg) * (3 * D + D + D + D + hidden + modulation)
+
+
+def _end_bytes(cfg: ExperimentConfig) -> int:
+    """Final norm, logits in float32, their gradient and its cast, and the condition with its SiLU for blocks and end."""
+    D, low, residual = cfg.model.width, compute_width(cfg), _residual_width(cfg)
+    final = residual * D + low * D
+    if _modulated(cfg):
+        final += residual * D * (1 + 4) + low * D
+    if cfg.model.architecture == "alitok":
+        final += _FP32 * D
+    logits = (2 * _FP32 + (low if low < _FP32 else 0)) * cfg.tokenizer.codebook_size
+    return cfg.train.micro_batch_size * cfg.tokenizer.num_tokens * (final + logits)
+
+
+def _modulated(cfg: ExperimentConfig) -> bool:
+    return cfg.model.architecture != "alitok" and cfg.model.conditioning == "adaln"
+
+
+def _mask_bytes(cfg: ExperimentConfig) -> int:
+    """Of dropout after projection, feed-forward's activation (AliTok's has none) and its output: one byte per element."""
+    if not cfg.model.dropout:
+        return 0
+    return 2 * cfg.model.width + (0 if cfg.model.architecture == "alitok" else mlp_width(cfg))
+
+
+def _residual_width(cfg: ExperimentConfig) -> int:
+    return _FP32 if autocasts(cfg) else compute_width(cfg)
+
+
+def _positions(cfg: ExperimentConfig) -> int:
+    return cfg.train.micro_batch_size * (cfg.tokenizer.num_tokens + (cfg.model.architecture != "alitok"))

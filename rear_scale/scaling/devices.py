@@ -1,0 +1,79 @@
+"""GPUs and clusters of them, from the table configs/devices/gpus.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import yaml
+
+from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError
+from rear_scale.config.validate import suggest
+
+TABLE = CONFIG_DIR / "devices" / "gpus.yaml"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of GPU: the data sheet's figures."""
+
+    memory_gib: float
+    bf16_tflops: float  # dense
+    fp32_tflops: float
+    memory_gb_per_s: float
+    nvlink_gb_per_s: float  # one direction of one GPU
+    network_gb_per_s: float  # one direction of one GPU
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpus: int
+    gpu: str
+    device: Device
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of each machine that are used."""
+        return min(self.gpus, self.device.gpus_per_node)
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.per_node
+
+
+def devices() -> dict[str, Device]:
+    """The table by name. Raises InputError for a row with wrong or missing fields."""
+    names = {field.name for field in fields(Device)}
+    found = {}
+    for gpu, row in yaml.safe_load(TABLE.read_text()).items():
+        numbers = isinstance(row, dict) and all(isinstance(value, int | float) and value > 0 for value in row.values())
+        if not numbers or row.keys() != names:
+            raise InputError(f"{gpu} in {TABLE} needs positive numbers for exactly: {', '.join(sorted(names))}")
+        found[gpu] = Device(**row)
+    return found
+
+
+def open_cluster(cfg: ExperimentConfig) -> Cluster:
+    """What the cluster section asks for; without cluster.gpus one full machine.
+
+    Raises InputError for an unknown GPU, and for a number of GPUs that leaves a machine half used.
+    """
+    known, wanted = devices(), cfg.cluster
+    if wanted.gpu not in known:
+        raise InputError(
+            f"cluster.gpu={wanted.gpu} is not in {TABLE.relative_to(CONFIG_DIR.parent)}. Use one of {', '.join(known)}, "
+            f"or add a row to the table{suggest(wanted.gpu, list(known))}"
+        )
+    return cluster_of(wanted.gpus or known[wanted.gpu].gpus_per_node, wanted.gpu, known[wanted.gpu])
+
+
+def cluster_of(gpus: int, gpu: str, device: Device) -> Cluster:
+    """Raises InputError for a number of GPUs that leaves a machine half used."""
+    per_node = device.gpus_per_node
+    if gpus > per_node and gpus % per_node:
+        below, above = gpus // per_node * per_node, -(-gpus // per_node) * per_node
+        raise InputError(
+            f"cluster.gpus={gpus} is more than one machine of {per_node} GPUs and not a multiple of it. Use cluster.gpus={below} "
+            f"or cluster.gpus={above}"
+        )
+    return Cluster(gpus, gpu, device)

@@ -1,0 +1,278 @@
+"""What fits on a cluster and what it costs: every strategy with every policy of activation checkpointing."""
+
+# W ranks
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import yaml
+from torch import nn
+
+from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
+from rear_scale.config.schema import StrategyConfig
+from rear_scale.config.validate import RECOMPUTE_POLICIES, STRATEGIES, validate
+from rear_scale.model.activations import head_activation_bytes
+from rear_scale.model.memory import elements, memory_per_rank
+from rear_scale.scaling.cost import StepTime, step_time
+from rear_scale.scaling.devices import Cluster, cluster_of, devices
+
+GIB = 2**30
+# What a plan may fill of a GPU's memory. The rest is the runtime's own, and what the allocator cannot use.
+USABLE = 0.92
+# Plans whose steps are as fast to this share count as equal: the one that needs less memory is taken.
+_AS_FAST = 0.01
+PARTS = ("weights", "gradients", "optimizer", "activations", "heads", "buffers")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy with a policy, at the largest micro-batch that fits, or at one image where none does."""
+
+    cfg: ExperimentConfig
+    plan: Plan
+    memory_gib: dict[str, float]  # PARTS and their sum, total: of the fullest rank at the height of an update
+    fits: bool
+    time: StepTime
+
+    @property
+    def name(self) -> str:
+        return self.cfg.strategy.name
+
+    @property
+    def checkpointing(self) -> str:
+        return self.cfg.train.activation_checkpointing
+
+    @property
+    def run_s(self) -> float:
+        return self.plan.last_step * self.time.total_s
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.run_s * self.plan.world_size / 3600
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides that make a config into this choice."""
+        strategy, found = self.cfg.strategy, [f"strategy={self.name}"]
+        if self.name == "hsdp":
+            found.append(f"strategy.replicas={strategy.replicas}")
+        if strategy.defer_reduction != group_defaults(self.name).defer_reduction:
+            found.append(f"strategy.defer_reduction={str(strategy.defer_reduction).lower()}")
+        if strategy.cpu_offload:
+            found.append("strategy.cpu_offload=true")
+        return [
+            *found,
+            f"train.activation_checkpointing={self.checkpointing}",
+            f"train.micro_batch_size={self.cfg.train.micro_batch_size}",
+        ]
+
+
+def choices(
+    cfg: ExperimentConfig,
+    cluster: Cluster,
+    model: nn.Module,
+    fixed: frozenset[str] = frozenset(),
+    slowness: float = 1.0,
+) -> list[Choice]:
+    """Every strategy that W ranks can run, with every policy.
+
+    model gives the shapes. fixed: keys that stay as the config has them; of train.micro_batch_size that means exactly this
+    size. slowness: see step_time. Raises InputError where the global batch cannot be divided among the GPUs.
+    """
+    _check_divides(cfg, cluster)
+    found = []
+    for name in STRATEGIES:
+        for policy in RECOMPUTE_POLICIES:
+            variants = [
+                _largest(one, cluster, fixed, model, slowness) for one in _variants(cfg, cluster, name, policy, fixed)
+            ]
+            if variants:
+                found.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
+    return found
+
+
+def recommend(
+    cfg: ExperimentConfig,
+    cluster: Cluster,
+    model: nn.Module,
+    found: list[Choice],
+    fixed: frozenset[str] = frozenset(),
+) -> Choice:
+    """The fastest that fits and leaves the fixed keys alone. Raises InputError, with the rule and a way out, for none."""
+    allowed = [one for one in found if _keeps(one, cfg, fixed)]
+    fitting = [one for one in allowed if one.fits]
+    if not fitting:
+        raise InputError(_impossible(cfg, cluster, model, found, allowed, fixed))
+    fastest = min(one.time.total_s for one in fitting)
+    equal = [one for one in fitting if one.time.total_s <= (1 + _AS_FAST) * fastest]
+    return min(equal, key=lambda one: one.memory_gib["total"])
+
+
+def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice) -> str:
+    """The line to paste, in a shell on the one machine or inside a SLURM cluster."""
+    if cluster.gpus == 1:
+        start = "python"
+    elif cluster.nodes == 1:
+        start = f"torchrun --standalone --nproc-per-node {cluster.gpus}"
+    else:
+        start = f"srun --nodes {cluster.nodes} --ntasks-per-node {cluster.per_node} --gpus-per-node {cluster.per_node} python"
+    words = ["--config", config, *_arguments(overrides, cluster, choice)]
+    return f"{start} launchers/train.py {shlex.join(words)}"
+
+
+def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[str]:
+    settings = choice.settings
+    ours = {text.split("=")[0] for text in settings} | {"strategy.name", "cluster.gpus", "cluster.gpu"}
+    own = [text for text in overrides if text.split("=")[0] not in ours]
+    return [*settings, *own, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
+
+
+@cache
+def group_defaults(name: str) -> StrategyConfig:
+    """What `strategy=NAME` alone means."""
+    return StrategyConfig(**yaml.safe_load((CONFIG_DIR / "strategy" / f"{name}.yaml").read_text()))
+
+
+def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
+    batch = cfg.train.global_batch_size
+    if batch < cluster.gpus:
+        raise InputError(
+            f"cluster.gpus={cluster.gpus} is more than train.global_batch_size={batch}: every GPU needs an image. "
+            f"Use cluster.gpus={_near(batch, cluster.gpus)[0]}, or a larger global batch"
+        )
+    if batch % cluster.gpus:
+        near = " or ".join(f"cluster.gpus={number}" for number in _near(batch, cluster.gpus))
+        raise InputError(
+            f"cluster.gpus={cluster.gpus} does not divide train.global_batch_size={batch}. Use {near}, or "
+            f"train.global_batch_size={max(1, round(batch / cluster.gpus)) * cluster.gpus}"
+        )
+
+
+def _near(batch: int, gpus: int) -> list[int]:
+    """The numbers of GPUs below and above that divide the batch."""
+    divisors = [number for number in range(1, batch + 1) if batch % number == 0]
+    below = [number for number in divisors if number < gpus][-1:]
+    return below + [number for number in divisors if number > gpus][:1]
+
+
+def _variants(
+    cfg: ExperimentConfig, cluster: Cluster, name: str, policy: str, fixed: frozenset[str]
+) -> Iterator[ExperimentConfig]:
+    """The ways to run a strategy with a policy that the rules allow: reductions in each micro-step, or once."""
+    if (name == "single" and cluster.gpus > 1) or (name == "hsdp" and cluster.nodes < 2):
+        return
+    strategy = cfg.strategy if name == cfg.strategy.name else group_defaults(name)
+    if name.startswith("zero"):
+        strategy = replace(strategy, cpu_offload=cfg.strategy.cpu_offload)
+    if name == "hsdp" and "strategy.replicas" not in fixed:
+        strategy = replace(strategy, replicas=cluster.nodes)
+    free = name in ("fsdp2", "hsdp") and "strategy.defer_reduction" not in fixed
+    for deferred in (True, False) if free else (strategy.defer_reduction,):
+        train = replace(cfg.train, activation_checkpointing=policy)
+        variant = replace(cfg, strategy=replace(strategy, defer_reduction=deferred), train=train)
+        try:
+            validate(variant)
+        except InputError:
+            continue
+        yield variant
+
+
+def _largest(
+    cfg: ExperimentConfig, cluster: Cluster, fixed: frozenset[str], model: nn.Module, slowness: float
+) -> Choice:
+    """The choice with the largest micro-batch that divides a GPU's share and fits; if none does, with the smallest."""
+    share = cfg.train.global_batch_size // cluster.gpus
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    if "train.micro_batch_size" in fixed:
+        sizes = [cfg.train.micro_batch_size]
+    for size in sizes:
+        cfg = replace(cfg, train=replace(cfg.train, micro_batch_size=size))
+        plan = derive(cfg, cluster.gpus, None)
+        memory = memory_gib(cfg, cluster.gpus, plan.accumulation, model)
+        fits = memory["total"] <= USABLE * cluster.device.memory_gib
+        if fits:
+            break
+    return Choice(cfg, plan, memory, fits, step_time(cfg, cluster, plan.accumulation, model, slowness))
+
+
+def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
+    """PARTS and total of memory_per_rank, in GiB.
+
+    optimizer holds moments and float32 masters; heads all that the reAR heads add to the other parts; buffers those of
+    collectives, and gathered or cast weights.
+    """
+    memory = memory_per_rank(cfg, world_size, accumulation, model)
+    heads = {name: module for name, module in model.named_children() if name.endswith("align_mlp")}
+    of_heads = sum(elements(module) for module in heads.values()) / elements(model)
+    states = {
+        "weights": memory.weights,
+        "gradients": memory.all_gradients,
+        "optimizer": memory.optimizer + memory.masters,
+    }
+    head_activations = head_activation_bytes(cfg)
+    parts = {
+        **{part: size * (1 - of_heads) for part, size in states.items()},
+        "activations": memory.activations - head_activations,
+        "heads": of_heads * sum(states.values()) + head_activations,
+        "buffers": memory.buffers + memory.gathered,
+    }
+    return {**{part: parts[part] / GIB for part in PARTS}, "total": memory.peak / GIB}
+
+
+_KEPT_BY_CHOICE = {
+    "strategy": lambda one, cfg: one.name == cfg.strategy.name,
+    "train.activation_checkpointing": lambda one, cfg: one.checkpointing == cfg.train.activation_checkpointing,
+}
+
+
+def _keeps(choice: Choice, cfg: ExperimentConfig, fixed: frozenset[str]) -> bool:
+    return all(keeps(choice, cfg) for key, keeps in _KEPT_BY_CHOICE.items() if key in fixed)
+
+
+def _impossible(
+    cfg: ExperimentConfig,
+    cluster: Cluster,
+    model: nn.Module,
+    found: list[Choice],
+    allowed: list[Choice],
+    fixed: frozenset[str],
+) -> str:
+    asked = [key for key in (*_KEPT_BY_CHOICE, "train.micro_batch_size") if key in fixed]
+    if not allowed:
+        others = ", ".join(sorted({f"strategy={one.name}" for one in found}))
+        return (
+            f"strategy={cfg.strategy.name}, train.activation_checkpointing={cfg.train.activation_checkpointing} cannot run on "
+            f"cluster.gpus={cluster.gpus} (machines: {cluster.nodes}). Use one of {others}, or another number of GPUs"
+        )
+    least = min(allowed, key=lambda one: one.memory_gib["total"])
+    need = least.memory_gib["total"]
+    what = " ".join(least.settings)
+    if not asked:
+        what = f"every strategy is too large, the smallest ({what})"
+    rule = (
+        f"cluster.gpu={cluster.gpu}, cluster.gpus={cluster.gpus}: {what} needs {need:.1f} GiB per GPU, and "
+        f"{USABLE * cluster.device.memory_gib:.1f} of {cluster.device.memory_gib} GiB can be used"
+    )
+    return f"{rule}. {_way_out(cfg, cluster, model, found, need)}"
+
+
+def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, found: list[Choice], need: float) -> str:
+    other = min((one for one in found if one.fits), key=lambda one: one.time.total_s, default=None)
+    if other is not None:
+        return f"Use {' '.join(other.settings)}"
+    larger = [name for name, device in devices().items() if USABLE * device.memory_gib >= need]
+    for gpus in more_gpus(cfg, cluster):
+        wider = cluster_of(gpus, cluster.gpu, cluster.device)
+        if any(one.fits for one in choices(cfg, wider, model)):
+            return f"Use cluster.gpus={gpus}" + (f", or cluster.gpu={larger[0]}" if larger else "")
+    return f"Use cluster.gpu={larger[0]}" if larger else "Use a smaller model"
+
+
+def more_gpus(cfg: ExperimentConfig, cluster: Cluster) -> list[int]:
+    """Larger clusters up to 1,024 GPUs that divide the global batch, doubling."""
+    counts = [cluster.gpus * 2**power for power in range(1, 11)]
+    return [gpus for gpus in counts if gpus <= 1024 and cfg.train.global_batch_size % gpus == 0]

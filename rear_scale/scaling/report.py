@@ -1,0 +1,182 @@
+"""A plan as plain values and as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rear_scale.config import ExperimentConfig
+from rear_scale.model.flops import train_flops_per_image
+from rear_scale.scaling import cost, widening
+from rear_scale.scaling.devices import Cluster
+from rear_scale.scaling.planner import PARTS, USABLE, Choice
+from rear_scale.scaling.widening import Width
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a plan says."""
+
+    config: str  # as --config has it
+    cfg: ExperimentConfig
+    cluster: Cluster
+    parameters: dict[str, int]
+    choices: list[Choice]
+    best: Choice
+    command: str
+    widths: list[Width]
+    measured: dict[str, Any] | None  # of --measure
+    simulated: dict[str, Any] | None  # of --simulate
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """What --json prints. memory_gib is in GiB, of the fullest rank; times in seconds."""
+    best, cluster = report.best, report.cluster
+    return {
+        "config": report.config,
+        "gpu": cluster.gpu,
+        "gpus": cluster.gpus,
+        "nodes": cluster.nodes,
+        "device": asdict(cluster.device),
+        "usable_memory_gib": USABLE * cluster.device.memory_gib,
+        "parameters": report.parameters,
+        "train_flops_per_image": train_flops_per_image(report.cfg),
+        "global_batch_size": report.cfg.train.global_batch_size,
+        "steps": best.plan.last_step,
+        "assumed": {
+            "share_of_product_rate": cost.PRODUCTS,
+            "share_of_memory_rate": cost.MEMORY,
+            "share_of_nvlink_rate": cost.NVLINK,
+            "share_of_network_rate": cost.NETWORK,
+            "overlap": cost.OVERLAP,
+        },
+        "strategies": [_row(one) for one in report.choices],
+        "step_time_s": best.time.total_s,
+        "days": best.run_s / 86_400,
+        "gpu_hours": best.gpu_hours,
+        "recommended": {**_row(best), "strategy": best.name, "command": report.command},
+        "scaling": [_width(row) for row in report.widths],
+        "last_gpus_that_pay": widening.last_that_pays(report.widths),
+        "measured": report.measured,
+        "simulated": report.simulated,
+    }
+
+
+def _row(choice: Choice) -> dict[str, Any]:
+    """Of a choice that fits nowhere: memory at one image per GPU, and no times."""
+    fits, time = choice.fits, choice.time
+    return {
+        "name": choice.name,
+        "checkpointing": choice.checkpointing,
+        "fits": fits,
+        "memory_gib": choice.memory_gib,
+        "micro_batch_size": choice.cfg.train.micro_batch_size if fits else 0,
+        "accumulation": choice.plan.accumulation if fits else None,
+        "step_time_s": time.total_s if fits else None,
+        "compute_s": time.compute_s if fits else None,
+        "communication_s": time.communication_s if fits else None,
+        "exposed_communication_s": time.exposed_s if fits else None,
+        "days": choice.run_s / 86_400 if fits else None,
+        "gpu_hours": choice.gpu_hours if fits else None,
+    }
+
+
+def _width(row: Width) -> dict[str, Any]:
+    choice = row.choice
+    return {
+        "gpus": row.gpus,
+        "strategy": choice and choice.name,
+        "checkpointing": choice and choice.checkpointing,
+        "micro_batch_size": choice and choice.cfg.train.micro_batch_size,
+        "step_time_s": choice and choice.time.total_s,
+        "images_per_s": row.images_per_s,
+        "efficiency": row.efficiency,
+        "pays": row.pays,
+        "paying_global_batch_size": row.paying_batch,
+    }
+
+
+def as_text(report: Report) -> str:
+    parts = [_head(report), _table(report), _recommendation(report), _scaling(report)]
+    return "\n\n".join(parts)
+
+
+def _head(report: Report) -> str:
+    cluster, parameters, cfg = report.cluster, report.parameters, report.cfg
+    machines = "1 machine" if cluster.nodes == 1 else f"{cluster.nodes} machines"
+    return "\n".join(
+        (
+            f"{report.config} on {cluster.gpus} x {cluster.gpu} ({machines}), {cfg.train.precision}",
+            f"parameters: {parameters['total']:,}, of them reAR heads {parameters['heads']:,}",
+            f"training FLOPs per image: {train_flops_per_image(cfg):.4g}",
+            f"run: {report.best.plan.last_step:,} steps of {cfg.train.global_batch_size:,} images",
+            f"GPU memory: {USABLE * cluster.device.memory_gib:.1f} of {cluster.device.memory_gib} GiB are planned with",
+        )
+    )
+
+
+def _table(report: Report) -> str:
+    head = ["strategy", "recompute", *PARTS, "total GiB", "micro-batch", "step s", "hidden s", "days", "GPU-hours"]
+    rows = [head]
+    for one in report.choices:
+        memory = [f"{one.memory_gib[part]:.1f}" for part in (*PARTS, "total")]
+        times = ["does not fit"]
+        if one.fits:
+            hidden = one.time.communication_s - one.time.exposed_s
+            times = [str(one.cfg.train.micro_batch_size), f"{one.time.total_s:.3f}", f"{hidden:.3f}"]
+            times += [f"{one.run_s / 86_400:.2f}", f"{one.gpu_hours:,.0f}"]
+        rows.append([one.name, one.checkpointing, *memory, *times])
+    return "memory per GPU in GiB, with the largest micro-batch that fits\n" + _aligned(rows, left=2)
+
+
+def _recommendation(report: Report) -> str:
+    best = report.best
+    lines = [
+        f"recommended: strategy={best.name}, {best.run_s / 86_400:.2f} days, {best.gpu_hours:,.0f} GPU-hours",
+        f"    {report.command}",
+    ]
+    if report.measured:
+        found = report.measured
+        lines.append(
+            f"rates: measured on {found['device']}: {found['measured_tflops']:.3g} TFLOP/s of a whole step, assumed for "
+            f"{report.cluster.gpu}: {found['assumed_tflops']:.3g}. Compute times are by the measured one"
+        )
+    else:
+        lines.append(
+            f"rates: assumed, of the data sheet's {cost.PRODUCTS:.0%} for products, {cost.MEMORY:.0%} for memory, "
+            f"{cost.NVLINK:.0%} for NVLink and {cost.NETWORK:.0%} for the network; --measure tries the first two"
+        )
+    lines.append(f"overlap: assumed; {cost.OVERLAP}")
+    lines.append("not in the times: data, checkpoints, validation, waiting for slow ranks")
+    return "\n".join(lines)
+
+
+def _scaling(report: Report) -> str:
+    batch = report.cfg.train.global_batch_size
+    rows = [["GPUs", "images/GPU", "strategy", "recompute", "micro-batch", "step s", "images/s", "efficiency", "pays",
+             f"batch for {widening.KEEPS:.0%}"]]  # fmt: skip
+    for row in report.widths:
+        one = row.choice
+        if one is None:
+            rows.append([str(row.gpus), f"{batch / row.gpus:g}", "none fits"])
+            continue
+        rows.append([
+            str(row.gpus), f"{batch / row.gpus:g}", one.name, one.checkpointing, str(one.cfg.train.micro_batch_size),
+            f"{one.time.total_s:.3f}", f"{row.images_per_s:,.0f}", f"{row.efficiency:.2f}", "yes" if row.pays else "no",
+            f"{row.paying_batch:,}" if row.paying_batch else "-",
+        ])  # fmt: skip
+    last = widening.last_that_pays(report.widths)
+    verdict = f"a global batch of {batch:,} pays up to {last} GPUs" if last else "nothing fits"
+    rule = f"pays: twice the GPUs are at least {widening.PAYS} times as fast"
+    return f"on more GPUs: {verdict} ({rule})\n" + _aligned(rows, left=0)
+
+
+def _aligned(rows: list[list[str]], left: int) -> str:
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if at < left else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

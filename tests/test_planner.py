@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from helpers import ROOT, launch
+
+from rear_scale import config
+from rear_scale.config import CONFIG_DIR, InputError
+from rear_scale.config.validate import RECOMPUTE_POLICIES
+from rear_scale.model import build_model, meta_model
+from rear_scale.model.memory import memory_per_rank
+from rear_scale.scaling import cost, plan, report
+from rear_scale.scaling.devices import cluster_of, devices, open_cluster
+from rear_scale.scaling.planner import GIB, PARTS, USABLE
+
+CONFIGS = [path.relative_to(CONFIG_DIR).as_posix() for path in sorted(CONFIG_DIR.glob("*.yaml"))]
+CONFIGS += [path.relative_to(CONFIG_DIR).as_posix() for path in sorted(CONFIG_DIR.glob("official/*.yaml"))]
+CONFIGS += [path.relative_to(CONFIG_DIR).as_posix() for path in sorted(CONFIG_DIR.glob("ablation/*.yaml"))]
+CONFIGS.remove("base.yaml")
+
+
+def planned(name: str, *overrides: str) -> dict[str, Any]:
+    found = plan.make(name, config.load(name, overrides), list(overrides))
+    assert report.as_text(found)
+    return json.loads(json.dumps(report.as_dict(found)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_a_plan_whose_numbers_agree(name: str) -> None:
+    found = planned(name, "cluster.gpus=8")
+    cfg = config.load(name)
+    parameters = found["parameters"]
+    heads = [w.numel() for key, w in meta_model(cfg).named_parameters() if "align_mlp" in key]
+    assert parameters["total"] == sum(weight.numel() for weight in meta_model(cfg).parameters())
+    assert parameters["heads"] == sum(heads) == parameters["total"] - parameters["without_heads"]
+    names = {(row["name"], row["checkpointing"]) for row in found["strategies"]}
+    assert names == {(s, p) for s in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for p in RECOMPUTE_POLICIES}
+    for row in found["strategies"]:
+        memory = row["memory_gib"]
+        assert memory.keys() == {*PARTS, "total"}
+        assert sum(memory[part] for part in PARTS) == pytest.approx(memory["total"])
+        assert (memory["heads"] > 0) == bool(heads)
+        assert row["fits"] == (memory["total"] <= found["usable_memory_gib"])
+        if row["fits"]:
+            assert cfg.train.global_batch_size == 8 * row["micro_batch_size"] * row["accumulation"]
+            assert row["gpu_hours"] == pytest.approx(row["step_time_s"] * found["steps"] * 8 / 3600)
+    best = found["recommended"]
+    assert best["step_time_s"] <= 1.01 * min(row["step_time_s"] for row in found["strategies"] if row["fits"])
+    assert found["gpu_hours"] == pytest.approx(best["gpu_hours"])
+
+
+def test_parameters_are_those_of_a_model_with_weights() -> None:
+    cfg = config.load("demo.yaml")
+    built = sum(weight.numel() for weight in build_model(cfg).parameters())
+    assert planned("demo.yaml")["parameters"]["total"] == built
+
+
+def test_a_larger_micro_batch_than_the_one_named_does_not_fit() -> None:
+    cfg = config.load("rear_7b.yaml", ["cluster.gpus=16", "cluster.gpu=a100-80g"])
+    found = plan.make("rear_7b.yaml", cfg, [])
+    model, limit = meta_model(cfg), USABLE * devices()["a100-80g"].memory_gib * GIB
+    checked = 0
+    for one in found.choices:
+        size = one.cfg.train.micro_batch_size
+        if one.fits and size < 2048 // 16:
+            larger = replace(one.cfg, train=replace(one.cfg.train, micro_batch_size=2 * size))
+            assert memory_per_rank(larger, 16, one.plan.accumulation // 2, model).peak > limit, one.settings
+            checked += 1
+    assert checked > 5
+
+
+def test_sharding_and_recomputation_do_what_they_are_for() -> None:
+    rows = {
+        (row["name"], row["checkpointing"]): row for row in planned("rear_xl.yaml", "cluster.gpus=64")["strategies"]
+    }
+    assert {name for name, _ in rows} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    for policy in RECOMPUTE_POLICIES:
+        ddp, zero1, zero2, zero3, hsdp, fsdp2 = (
+            rows[name, policy]["memory_gib"] for name in ("ddp", "zero1", "zero2", "zero3", "hsdp", "fsdp2")
+        )
+        assert ddp["optimizer"] > 20 * zero1["optimizer"]
+        assert zero1["gradients"] > 20 * zero2["gradients"]
+        assert zero2["weights"] > 20 * zero3["weights"]
+        assert hsdp["weights"] == pytest.approx(8 * fsdp2["weights"], rel=0.01)
+    for name in ("ddp", "fsdp2"):
+        kept = [rows[name, policy]["memory_gib"]["activations"] for policy in ("none", "every_n", "selective", "full")]
+        times = [rows[name, policy]["compute_s"] for policy in ("none", "selective", "every_n", "full")]
+        assert kept == sorted(kept, reverse=True)
+        assert times == sorted(times)
+
+
+def test_one_gpu_may_run_alone_and_many_may_not() -> None:
+    alone = planned("rear_b.yaml", "cluster.gpus=1")
+    assert "single" in {row["name"] for row in alone["strategies"]}
+    assert "hsdp" not in {row["name"] for row in alone["strategies"]}
+    assert all(row["communication_s"] == 0 for row in alone["strategies"] if row["fits"])
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("rear_xl.yaml", ["cluster.gpu=h100"], ["cluster.gpu=h100 ", "did you mean h100-80g"]),
+        ("rear_xl.yaml", ["cluster.gpus=48"], ["cluster.gpus=48", "2048", "cluster.gpus=32 or cluster.gpus=64"]),
+        ("rear_xl.yaml", ["cluster.gpus=12"], ["cluster.gpus=12", "cluster.gpus=8 or cluster.gpus=16"]),
+        ("rear_xl.yaml", ["cluster.gpus=4096"], ["cluster.gpus=4096", "cluster.gpus=2048"]),
+        ("rear_xl.yaml", ["cluster.gpus=8", "strategy=single"], ["strategy=single", "cluster.gpus=8"]),
+        ("rear_xl.yaml", ["cluster.gpus=8", "train.micro_batch_size=48"], ["train.micro_batch_size=48", "32 or 64"]),
+        ("rear_7b.yaml", ["cluster.gpus=8", "strategy=ddp"], ["strategy=ddp", "GiB per GPU", "Use strategy=fsdp2"]),
+        (
+            "rear_7b.yaml",
+            ["cluster.gpus=1", "cluster.gpu=a100-40g"],
+            ["cluster.gpu=a100-40g", "every strategy", "cluster.gpus=4"],
+        ),
+    ],
+)
+def test_an_impossible_plan_is_refused_by_name(name: str, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        planned(name, *overrides)
+    for word in words:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_the_user_says_of_strategy_and_batch_is_kept() -> None:
+    overrides = [
+        "cluster.gpus=8",
+        "strategy=zero2",
+        "train.micro_batch_size=16",
+        "model.depth=20",
+        "optim.betas=[0.9,0.95]",
+    ]
+    best = planned("rear_l.yaml", *overrides)["recommended"]
+    assert (best["strategy"], best["micro_batch_size"], best["accumulation"]) == ("zero2", 16, 16)
+    words = shlex.split(best["command"])
+    for word in ("strategy=zero2", "train.micro_batch_size=16", "model.depth=20", "optim.betas=[0.9,0.95]"):
+        assert words.count(word) == 1
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+def test_the_line_to_paste_starts_a_run(gpus: int) -> None:
+    command = planned("rear_b.yaml", f"cluster.gpus={gpus}")["recommended"]["command"]
+    words = shlex.split(command)
+    script = words.index("launchers/train.py")
+    assert words[0] == {1: "python", 8: "torchrun", 64: "srun"}[gpus]
+    started = launch("python", *words[script:], "--dry-run")
+    assert started.returncode == 0, started.stderr
+
+
+def test_the_launcher_prints_one_json_object_or_one_line_of_error() -> None:
+    good = launch("python", "launchers/plan.py", "--config", "rear_xl.yaml", "cluster.gpus=64", "--json")
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["gpu"] == "h100-80g"
+    bad = launch("python", "launchers/plan.py", "--config", "rear_7b.yaml", "cluster.gpus=8", "strategy=ddp")
+    assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+    assert (ROOT / "launchers/plan.py").is_file()
+
+
+def test_rings_pass_what_the_formula_says() -> None:
+    """4 bytes of each of 1e9 parameters, 8 GPUs in a machine: once over NVLink and, an eighth of it, over each card."""
+    device = replace(devices()["h200-141g"], nvlink_gb_per_s=350 / cost.NVLINK, network_gb_per_s=42.5 / cost.NETWORK)
+    one, eight = cluster_of(8, "x", device), cluster_of(64, "x", device)
+    assert cost._ring(one, 8, 4 * 10**9, 1) == pytest.approx(4e9 * 7 / 8 / 350e9, rel=0.01)
+    assert cost._ring(eight, 64, 4 * 10**9, 1) == pytest.approx(4e9 * 7 / 8 / 350e9 + 4e9 * 7 / 8 / 340e9, rel=0.01)
+
+
+def test_the_batch_stops_paying_on_many_gpus_and_a_larger_one_pays() -> None:
+    found = planned("rear_xl.yaml")
+    rows = {row["gpus"]: row for row in found["scaling"]}
+    assert list(rows) == [8, 16, 32, 64, 128, 256, 512, 1024]
+    last = found["last_gpus_that_pay"]
+    assert 64 <= last <= 256
+    assert not rows[2 * last]["pays"]
+    assert rows[last]["efficiency"] > rows[1024]["efficiency"]
+    batches = [row["paying_global_batch_size"] for row in found["scaling"]]
+    assert batches == sorted(batches)
+    assert batches[0] == 2048
+    assert batches[-1] >= 16_384
+
+
+def test_a_cluster_without_a_number_is_one_full_machine() -> None:
+    assert open_cluster(config.load("rear_b.yaml")).gpus == 8
+    assert {"a100-40g", "a100-80g", "a800-80g", "h100-80g", "h200-141g", "b200-192g"} <= devices().keys()
