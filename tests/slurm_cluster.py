@@ -173,8 +173,8 @@ class Cluster:
             f"NodeName={node} NodeAddr={node} NodeHostname=localhost Port={free_port()} CPUs=2 RealMemory=1000 Gres=gpu:2\n"
             for node in NODES
         )
-        # cred_expire: the seconds after which a requeued job may start again (fewer than 5 mean 120). SlurmdTimeout: after which a silent node is
-        # taken for dead. KillWait: between SIGTERM and SIGKILL.
+        # cred_expire: seconds until a requeued job may start again (fewer than 5 would mean 120). SlurmdTimeout: until a
+        # silent node is taken for dead. KillWait: between SIGTERM and SIGKILL.
         self.conf.write_text(
             f"""
 ClusterName=loopback

@@ -123,12 +123,12 @@ def test_deepspeed_inside_a_batch_script_ends_as_srun_does(
     script = tmp_path / "own.sbatch"
     command = "deepspeed launchers/train.py " + " ".join(tiny_xl(tmp_path, tokens))
     script.write_text(f"#!/bin/bash\n#SBATCH --nodes=1 --exclusive\ncd {ROOT}\n{command}\n")
-    job = cluster.submit(script, options=[], logs=tmp_path / "logs")
+    # Without GPUs deepspeed asks this variable how many ranks a node has.
+    job = cluster.submit(script, options=[], logs=tmp_path / "logs", LOCAL_SIZE="2")
     assert cluster.wait(job)["JobState"] == "COMPLETED", said(tmp_path)
-    # On a CPU deepspeed starts one rank, so the sums of the ranks' gradients are rounded otherwise.
     start = json.loads((tmp_path / "run/starts.jsonl").read_text())
-    expected = unbroken if start["world_size"] == 2 else [pytest.approx(line["loss"], rel=1e-4) for line in unbroken]
-    assert (curve(tmp_path) if start["world_size"] == 2 else [line["loss"] for line in curve(tmp_path)]) == expected
+    assert (start["launcher"], start["world_size"]) == ("environment", 2)
+    assert curve(tmp_path) == unbroken
 
 
 def test_deepspeed_starts_the_ranks_through_slurm(
@@ -164,7 +164,7 @@ def test_a_node_that_dies_leaves_a_clear_state_and_the_run_goes_on(
 
 
 def test_the_check_finds_good_nodes_and_names_a_bad_one(cluster: Cluster, tmp_path: Path, tokens: Path) -> None:
-    arguments = ["--check", *tiny_xl(tmp_path, tokens)]
+    arguments = ["--check", *tiny_xl(tmp_path, tokens, "train.micro_batch_size=3")]
     job = cluster.submit(TRAIN, *arguments, options=TWO_NODES, logs=tmp_path / "logs")
     assert cluster.wait(job)["JobState"] == "COMPLETED", said(tmp_path)
     out = (tmp_path / "logs/job.out").read_text()

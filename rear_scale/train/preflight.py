@@ -62,6 +62,13 @@ def check(cfg: ExperimentConfig, ranks: Ranks) -> None:
     then names them, with the --exclude for sbatch.
     """
     store = _open_store(ranks)
+    try:
+        _check(cfg, ranks, store)
+    finally:
+        _part(store, ranks)
+
+
+def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
     mine = _look(cfg, ranks)
     store.set(f"report/{ranks.rank}", json.dumps(asdict(mine)))
     if ranks.rank == 0:
@@ -82,10 +89,18 @@ def check(cfg: ExperimentConfig, ranks: Ranks) -> None:
             bad = world.from_main(_slow(rates, world.device.type))
     if ranks.rank == 0:
         _show(reports, rates, bad)
-        store.set("end", "")
-    store.get("end")
     if bad:
         raise SystemExit(1)
+
+
+def _part(store: dist.Store, ranks: Ranks) -> None:
+    """The store ends with rank 0, so that one leaves last."""
+    if ranks.rank != 0:
+        store.set(f"left/{ranks.rank}", "")
+        return
+    there = [rank for rank in range(1, ranks.world_size) if store.check([f"report/{rank}"])]
+    with suppress(dist.DistStoreError):
+        store.wait([f"left/{rank}" for rank in there], timedelta(seconds=_VISIBLE_S))
 
 
 def _open_store(ranks: Ranks) -> dist.Store:
