@@ -14,10 +14,14 @@ import pytest
 import slurm_cluster
 from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_CLASSES, NUM_TOKENS, ROOT, TIMES, metrics
 from slurm_cluster import NODES, Cluster
+from test_pretokenize import NUM_IMAGES, settings, tiny_overrides
+
+from rear_scale.shards.record import read_manifest
 
 TRAIN = "launchers/slurm/train.sbatch"
 TWO_NODES = ["--nodes=2"]
 STEPS = 16
+NODE_LOGS = [f"node{index}-{socket.gethostname().split('.')[0]}.log" for index in range(2)]
 
 pytestmark = pytest.mark.skipif(slurm_cluster.missing() is not None, reason=str(slurm_cluster.missing()))
 
@@ -28,8 +32,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> list[dict]:
-    """What the two tasks of srun on two nodes log, with nothing in their way."""
+def trained(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """A folder with the run of two tasks of srun, on two nodes, with nothing in their way."""
     folder = tmp_path_factory.mktemp("unbroken")
     job = cluster.submit(
         TRAIN, *tiny_xl(folder, tokens), options=TWO_NODES, logs=folder / "logs", REAR_TASKS_PER_NODE="1"
@@ -38,9 +42,14 @@ def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, tokens:
     start = json.loads((folder / "run/starts.jsonl").read_text())
     assert (start["launcher"], start["world_size"]) == ("slurm", 2)
     # A log for each node.
-    node_logs = [f"node{index}-{socket.gethostname().split('.')[0]}.log" for index in range(2)]
-    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["job.out", *node_logs]
-    return curve(folder)
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["job.out", *NODE_LOGS]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(trained: Path) -> list[dict]:
+    """What that run has logged."""
+    return curve(trained)
 
 
 def tiny_xl(folder: Path, tokens: Path, *more: str) -> list[str]:
@@ -185,3 +194,29 @@ def test_the_check_finds_good_nodes_and_names_a_bad_one(cluster: Cluster, tmp_pa
     assert f"unfit: {NODES[1]}" in out
     assert "not found: /nowhere/index.json" in out
     assert f"sbatch --exclude={NODES[1]} ..." in out
+
+
+def test_pretokenizing_goes_on_after_its_time_is_up(cluster: Cluster, tmp_path: Path) -> None:
+    """SIGUSR1 to the batch script, as --signal sends it, at whatever moment."""
+    settings(tmp_path, "tokens")
+    job = cluster.submit(
+        "launchers/slurm/pretokenize.sbatch", "--config", "demo.yaml", *tiny_overrides(tmp_path, "tokens"),
+        options=TWO_NODES, logs=tmp_path / "logs", REAR_TASKS_PER_NODE="1",
+    )  # fmt: skip
+    cluster.wait(job, "RUNNING")
+    until(lambda: (tmp_path / "logs" / NODE_LOGS[1]).exists(), tmp_path)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    cluster.wait(job, "PENDING")
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), said(tmp_path)
+    assert read_manifest(tmp_path / "tokens").num_samples == NUM_IMAGES
+
+
+def test_the_other_scripts_start_their_launchers(cluster: Cluster, trained: Path, tmp_path: Path) -> None:
+    for name in ("sample", "evaluate"):
+        job = cluster.submit(
+            f"launchers/slurm/{name}.sbatch", "--checkpoint", trained / "run", "--dry-run", "sample.seed=7",
+            options=["--nodes=1"], logs=tmp_path / "logs", REAR_TASKS_PER_NODE="1",
+        )  # fmt: skip
+        assert cluster.wait(job)["JobState"] == "COMPLETED", said(tmp_path)
+        assert "seed: 7" in (tmp_path / "logs" / NODE_LOGS[0]).read_text()

@@ -101,13 +101,11 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
     with progress("bench train", arguments.rounds * len(variants), "turn", show=world.is_main) as bar:
         for _ in range(arguments.rounds):
             for name, step in variants.items():
-                synchronize(world.device)
-                world.barrier()
+                _meet(world)
                 started = time.perf_counter()
                 for _ in range(arguments.steps):
                     step()
-                synchronize(world.device)
-                world.barrier()
+                _meet(world)
                 rates[name].append(images / (time.perf_counter() - started))
                 bar.update()
     medians = {name: statistics.median(found) for name, found in rates.items()}
@@ -126,6 +124,13 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         "config": arguments.config,
         "overrides": arguments.overrides,
     }
+
+
+def _meet(world: World) -> None:
+    """All that was asked of the devices is done, on all ranks. Alone, there is no process group to meet in."""
+    synchronize(world.device)
+    if world.size > 1:
+        world.barrier()
 
 
 def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:

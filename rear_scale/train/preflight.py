@@ -187,9 +187,9 @@ def _judge(cfg: ExperimentConfig, ranks: Ranks, reports: list[Report], silent: l
         ("another device", {report.rank: report.device for report in reports}),
     ):
         # What most ranks have is taken for right.
-        most = Counter(values.values()).most_common(1)
+        usual = Counter(values.values()).most_common(1)[0][0] if values else None
         for report in reports:
-            if values.get(report.rank, most[0][0] if most else "") != most[0][0]:
+            if values.get(report.rank, usual) != usual:
                 _add(bad, report.node, f"it has {what} than the rest ({values[report.rank][:20]})")
     for report in reports:
         if report.token and not any("run.dir" in fault for fault in report.faults) and not _seen(cfg, report):
@@ -274,7 +274,7 @@ def _measure(world: World, store: dist.Store) -> dict[str, dict[str, float]]:
             if place in groups and nodes[world.rank] in place:
                 mine[",".join(place)] = _bandwidth(world, groups[place])
         world.barrier()
-    whole = _bandwidth(world, None) if world.size > 1 else 0.0
+    whole = min(world.gather(_bandwidth(world, None) if world.size > 1 else 0.0))
     store.set(f"measured/{world.rank}", "")
     found: dict[str, float] = {}
     for rates in world.gather(mine):
