@@ -39,7 +39,10 @@ def main() -> None:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
         print(json.dumps({**settings, **machine()}, indent=1, default=str))
         return
-    text = json.dumps({"mode": arguments.mode, **arguments.run(arguments), **machine()}, indent=1)
+    found = arguments.run(arguments)
+    if found is None:
+        return  # not the first of several ranks
+    text = json.dumps({"mode": arguments.mode, **found, **machine()}, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n")

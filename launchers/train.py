@@ -5,22 +5,27 @@
     python launchers/train.py --config demo.yaml strategy=single
 
 The same command again resumes from the newest checkpoint of run.dir. SIGTERM and SIGUSR1 to the ranks save and end with exit
-code 75.
+code 75. --check only sees whether all nodes are fit for the run: shards, run folder, GPUs, all-reduce.
 """
 
 from rear_scale import cli
 from rear_scale.evaluate.training import check_training_scores, training_hooks
-from rear_scale.train import dry_run, setup
+from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation
 from rear_scale.world import joined
 
 
 def main() -> None:
-    command = cli.parse(cli.make_parser(__doc__))
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="see whether all nodes are fit for this run, and stop")
+    command = cli.parse(parser)
     cfg = command.cfg
     if command.args.dry_run:
         dry_run.show(cfg, command.ranks)
+        return
+    if command.args.check:
+        preflight.check(cfg, command.ranks)
         return
     data = setup.check_data(cfg, command.ranks)
     check_training_scores(cfg)

@@ -117,13 +117,24 @@ def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
+    return slurm_nodes(env)[0]
+
+
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """This machine's, as sbatch --exclude knows it."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def slurm_nodes(env: Mapping[str, str] = os.environ) -> list[str]:
+    """The names of the nodes of this job step, in the order of their ranks. Raises InputError where SLURM says none."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     if nodes and not re.search(r"[\[,]", nodes):
-        return nodes
+        return [nodes]
     try:
-        return subprocess.run(
+        names = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout.split()[0]
+        ).stdout.split()
+        return [names[0], *names[1:]]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise InputError(
             f"SLURM_JOB_NODELIST={nodes}: scontrol cannot expand it ({error}). Set MASTER_ADDR to the first node's name"

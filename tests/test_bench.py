@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from helpers import launch
+from helpers import command_line, environment, launch
 
-from rear_scale.bench import data, reference
+from rear_scale.bench import data, reference, scaling
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
+from rear_scale.world import free_port
 
 
 def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: Path) -> None:
@@ -65,3 +68,49 @@ def test_a_bench_without_a_mode_or_with_an_unknown_one_is_refused(tmp_path: Path
     done = launch("python", "launchers/bench.py", "data", "--samples", "10")
     assert done.returncode == 2
     assert "at least" in done.stderr
+
+
+SMALL = ["--config", "bench_cpu.yaml", "model.depth=1", "model.width=32", "train.micro_batch_size=2", "--rounds", "1"]
+
+
+def test_a_training_step_is_timed_beside_the_plain_one() -> None:
+    done = launch("python", "launchers/bench.py", "train", *SMALL)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["ratio"] == values["images_per_s"] / values["reference_images_per_s"] > 0
+    first = values["losses_of_the_first_step"]
+    assert first["ours"] == pytest.approx(first["reference"], rel=1e-5)
+
+
+def test_srun_gives_weak_and_strong_scaling() -> None:
+    port = free_port()
+    tasks = [
+        subprocess.Popen(
+            command_line("python", "launchers/bench.py", "train", *SMALL, "strategy=ddp"),
+            env=environment(
+                SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
+                SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="127.0.0.1", MASTER_PORT=str(port),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    (out, error), (nothing, _) = [task.communicate(timeout=200) for task in tasks]
+    assert nothing == ""
+    values = json.loads(out)
+    rows = {
+        name: [(row["world_size"], row["global_batch_size"]) for row in found]
+        for name, found in values["scaling"].items()
+    }
+    assert rows == {"weak": [(1, 2), (2, 4)], "strong": [(1, 4), (2, 4)]}, error
+    for found in values["scaling"].values():
+        one, two = (row["images_per_s"] for row in found)
+        assert [row["efficiency"] for row in found] == [1.0, pytest.approx(two / one / 2)]
+    assert values["images_per_s"] == values["scaling"]["weak"][1]["images_per_s"]
+    assert scaling.table(values["scaling"]) in error
+
+
+def test_scaling_doubles_up_to_the_whole_world() -> None:
+    assert [scaling.sizes(world) for world in (2, 8, 12)] == [[1, 2], [1, 2, 4, 8], [1, 2, 4, 8, 12]]

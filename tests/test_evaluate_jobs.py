@@ -297,15 +297,19 @@ def test_parts_of_a_job_share_out_the_references_too(tmp_path: Path, monkeypatch
 
 
 def test_the_job_array_gives_each_task_its_part(tmp_path: Path) -> None:
-    """With a torchrun that only says what it was asked."""
-    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
+    """With an srun that only says what it was asked."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
     script = ROOT / "launchers/slurm/evaluate.sbatch"
-    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "REAR_LOGS": str(tmp_path / "logs"),
+    }
     task = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "8"}
     for extra, expected in ((task, " --part 2/8 --samples x"), ({}, " launchers/evaluate.py --samples x")):
-        environment = {"PATH": path, "SLURM_GPUS_ON_NODE": "4", **extra}
+        environment = {**job, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96", **extra}
         result = subprocess.run(["bash", script, "--samples", "x"], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip().endswith(expected)
-        assert "--nproc-per-node 4" in result.stdout
+        assert "--ntasks=4 --ntasks-per-node=4 --cpus-per-task=24 " in result.stdout

@@ -40,20 +40,21 @@ def settings(folder: Path, out: str, *overrides: str) -> ExperimentConfig:
         write_images(
             folder / "images", ((Image.fromarray(image), n % 3) for n, image in enumerate(pixels)), 16, ["a", "b", "c"]
         )
-    return config.load(
-        "demo.yaml",
-        [
-            f"tokenizer.weights={folder / 'weights'}",
-            "tokenizer.image_size=16",
-            "tokenizer.num_tokens=16",
-            "tokenizer.codebook_size=32",
-            "tokenizer.codebook_dim=8",
-            f"pretokenize.images={folder / 'images'}",
-            f"pretokenize.out={folder / out}",
-            "pretokenize.batch_size=8",
-            *overrides,
-        ],
-    )
+    return config.load("demo.yaml", [*tiny_overrides(folder, out), *overrides])
+
+
+def tiny_overrides(folder: Path, out: str) -> list[str]:
+    """What demo.yaml needs for that."""
+    return [
+        f"tokenizer.weights={folder / 'weights'}",
+        "tokenizer.image_size=16",
+        "tokenizer.num_tokens=16",
+        "tokenizer.codebook_size=32",
+        "tokenizer.codebook_dim=8",
+        f"pretokenize.images={folder / 'images'}",
+        f"pretokenize.out={folder / out}",
+        "pretokenize.batch_size=8",
+    ]
 
 
 SMALL_SHARDS = "pretokenize.samples_per_shard=20"  # several, so that there is something to share out

@@ -2,8 +2,10 @@
 
     python launchers/bench.py train --config bench_cpu.yaml
     torchrun --nproc-per-node 8 launchers/bench.py train --config rear_l.yaml strategy=fsdp2
+    srun --nodes 2 --ntasks-per-node 8 python launchers/bench.py train --config rear_l.yaml      and how it scales
 
-In a world of one, both take turns in one process. In larger worlds the step of the config's strategy is timed alone.
+In a world of one, both take turns in one process. In larger worlds the step of the config's strategy is timed alone. Under
+srun 1, 2, 4, ... ranks are timed one after the other: a table of weak and strong scaling.
 """
 
 # B images of a micro-batch, N tokens of an image
@@ -21,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale import config
-from rear_scale.bench import reference
+from rear_scale.bench import reference, scaling
 from rear_scale.bench.model import drawn_model, synchronize, use_device
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.model.flops import train_flops_per_image
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, Task
@@ -41,26 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; medians count (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="updates of a turn (default: 1)")
     parser.add_argument("--classes", type=int, default=7, help="distinct classes of a micro-batch (default: 7)")
+    parser.add_argument(
+        "--global-batch",
+        type=int,
+        metavar="IMAGES",
+        help="of an update, timed without the plain step (default: one micro-batch)",
+    )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rates of our training step and, in a world of one, of the plain one: same weights, tokens, noise and loss."""
+def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Rates of our training step and, in a world of one, of the plain one: same weights, tokens, noise and loss.
+
+    On rank 0; None on the others.
+    """
     ranks = discover()
+    if ranks.launcher == "slurm":
+        micro_batch_size = config.load(arguments.config, arguments.overrides).train.micro_batch_size
+        return scaling.measure(arguments, micro_batch_size, ranks)
     overrides = list(arguments.overrides)
     if ranks.world_size == 1:
         overrides.append("strategy=single")
     cfg = config.load(arguments.config, overrides)
-    # One micro-batch is an update.
-    cfg.train.global_batch_size = cfg.train.micro_batch_size * ranks.world_size
+    cfg.train.global_batch_size = arguments.global_batch or cfg.train.micro_batch_size * ranks.world_size
     if ranks.world_size > 1:
         with joined(ranks) as world:
-            return _measure(cfg, world, arguments)
+            found = _measure(cfg, world, arguments)
+            return found if world.is_main else None
     return _measure(cfg, World(ranks, use_device()), arguments)
 
 
 def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace) -> dict[str, Any]:
     plain_form = cfg.objective.heads.form == "paper" and cfg.objective.heads.positions == "eq6"
-    compared = world.size == 1
+    compared = world.size == 1 and arguments.global_batch is None
     if compared and not (cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln" and plain_form):
         raise InputError(
             f"--config {arguments.config}: the plain step is written for reAR and AR in the paper's form. Use such a config"
@@ -77,7 +91,7 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
     weights = {name: w.detach().clone().to(world.device).requires_grad_() for name, w in model.named_parameters()}
     prepare_blocks(model, cfg)
     strategy.build(model)
-    variants: dict[str, Callable[[], float]] = {"ours": lambda: _our_step(strategy, objective, batch, task)}
+    variants: dict[str, Callable[[], float]] = {"ours": lambda: _our_step(strategy, objective, batch, task, plan)}
     if compared:
         variants["reference"] = _PlainStep(cfg, weights, codebook.to(world.device), batch, task)
     # The first step warms up, and shows that both compute the same loss.
@@ -87,13 +101,11 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
     with progress("bench train", arguments.rounds * len(variants), "turn", show=world.is_main) as bar:
         for _ in range(arguments.rounds):
             for name, step in variants.items():
-                synchronize(world.device)
-                world.barrier()
+                _meet(world)
                 started = time.perf_counter()
                 for _ in range(arguments.steps):
                     step()
-                synchronize(world.device)
-                world.barrier()
+                _meet(world)
                 rates[name].append(images / (time.perf_counter() - started))
                 bar.update()
     medians = {name: statistics.median(found) for name, found in rates.items()}
@@ -106,11 +118,19 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         "flops_per_s": train_flops_per_image(cfg) * medians["ours"],
         "world_size": world.size,
         "strategy": cfg.strategy.name,
+        "global_batch_size": cfg.train.global_batch_size,
         "micro_batch_size": cfg.train.micro_batch_size,
         "precision": cfg.train.precision,
         "config": arguments.config,
         "overrides": arguments.overrides,
     }
+
+
+def _meet(world: World) -> None:
+    """All that was asked of the devices is done, on all ranks. Alone, there is no process group to meet in."""
+    synchronize(world.device)
+    if world.size > 1:
+        world.barrier()
 
 
 def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:
@@ -123,11 +143,12 @@ def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:
     return MicroBatch(tokens, ids, torch.zeros_like(ids), classes, rows).to(world.device)
 
 
-def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task: Task) -> float:
+def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task: Task, plan: Plan) -> float:
     def compute(forward: nn.Module) -> tuple[Tensor, Tensor]:
         return objective.loss(forward(task.context, batch.classes, batch.rows, task.order), task)
 
-    statistics_of_step = strategy.forward_backward(compute, 0)
+    for micro_step in range(plan.accumulation):
+        statistics_of_step = strategy.forward_backward(compute, micro_step)
     strategy.grad_norm()
     strategy.step(_LEARNING_RATE)
     return statistics_of_step[0].item()

@@ -1,0 +1,112 @@
+# Shared by the batch scripts of this folder, which source it in the project's folder on the first node of a job.
+#
+# Read by sbatch itself (or given as its options): SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_TIMELIMIT,
+# SBATCH_GPUS_PER_NODE. Without them the cluster's defaults hold; a job has its nodes, with all their GPUs, to itself.
+#
+# Read here, all of them optional:
+#   REAR_PROJECT         the checkout, seen by all nodes             default: the folder where sbatch was called
+#   REAR_SETUP           a file to source first (module load ...)    default: none
+#   REAR_PYTHON          the interpreter                             default: .venv/bin/python of the project, else python
+#   REAR_CONTAINER       words before the interpreter                default: none; "apptainer exec --nv image.sif"
+#   REAR_SRUN_OPTIONS    more words for srun                         default: none; "--container-image=... --container-mounts=..."
+#   REAR_TASKS_PER_NODE  processes of a node                         default: one for each GPU; 1 where there is none
+#   REAR_LOGS            folder for one log per node                 default: runs/slurm/JOBNAME-JOBID
+#   WANDB_MODE           for runs with wandb                         default: offline, as compute nodes have no network
+#   NCCL_*, GLOO_*       as the cluster needs them, for instance NCCL_SOCKET_IFNAME
+
+if [[ -n "${REAR_SETUP:-}" ]]; then
+    set +u # such files read variables that nobody has set
+    source "$REAR_SETUP"
+    set -u
+fi
+if [[ -z "${REAR_PYTHON:-}" ]]; then
+    REAR_PYTHON=python
+    if [[ -x .venv/bin/python ]]; then REAR_PYTHON=$PWD/.venv/bin/python; fi
+fi
+
+GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # "a100:8" or "8"
+GPUS=${GPUS##*:}
+REAR_TASKS_PER_NODE=${REAR_TASKS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
+NODES=${SLURM_JOB_NUM_NODES:-1}
+# Since 22.05 srun no longer takes this over from the job; without it a task would be bound to one core.
+CPUS_PER_TASK=$((${SLURM_CPUS_ON_NODE:-1} / REAR_TASKS_PER_NODE))
+CPUS_PER_TASK=$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))
+
+# Threads beyond a task's own cores make every rank slower.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_TASK}
+# Says which link or library failed, and nothing while all is well.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# After a hang: the last collectives of every rank, so that the late one can be named.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Hundreds of ranks that compile into one home folder wait for each other's locks.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$UID}
+export WANDB_MODE=${WANDB_MODE:-offline}
+
+REAR_LOGS=${REAR_LOGS:-runs/slurm/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+mkdir -p "$REAR_LOGS"
+
+step=  # the process of srun or deepspeed while it runs, which leads a group of its own
+ended= # SLURM is ending this job, so what becomes of it is SLURM's matter
+trap 'ended=1' TERM
+
+# tasks ARGUMENTS...: python with these arguments, once for every GPU of the job. Rendezvous is by SLURM's own variables, which
+# rear_scale/world.py reads. Every task sees all GPUs of its node, since NCCL's direct copies need that.
+tasks() {
+    # SIGUSR1 before Python has its handler would kill a task. --wait: when one rank fails, the others have a minute to say
+    # what they know before they are ended.
+    # shellcheck disable=SC2086  # words, not one word
+    setsid srun --nodes="$NODES" --ntasks="$((NODES * REAR_TASKS_PER_NODE))" --ntasks-per-node="$REAR_TASKS_PER_NODE" \
+        --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=60 \
+        --output="$REAR_LOGS/node%n-%N.log" --open-mode=append ${REAR_SRUN_OPTIONS:-} \
+        bash -c 'trap "" USR1; exec "$@"' task ${REAR_CONTAINER:-} "$REAR_PYTHON" "$@" &
+    wait_for $!
+}
+
+# alone ARGUMENTS...: python with these arguments, once, on the first node.
+alone() {
+    # shellcheck disable=SC2086
+    srun --nodes=1 --ntasks=1 --overlap ${REAR_SRUN_OPTIONS:-} ${REAR_CONTAINER:-} "$REAR_PYTHON" "$@"
+}
+
+# Waits for a process and returns its exit code; signals to this shell do not end the wait.
+wait_for() {
+    step=$1
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step" || true
+    done
+    local code=0
+    wait "$step" || code=$?
+    step=
+    return "$code"
+}
+
+# Passes SIGUSR1 on to the tasks until they are gone: a task that is still starting does not hear the first one. To the whole
+# group, because ranks of the deepspeed launcher hear nothing through it.
+pass_on_usr1() {
+    while [[ -n "$step" ]] && kill -USR1 -- "-$step" 2>/dev/null; do
+        sleep 5
+    done &
+}
+
+# Puts this job back into the queue under its own number.
+again() {
+    echo "$1: requeued" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
+# with_deepspeed ARGUMENTS...: the same ranks as `tasks`, started by the deepspeed launcher: its own processes on one node,
+# srun through it on several.
+with_deepspeed() {
+    local options=(--num_gpus "$REAR_TASKS_PER_NODE")
+    if ((NODES > 1)); then
+        scontrol show hostnames | sed "s/\$/ slots=$REAR_TASKS_PER_NODE/" >"$REAR_LOGS/hostfile"
+        # It would look for the first node's address, and whether it answers, over ssh.
+        options=(--launcher slurm --hostfile "$REAR_LOGS/hostfile" --no_ssh_check --master_addr "$(head -n 1 "$REAR_LOGS/hostfile" | cut -d ' ' -f 1)"
+            --launcher_args "--ntasks-per-node=$REAR_TASKS_PER_NODE --cpus-per-task=$CPUS_PER_TASK --wait=60 --output=$REAR_LOGS/node%n-%N.log --open-mode=append")
+    fi
+    # The launcher would die of SIGUSR1.
+    # shellcheck disable=SC2086
+    setsid bash -c 'trap "" USR1; exec "$@"' launcher ${REAR_CONTAINER:-} "$REAR_PYTHON" -m deepspeed.launcher.runner "${options[@]}" "$@" &
+    wait_for $!
+}

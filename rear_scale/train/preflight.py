@@ -1,0 +1,354 @@
+"""Before hours are spent: are all nodes of a job fit for the run? `launchers/train.py --check` under any launcher.
+
+Every rank looks at its own node first and reports through a key-value store, which needs neither GPUs nor a working fabric;
+ranks that report nothing are named by their node. Only when all is well do they join and time all-reduce.
+"""
+
+# W ranks, n nodes
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.progress import say
+from rear_scale.shards.storage import is_remote
+from rear_scale.train import setup
+from rear_scale.world import Ranks, World, joined, node_name, slurm_nodes
+
+# Imports from a busy file system take minutes; after that a node is taken for gone.
+_ANSWER_S = 300.0
+# A shared file system may show another node's file late.
+_VISIBLE_S = 30.0
+_FREE_SHARE = 0.9  # of a GPU's memory: with less, somebody else is on it
+# Bus bandwidth in GB/s below which something is broken (a fabric that fell back to a slow network), not merely slow.
+_LEAST_GB_PER_S = {"cuda": 1.0, "cpu": 0.01}
+_BYTES = {"cuda": 128 * 2**20, "cpu": 4 * 2**20}
+# Of the median of all nodes: a node below it holds all others back.
+_LEAST_SHARE = 0.5
+_REPEATS = 5
+
+
+@dataclass
+class Report:
+    """What one rank says of its node."""
+
+    rank: int
+    node: str
+    device: str = "cpu"
+    shards: str = ""  # a hash of the manifest and of the sizes of its tars
+    token: str = ""  # what it wrote to the run folder
+    faults: list[str] = field(default_factory=list)
+
+
+def check(cfg: ExperimentConfig, ranks: Ranks) -> None:
+    """Prints a line for each node, on rank 0. All ranks must call this.
+
+    Raises InputError when all ranks find the same wrong input, and SystemExit(1) on all ranks when nodes are not fit: rank 0
+    then names them, with the --exclude for sbatch.
+    """
+    store = _open_store(ranks)
+    try:
+        _check(cfg, ranks, store)
+    finally:
+        _part(store, ranks)
+
+
+def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
+    mine = _look(cfg, ranks)
+    store.set(f"report/{ranks.rank}", json.dumps(asdict(mine)))
+    if ranks.rank == 0:
+        reports, silent = _collect(store, ranks)
+        bad = _judge(cfg, ranks, reports, silent)
+        shared = {fault for report in reports for fault in report.faults}
+        everywhere = len(reports) == ranks.world_size and all(report.faults == [*shared] for report in reports)
+        store.set("wrong input", next(iter(shared)) if everywhere and len(shared) == 1 else "")
+        store.set("unfit", json.dumps(bad))
+    wrong_input = store.get("wrong input").decode()
+    if wrong_input:
+        raise InputError(wrong_input)
+    bad = json.loads(store.get("unfit"))
+    rates: dict[str, dict[str, float]] = {}
+    if not bad:
+        with _Impatience(store, ranks), joined(ranks, timeout_s=_ANSWER_S) as world:
+            rates = _measure(world, store)
+            bad = world.from_main(_slow(rates, world.device.type))
+    if ranks.rank == 0:
+        _show(reports, rates, bad)
+    if bad:
+        raise SystemExit(1)
+
+
+def _part(store: dist.Store, ranks: Ranks) -> None:
+    """The store ends with rank 0, so that one leaves last."""
+    if ranks.rank != 0:
+        store.set(f"left/{ranks.rank}", "")
+        return
+    there = [rank for rank in range(1, ranks.world_size) if store.check([f"report/{rank}"])]
+    with suppress(dist.DistStoreError):
+        store.wait([f"left/{rank}" for rank in there], timedelta(seconds=_VISIBLE_S))
+
+
+def _open_store(ranks: Ranks) -> dist.Store:
+    if ranks.master_addr is None or ranks.master_port is None:
+        return dist.HashStore()
+    # Beside the port where the process group meets afterwards.
+    port, patience = ranks.master_port + 1, timedelta(seconds=2 * _ANSWER_S + _VISIBLE_S)
+    return dist.TCPStore(ranks.master_addr, port, None, ranks.rank == 0, patience, wait_for_workers=False)
+
+
+def _look(cfg: ExperimentConfig, ranks: Ranks) -> Report:
+    """This rank's own device; the first rank of a node looks at files too."""
+    report = Report(ranks.rank, node_name())
+    try:
+        data = setup.check_data(cfg, ranks)
+        report.shards = data.manifest.fingerprint
+        if ranks.local_rank == 0 and not is_remote(cfg.data.train):
+            for shard in data.manifest.shards:
+                path = Path(cfg.data.train) / shard.file
+                size = path.stat().st_size if path.exists() else None
+                if size != shard.size:
+                    found = "is not there" if size is None else f"has {size:,} bytes instead of {shard.size:,}"
+                    report.faults.append(f"{path} {found}")
+    except (InputError, OSError) as error:
+        report.faults.append(str(error))
+    if ranks.local_rank == 0:
+        report.token = f"{report.node} {os.getpid()} {time.time_ns()}"
+        try:
+            path = _place(cfg) / str(ranks.rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(report.token)
+        except OSError as error:
+            report.faults.append(f"run.dir={cfg.run.dir} cannot be written to: {error.strerror}")
+    report.device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    if report.device != "cpu":
+        report.faults += _gpu_faults(ranks)
+    return report
+
+
+def _place(cfg: ExperimentConfig) -> Path:
+    return Path(cfg.run.dir) / ".preflight"
+
+
+def _gpu_faults(ranks: Ranks) -> list[str]:
+    """Whether this rank's GPU computes, and has its memory to itself."""
+    visible = torch.cuda.device_count()
+    index = ranks.local_rank if ranks.local_rank < visible else 0
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        if free < _FREE_SHARE * total:
+            return [f"GPU {index} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: another process is on it"]
+        left = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+        found = (left.to(f"cuda:{index}", torch.float64) @ left.to(f"cuda:{index}", torch.float64)).cpu()
+        if not torch.allclose(found, left.double() @ left.double(), rtol=1e-9, atol=1e-9):
+            return [f"GPU {index} computes wrong numbers"]
+    except RuntimeError as error:
+        return [f"GPU {index} does not answer: {str(error).splitlines()[0]}"]
+    return []
+
+
+def _collect(store: dist.Store, ranks: Ranks) -> tuple[list[Report], list[int]]:
+    """The reports, and the ranks that gave none in time."""
+    deadline = time.monotonic() + _ANSWER_S
+    reports, silent = [], []
+    for rank in range(ranks.world_size):
+        try:
+            store.wait([f"report/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            reports.append(Report(**json.loads(store.get(f"report/{rank}"))))
+        except dist.DistStoreError:
+            silent.append(rank)
+    return reports, silent
+
+
+def _judge(cfg: ExperimentConfig, ranks: Ranks, reports: list[Report], silent: list[int]) -> dict[str, list[str]]:
+    """The faults of nodes that are not fit, by name."""
+    bad: dict[str, list[str]] = {}
+    for rank in silent:
+        _add(bad, _node_of(rank, ranks, reports), f"rank {rank} gave no answer in {_ANSWER_S:.0f} s")
+    for report in reports:
+        for fault in report.faults:
+            _add(bad, report.node, fault)
+    for what, values in (
+        ("other shards", {report.rank: report.shards for report in reports if report.shards}),
+        ("another device", {report.rank: report.device for report in reports}),
+    ):
+        # What most ranks have is taken for right.
+        usual = Counter(values.values()).most_common(1)[0][0] if values else None
+        for report in reports:
+            if values.get(report.rank, usual) != usual:
+                _add(bad, report.node, f"it has {what} than the rest ({values[report.rank][:20]})")
+    for report in reports:
+        if report.token and not any("run.dir" in fault for fault in report.faults) and not _seen(cfg, report):
+            _add(bad, report.node, f"what it writes to run.dir={cfg.run.dir} is not seen on {reports[0].node}")
+    shutil.rmtree(_place(cfg), ignore_errors=True)
+    with suppress(OSError):
+        Path(cfg.run.dir).rmdir()  # where only this check has made it
+    return bad
+
+
+def _add(bad: dict[str, list[str]], node: str, fault: str) -> None:
+    if fault not in bad.setdefault(node, []):
+        bad[node].append(fault)
+
+
+def _seen(cfg: ExperimentConfig, report: Report) -> bool:
+    deadline = time.monotonic() + _VISIBLE_S
+    path = _place(cfg) / str(report.rank)
+    while True:
+        try:
+            if path.read_text() == report.token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
+def _node_of(rank: int, ranks: Ranks, reports: Iterable[Report]) -> str:
+    """The name of a silent rank's node, as far as it is known here."""
+    index = rank // ranks.local_world_size
+    for report in reports:
+        if report.rank // ranks.local_world_size == index:
+            return report.node
+    try:
+        return slurm_nodes()[index]
+    except (InputError, IndexError):
+        return f"the node of rank {rank}"
+
+
+class _Impatience:
+    """Ends rank 0, naming nodes, when an all-reduce does not come back: a fabric that hangs raises nothing."""
+
+    def __init__(self, store: dist.Store, ranks: Ranks) -> None:
+        self.store, self.ranks = store, ranks
+        self.done = threading.Event()
+
+    def __enter__(self) -> None:
+        if self.ranks.rank == 0:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+
+    def _watch(self) -> None:
+        if self.done.wait(_ANSWER_S):
+            return
+        reports = [Report(**json.loads(self.store.get(f"report/{rank}"))) for rank in range(self.ranks.world_size)]
+        late = sorted({report.node for report in reports if not self.store.check([f"measured/{report.rank}"])})
+        say(f"all-reduce between nodes did not end in {_ANSWER_S:.0f} s; without an end on: {', '.join(late)}")
+        os._exit(1)
+
+
+def _measure(world: World, store: dist.Store) -> dict[str, dict[str, float]]:
+    """Bus bandwidths in GB/s by node: among its own ranks, with its better neighbour, and of the whole world."""
+    nodes = world.gather(node_name())
+    order = list(dict.fromkeys(nodes))
+    members = {node: [rank for rank, name in enumerate(nodes) if name == node] for node in order}
+    groups = {(node,): dist.new_group(ranks) for node, ranks in members.items() if len(ranks) > 1}
+    count = len(order)
+    pairs = [(order[index], order[(index + 1) % count]) for index in range(count if count > 2 else count - 1)]
+    for pair in pairs:
+        groups[pair] = dist.new_group([*members[pair[0]], *members[pair[1]]])
+    mine: dict[str, float] = {}
+    # Neighbours take turns, so that a node does one thing at a time; the last pair of an odd ring goes alone.
+    turns = [[(node,) for node in order], pairs[0::2], pairs[1::2]]
+    if count > 2 and count % 2:
+        turns = [turns[0], pairs[0:-1:2], pairs[1:-1:2], pairs[-1:]]
+    for turn in turns:
+        for place in turn:
+            if place in groups and nodes[world.rank] in place:
+                mine[",".join(place)] = _bandwidth(world, groups[place])
+        world.barrier()
+    whole = min(world.gather(_bandwidth(world, None) if world.size > 1 else 0.0))
+    store.set(f"measured/{world.rank}", "")
+    found: dict[str, float] = {}
+    for rates in world.gather(mine):
+        for place, rate in rates.items():
+            found[place] = min(rate, found.get(place, rate))
+    return {
+        node: {
+            "within": found.get(node, 0.0),
+            # One bad neighbour makes a good node slow, two do so rarely.
+            "between": max((found[",".join(pair)] for pair in pairs if node in pair), default=0.0),
+            "all": whole,
+        }
+        for node in order
+    }
+
+
+def _bandwidth(world: World, group: dist.ProcessGroup | None) -> float:
+    """Median bus bandwidth of all-reduce in GB/s, as nccl-tests define it. Raises RuntimeError for a wrong sum."""
+    size = dist.get_world_size(group)
+    values = torch.ones(_BYTES[world.device.type] // 4, device=world.device)
+    times = []
+    for turn in range(_REPEATS + 1):
+        values.fill_(1)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if turn:  # the first one connects
+            times.append(time.perf_counter() - started)
+    if not (values == size).all():
+        raise RuntimeError(f"all-reduce of ones over {size} ranks gave {values.min().item()} to {values.max().item()}")
+    return 2 * (size - 1) / size * values.nbytes / statistics.median(times) / 1e9
+
+
+def _slow(rates: dict[str, dict[str, float]], device: str) -> dict[str, list[str]]:
+    """Nodes whose all-reduce is far below that of the others, or below what any network gives."""
+    bad: dict[str, list[str]] = {}
+    for name, where in (("within", "among its own ranks"), ("between", "with its neighbours")):
+        values = {node: rate[name] for node, rate in rates.items() if rate[name] > 0}
+        if not values:
+            continue
+        usual = statistics.median(values.values())
+        for node, value in values.items():
+            if value < _LEAST_SHARE * usual:
+                _add(bad, node, f"all-reduce {where}: {value:.2f} GB/s, {usual:.2f} on the others")
+            elif value < _LEAST_GB_PER_S[device]:
+                _add(bad, node, f"all-reduce {where}: {value:.3f} GB/s, expected {_LEAST_GB_PER_S[device]} or more")
+    return bad
+
+
+def _show(reports: list[Report], rates: dict[str, dict[str, float]], bad: dict[str, list[str]]) -> None:
+    nodes = dict.fromkeys([*(report.node for report in reports), *bad])
+    for node in nodes:
+        of_node = [report for report in reports if report.node == node]
+        device = of_node[0].device if of_node else "unknown device"
+        if device == "cpu":
+            device = "no GPU, so none was tried"
+        parts = [f"{len(of_node)} ranks", device]
+        if node in rates:
+            parts += [
+                f"{name} {rates[node][key]:.2f} GB/s"
+                for key, name in (
+                    ("within", "all-reduce in the node"),
+                    ("between", "with a neighbour"),
+                    ("all", "of all"),
+                )
+                if rates[node][key] > 0
+            ]
+        print(f"{'unfit' if node in bad else 'fit'}: {node}: {'; '.join(parts)}")
+        for fault in bad.get(node, []):
+            print(f"    {fault}")
+    if bad:
+        print(f"Leave out what is unfit: sbatch --exclude={','.join(bad)} ...", flush=True)
+    else:
+        print(f"All {len(nodes)} nodes see the same shards and write to the run folder.", flush=True)
