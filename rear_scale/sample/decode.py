@@ -9,6 +9,10 @@ cache that is allocated once, and each step reads its live prefix alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,29 +35,41 @@ class Decoder:
         self.cfg, self.permuted = cfg, permuted or PermutationConfig()
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
-        self.caches: list[Cache] | None = None
+        self.caches: dict[int, list[Cache]] = {}  # of each thread
         self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
 
-    @torch.inference_mode()
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
         Image ids (int64 [B]) choose the randomness.
         """
+        threads = torch.get_num_threads() if labels.device.type == "cpu" else 1
+        shares = range(min(threads, len(labels)))
+        parts = list(zip(labels.tensor_split(len(shares)), ids.tensor_split(len(shares)), strict=True))
+        if len(parts) == 1:
+            return self._generate(labels, ids, 0)
+        # A step is hundreds of small operations: threads that each take some of the images need not meet in every one.
+        with _one_thread_each(), ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(lambda part, share: self._generate(*part, share), parts, shares)))
+
+    @torch.inference_mode()
+    def _generate(self, labels: Tensor, ids: Tensor, share: int) -> Tensor:
         order = self.orders(ids)
-        state = CachedDecoding(self.model, labels, order, self.guided, self._caches_for(len(labels)))
+        state = CachedDecoding(self.model, labels, order, self.guided, self._caches_for(share, len(labels)))
         tokens = torch.empty(len(labels), self.model.num_tokens, dtype=torch.int64, device=labels.device)
         for step in range(self.model.num_tokens):
             logits = state.next_logits(tokens[:, :step])
             tokens[:, step] = self.draw(self.guide(logits, step), ids, step)
         return permutation.in_place(tokens, order)
 
-    def _caches_for(self, images: int) -> list[Cache]:
+    def _caches_for(self, share: int, images: int) -> list[Cache]:
         rows = images * (2 if self.guided else 1)
-        if self.caches is None or len(self.caches[0].keys) != rows:
-            self.caches = None  # what it held goes first
-            self.caches = new_caches(self.model, rows)
-        return self.caches
+        kept = self.caches.get(share)
+        if kept is None or len(kept[0].keys) != rows:
+            kept = None
+            self.caches.pop(share, None)  # what it held goes first
+            self.caches[share] = new_caches(self.model, rows)
+        return self.caches[share]
 
     def orders(self, ids: Tensor) -> Tensor | None:
         """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
@@ -74,6 +90,16 @@ class Decoder:
         """int64 [B], distributed as softmax(logits): argmax of logits plus Gumbel noise that belongs to (image, step)."""
         noise = rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, step, logits.shape[1])
         return (logits - noise.log()).argmax(1)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Leaves the number of threads of torch's operations as it was: the pool's threads set it for all to come."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
