@@ -21,6 +21,7 @@ from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
 # The released tables are longer than any sequence; the rows beyond N + 2 are never used and never trained.
 SPARE_POSITIONS = 1024
 _SPARE_TIMESTEPS = 100
+_TABLE_POSITIONS = 32  # whose modulation cached decoding computes together
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -220,18 +221,51 @@ class ViTDecoding(Decoding):
 
 
 class AdaLNDecoding(ViTDecoding):
-    """Modulation is a function of class and position, so it is a table over the batch's distinct classes."""
+    """Modulation is a function of class and position, so it is a table over the batch's distinct classes.
+
+    The table is made for a few positions at a time, whose rows then lie side by side: a step reads one piece of memory.
+    """
 
     def __init__(self, model: AdaLNTransformer, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
         super().__init__(model, classes, rows, order)
         condition = model.condition(self.class_embedding, model.num_tokens + 1)
-        self.modulations = [block.modulation(condition) for block in model.blocks]
-        self.final_modulation = model.adaln_before_head.modulation(condition)
+        self.condition = condition.transpose(0, 1).contiguous()  # [S, U, D]
+        self.start = self.end = 0  # the positions that the tables hold
+        self.tables: list[Tensor] = []
+
+    def prefix(self) -> Tensor:
+        self._make_tables(0)
+        return super().prefix()
+
+    def token(self, tokens: Tensor, step: int) -> Tensor:
+        if step + self.model.prefix == self.end:
+            self._make_tables(self.end)
+        return super().token(tokens, step)
+
+    def _make_tables(self, start: int) -> None:
+        """Per block [s, U, 6 D], and [s, U, 2 D] for the last modulation, with 1 + scale in the place of scale."""
+        condition = self.condition[start : start + _TABLE_POSITIONS]
+        self.start, self.end = start, start + len(condition)
+        self.tables = [block.modulation(condition) for block in self.model.blocks]
+        for table in self.tables:
+            for scale in (1, 4):
+                table.chunk(6, dim=-1)[scale].add_(1)
+        self.final_table = self.model.adaln_before_head.modulation(condition)
+        self.final_table.chunk(2, dim=-1)[0].add_(1)
+
+    def _modulation(self, table: Tensor, position: int, count: int) -> Tensor:
+        """[R, count, ...] of the positions from `position` on."""
+        first = position - self.start
+        return table[first : first + count].index_select(1, self.rows).transpose(0, 1)
 
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
-        modulation = self.modulations[number][self.rows, start : start + x.shape[1]]
-        return self.model.blocks[number].modulated(x, modulation, attend)
+        modulation = self._modulation(self.tables[number], start, x.shape[1])
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        block = self.model.blocks[number]
+        x = torch.addcmul(x, gate1, block.attn(torch.addcmul(shift1, block.norm1(x), scale1), attend))
+        return torch.addcmul(x, gate2, block.mlp(torch.addcmul(shift2, block.norm2(x), scale2)))
 
     def logits(self, x: Tensor, position: int) -> Tensor:
-        modulation = self.final_modulation[self.rows, position : position + 1]
-        return self.model.token_logits(self.model.adaln_before_head.modulated(x, modulation))[:, 0]
+        scale, shift = self._modulation(self.final_table, position, 1).chunk(2, dim=-1)
+        normal = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return self.model.token_logits(torch.addcmul(shift, normal, scale))[:, 0]

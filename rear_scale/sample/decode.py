@@ -9,6 +9,10 @@ cache that is allocated once, and each step reads its live prefix alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +22,7 @@ from rear_scale.config import PermutationConfig, SampleConfig
 from rear_scale.model import Generator
 from rear_scale.objective import permutation
 from rear_scale.sample.guidance import guidance_scale
+from rear_scale.sample.packed import packed_for_decoding
 
 
 class Decoder:
@@ -27,23 +32,44 @@ class Decoder:
     """
 
     def __init__(self, model: Generator, cfg: SampleConfig, permuted: PermutationConfig | None = None) -> None:
-        self.model, self.cfg, self.permuted = model, cfg, permuted or PermutationConfig()
+        self.cfg, self.permuted = cfg, permuted or PermutationConfig()
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
+        self.caches: dict[int, list[Cache]] = {}  # of each thread
+        self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
 
-    @torch.inference_mode()
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
         Image ids (int64 [B]) choose the randomness.
         """
+        threads = torch.get_num_threads() if labels.device.type == "cpu" else 1
+        shares = range(min(threads, len(labels)))
+        parts = list(zip(labels.tensor_split(len(shares)), ids.tensor_split(len(shares)), strict=True))
+        if len(parts) == 1:
+            return self._generate(labels, ids, 0)
+        # A step is hundreds of small operations: threads that each take some of the images need not meet in every one.
+        with _one_thread_each(), ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(lambda part, share: self._generate(*part, share), parts, shares)))
+
+    @torch.inference_mode()
+    def _generate(self, labels: Tensor, ids: Tensor, share: int) -> Tensor:
         order = self.orders(ids)
-        state = CachedDecoding(self.model, labels, order, self.guided)
+        state = CachedDecoding(self.model, labels, order, self.guided, self._caches_for(share, len(labels)))
         tokens = torch.empty(len(labels), self.model.num_tokens, dtype=torch.int64, device=labels.device)
         for step in range(self.model.num_tokens):
             logits = state.next_logits(tokens[:, :step])
             tokens[:, step] = self.draw(self.guide(logits, step), ids, step)
         return permutation.in_place(tokens, order)
+
+    def _caches_for(self, share: int, images: int) -> list[Cache]:
+        rows = images * (2 if self.guided else 1)
+        kept = self.caches.get(share)
+        if kept is None or len(kept[0].keys) != rows:
+            kept = None
+            self.caches.pop(share, None)  # what it held goes first
+            self.caches[share] = new_caches(self.model, rows)
+        return self.caches[share]
 
     def orders(self, ids: Tensor) -> Tensor | None:
         """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
@@ -66,6 +92,16 @@ class Decoder:
         return (logits - noise.log()).argmax(1)
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Leaves the number of threads of torch's operations as it was: the pool's threads set it for all to come."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """float32 [B, K] with -inf where a code is not among the top_k likeliest, or not needed to reach the share top_p."""
     if top_k is not None and top_k < logits.shape[1]:
@@ -80,9 +116,14 @@ def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 
 class CachedDecoding:
-    """One batch on its way: tables, cache, and how many positions are in it."""
+    """One batch on its way: tables, cache, and how many positions are in it.
 
-    def __init__(self, model: Generator, labels: Tensor, order: Tensor | None, guided: bool) -> None:
+    caches: those of an earlier batch of as many rows, which are overwritten; by default new ones.
+    """
+
+    def __init__(
+        self, model: Generator, labels: Tensor, order: Tensor | None, guided: bool, caches: list[Cache] | None = None
+    ) -> None:
         # Row by row: its class, then the null class for the unguided half.
         row_classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
         if guided and order is not None and len(order) > 1:
@@ -90,7 +131,9 @@ class CachedDecoding:
         classes, rows = row_classes.unique(return_inverse=True)
         self.model, self.rows = model, len(rows)
         self.tables = model.decoding(classes, rows, order)
-        self.cache = [_Cache(len(rows), model.prefix + model.num_tokens - 1) for _ in model.blocks]
+        self.caches = caches or new_caches(model, self.rows)
+        for cache in self.caches:
+            cache.length = 0
         self.length = 0
 
     def next_logits(self, tokens: Tensor) -> Tensor:
@@ -100,28 +143,52 @@ class CachedDecoding:
             x = self.tables.prefix()
         else:
             x = self.tables.token(tokens[:, -1].repeat(self.rows // len(tokens)), tokens.shape[1] - 1)
-        for number, cache in enumerate(self.cache):
+        for number, cache in enumerate(self.caches):
             x = self.tables.block(number, x, start, cache.attend)
         self.length = start + x.shape[1]
         return self.tables.logits(x[:, -1:], self.length - 1)
 
 
-class _Cache:
+def new_caches(model: Generator, rows: int) -> list[Cache]:
+    """Memory for the keys and values of every block, as many rows as a decoding batch has."""
+    shape, weight = model.shape, next(model.parameters())
+    kind = TransposedCache if weight.device.type == "cpu" and weight.dtype == torch.float32 else Cache
+    size = (rows, shape.num_heads, model.prefix + model.num_tokens - 1, shape.width // shape.num_heads)
+    return [kind(*size, weight) for _ in model.blocks]
+
+
+class Cache:
     """Keys and values of one block, float [R, H, S, width of a head], allocated once."""
 
-    def __init__(self, rows: int, positions: int) -> None:
-        self.rows, self.positions, self.length = rows, positions, 0
+    def __init__(self, rows: int, heads: int, positions: int, width: int, like: Tensor) -> None:
+        self.keys, self.values = like.new_empty(2, rows, heads, positions, width)
+        self.length = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Appends the new positions and attends causally to all so far."""
-        if self.length == 0:
-            shape = (self.rows, key.shape[1], self.positions, key.shape[3])
-            self.keys, self.values = key.new_empty(shape), value.new_empty(shape)
+        """Appends the new positions [R, H, s, ...] and attends causally to all so far."""
         query, key = query.to(value.dtype), key.to(value.dtype)
-        start, end = self.length, self.length + key.shape[2]
+        start, self.length = self.length, self.length + key.shape[2]
+        return self._attend(query, key, value, start, self.length)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
         self.keys[:, :, start:end], self.values[:, :, start:end] = key, value
-        self.length = end
         # The first call brings several positions, later ones a single one, which sees all: no mask either way.
         return F.scaled_dot_product_attention(
             query, self.keys[:, :, :end], self.values[:, :, :end], is_causal=start == 0 and end > 1
         )
+
+
+class TransposedCache(Cache):
+    """Keys as [R, H, width of a head, S]: a CPU scores one query against many keys fastest over rows of positions."""
+
+    def __init__(self, rows: int, heads: int, positions: int, width: int, like: Tensor) -> None:
+        super().__init__(rows, heads, positions, width, like)
+        self.keys = self.keys.view(rows, heads, width, positions)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
+        self.keys[..., start:end], self.values[:, :, start:end] = key.transpose(2, 3), value
+        if start == 0:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        scores = torch.bmm(query.flatten(0, 1) * query.shape[3] ** -0.5, self.keys.flatten(0, 1)[..., :end])
+        attended = torch.bmm(scores.softmax(-1), self.values.flatten(0, 1)[:, :end])
+        return attended.view(query.shape)
