@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The test suite, in the project's own environment. Arguments go to pytest: launchers/test.sh -k shards, -m long, ...
+# Without them the suite runs two files at a time.
 # With --install-slurm as the first one, SLURM and MUNGE are installed with apt if they are not there, so that
 # tests/test_slurm.py can run its two nodes; where that is not possible, its tests skip.
 set -euo pipefail
@@ -33,5 +34,9 @@ bash launchers/setup.sh
 if [[ "${1:-}" == --install-slurm ]]; then
     shift
     install_slurm
+fi
+if (($# == 0)); then
+    # The whole suite, two files at a time: many tests wait for processes that they started.
+    set -- --numprocesses 2 --dist loadfile
 fi
 exec .venv/bin/python -m pytest "$@"
