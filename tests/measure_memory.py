@@ -69,9 +69,9 @@ def measure(world: World, cfg: ExperimentConfig) -> dict[str, int]:
     """Bytes by part in the second update of a strategy.
 
     states: between two updates, of which weights (those of the model), masters (other weights that the optimizer updates)
-    and optimizer (moments); before_last_backward and with_gradients: at the beginning and the end of the last backward
-    pass, without what the graph keeps; activations: what the graph of a micro-batch keeps, weights and their casts apart;
-    resident: the process at the end of the backward pass, above the same process before it had a model.
+    and optimizer (moments); with_gradients: at the end of the last backward pass; activations: what the graph of a
+    micro-batch keeps at the end of its forward pass, weights and their casts apart; resident: the process at the end of
+    the backward pass, above the same process before it had a model.
     """
     before, empty = sum(live().values()), psutil.Process().memory_info().rss
     strategy = build(world, cfg)
@@ -86,12 +86,7 @@ def measure(world: World, cfg: ExperimentConfig) -> dict[str, int]:
                 result = compute(forward)
             kept = [t for t in saved if tuple(t.shape) not in shapes and tuple(t.shape)[::-1] not in shapes]
             weights = storages(item for item in gc.get_objects() if type(item) is torch.nn.Parameter)
-            # Python has seen what went through the hooks, so it would count among what is held outside of the graph.
-            graph = {place: size for place, size in storages(kept).items() if place not in weights}
-            found["activations"] = sum(graph.values())
-            saved.clear()
-            kept.clear()
-            found["before_last_backward"] = sum(n for place, n in live().items() if place not in graph) - before
+            found["activations"] = sum(size for place, size in storages(kept).items() if place not in weights)
             return result
 
         return passes(watched, micro_step)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import NUM_CLASSES, NUM_TOKENS, tiny_config
+from torch import Tensor
 
 from rear_scale.config import InputError
+from rear_scale.model import build_model
 from rear_scale.model.attention import KERNELS, Attention, choose_kernel, rotated, use_kernel
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -78,3 +82,45 @@ def test_flash_equals_sdpa() -> None:
         results.append([output, *gradients])
     for one, other in zip(*results, strict=True):
         assert (one - other).float().norm() < 0.01 * one.float().norm()
+
+
+def logits_and_gradients(folder: Path, tokens: Path, device: str, kernel: str) -> dict[str, Tensor]:
+    """Of a reAR model in bf16, by name."""
+    cfg = tiny_config(folder, tokens, "model.width=128", "model.num_heads=2", "model.dropout=0", "model.attn_dropout=0")
+    model = build_model(cfg)
+    model.init_weights(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "adaLN" in name:  # zero at first, and a zero gate hides the attention
+                weight.fill_(0.01)
+    use_kernel(model.to(device), kernel)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(0, 32, (6, NUM_TOKENS), generator=generator).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        output = model(clean, torch.arange(6, device=device) % NUM_CLASSES, None)
+    sum(value.float().square().mean() for value in output.values()).backward()
+    # The gradient of k_norm.bias is zero but for rounding: it cancels in the softmax.
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if "k_norm.bias" not in name}
+    return {**output, **{name: value for name, value in gradients.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"), [("cpu", "formula"), pytest.param("cuda", "flash", marks=pytest.mark.gpu)]
+)
+def test_kernels_give_the_same_logits_and_gradients(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, device: str, kernel: str
+) -> None:
+    """On a CPU against attention written out, so that the comparison itself is tried everywhere."""
+
+    def formula(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+        hidden = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+        return scores.float().masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype) @ value
+
+    monkeypatch.setitem(KERNELS, "formula", formula)
+    if kernel == "flash":
+        pytest.importorskip("flash_attn", reason="the flash-attn package is not installed")
+    expected, found = (logits_and_gradients(tmp_path, tokens, device, name) for name in ("sdpa", kernel))
+    assert {"logits", "encode", "decode"} < expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).float().norm() <= 0.02 * value.float().norm() + 1e-6, name

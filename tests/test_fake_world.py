@@ -19,10 +19,9 @@ from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.fsdp import wrap
 
 RANKS = 512
-# About 7 billion parameters: 40 x 3072 with the recipe of the XL model.
 SEVEN_BILLION = [
-    "model.width=3072", "model.num_heads=24", "strategy=fsdp2", "train.micro_batch_size=4",
-    "train.global_batch_size=2048", "train.activation_checkpointing=full", "model.dropout=0", "model.attn_dropout=0",
+    "strategy=fsdp2", "train.micro_batch_size=4", "train.global_batch_size=2048",
+    "train.activation_checkpointing=full", "model.dropout=0", "model.attn_dropout=0",
 ]  # fmt: skip
 
 
@@ -63,7 +62,7 @@ def rehearse(cfg: ExperimentConfig) -> tuple[dict[str, int], Collectives]:
 @pytest.mark.parametrize("depth", [3, pytest.param(40, marks=pytest.mark.long)])
 def test_seven_billion_parameters_step_on_512_fake_ranks(fake_world: None, depth: int) -> None:
     """The whole depth takes two minutes; each block is like the others."""
-    cfg = config.load("rear_xl.yaml", [*SEVEN_BILLION, f"model.depth={depth}"])
+    cfg = config.load("rear_7b.yaml", [*SEVEN_BILLION, f"model.depth={depth}"])
     held, sent = rehearse(cfg)
     predicted, expected = memory_per_rank(cfg, RANKS, 1), traffic_per_update(cfg, RANKS, 1)
     print("per rank, MiB:", {name: round(value / 2**20, 1) for name, value in held.items()})

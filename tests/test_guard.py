@@ -120,12 +120,12 @@ def test_a_signal_to_the_deepspeed_launcher_saves_and_wants_to_go_on(tmp_path: P
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, more + 1))
 
 
-def test_a_signal_to_one_task_of_srun_ends_all_with_75(tmp_path: Path, tokens: Path) -> None:
-    config_file = tiny_config_file(tmp_path, tokens)
+def srun(config_file: Path, *overrides: str) -> list[subprocess.Popen]:
+    """Two tasks as srun starts them: nobody else watches over them."""
     port = free_port()
-    tasks = [
+    return [
         subprocess.Popen(
-            command_line("python", "launchers/train.py", "--config", config_file, "train.total_steps=100000", "strategy=fsdp2"),
+            command_line("python", "launchers/train.py", "--config", config_file, "train.total_steps=100000", *overrides),
             env=environment(
                 SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
                 SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="127.0.0.1", MASTER_PORT=str(port),
@@ -135,11 +135,24 @@ def test_a_signal_to_one_task_of_srun_ends_all_with_75(tmp_path: Path, tokens: P
         )
         for rank in range(2)
     ]  # fmt: skip
+
+
+def test_a_signal_to_one_task_of_srun_ends_all_with_75(tmp_path: Path, tokens: Path) -> None:
+    tasks = srun(tiny_config_file(tmp_path, tokens), "strategy=fsdp2")
     wait_for_checkpoint(tmp_path, tasks[0])
     tasks[1].send_signal(signal.SIGTERM)
     assert [task.wait(60) for task in tasks] == [EXIT_PREEMPTED] * 2
     assert status(tmp_path)["state"] == "preempted"
     assert "rank 1 was asked to stop" in status(tmp_path)["reason"]
+
+
+def test_a_task_of_srun_that_dies_brings_the_other_down(tmp_path: Path, tokens: Path) -> None:
+    tasks = srun(tiny_config_file(tmp_path, tokens), "strategy=ddp", "guard.hang_timeout_s=20")
+    wait_for_checkpoint(tmp_path, tasks[0])
+    tasks[1].kill()
+    assert tasks[0].wait(60) == 1
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["step"] == max(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_????????"))
 
 
 def test_a_spike_is_logged_and_rewound_past_its_data(tmp_path: Path, tokens: Path) -> None:

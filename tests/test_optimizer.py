@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,15 +57,12 @@ def test_the_fused_backend_gives_the_same_updates_on_a_cpu() -> None:
 
 
 @pytest.mark.long
-def test_deepspeed_gives_the_same_updates_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
-    # A build of its own: one that was killed leaves a lock behind, for which the next would wait.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    try:
-        found = updated("deepspeed", CPU)
-    except (RuntimeError, OSError, ImportError) as error:
-        pytest.skip(f"DeepSpeed cannot compile its FusedAdam here: {str(error).splitlines()[0]}")
+@pytest.mark.timeout(1800)
+def test_deepspeed_gives_the_same_updates_on_a_cpu() -> None:
+    """Compiles its FusedAdam first, which takes a minute."""
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeed's FusedAdam is compiled when first used, and there is no C++ compiler here")
+    found = updated("deepspeed", CPU)
     check_same(found, updated("torch_foreach", CPU))
     check_same(updated("deepspeed", CPU, resume_at=9), found)
 

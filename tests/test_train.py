@@ -220,12 +220,28 @@ def test_hooks_are_called_after_steps_and_checkpoints(tmp_path: Path, tokens: Pa
     assert saved == [(4, "step_00000004"), (5, "step_00000005")]
 
 
-def test_wandb_offline_gets_the_same_curve(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is an optional extra")
+def test_a_resumed_run_continues_its_page_in_wandb(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an optional extra")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=2", "wandb.mode=offline"))
+    asked, logged = [], []
+
+    def init(start=wandb.init, **settings):
+        asked.append(settings)
+        page = start(**settings)
+        monkeypatch.setattr(page, "log", logged.append)
+        return page
+
+    monkeypatch.setattr(wandb, "init", init)
+    for end in (2, 3):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", f"train.stop_at_step={end}", "wandb.mode=offline"))
     identity = (tmp_path / "run/wandb_id").read_text()
+    assert [settings["id"] for settings in asked] == [identity, identity]
+    assert all((settings["mode"], settings["resume"]) == ("offline", "allow") for settings in asked)
     assert list((tmp_path / "run/wandb").glob(f"offline-run-*-{identity}"))
+    # The same numbers as in the file.
+    assert logged == metrics(tmp_path / "run")
 
 
 def test_chosen_steps_are_traced(tmp_path: Path, tokens: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.model.memory import ZERO_BUCKET_ELEMENTS
+from rear_scale.parallel.build import built
 from rear_scale.parallel.optimizer import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
@@ -21,7 +22,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.ops.adam import FusedAdam as FusedAdam  # the optimizer of optim.backend=deepspeed
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.op_builder import FusedAdamBuilder
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import (
@@ -44,6 +47,18 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 
 # Stage 3 replaces this function for the whole process.
 _LINEAR = torch.nn.functional.linear
+
+
+def fused_adam() -> type[torch.optim.Optimizer]:
+    """The optimizer of optim.backend=deepspeed, with its operator loaded: compiled on first use unless DeepSpeed was
+    installed with it. Raises InputError when it cannot be compiled here."""
+    builder = FusedAdamBuilder()
+    if installed_ops.get(builder.name, False):
+        return FusedAdam
+    code = "import deepspeed; from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load()"
+    with built(builder.name, code, "optim.backend=deepspeed"):
+        builder.load()
+    return FusedAdam
 
 
 class DeepSpeedStrategy(Strategy):

@@ -15,7 +15,7 @@ Groups = list[dict[str, Any]]
 def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of optim.backend over parameter groups that bring their own weight decay. Its learning rate is set later.
 
-    Raises InputError when the backend is not installed, or does not work on this device.
+    Raises InputError when the backend is not installed, cannot be compiled, or does not work on this device.
     """
     common = {"lr": 0.0, "betas": tuple(optim.betas), "eps": 1e-8}
     backend = optim.backend
@@ -41,12 +41,12 @@ def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> Non
 
 def _deepspeed_adam() -> Any:
     try:
-        from rear_scale.parallel.deepspeed import FusedAdam
+        from rear_scale.parallel.deepspeed import fused_adam
     except ImportError as error:
         raise InputError(
             f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"
         ) from None
-    return FusedAdam
+    return fused_adam()
 
 
 def _apex_adam(device: torch.device) -> Any:

@@ -1,0 +1,83 @@
+"""Operators that an engine compiles when they are first used: once per machine, in a process of its own, within a time.
+
+Left to torch, ranks wait without end for a lock file that a killed build has left behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from rear_scale.config import InputError
+from rear_scale.progress import say
+from rear_scale.world import end_with_parent
+
+# A compiler takes two minutes; nine were measured on two busy cores.
+BUILD_TIMEOUT_S = 1800.0
+
+
+@contextmanager
+def built(name: str, code: str, wanted_by: str, timeout_s: float = BUILD_TIMEOUT_S) -> Iterator[None]:
+    """Around the loading of an operator, which finds it compiled: by `code` in another process, unless it is there.
+
+    One process of a machine is inside at a time. Raises InputError that begins with `wanted_by` when the code fails or
+    takes longer than timeout_s.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    # Ours alone: whoever holds the lock of this folder knows that nobody else is building in it.
+    folder = root / "rear_scale" / f"python{platform.python_version()}_torch{torch.__version__}"
+    before = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".building", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process that holds it, however that ends
+        (folder / name / "lock").unlink(missing_ok=True)
+        # ninja is beside python, where an environment that is not activated hides it.
+        programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+        os.environ.update(TORCH_EXTENSIONS_DIR=str(folder), PATH=programs)
+        try:
+            if not list((folder / name).glob("*.so")):
+                say(f"compiling {name} in {folder}")
+                _run(code, f"{wanted_by}: {name} could not be compiled", timeout_s)
+            yield
+        finally:
+            for variable, value in before.items():
+                os.environ.pop(variable, None)
+                if value is not None:
+                    os.environ[variable] = value
+
+
+def _run(code: str, problem: str, timeout_s: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(end_with_parent, signal.SIGKILL),
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{problem} within {timeout_s:.0f} s. Use optim.backend=auto") from None
+    finally:
+        # And the compilers that it has started.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode:
+        last = (output.strip().splitlines() or ["no output"])[-1]
+        raise InputError(
+            f"{problem} ({last}). It needs a C++ compiler, and on GPUs the CUDA toolkit of torch's version; or use "
+            "optim.backend=auto"
+        )
