@@ -70,7 +70,7 @@ def test_a_bench_without_a_mode_or_with_an_unknown_one_is_refused(tmp_path: Path
     assert "at least" in done.stderr
 
 
-SMALL = ["--config", "bench_cpu.yaml", "model.depth=1", "model.width=32", "train.micro_batch_size=2", "--rounds", "1"]
+SMALL = ["--rounds", "1", "--config", "bench_cpu.yaml", "model.depth=1", "model.width=32", "train.micro_batch_size=2"]
 
 
 def test_a_training_step_is_timed_beside_the_plain_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import secrets
 import socket
@@ -206,7 +207,8 @@ def _open_wandb(cfg: ExperimentConfig, run: RunFolder) -> Any:
         id=identity.read_text(),
         resume="allow",
         dir=str(run.path),
-        mode=cfg.wandb.mode,
+        # Where nodes have no network, the job knows it and the config does not.
+        mode=os.environ.get("WANDB_MODE", cfg.wandb.mode),
         config=to_dict(cfg),
     )
     # A resumed run logs some steps again, which wandb's own counter would refuse.
