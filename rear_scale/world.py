@@ -182,6 +182,10 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def add(self, counter: str, amount: int = 1) -> int:
+        """The new value of a counter that all ranks share, from 0 on. Each rank calls it when it likes: nobody waits."""
+        return dist.distributed_c10d._get_default_store().add(f"rear_scale/{counter}", amount)
+
     def from_main(self, item: Any) -> Any:
         """Rank 0's item, on every rank. For small Python objects."""
         box = [item]

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import open_source
 from rear_scale.sample import job
-from rear_scale.sample.decode import CachedDecoding, Decoder, likeliest
+from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.shards.record import file_sha256, read_manifest, write_manifest
@@ -154,6 +156,94 @@ def test_the_file_does_not_depend_on_ranks_or_kills(
     assert sorted(path.name for path in tmp_path.glob("killed*")) == [f"killed{suffix}" for suffix in suffixes]
 
 
+def test_a_slow_rank_holds_nobody(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    made = run_ranks(2, _sample_slowly, cfg, found, tmp_path / "slow.npz")
+    assert sorted(number for numbers in made for number in numbers) == [0, 1, 2, 3, 4, 5]
+    assert len(made[0]) <= 2
+    run_alone(_sample, cfg, found, tmp_path / "one.npz")
+    assert (tmp_path / "slow.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
+def _sample_slowly(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> list[int]:
+    make, made = job._make_unit, []
+
+    def slow(*arguments):
+        made.append(arguments[-1])
+        if world.rank == 0:
+            # Until the other one has made all that is left.
+            for _ in range(1000):
+                if len(list(output.with_suffix(".parts").glob("*/*.images.npy"))) >= 5:
+                    break
+                time.sleep(0.02)
+        make(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_make_unit", slow)
+        job.sample_images(cfg, found, world, output)
+    return made
+
+
+def test_given_labels_are_taken_in_turn_and_copies_hold_the_same_images(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens, "sample.labels=[3,1]", "sample.copies=png")
+    output = tmp_path / "given.npz"
+    run_alone(_sample, cfg, found, output)
+    loaded = np.load(output)
+    assert loaded["label"].tolist() == [3, 1] * 11 + [3]
+    pngs = sorted((tmp_path / "given").iterdir())
+    assert [path.name for path in pngs] == [f"{number:06d}.png" for number in range(23)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pngs]), loaded["arr_0"])
+    # An image is a function of its number and class: the images of class 3 or 1 in the usual file are among these.
+    usual, _ = prepared(tmp_path, tokens)
+    run_alone(_sample, usual, found, tmp_path / "usual.npz")
+    same = np.arange(23) % NUM_CLASSES == loaded["label"]
+    assert same.any()
+    assert np.array_equal(np.load(tmp_path / "usual.npz")["arr_0"][same], loaded["arr_0"][same])
+    # Copies of what is there need no new images.
+    before = output.stat().st_mtime_ns
+    cfg.sample.copies = "tar"
+    run_ranks(2, _sample, cfg, found, output)
+    assert output.stat().st_mtime_ns == before
+    with tarfile.open(tmp_path / "given.tar" / "shard-000000.tar") as tar:
+        assert tar.getnames()[:2] == ["000000.cls", "000000.png"]
+        assert [int(tar.extractfile(f"{number:06d}.cls").read()) for number in range(23)] == loaded["label"].tolist()
+        assert np.array_equal(np.asarray(Image.open(tar.extractfile("000022.png"))), loaded["arr_0"][22])
+
+
+@pytest.mark.parametrize("labels", ["[]", "[0,5]", "[-1]"])
+def test_labels_that_are_no_classes_are_refused(labels: str) -> None:
+    with pytest.raises(InputError, match=r"sample\.labels=.* must be class ids 0 \.\. 4"):
+        load("demo.yaml", ["model.num_classes=5", f"sample.labels={labels}"])
+
+
+def test_packed_weights_and_threads_draw_the_same_tokens(tmp_path: Path, tokens: Path) -> None:
+    """As one full forward per token would, and counts where rounding could have decided."""
+    model = drawn_model(tiny_config(tmp_path, tokens))
+    cfg = SampleConfig(batch_size=6, guidance=POWER_COSINE)
+    decoder, ids = Decoder(model, cfg), torch.arange(6)
+    assert decoder.model is not model
+    made = decoder.generate(ids % 5, ids)
+    near_ties = decoder.near_ties
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(decoder.generate(ids % 5, ids), made)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(decoder.near_ties, near_ties)
+    with torch.inference_mode():
+        classes = torch.cat([ids % 5, torch.full_like(ids, model.null_class)])
+        logits = model(made.repeat(2, 1), classes, None)["logits"]
+        drawn, gaps = [], []
+        for step in range(16):
+            best = decoder.perturbed(decoder.guide(logits[:, step], step), ids, step).topk(2)
+            drawn.append(best.indices[:, 0])
+            gaps.append(best.values[:, 0] - best.values[:, 1])
+    assert torch.equal(torch.stack(drawn, 1), made)
+    assert torch.equal((torch.stack(gaps, 1) < NEAR_TIE).sum(1), near_ties)
+
+
 def test_the_file_is_what_the_adm_evaluation_reads(tmp_path: Path, tokens: Path) -> None:
     cfg, found = prepared(tmp_path, tokens)
     output = job.default_output(cfg, found)
@@ -273,7 +363,8 @@ def _refusal(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, 
 
 
 def test_units_cover_every_image_once_class_by_class() -> None:
-    units = job.units(103, 10, 8)
+    cfg = load("demo.yaml", ["sample.num_images=103", "sample.batch_size=8"])
+    units = job.units_of(cfg)
     assert sorted(np.concatenate(units).tolist()) == list(range(103))
     assert all(len(set((unit % 10).tolist())) <= 2 for unit in units)
 

@@ -243,6 +243,7 @@ class GuidanceConfig:
 @dataclass
 class SampleConfig:
     num_images: int = 50_000
+    labels: list[int] | None = None  # class ids that the images have in turn; null = all classes
     batch_size: int = 256  # images decoded together; part of what determines the arithmetic
     seed: int = 0
     temperature: float = 1.0
@@ -250,6 +251,10 @@ class SampleConfig:
     top_p: float | None = None  # draw from the likeliest codes that hold this share of the probability; null = all
     # Scan order: null = that of objective.permutation.order; random = another one for each image
     order: str | None = None
+    copies: str | None = (
+        None  # beside the npz: png (a folder of files) | tar (shards of them, with labels); null = none
+    )
+    grid_every_images: int | None = None  # training images between two sheets of samples in the run; null = none
     quantiser: str = "trunc255"  # images to uint8: trunc255 (cut off, as the released samplers do) | round
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 

@@ -15,6 +15,7 @@ RECOMPUTE_POLICIES = ("none", "full", "every_n", "selective")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
 QUANTISERS = ("trunc255", "round")
+COPIES = ("png", "tar")
 NEIGHBOUR_MODES = ("exact", "adm_fp16")
 
 
@@ -342,6 +343,18 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
         _require(0 < sample.top_p <= 1, "sample.top_p", sample.top_p, "must lie in (0, 1]", "null = all codes")
     _one_of("sample.guidance.schedule", sample.guidance.schedule, GUIDANCE_SCHEDULES)
     _one_of("sample.quantiser", sample.quantiser, QUANTISERS)
+    _positive(cfg, "sample.grid_every_images")
+    if sample.copies is not None:
+        _one_of("sample.copies", sample.copies, COPIES)
+    if sample.labels is not None:
+        known = cfg.model.num_classes
+        _require(
+            len(sample.labels) > 0 and all(0 <= label < known for label in sample.labels),
+            "sample.labels",
+            sample.labels,
+            f"must be class ids 0 .. {known - 1} of model.num_classes={known}, one at least",
+            "Leave other numbers out; null = all classes in turn",
+        )
     _require(
         0 <= sample.guidance.scale < math.inf,
         "sample.guidance.scale",

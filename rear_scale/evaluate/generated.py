@@ -11,7 +11,7 @@ from rear_scale.evaluate.sources import ImageSet
 from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import job_identity, make_images, units
+from rear_scale.sample.job import job_identity, labels_of, make_images, units_of
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
 
@@ -26,10 +26,10 @@ def generated_images(
     decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return make_images(decoder, tokenizer, numbers, cfg, world.device), numbers % cfg.model.num_classes
+        return make_images(decoder, tokenizer, numbers, cfg, world.device), labels_of(cfg, numbers)
 
     size = cfg.tokenizer.image_size
     name = f"{cfg.run.name}, step {checkpoint.step}"
     identity = f"generated {job_identity(cfg, checkpoint)}"
-    blocks = units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size)
+    blocks = units_of(cfg)
     return ImageSet(name, identity, size, size, blocks, read, quantiser=cfg.sample.quantiser)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 # A fixed time in the archive: the same images give the same bytes.
 _TIME = (1980, 1, 1, 0, 0, 0)
+_LOCAL_HEADER = 30  # bytes
 
 
 def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_size: int, labels: np.ndarray) -> None:
@@ -37,3 +39,18 @@ def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_si
         np.save(buffer, labels.astype(np.int64))
         archive.writestr(zipfile.ZipInfo("label.npy", _TIME), buffer.getvalue())
     part.replace(path)
+
+
+def open_samples(path: Path) -> np.ndarray:
+    """`arr_0` of a file that `write_samples` wrote, uint8 [n, S, S, 3], read from the disk as it is indexed."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+        assert np.lib.format.read_magic(member) == (1, 0), path
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+        start = archive.getinfo("arr_0.npy").header_offset
+    with open(path, "rb") as file:
+        file.seek(start)
+        local = file.read(_LOCAL_HEADER)
+    # The name and the extra field of a zip member stand between its header and its bytes.
+    data = start + _LOCAL_HEADER + sum(struct.unpack("<HH", local[-4:]))
+    return np.memmap(path, dtype=dtype, mode="r", offset=data + header, shape=shape)

@@ -24,6 +24,8 @@ from rear_scale.objective import permutation
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.sample.packed import packed_for_decoding
 
+NEAR_TIE = 1e-4  # between the two best logits with their noise
+
 
 class Decoder:
     """Draws token sequences from a model in eval mode. Image i has the same tokens in any batch of one size.
@@ -36,31 +38,42 @@ class Decoder:
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
         self.caches: dict[int, list[Cache]] = {}  # of each thread
+        self.near_ties: Tensor | None = None
         self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
 
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
-        Image ids (int64 [B]) choose the randomness.
+        Image ids (int64 [B]) choose the randomness. Leaves in near_ties (int64 [B]) how many tokens of each image were
+        decided by less than NEAR_TIE: only there can other rounding give another token.
         """
         threads = torch.get_num_threads() if labels.device.type == "cpu" else 1
         shares = range(min(threads, len(labels)))
         parts = list(zip(labels.tensor_split(len(shares)), ids.tensor_split(len(shares)), strict=True))
         if len(parts) == 1:
-            return self._generate(labels, ids, 0)
+            tokens, self.near_ties = self._generate(labels, ids, 0)
+            return tokens
         # A step is hundreds of small operations: threads that each take some of the images need not meet in every one.
-        with _one_thread_each(), ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(lambda part, share: self._generate(*part, share), parts, shares)))
+        with (
+            _one_thread_each(),
+            ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            found = list(pool.map(lambda part, share: self._generate(*part, share), parts, shares))
+        tokens, self.near_ties = map(torch.cat, zip(*found, strict=True))
+        return tokens
 
     @torch.inference_mode()
-    def _generate(self, labels: Tensor, ids: Tensor, share: int) -> Tensor:
+    def _generate(self, labels: Tensor, ids: Tensor, share: int) -> tuple[Tensor, Tensor]:
         order = self.orders(ids)
         state = CachedDecoding(self.model, labels, order, self.guided, self._caches_for(share, len(labels)))
         tokens = torch.empty(len(labels), self.model.num_tokens, dtype=torch.int64, device=labels.device)
+        near_ties = torch.zeros_like(ids)
         for step in range(self.model.num_tokens):
-            logits = state.next_logits(tokens[:, :step])
-            tokens[:, step] = self.draw(self.guide(logits, step), ids, step)
-        return permutation.in_place(tokens, order)
+            perturbed = self.perturbed(self.guide(state.next_logits(tokens[:, :step]), step), ids, step)
+            best, codes = perturbed.topk(2)
+            tokens[:, step] = codes[:, 0]
+            near_ties += best[:, 0] - best[:, 1] < NEAR_TIE
+        return permutation.in_place(tokens, order), near_ties
 
     def _caches_for(self, share: int, images: int) -> list[Cache]:
         rows = images * (2 if self.guided else 1)
@@ -87,9 +100,13 @@ class Decoder:
         return likeliest(logits / self.cfg.temperature, self.cfg.top_k, self.cfg.top_p)
 
     def draw(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
-        """int64 [B], distributed as softmax(logits): argmax of logits plus Gumbel noise that belongs to (image, step)."""
+        """int64 [B], distributed as softmax(logits)."""
+        return self.perturbed(logits, ids, step).argmax(1)
+
+    def perturbed(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
+        """float32 [B, K]: logits plus Gumbel noise that belongs to (image, step). The largest is the draw."""
         noise = rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, step, logits.shape[1])
-        return (logits - noise.log()).argmax(1)
+        return logits - noise.log()
 
 
 @contextmanager

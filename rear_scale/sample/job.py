@@ -1,7 +1,8 @@
 """Who makes which image. Image i has label i mod C and its own random numbers, whatever the number of ranks.
 
-Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A finished unit is a
-file; a killed job continues with the missing ones. The sample file is in image order.
+Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A rank takes the next
+unit when it is free, so that a slow one holds nobody. A finished unit is a file; a killed job continues with the missing
+ones. The sample file is in image order.
 """
 
 # B images of a unit, S side in pixels, N tokens of an image, C classes
@@ -10,25 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.interop.npz import write_samples
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
-from rear_scale.sample.decode import Decoder
-from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.decode import NEAR_TIE, Decoder
+from rear_scale.sample.files import Parts, assemble, write_copies
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
@@ -37,9 +39,7 @@ from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
 
-_GRID_COLUMNS = 10
-_GRID_ROWS = 10
-_WRITE_BLOCK = 500  # images
+_NOT_THE_IMAGES = ("copies", "grid_every_images")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
@@ -64,7 +64,7 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
     parts = {
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
         "tokenizer": weights_sha256(cfg.tokenizer),
-        "sample": asdict(cfg.sample),
+        "sample": {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES},
         "precision": cfg.train.precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -92,9 +92,9 @@ def _check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
     """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
 
-    Only token ids and settings for a tokenizer whose images are not decoded here. All ranks must call this. Finished work
-    of an earlier call with the same settings is kept. Raises InputError when another process writes there, and when the
-    tokenizer is not the one whose tokens the model was trained on.
+    With sample.copies, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
+    must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
+    writes there, and when the tokenizer is not the one whose tokens the model was trained on.
     """
     check_output(output)
     _check_tokenizer(cfg, checkpoint)
@@ -112,34 +112,60 @@ def _sample(
     if is_done(output, identity, result):
         if world.is_main:
             say(f"{result} is complete")
-        return
-    finished = _images_file if tokenizer else _tokens_file
-    parts = output.with_suffix(".parts") / identity[:16]
-    parts.mkdir(parents=True, exist_ok=True)
-    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
-    planned = units(cfg.sample.num_images, cfg.model.num_classes, cfg.sample.batch_size)
-    missing = [number for number in range(len(planned)) if not finished(parts, number).exists()]
-    # Before anyone adds files: all ranks must share out the same list.
+    else:
+        _make(cfg, checkpoint, world, output, tokenizer, identity)
+        if world.is_main:
+            say(
+                f"{result}: {cfg.sample.num_images:,} images{'' if tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)}"
+            )
     world.barrier()
-    mine = missing[world.rank :: world.size]
-    with progress("sample", len(missing) * cfg.sample.batch_size, "image", show=world.is_main) as bar:
-        for number in mine:
-            _make_unit(decoder, tokenizer, planned[number], cfg, world, parts, number)
-            bar.update(min(world.size, len(missing)) * cfg.sample.batch_size)
+    if cfg.sample.copies is not None and tokenizer is not None:
+        write_copies(output, cfg.sample.copies, labels_of(cfg, np.arange(cfg.sample.num_images)), world)
+        world.barrier()
+
+
+def _make(
+    cfg: ExperimentConfig,
+    checkpoint: Checkpoint,
+    world: World,
+    output: Path,
+    tokenizer: Tokenizer | None,
+    identity: str,
+) -> None:
+    parts = Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
+    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
+    planned = units_of(cfg)
+    missing = [number for number in range(len(planned)) if not parts.finished(number)]
+    # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
+    missing, job = world.from_main((missing, secrets.token_hex(8)))
+    finish = partial(_finish_unit, tokenizer, cfg, parts)
+    with (
+        progress("sample", sum(len(planned[number]) for number in missing), "image", show=world.is_main) as bar,
+        _Beside(world.device) as beside,
+    ):
+        while (turn := world.add(f"{job}/turn") - 1) < len(missing):
+            _make_unit(decoder, planned[missing[turn]], cfg, world, partial(beside.run, finish), missing[turn])
+            done = world.add(f"{job}/images", len(planned[missing[turn]]))
+            bar.update(done - bar.n)
     world.barrier()
     if world.is_main:
-        _assemble(output, parts, planned, cfg, with_images=tokenizer is not None)
-        _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world)
+        numbers = np.arange(cfg.sample.num_images)
+        assemble(output, parts, planned, labels_of(cfg, numbers), cfg.tokenizer.image_size)
+        _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world, parts.near_ties(planned))
         shutil.rmtree(output.with_suffix(".parts"))
-        say(f"{result}: {cfg.sample.num_images:,} images{'' if tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)}")
-    world.barrier()
 
 
-def units(num_images: int, num_classes: int, batch_size: int) -> list[np.ndarray]:
-    """Image ids (int64 [at most batch_size]) of each unit, class by class."""
-    ids = np.arange(num_images)
-    ids = ids[np.argsort(ids % num_classes, kind="stable")]
-    return [ids[start : start + batch_size] for start in range(0, num_images, batch_size)]
+def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
+    """Class ids (int64 [n]) of image ids (int64 [n]): image i has the class i mod C, or the i-th of sample.labels in turn."""
+    given = cfg.sample.labels
+    return ids % cfg.model.num_classes if given is None else np.array(given)[ids % len(given)]
+
+
+def units_of(cfg: ExperimentConfig) -> list[np.ndarray]:
+    """Image ids (int64 [at most sample.batch_size]) of each unit, class by class."""
+    ids = np.arange(cfg.sample.num_images)
+    ids = ids[np.argsort(labels_of(cfg, ids), kind="stable")]
+    return [ids[start : start + cfg.sample.batch_size] for start in range(0, len(ids), cfg.sample.batch_size)]
 
 
 def make_tokens(decoder: Decoder, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device) -> Tensor:
@@ -148,8 +174,8 @@ def make_tokens(decoder: Decoder, ids: np.ndarray, cfg: ExperimentConfig, device
     A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
     """
     full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
-    on_device = torch.from_numpy(full).to(device)
-    return decoder.generate(on_device % cfg.model.num_classes, on_device)
+    labels = torch.from_numpy(labels_of(cfg, full)).to(device)
+    return decoder.generate(labels, torch.from_numpy(full).to(device))
 
 
 def make_images(
@@ -166,53 +192,77 @@ def _decoded(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -> np.
 
 def _make_unit(
     decoder: Decoder,
-    tokenizer: Tokenizer | None,
     ids: np.ndarray,
     cfg: ExperimentConfig,
     world: World,
-    parts: Path,
+    finish: Callable[[int, Tensor, Tensor], None],
     number: int,
 ) -> None:
     tokens = make_tokens(decoder, ids, cfg, world.device)
-    _save(_tokens_file(parts, number), tokens[: len(ids)].cpu().numpy().astype(np.uint16))
-    if tokenizer is None:
-        return
-    pixels = _decoded(tokenizer, tokens, cfg)[: len(ids)]
-    _save(_images_file(parts, number), pixels)  # last: the unit is finished when it is there
+    assert decoder.near_ties is not None
+    finish(number, tokens, decoder.near_ties[: len(ids)])
 
 
-def _assemble(output: Path, parts: Path, units: list[np.ndarray], cfg: ExperimentConfig, *, with_images: bool) -> None:
-    count, size = cfg.sample.num_images, cfg.tokenizer.image_size
-    tokens = np.empty((count, cfg.tokenizer.num_tokens), dtype=np.uint16)
-    for number, ids in enumerate(units):
-        tokens[ids] = np.load(_tokens_file(parts, number))
-    _save(output.with_suffix(".tokens.npy"), tokens)
-    if not with_images:
-        return
-    place = np.empty((count, 2), dtype=np.int64)  # image id -> unit, row
-    for number, ids in enumerate(units):
-        place[ids] = np.stack([np.full(len(ids), number), np.arange(len(ids))], axis=1)
-    images = [np.load(_images_file(parts, number), mmap_mode="r") for number in range(len(units))]
-
-    def blocks() -> Iterator[np.ndarray]:
-        for start in range(0, count, _WRITE_BLOCK):
-            yield np.stack([images[number][row] for number, row in place[start : start + _WRITE_BLOCK]])
-
-    labels = np.arange(count) % cfg.model.num_classes
-    columns = min(cfg.model.num_classes, _GRID_COLUMNS)
-    first = np.stack([images[number][row] for number, row in place[: columns * _GRID_ROWS]])
-    Image.fromarray(contact_sheet(first, columns)).save(output.with_suffix(".png"))
-    write_samples(output, blocks(), count, size, labels)
+def _finish_unit(
+    tokenizer: Tokenizer | None, cfg: ExperimentConfig, parts: Parts, number: int, tokens: Tensor, near_ties: Tensor
+) -> None:
+    count = len(near_ties)
+    # The full batch is decoded: a short one would round otherwise.
+    images = None if tokenizer is None else _decoded(tokenizer, tokens, cfg)[:count]
+    parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
 
 
-def _write_settings(path: Path, cfg: ExperimentConfig, checkpoint: Checkpoint, identity: str, world: World) -> None:
+class _Beside:
+    """Runs one thing at a time in another thread, and on a stream of its own: tokens are decoded while others are drawn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pool = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
+
+    def __enter__(self) -> _Beside:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()  # what was begun is finished, whatever happened here
+        if self.last is not None and error[0] is None:
+            self.last.result()
+
+    def run(self, finish: Callable[..., None], *arguments: int | Tensor) -> None:
+        """Starts when the last one is done. Raises what that one raised."""
+        if self.last is not None:
+            self.last.result()
+        self.last = self.pool.submit(self._on_stream, finish, arguments, self._drawn())
+
+    def _drawn(self) -> torch.cuda.Event | None:
+        return None if self.stream is None else torch.cuda.current_stream().record_event()
+
+    def _on_stream(
+        self, finish: Callable[..., None], arguments: tuple[int | Tensor, ...], drawn: torch.cuda.Event | None
+    ) -> None:
+        if self.stream is None or drawn is None:
+            finish(*arguments)
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(drawn)
+            for argument in arguments:
+                if isinstance(argument, Tensor):
+                    argument.record_stream(self.stream)  # its memory is not for others before this stream has read it
+            finish(*arguments)
+
+
+def _write_settings(
+    path: Path, cfg: ExperimentConfig, checkpoint: Checkpoint, identity: str, world: World, near_ties: np.ndarray
+) -> None:
     settings: dict[str, Any] = {
         "identity": identity,
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "sample": asdict(cfg.sample),
         "quantiser": cfg.sample.quantiser,
-        "labels": "image id mod number of classes",
+        "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
+        # Tokens that were decided by less than this: another batch size or precision may draw others from there on.
+        "near_ties": {"below": NEAR_TIE, "tokens": int(near_ties.sum()), "images": int((near_ties > 0).sum())},
         **provenance(world),
     }
     write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
@@ -225,18 +275,3 @@ def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
         return result.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
     except (OSError, json.JSONDecodeError, KeyError):
         return False
-
-
-def _images_file(parts: Path, number: int) -> Path:
-    return parts / f"unit_{number:06d}.images.npy"
-
-
-def _tokens_file(parts: Path, number: int) -> Path:
-    return parts / f"unit_{number:06d}.tokens.npy"
-
-
-def _save(path: Path, values: np.ndarray) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        np.save(file, values)
-    part.replace(path)

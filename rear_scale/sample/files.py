@@ -1,0 +1,144 @@
+"""What a sampling job writes: a unit's parts, the files of all images in image order, and copies as PNG."""
+
+# B images of a unit, S side in pixels, N tokens of an image
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rear_scale.interop.npz import open_samples, write_samples
+from rear_scale.progress import progress
+from rear_scale.sample.grid import contact_sheet
+from rear_scale.world import World
+
+_GRID_COLUMNS = 10
+_GRID_ROWS = 10
+_WRITE_BLOCK = 500  # images
+_TAR_IMAGES = 5000  # of a shard
+
+
+class Parts:
+    """The files of the units of one job."""
+
+    def __init__(self, folder: Path, *, with_images: bool) -> None:
+        self.folder, self.with_images = folder, with_images
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, number: int) -> bool:
+        """Whether a unit is complete: its last file is there."""
+        return self._file(number, "images" if self.with_images else "tokens").exists()
+
+    def save(self, number: int, near_ties: np.ndarray, tokens: np.ndarray, images: np.ndarray | None) -> None:
+        """Writes near_ties int64 [B], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
+        save(self._file(number, "near_ties"), near_ties)
+        save(self._file(number, "tokens"), tokens.astype(np.uint16))
+        if images is not None:
+            save(self._file(number, "images"), images)
+
+    def near_ties(self, units: list[np.ndarray]) -> np.ndarray:
+        """int64 [n], in image order."""
+        return self._collected(units, "near_ties")
+
+    def tokens(self, units: list[np.ndarray]) -> np.ndarray:
+        """uint16 [n, N], in image order."""
+        return self._collected(units, "tokens")
+
+    def images(self, number: int) -> np.ndarray:
+        """uint8 [B, S, S, 3], read from the disk as it is indexed."""
+        return np.load(self._file(number, "images"), mmap_mode="r")
+
+    def _collected(self, units: list[np.ndarray], kind: str) -> np.ndarray:
+        found = np.concatenate([np.load(self._file(number, kind)) for number in range(len(units))])
+        collected = np.empty_like(found)
+        collected[np.concatenate(units)] = found
+        return collected
+
+    def _file(self, number: int, kind: str) -> Path:
+        return self.folder / f"unit_{number:06d}.{kind}.npy"
+
+
+def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.ndarray, image_size: int) -> None:
+    """Writes the .npz, the token ids and a grid in image order; token ids alone where the parts have no images."""
+    save(output.with_suffix(".tokens.npy"), parts.tokens(units))
+    if not parts.with_images:
+        return
+    count = len(labels)
+    place = np.empty((count, 2), dtype=np.int64)  # image id -> unit, row
+    for number, ids in enumerate(units):
+        place[ids] = np.stack([np.full(len(ids), number), np.arange(len(ids))], axis=1)
+
+    def some(ids: slice) -> np.ndarray:
+        # Opened for as long as a block is read: what is mapped counts as memory of the process.
+        opened = {number: parts.images(number) for number in np.unique(place[ids, 0])}
+        return np.stack([opened[number][row] for number, row in place[ids]])
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, count, _WRITE_BLOCK):
+            yield some(slice(start, start + _WRITE_BLOCK))
+
+    columns = min(len(np.unique(labels)), _GRID_COLUMNS)
+    Image.fromarray(contact_sheet(some(slice(columns * _GRID_ROWS)), columns)).save(output.with_suffix(".png"))
+    write_samples(output, blocks(), count, image_size, labels)
+
+
+def write_copies(output: Path, kind: str, labels: np.ndarray, world: World) -> None:
+    """The images of `output` as PNG, beside it: 000000.png ... in a folder, or shards of them with their labels (.cls).
+
+    All ranks must call this; each writes some. A file that is there is kept.
+    """
+    images = open_samples(output)
+    folder = output.with_suffix(f".{kind}")
+    if kind == "png":
+        folder = output.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    shards = range(0, len(images), _TAR_IMAGES)
+    with progress(f"write {kind}", len(images), "image", show=world.is_main) as bar:
+        for start in shards[world.rank :: world.size]:
+            ids = range(start, min(start + _TAR_IMAGES, len(images)))
+            if kind == "tar":
+                _write_shard(folder / f"shard-{start // _TAR_IMAGES:06d}.tar", images, labels, ids)
+            else:
+                _write_pngs(folder, images, ids)
+            bar.update(min(world.size * len(ids), len(images) - bar.n))
+
+
+def _write_pngs(folder: Path, images: np.ndarray, ids: range) -> None:
+    for number in ids:
+        path = folder / f"{number:06d}.png"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            part.write_bytes(_png(images[number]))
+            part.replace(path)
+
+
+def _write_shard(path: Path, images: np.ndarray, labels: np.ndarray, ids: range) -> None:
+    if path.exists():
+        return
+    part = path.with_suffix(".part")
+    with tarfile.open(part, "w") as tar:
+        for number in ids:
+            for suffix, data in (("cls", str(labels[number]).encode()), ("png", _png(images[number]))):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    part.replace(path)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    """np.save, complete or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        np.save(file, values)
+    part.replace(path)
