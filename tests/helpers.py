@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rear_scale.config import ExperimentConfig, load
 from rear_scale.shards import writer
 from rear_scale.shards.record import Manifest, file_sha256, write_manifest
-from rear_scale.world import Ranks, free_port, joined
+from rear_scale.world import Ranks, end_with_parent, free_port, joined
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+
+# What tells a process its place among the ranks.
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # The tiny set: 16 tokens of 32 codes of width 8, 5 classes.
 NUM_TOKENS, CODEBOOK_SIZE, CODEBOOK_DIM, NUM_CLASSES = 16, 32, 8, 5
@@ -108,41 +116,84 @@ def tiny_config(folder: Path, tokens: Path, *overrides: str) -> ExperimentConfig
     return load(str(tiny_config_file(folder, tokens)), overrides)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(world, *arguments) in processes joined by gloo; its results in rank order. `function` is a module's own."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    port = free_port()
-    processes = [
-        context.Process(target=_one_rank, args=(rank, world_size, port, queue, function, arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    results = {}
-    for _ in processes:
-        rank, result = queue.get()
-        results[rank] = result
-    for process in processes:
-        process.join()
-    errors = [result for result in results.values() if isinstance(result, BaseException)]
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> list[Any]:
+    """function(world, *arguments) in processes joined by gloo; its results in rank order. `function` is a module's own.
+
+    Two ranks stay for the next call, because starting them takes longer than most tests; fresh: not these.
+    """
+    keep = world_size == 2 and not fresh
+    ranks = (_waiting.pop() if keep and _waiting else None) or _Ranks(world_size)
+    results = ranks.run(function, arguments)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if keep and not errors and ranks.resident_bytes() < _MOST_RESIDENT:
+        _waiting.append(ranks)
+    else:
+        ranks.end()
     if errors:
         raise errors[0]
-    return [results[rank] for rank in range(world_size)]
+    return results
 
 
-def _one_rank(
-    rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple
-) -> None:
+class _Ranks:
+    """Processes that run one function after the other in one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        self.tasks = [context.SimpleQueue() for _ in range(world_size)]
+        self.results = context.SimpleQueue()
+        port = free_port()
+        self.processes = [
+            context.Process(target=_one_rank, args=(rank, world_size, port, self.tasks[rank], self.results))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], arguments: tuple) -> list[Any]:
+        for queue in self.tasks:
+            queue.put((function, arguments, dict(os.environ), os.getcwd()))
+        results = dict(self.results.get() for _ in self.processes)
+        return [results[rank] for rank in range(len(self.processes))]
+
+    def resident_bytes(self) -> int:
+        """The most that any of them holds. What engines leave behind must not pile up."""
+        return max(psutil.Process(process.pid).memory_info().rss for process in self.processes)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+_waiting: list[_Ranks] = []
+_MOST_RESIDENT = 1_500_000_000
+
+
+@atexit.register
+def _end_waiting() -> None:
+    for ranks in _waiting:
+        ranks.end()
+
+
+def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+    end_with_parent(signal.SIGKILL)
     ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
-    try:
-        with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
-            result = function(world, *arguments)
-        queue.put((rank, result))
-    except BaseException as error:
-        queue.put((rank, error))
-    # As the launchers end: not through the interpreter's own end, where gloo's threads abort now and then.
-    os._exit(0)
+    linear = torch.nn.functional.linear
+    with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
+        placed = {name: os.environ[name] for name in _PLACE if name in os.environ}
+        while True:
+            function, arguments, variables, folder = tasks.get()
+            os.environ.clear()
+            os.environ.update(variables, **placed)
+            os.chdir(folder)
+            torch.nn.functional.linear = linear  # ZeRO-3 replaces it
+            try:
+                result = function(world, *arguments)
+            except BaseException as error:
+                result = error
+            gc.collect()
+            results.put((rank, result))
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -185,8 +236,7 @@ def command_line(*command: str | Path) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's, without what a launcher or an earlier test has set, one thread per process."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("SLURM_")}
+    clean = {name: value for name, value in os.environ.items() if name not in _PLACE and not name.startswith("SLURM_")}
     return {**clean, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **extra}
 
 

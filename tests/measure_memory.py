@@ -127,7 +127,7 @@ def measure_all(folder: Path, tokens: Path) -> dict[str, Any]:
     cfg = config_of(folder, tokens, LARGE, *CELLS[0])
     figures = []
     for strategy, precision, accumulation in CELLS:
-        values = run_ranks(2, _measure, folder, tokens, (strategy, precision, accumulation))[0]
+        values = run_ranks(2, _measure, folder, tokens, (strategy, precision, accumulation), fresh=True)[0]
         names = {"strategy": strategy, "precision": precision, "accumulation": accumulation}
         figures.append({**names, "bytes": {name: int(values[name]) for name in sorted(values)}})
         print(json.dumps(figures[-1]), flush=True)

@@ -63,7 +63,7 @@ def _measured(world: World, folder: Path, tokens: Path, cells: list[tuple[str, s
 
 def test_a_small_model_takes_what_is_predicted(tmp_path: Path, tokens: Path) -> None:
     cells = [("fsdp2", "fp32", 1), ("zero2", "fp32", 1)]
-    for cell, found in zip(cells, run_ranks(2, _measured, tmp_path, tokens, cells)[0], strict=True):
+    for cell, found in zip(cells, run_ranks(2, _measured, tmp_path, tokens, cells, fresh=True)[0], strict=True):
         check(config_of(tmp_path, tokens, SMALL, *cell), cell[2], found)
 
 

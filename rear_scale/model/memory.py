@@ -55,7 +55,19 @@ class Memory:
 def memory_per_rank(
     cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
 ) -> Memory:
-    """By the usual formulas (psi parameters: 4 psi for float32 weights, 8 psi for the moments, each over W where sharded).
+    """By the usual formulas: weights 2 psi bytes in bf16 and 4 psi in float32, masters 4 psi, moments 8 psi, gradients as wide
+    as their sum is kept, each over W where sharded. So in bf16 ddp takes 16 psi, ZeRO-1 4 psi + 12 psi / W in the textbook.
+
+    Where an engine departs from it, as measured (tests/measured/memory_per_rank.json):
+
+    - ddp trains float32 weights in bf16 by autocast: 4 psi of weights and no masters, the same 16 psi.
+    - fsdp2 and hsdp keep float32 shards that are weights and masters at once; deferred gradients are whole and float32.
+    - ZeRO in float32 keeps masters beside its weights all the same: 4 psi / W more.
+    - ZeRO-1 in bf16 keeps the whole float32 sum of gradients between steps, with the bf16 ones of the last micro-step
+      beside it: 6 psi instead of 2 psi. In float32 it frees what it does not own after the last micro-step.
+    - ZeRO-2 and 3 keep their share of gradients in float32 (4 psi / W instead of 2 psi / W), because sums over micro-steps
+      would lose bits in bf16; deferred, they are whole in the width of the weights.
+    - ZeRO-3 keeps the float32 bucket of its reduction from step to step.
 
     `model` gives the shapes; without one, it is built without memory. The allocator's fragments and the runtime's own
     memory come on top.
