@@ -12,6 +12,7 @@
 #   REAR_TASKS_PER_NODE  processes of a node                         default: one for each GPU; 1 where there is none
 #   REAR_LOGS            folder for one log per node                 default: runs/slurm/JOBNAME-JOBID
 #   WANDB_MODE           for runs with wandb                         default: offline, as compute nodes have no network
+#   MASTER_PORT          where ranks meet on the first node          default: a number made of the job's
 #   NCCL_*, GLOO_*       as the cluster needs them, for instance NCCL_SOCKET_IFNAME
 
 if [[ -n "${REAR_SETUP:-}" ]]; then
