@@ -70,11 +70,12 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
             world_size=world_size,
             local_world_size=_slurm_local_tasks(env, world_size),
             master_addr=env.get("MASTER_ADDR") or _first_slurm_host(env),
-            # Any fixed function of the job will do: every task must find the same port without asking.
+            # Any fixed function of the job will do: every task must find the same port without asking. Below those that
+            # a machine hands out itself, from 32,768 or in some containers from 16,000; a job has the next thirty, too.
             master_port=_whole(
                 env,
                 "MASTER_PORT",
-                default=20_000 + _whole(env, "SLURM_JOB_ID", default=0) * 7 % 20_000 + _whole(env, "SLURM_STEP_ID") % 7,
+                default=10_000 + _whole(env, "SLURM_JOB_ID", default=0) * 31 % 5_983 + _whole(env, "SLURM_STEP_ID") % 7,
             ),
             launcher="slurm",
         )

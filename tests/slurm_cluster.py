@@ -175,9 +175,11 @@ class Cluster:
         )
         # cred_expire: seconds until a requeued job may start again (fewer than 5 would mean 120). SlurmdTimeout: until a
         # silent node is taken for dead. KillWait: between SIGTERM and SIGKILL.
+        # FirstJobId: ranks meet at a port made of it, so that two clusters on one machine do not meet each other.
         self.conf.write_text(
             f"""
 ClusterName=loopback
+FirstJobId={free_port()}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={free_port()}
 SlurmUser={user}

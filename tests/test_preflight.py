@@ -121,6 +121,7 @@ def test_a_node_that_holds_the_others_back_is_named() -> None:
     assert preflight._slow(rates, "cuda") == {
         "n3": ["all-reduce among its own ranks: 90.00 GB/s, 200.00 on the others"]
     }
+    assert preflight._slow(rates, "cpu") == {}
     # Of two nodes neither is the usual one; both on a network that cannot be meant.
     two = {name: {**good, "between": 0.1} for name in ("n0", "n1")}
     assert list(preflight._slow(two, "cuda")) == ["n0", "n1"]

@@ -59,8 +59,8 @@ def test_a_batch_script_can_ask(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "a run", "preempted", 20, "asked")
     found = ask("begin", "--check", "--config", "rear_xl.yaml", f"run.dir={folder}", "optim.lr=1e-4")
     assert found.stdout == f"20 {folder}\n"
-    assert ask("end", "10", folder, "75").returncode == 0
-    assert ask("end", "20", folder, "75").returncode == 1
+    assert ask("end", "10", folder, "75").stdout == "again\n"
+    assert ask("end", "20", folder, "75").stdout == "leave\n"
     wrong = ask("begin", "--config", "rear_xl.yaml", "optim.lrr=1")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: optim.lrr is not a config key")

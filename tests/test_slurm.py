@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,13 +78,11 @@ def said(folder: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in (folder / "logs").glob("*"))
 
 
-def held_python(folder: Path, held: str) -> dict[str, str]:
-    """Variables with which training pauses at steps until it is asked to stop, or a file of that name is there."""
-    script = folder / "python"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/held_train.py "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+def held(folder: Path, steps: str) -> dict[str, str]:
+    """Variables with which training pauses at steps until it is asked to stop, or open/STEP is there."""
     (folder / "open").mkdir()
-    return {"REAR_PYTHON": str(script), "HELD": held, "HELD_OPEN": str(folder / "open"), "REAR_TASKS_PER_NODE": "1"}
+    paths = [str(ROOT / "tests/held"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "HELD": steps, "HELD_OPEN": str(folder / "open")}
 
 
 def until(condition: Callable[[], bool], folder: Path, timeout_s: float = 90) -> None:
@@ -104,7 +102,7 @@ def test_a_run_that_is_preempted_twice_ends_as_an_unbroken_one(
 ) -> None:
     job = cluster.submit(
         TRAIN, *tiny_xl(tmp_path, tokens), options=[*TWO_NODES, "--time=60", "--signal=B:USR1@30"],
-        logs=tmp_path / "logs", **held_python(tmp_path, "6,11"),
+        logs=tmp_path / "logs", **held(tmp_path, "6,11"), REAR_TASKS_PER_NODE="1",
     )  # fmt: skip
     # As an administrator or a job of higher priority does it: SIGTERM, and SLURM requeues.
     until(lambda: logged(tmp_path) == 5, tmp_path)
@@ -153,11 +151,34 @@ def test_deepspeed_starts_the_ranks_through_slurm(
     assert curve(tmp_path) == unbroken
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("way", ["time limit", "preemption"])
+def test_the_deepspeed_launcher_is_preempted_as_srun_is(
+    cluster: Cluster, unbroken: list[dict], tmp_path: Path, tokens: Path, nodes: int, way: str
+) -> None:
+    job = cluster.submit(
+        TRAIN, *tiny_xl(tmp_path, tokens), options=[f"--nodes={nodes}"], logs=tmp_path / "logs",
+        **held(tmp_path, "6"), REAR_TASKS_PER_NODE=str(2 // nodes), REAR_LAUNCHER="deepspeed",
+    )  # fmt: skip
+    until(lambda: logged(tmp_path) == 5, tmp_path)
+    if way == "time limit":
+        cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    else:
+        cluster.run("scontrol", "requeue", str(job))
+    until(lambda: status(tmp_path)["state"] == "preempted", tmp_path)
+    (tmp_path / "open/6").touch()
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), said(tmp_path)
+    assert curve(tmp_path) == unbroken
+
+
 def test_a_node_that_dies_leaves_a_clear_state_and_the_run_goes_on(
     cluster: Cluster, unbroken: list[dict], tmp_path: Path, tokens: Path
 ) -> None:
     job = cluster.submit(
-        TRAIN, *tiny_xl(tmp_path, tokens), options=TWO_NODES, logs=tmp_path / "logs", **held_python(tmp_path, "7:1"),
+        TRAIN, *tiny_xl(tmp_path, tokens), options=TWO_NODES, logs=tmp_path / "logs",
+        **held(tmp_path, "7:1"), REAR_TASKS_PER_NODE="1",
     )  # fmt: skip
     until(lambda: logged(tmp_path) == 6 and status(tmp_path)["step"] == 4, tmp_path)
     cluster.kill_node(NODES[1])
@@ -213,10 +234,14 @@ def test_pretokenizing_goes_on_after_its_time_is_up(cluster: Cluster, tmp_path: 
 
 
 def test_the_other_scripts_start_their_launchers(cluster: Cluster, trained: Path, tmp_path: Path) -> None:
-    for name in ("sample", "evaluate"):
-        job = cluster.submit(
+    logs = {name: tmp_path / name for name in ("sample", "evaluate")}
+    jobs = [
+        cluster.submit(
             f"launchers/slurm/{name}.sbatch", "--checkpoint", trained / "run", "--dry-run", "sample.seed=7",
-            options=["--nodes=1"], logs=tmp_path / "logs", REAR_TASKS_PER_NODE="1",
-        )  # fmt: skip
-        assert cluster.wait(job)["JobState"] == "COMPLETED", said(tmp_path)
-        assert "seed: 7" in (tmp_path / "logs" / NODE_LOGS[0]).read_text()
+            options=["--nodes=1"], logs=folder, REAR_TASKS_PER_NODE="1",
+        )
+        for name, folder in logs.items()
+    ]  # fmt: skip
+    for job, folder in zip(jobs, logs.values(), strict=True):
+        assert cluster.wait(job)["JobState"] == "COMPLETED", (folder / "job.out").read_text()
+        assert "seed: 7" in (folder / NODE_LOGS[0]).read_text()

@@ -45,6 +45,9 @@ def test_srun_variables_are_read() -> None:
     assert ranks.master_addr == "gpu07"
     others = {discover({**SRUN, "SLURM_PROCID": str(rank)}).master_port for rank in range(12)}
     assert others == {ranks.master_port}
+    # Below the ports that a machine hands out itself, with room for those beside it.
+    ports = {discover({**SRUN, "SLURM_JOB_ID": str(job)}).master_port for job in range(0, 100_000, 7)}
+    assert 10_000 <= min(ports) < max(ports) < 15_984
     assert discover({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6(x2)"}).local_world_size == 6
 
 

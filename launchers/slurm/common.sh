@@ -12,6 +12,7 @@
 #   REAR_TASKS_PER_NODE  processes of a node                         default: one for each GPU; 1 where there is none
 #   REAR_LOGS            folder for one log per node                 default: runs/slurm/JOBNAME-JOBID
 #   WANDB_MODE           for runs with wandb                         default: offline, as compute nodes have no network
+#   MASTER_PORT          where ranks meet on the first node          default: a number made of the job's
 #   NCCL_*, GLOO_*       as the cluster needs them, for instance NCCL_SOCKET_IFNAME
 
 if [[ -n "${REAR_SETUP:-}" ]]; then
@@ -43,10 +44,15 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$UID}
 export WANDB_MODE=${WANDB_MODE:-offline}
 
-REAR_LOGS=${REAR_LOGS:-runs/slurm/${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+JOB=${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+REAR_LOGS=${REAR_LOGS:-runs/slurm/$JOB}
 mkdir -p "$REAR_LOGS"
+echo "logs: $REAR_LOGS" >&2
+
+LOG=(--output="$REAR_LOGS/node%n-%N.log" --open-mode=append)
 
 step=  # the process of srun or deepspeed while it runs, which leads a group of its own
+asked= # the time is nearly up
 ended= # SLURM is ending this job, so what becomes of it is SLURM's matter
 trap 'ended=1' TERM
 
@@ -57,8 +63,7 @@ tasks() {
     # what they know before they are ended.
     # shellcheck disable=SC2086  # words, not one word
     setsid srun --nodes="$NODES" --ntasks="$((NODES * REAR_TASKS_PER_NODE))" --ntasks-per-node="$REAR_TASKS_PER_NODE" \
-        --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=60 \
-        --output="$REAR_LOGS/node%n-%N.log" --open-mode=append ${REAR_SRUN_OPTIONS:-} \
+        --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=60 "${LOG[@]}" ${REAR_SRUN_OPTIONS:-} \
         bash -c 'trap "" USR1; exec "$@"' task ${REAR_CONTAINER:-} "$REAR_PYTHON" "$@" &
     wait_for $!
 }
@@ -72,6 +77,7 @@ alone() {
 # Waits for a process and returns its exit code; signals to this shell do not end the wait.
 wait_for() {
     step=$1
+    if [[ -n "$asked" ]]; then pass_on_usr1; fi
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true
     done
@@ -84,8 +90,10 @@ wait_for() {
 # Passes SIGUSR1 on to the tasks until they are gone: a task that is still starting does not hear the first one. To the whole
 # group, because ranks of the deepspeed launcher hear nothing through it.
 pass_on_usr1() {
-    while [[ -n "$step" ]] && kill -USR1 -- "-$step" 2>/dev/null; do
-        sleep 5
+    asked=1
+    if [[ -z "$step" ]]; then return; fi
+    while sleep 1 && kill -USR1 -- "-$step" 2>/dev/null; do
+        sleep 4
     done &
 }
 
@@ -98,15 +106,18 @@ again() {
 # with_deepspeed ARGUMENTS...: the same ranks as `tasks`, started by the deepspeed launcher: its own processes on one node,
 # srun through it on several.
 with_deepspeed() {
-    local options=(--num_gpus "$REAR_TASKS_PER_NODE")
+    local options=(--num_gpus "$REAR_TASKS_PER_NODE") hosts
     if ((NODES > 1)); then
-        scontrol show hostnames | sed "s/\$/ slots=$REAR_TASKS_PER_NODE/" >"$REAR_LOGS/hostfile"
+        hosts=$(scontrol show hostnames)
+        sed "s/\$/ slots=$REAR_TASKS_PER_NODE/" <<<"$hosts" >"$REAR_LOGS/hostfile"
         # It would look for the first node's address, and whether it answers, over ssh.
-        options=(--launcher slurm --hostfile "$REAR_LOGS/hostfile" --no_ssh_check --master_addr "$(head -n 1 "$REAR_LOGS/hostfile" | cut -d ' ' -f 1)"
-            --launcher_args "--ntasks-per-node=$REAR_TASKS_PER_NODE --cpus-per-task=$CPUS_PER_TASK --wait=60 --output=$REAR_LOGS/node%n-%N.log --open-mode=append")
+        options=(--launcher slurm --hostfile "$REAR_LOGS/hostfile" --no_ssh_check --master_addr "${hosts%%$'\n'*}")
+        options+=(--launcher_args
+            "--ntasks-per-node=$REAR_TASKS_PER_NODE --cpus-per-task=$CPUS_PER_TASK --wait=60 ${LOG[*]} ${REAR_SRUN_OPTIONS:-}")
     fi
     # The launcher would die of SIGUSR1.
     # shellcheck disable=SC2086
-    setsid bash -c 'trap "" USR1; exec "$@"' launcher ${REAR_CONTAINER:-} "$REAR_PYTHON" -m deepspeed.launcher.runner "${options[@]}" "$@" &
+    setsid bash -c 'trap "" USR1; exec "$@"' launcher ${REAR_CONTAINER:-} \
+        "$REAR_PYTHON" -m deepspeed.launcher.runner "${options[@]}" "$@" &
     wait_for $!
 }

@@ -292,7 +292,7 @@ def _measure(world: World, store: dist.Store) -> dict[str, dict[str, float]]:
 
 
 def _bandwidth(world: World, group: dist.ProcessGroup | None) -> float:
-    """Median bus bandwidth of all-reduce in GB/s, as nccl-tests define it. Raises RuntimeError for a wrong sum."""
+    """Best bus bandwidth of all-reduce in GB/s, as nccl-tests define it. Raises RuntimeError for a wrong sum."""
     size = dist.get_world_size(group)
     values = torch.ones(_BYTES[world.device.type] // 4, device=world.device)
     times = []
@@ -308,7 +308,7 @@ def _bandwidth(world: World, group: dist.ProcessGroup | None) -> float:
             times.append(time.perf_counter() - started)
     if not (values == size).all():
         raise RuntimeError(f"all-reduce of ones over {size} ranks gave {values.min().item()} to {values.max().item()}")
-    return 2 * (size - 1) / size * values.nbytes / statistics.median(times) / 1e9
+    return 2 * (size - 1) / size * values.nbytes / min(times) / 1e9
 
 
 def _slow(rates: dict[str, dict[str, float]], device: str) -> dict[str, list[str]]:
@@ -320,7 +320,8 @@ def _slow(rates: dict[str, dict[str, float]], device: str) -> dict[str, list[str
             continue
         usual = statistics.median(values.values())
         for node, value in values.items():
-            if value < _LEAST_SHARE * usual:
+            # Ranks on CPUs share cores with whatever else runs there, which says nothing about the network.
+            if device == "cuda" and value < _LEAST_SHARE * usual:
                 _add(bad, node, f"all-reduce {where}: {value:.2f} GB/s, {usual:.2f} on the others")
             elif value < _LEAST_GB_PER_S[device]:
                 _add(bad, node, f"all-reduce {where}: {value:.3f} GB/s, expected {_LEAST_GB_PER_S[device]} or more")

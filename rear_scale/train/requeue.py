@@ -1,7 +1,7 @@
 """Whether a job that has ended goes on by itself: asked by launchers/slurm/train.sbatch on the first node of a job.
 
     python -m rear_scale.train.requeue begin --config rear_xl.yaml ...    prints "STEP FOLDER" of the run
-    python -m rear_scale.train.requeue end STEP FOLDER CODE               exit code 0: requeue; 1: leave it
+    python -m rear_scale.train.requeue end STEP FOLDER CODE               prints "again" or "leave", and why to stderr
 
 It imports no torch, so the answer is there within a second.
 """
@@ -93,7 +93,7 @@ def main() -> None:
     close(folder, code)
     again, why = verdict(folder, step, code)
     print(why, file=sys.stderr)
-    sys.exit(0 if again else 1)
+    print("again" if again else "leave")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def _open_wandb(cfg: ExperimentConfig, run: RunFolder) -> Any:
         resume="allow",
         dir=str(run.path),
         # Where nodes have no network, the job knows it and the config does not.
-        mode=os.environ.get("WANDB_MODE", cfg.wandb.mode),
+        mode=os.environ.get("WANDB_MODE") or cfg.wandb.mode,
         config=to_dict(cfg),
     )
     # A resumed run logs some steps again, which wandb's own counter would refuse.
