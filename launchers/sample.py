@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE.npz", help="default: RUN/samples/, named by step and settings"
     )
+    parser.add_argument("--figure", metavar="NAME", help="sample settings of configs/figure/NAME.yaml")
     command = cli.parse_checkpoint(parser)
     if command.args.out is not None:
         check_output(command.args.out)

@@ -10,6 +10,7 @@ code 75. --check only sees whether all nodes are fit for the run: shards, run fo
 
 from rear_scale import cli
 from rear_scale.evaluate.training import check_training_scores, training_hooks
+from rear_scale.sample.training import check_grids, grid_hooks
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation
@@ -28,10 +29,11 @@ def main() -> None:
         preflight.check(cfg, command.ranks)
         return
     data = setup.check_data(cfg, command.ranks)
+    check_grids(cfg)
     check_training_scores(cfg)
     with joined(command.ranks) as world:
         tokens, codebook = data.open(world)
-        hooks = Hooks(on_checkpoint=training_hooks(cfg, world))
+        hooks = Hooks(on_checkpoint=[*grid_hooks(cfg, world), *training_hooks(cfg, world)])
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
         train(cfg, data.plan, world, tokens, codebook, hooks)

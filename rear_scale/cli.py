@@ -90,8 +90,10 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     args = parser.parse_intermixed_args()
     if args.checkpoint is None:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
-    found = open_source(args.checkpoint, args.config, args.overrides)
-    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=args.overrides)
+    figure = getattr(args, "figure", None)
+    overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
+    found = open_source(args.checkpoint, args.config, overrides)
+    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
     return CheckpointCommand(cfg, args, world.discover(), found)
 

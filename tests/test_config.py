@@ -25,7 +25,7 @@ def error_of(name: str, *overrides: str, world_size: int = 1) -> str:
     return message
 
 
-FOLDERS = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
+FOLDERS = ("*.yaml", "official/*.yaml", "ablation/*.yaml", "figure/*.yaml")
 CONFIGS = [path for pattern in FOLDERS for path in sorted(config.CONFIG_DIR.glob(pattern))]
 
 

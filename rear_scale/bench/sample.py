@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rear_scale import config
 from rear_scale.bench import reference
+from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
 from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.flops import decode_step_cost
@@ -55,9 +56,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--protocol {arguments.protocol} includes decoding, but tokenizer.weights is not set. Set it to the file's path"
             )
-    if cfg.model.architecture != "rar" or cfg.model.conditioning != "adaln" or cfg.model.tie_codebook is not None:
+    compared = cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln" and cfg.model.tie_codebook is None
+    if arguments.uncached and not compared:
         raise InputError(
-            f"--config {arguments.config}: the plain sampler is written for RAR's transformer with AdaLN. Use such a config"
+            f"--config {arguments.config} with --uncached: the plain sampler is written for RAR's transformer with AdaLN. "
+            "Leave --uncached out, or use such a config"
         )
     device = use_device()
     model = drawn_model(cfg, device, with_heads=False).eval()
@@ -71,14 +74,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     variants: dict[str, tuple[int, Callable[[], Tensor]]] = {
         "distinct_classes": (B, lambda: decode(decoder.generate(distinct, ids))),
         "one_class": (B, lambda: decode(decoder.generate(torch.zeros_like(ids), ids))),
-        "reference_cached": (B, lambda: decode(plain(distinct, ids, cached=True))),
     }
+    if compared:
+        variants["reference_cached"] = (B, lambda: decode(plain(distinct, ids, cached=True)))
     few = ids[:_UNCACHED_BATCH]
     if arguments.uncached:
         variants["few_images"] = (len(few), lambda: decode(decoder.generate(distinct[: len(few)], few)))
         variants["reference_uncached"] = (len(few), lambda: decode(plain(distinct[: len(few)], few, cached=False)))
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    same = _same_tokens(decoder, plain, distinct, ids)
+    same = _same_tokens(decoder, plain if compared else None, distinct, ids)
     with progress("bench sample", arguments.rounds * len(variants), "turn") as bar:
         for _ in range(arguments.rounds):
             for name, (images, call) in variants.items():
@@ -90,17 +94,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 bar.update()
     medians = {name: statistics.median(found) for name, found in rates.items()}
     cost = decode_step_cost(cfg, guided=decoder.guided)
+    ceilings = product_flops_per_s(device, next(model.parameters()).dtype), read_bytes_per_s(device)
+    limit_s = max(cost.flops / ceilings[0], cost.bytes / ceilings[1])  # of a step whose reads and products overlap
+    step_s = B / medians["distinct_classes"] / N
     result = {
         "images_per_s": medians["distinct_classes"],
-        "reference_images_per_s": medians["reference_cached"],
-        "ratio": medians["distinct_classes"] / medians["reference_cached"],
+        # None for a config that the plain sampler is not written for.
+        "reference_images_per_s": medians.get("reference_cached"),
+        "ratio": medians["distinct_classes"] / medians["reference_cached"] if compared else None,
         "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
         "same_token_share": same,
-        "latency_per_step_ms": 1e3 * B / medians["distinct_classes"] / N,
+        "latency_per_step_ms": 1e3 * step_s,
+        "limit_per_step_ms": 1e3 * limit_s,
+        "share_of_limit": limit_s / step_s,
         "flops_per_step": cost.flops,
         "bytes_per_step": cost.bytes,
-        "flops_per_s": cost.flops * N * medians["distinct_classes"] / B,
-        "bytes_per_s": cost.bytes * N * medians["distinct_classes"] / B,
+        "flops_per_s": cost.flops / step_s,
+        "bytes_per_s": cost.bytes / step_s,
+        "ceiling_flops_per_s": ceilings[0],
+        "ceiling_bytes_per_s": ceilings[1],
         "decoding_included": cfg.tokenizer.weights is not None,
         "batch_size": B,
         "precision": cfg.train.precision,
@@ -128,9 +140,12 @@ def _plain(
     return sampling.sample(forward, weights, labels + first, cfg.model.num_classes + first, scales, draw, cached=cached)
 
 
-def _same_tokens(decoder: Decoder, plain: Callable[..., Tensor], labels: Tensor, ids: Tensor) -> float:
-    """The share of images whose tokens are those of the plain sampler; this is the warm-up too."""
-    ours, theirs = decoder.generate(labels, ids), plain(labels, ids, cached=True)
+def _same_tokens(decoder: Decoder, plain: Callable[..., Tensor] | None, labels: Tensor, ids: Tensor) -> float | None:
+    """The share of images whose tokens are those of the plain sampler, None without one; this is the warm-up too."""
+    ours = decoder.generate(labels, ids)
+    if plain is None:
+        return None
+    theirs = plain(labels, ids, cached=True)
     return (ours == theirs).all(1).float().mean().item()
 
 

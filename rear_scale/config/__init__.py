@@ -7,7 +7,7 @@ is spent.
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """
 
-from rear_scale.config.load import CONFIG_DIR, check_override, find_config, from_dict, load
+from rear_scale.config.load import CONFIG_DIR, check_override, figure_overrides, find_config, from_dict, load
 from rear_scale.config.plan import Plan, check_resumable, derive
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "check_override",
     "check_resumable",
     "derive",
+    "figure_overrides",
     "find_config",
     "from_dict",
     "load",

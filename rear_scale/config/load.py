@@ -37,6 +37,19 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     return _typed(_overridden(values, parsed, composed), parsed, str(path))
 
 
+def figure_overrides(name: str) -> list[str]:
+    """What configs/figure/NAME.yaml itself says about sampling, as overrides for the config of any checkpoint.
+
+    Raises InputError for an unknown name.
+    """
+    known = sorted(path.stem for path in (CONFIG_DIR / "figure").glob("*.yaml"))
+    if name not in known:
+        raise InputError(f"--figure {name} is not one of {', '.join(known)}. Use one of them{suggest(name, known)}")
+    own = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "figure" / f"{name}.yaml"))
+    assert isinstance(own, dict)
+    return [f"{key}={value}" for key, value in leaves({"sample": own["sample"]}).items()]
+
+
 def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
     """The validated config of plain values, as `to_dict` gives them, with overrides applied in order.
 

@@ -14,6 +14,7 @@ from rear_scale.evaluate.classifier import NUM_FEATURES
 from rear_scale.evaluate.npz import read_samples
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
+from rear_scale.sample.training import FOLDER as GRIDS
 from rear_scale.shards.images import open_images
 from rear_scale.train.run_folder import read_metrics
 
@@ -90,6 +91,9 @@ def _training(seed: int) -> Section:
         Picture(curves(metrics, "loss_ar", "cross-entropy per token"), "cross-entropy on the training batches"),
         Picture(curves(metrics, "accuracy", "share of correct predictions"), "accuracy on the training batches"),
     ]
+    for model in MODELS:
+        for sheet in sorted((run_folder(model, seed) / GRIDS).glob("*.png")):
+            pictures.append(Picture(sheet.read_bytes(), f"{_TITLES[model]}: samples during training, {sheet.stem}"))
     steps = read_metrics(run_folder("rear", seed))
     last = max((line["step"] for line in steps if line["noise_max"] > 0), default=0)
     text = f"reAR predicts from noisy context up to step {last} of {steps[-1]['step']}, so its curves are worse until then."

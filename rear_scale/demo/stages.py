@@ -25,6 +25,8 @@ FOLDER = Path("runs/demo")  # relative to the current directory, as configs/demo
 _ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"ar": "demo_ar.yaml", "rear": "demo.yaml"}
 
+_GRID_EVERY_IMAGES = 19_200  # 300 steps
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -74,6 +76,8 @@ def stages(seeds: list[int], overrides: list[str]) -> list[Stage]:
             label = f"{'vanilla AR' if model == 'ar' else 'reAR'}, seed {seed}"
             run = run_folder(model, seed)
             names = [f"run.name={model}_seed{seed}", f"run.dir={run}", f"run.seed={seed}"]
+            if seed == seeds[0]:
+                names += [f"sample.grid_every_images={_GRID_EVERY_IMAGES}"]  # the report shows this seed
             train = [*deepspeed, "launchers/train.py", "--config", config, *names, *overrides]
             sample = [
                 *torchrun,

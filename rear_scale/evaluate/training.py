@@ -15,6 +15,7 @@ from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.job import load_generator
+from rear_scale.sample.training import passed
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.world import World
 
@@ -36,10 +37,7 @@ def check_training_scores(cfg: ExperimentConfig) -> None:
 def is_due(step: int, cfg: ExperimentConfig) -> bool:
     """Whether a multiple of every_images was passed since the checkpoint before this step's. A function of the step alone."""
     assert cfg.evaluate.training is not None
-    every = cfg.checkpoint.every_steps
-    before = (step - 1) // every * every
-    batch, period = cfg.train.global_batch_size, cfg.evaluate.training.every_images
-    return step * batch // period > before * batch // period
+    return passed(step, cfg.evaluate.training.every_images, cfg)
 
 
 class TrainingScores:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,6 +193,16 @@ def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float])
     page = _open_wandb(cfg, run)
     page.summary.update(values)
     page.finish()
+
+
+def log_image(cfg: ExperimentConfig, step: int, name: str, file: Path) -> None:
+    """Adds an image to the page in wandb of the run that is training here, unless it is disabled. Rank 0 only."""
+    if cfg.wandb.mode == "disabled":
+        return
+    import wandb
+
+    assert wandb.run is not None
+    wandb.log({name: wandb.Image(str(file)), "step": step})
 
 
 def _open_wandb(cfg: ExperimentConfig, run: RunFolder) -> Any:

@@ -1,0 +1,84 @@
+"""Sheets of samples during training: the same images of the same seed each time, in the run folder and in wandb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.parallel.checkpoint import open_checkpoint
+from rear_scale.progress import say
+from rear_scale.sample.decode import Decoder
+from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.job import labels_of, load_generator, make_images, units_of
+from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
+from rear_scale.train.telemetry import log_image
+from rear_scale.world import World
+
+FOLDER = "grids"  # of the run: step_00000100.png ...
+_COLUMNS = 10  # classes
+_ROWS = 5
+
+
+def passed(step: int, every_images: int, cfg: ExperimentConfig) -> bool:
+    """Whether a multiple of every_images was passed since the checkpoint before this step's. A function of the step alone."""
+    before = (step - 1) // cfg.checkpoint.every_steps * cfg.checkpoint.every_steps
+    batch = cfg.train.global_batch_size
+    return step * batch // every_images > before * batch // every_images
+
+
+def check_grids(cfg: ExperimentConfig) -> None:
+    """Raises InputError, before training starts, when grids are asked for that could not be made."""
+    if cfg.sample.grid_every_images is None:
+        return
+    weights = cfg.tokenizer.weights
+    if cfg.tokenizer.name in TOKENS_ONLY:
+        missing = f"tokenizer.name={cfg.tokenizer.name} does not decode images here"
+    elif weights is None or not Path(weights).exists():
+        missing = f"not found: tokenizer.weights={weights}"
+    else:
+        return
+    raise InputError(f"{missing}, which sample.grid_every_images needs. Set it, or sample.grid_every_images=null")
+
+
+class SampleGrids:
+    """A hook on checkpoints. All ranks must call it; rank 0 reads the model from the checkpoint and draws."""
+
+    def __init__(self, cfg: ExperimentConfig, world: World) -> None:
+        columns = min(_COLUMNS, cfg.model.num_classes if cfg.sample.labels is None else len(cfg.sample.labels))
+        given = list(range(columns)) if cfg.sample.labels is None else cfg.sample.labels[:columns]
+        count = columns * _ROWS
+        batch_size = min(cfg.sample.batch_size, count)
+        sample = replace(cfg.sample, num_images=count, batch_size=batch_size, labels=given)
+        self.cfg, self.world, self.columns = replace(cfg, sample=sample), world, columns
+
+    def __call__(self, step: int, path: Path) -> None:
+        """Writes a sheet with a class in each column, where one is due."""
+        every = self.cfg.sample.grid_every_images
+        assert every is not None
+        if passed(step, every, self.cfg):
+            self.world.on_main(lambda: self._draw(step, path))
+
+    def _draw(self, step: int, path: Path) -> None:
+        cfg, device = self.cfg, self.world.device
+        decoder = Decoder(load_generator(cfg, open_checkpoint(path), device), cfg.sample, cfg.objective.permutation)
+        tokenizer = open_tokenizer(cfg.tokenizer, device)
+        size = cfg.tokenizer.image_size
+        images = np.empty((cfg.sample.num_images, size, size, 3), np.uint8)
+        for ids in units_of(cfg):
+            images[ids] = make_images(decoder, tokenizer, ids, cfg, device)
+        file = Path(cfg.run.dir) / FOLDER / f"step_{step:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(".part")
+        Image.fromarray(contact_sheet(images, self.columns)).save(part, format="PNG")
+        part.replace(file)
+        say(f"{file}: {len(images)} samples, classes {', '.join(map(str, labels_of(cfg, np.arange(self.columns))))}")
+        log_image(cfg, step, "samples", file)
+
+
+def grid_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:
+    return [] if cfg.sample.grid_every_images is None else [SampleGrids(cfg, world)]

@@ -1,0 +1,130 @@
+"""Sampling draws what the plain sampler draws, whoever draws it and in whatever company."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_alone, run_ranks
+from reference.generators import alitok_forward, rar_forward
+from test_reference import CLASSES, condition, drawn, generator
+from test_sample import _sample, prepared
+from torch import Tensor
+
+from rear_scale.bench.model import drawn_model
+from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
+from rear_scale.parallel import checkpoint
+from rear_scale.sample import job
+from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder
+from rear_scale.world import World
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("only", [{}, {"top_k": 5}, {"top_p": 0.8}])
+@pytest.mark.parametrize("architecture", ["rar", "alitok"])
+def test_every_step_has_the_logits_of_the_plain_sampler(architecture: str, only: dict, scale: float) -> None:
+    num_tokens, plain = (16, rar_forward) if architecture == "rar" else (20, alitok_forward)
+    model = generator(architecture, num_tokens).eval()
+    tokens, labels = drawn(num_tokens)
+    decoder = Decoder(model, SampleConfig(batch_size=4, guidance=GuidanceConfig("constant", scale), **only))
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        conditional = plain(weights, tokens, condition(labels), 4)[0][:, :num_tokens]
+        unconditional = plain(weights, tokens, condition(torch.full_like(labels, CLASSES)), 4)[0][:, :num_tokens]
+        state = CachedDecoding(decoder.model, labels, None, decoder.guided)
+        ours = torch.stack([decoder.guide(state.next_logits(tokens[:, :step]), step) for step in range(num_tokens)], 1)
+    expected = unconditional + (conditional - unconditional) * scale
+    kept = torch.isfinite(ours)
+    assert (ours[kept] - expected[kept]).abs().max() < 1e-5
+    assert torch.equal(kept, _kept(expected, **only))
+
+
+def _kept(logits: Tensor, top_k: int = 10**9, top_p: float = 2.0) -> Tensor:
+    """Code by code: those that fewer than top_k codes beat, and that less than top_p of the probability beats."""
+    beaten = logits[..., None, :] > logits[..., :, None]
+    share = (beaten * logits.softmax(-1)[..., None, :]).sum(-1)
+    return (beaten.sum(-1) < top_k) & (share < top_p)
+
+
+def sequences(decoder: Decoder, cfg: ExperimentConfig, images: int, batch_size: int) -> Tensor:
+    cfg.sample.batch_size = batch_size
+    made = [job.make_tokens(decoder, ids, cfg, torch.device("cpu"))[: len(ids)] for ids in job.units_of(cfg)]
+    tokens = torch.empty(images, made[0].shape[1], dtype=torch.int64)
+    tokens[np.concatenate(job.units_of(cfg))] = torch.cat(made)
+    return tokens
+
+
+@pytest.mark.parametrize("images", [70, pytest.param(1000, marks=pytest.mark.long)])
+def test_batches_of_another_size_part_at_near_ties_alone(images: int) -> None:
+    cfg = load("demo.yaml", [f"sample.num_images={images}"])
+    model = drawn_model(cfg, torch.device("cpu"), with_heads=False).eval()
+    decoder = Decoder(model, cfg.sample)
+    expected = sequences(decoder, cfg, images, 64)
+    assert torch.equal(expected, sequences(decoder, cfg, images, 64))
+    assert len(expected.unique(dim=0)) == images
+    for batch_size in (1, 7):
+        other = sequences(decoder, cfg, images, batch_size)
+        parted = (other != expected).any(1).nonzero()[:, 0]
+        assert len(parted) <= 2
+        for image in parted.tolist():
+            assert _gap(decoder, cfg, image, expected[image], other[image]) < NEAR_TIE
+
+
+def _gap(decoder: Decoder, cfg: ExperimentConfig, image: int, one: Tensor, other: Tensor) -> float:
+    """Between the two best perturbed logits where two sequences of an image first differ."""
+    step = int((one != other).nonzero()[0])
+    ids = torch.tensor([image])
+    with torch.no_grad():
+        classes = torch.tensor([image % cfg.model.num_classes, decoder.model.null_class])
+        logits = decoder.model(one.repeat(2, 1), classes, None)["logits"][:, step]
+        best = decoder.perturbed(decoder.guide(logits, step), ids, step).topk(2).values[0]
+    return float(best[0] - best[1])
+
+
+@pytest.mark.long
+def test_a_thousand_images_are_the_same_for_any_world_and_after_a_kill(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = load("demo.yaml").model
+    sizes = [f"model.{name}={getattr(demo, name)}" for name in ("depth", "width", "num_heads")]
+    cfg, found = prepared(tmp_path, tokens, *sizes, "sample.num_images=1000", "sample.batch_size=64")
+    for world_size in (1, 2, 3):
+        run_ranks(world_size, _sample, cfg, found, tmp_path / f"world{world_size}.npz")
+    make = job._make_unit
+
+    def killed(*arguments):
+        if arguments[-1] == 9:
+            raise KeyboardInterrupt
+        make(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_make_unit", killed)
+        run_alone(_sample, cfg, found, tmp_path / "killed.npz")
+    run_ranks(2, _sample, cfg, found, tmp_path / "killed.npz")
+    ids = [np.load(path) for path in sorted(tmp_path.glob("*.tokens.npy"))]
+    assert len(ids) == 4
+    assert all(np.array_equal(other, ids[0]) for other in ids)
+    assert len(np.unique(ids[0], axis=0)) > 900
+
+
+@pytest.mark.long
+def test_fifty_thousand_images_take_two_processes_less_than_a_gibibyte_each(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens, "sample.num_images=50000", "sample.batch_size=250")
+    peaks = run_ranks(2, _peak_memory, cfg, found, tmp_path / "samples.npz")
+    assert max(peaks) < 1.0, peaks
+    loaded = np.load(tmp_path / "samples.npz")
+    assert loaded["arr_0"].shape == (50_000, 16, 16, 3)
+    assert (np.bincount(loaded["label"]) == 50_000 // cfg.model.num_classes).all()
+
+
+def _peak_memory(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> float:
+    """The largest resident size of this process, in GiB."""
+    job.sample_images(cfg, found, world, output)
+    status = Path(f"/proc/{os.getpid()}/status").read_text()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert peak is not None
+    return int(peak[1]) / 2**20

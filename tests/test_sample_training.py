@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_alone, run_ranks, tiny_config
+from PIL import Image
+
+from rear_scale import config
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.parallel import checkpoint
+from rear_scale.sample import job
+from rear_scale.sample.training import FOLDER, SampleGrids, check_grids, grid_hooks
+from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.world import World
+
+
+def prepared(folder: Path, tokens: Path, *overrides: str) -> ExperimentConfig:
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(16, 32, 8, 16)
+    tokenizer.codes.normal_()
+    tokenizer.save(folder / "weights")
+    batch = tiny_config(folder, tokens).train.global_batch_size
+    return tiny_config(
+        folder,
+        tokens,
+        f"tokenizer.weights={folder / 'weights'}",
+        "strategy=ddp",
+        "train.total_steps=4",
+        "checkpoint.every_steps=1",
+        f"sample.grid_every_images={2 * batch}",
+        "sample.batch_size=30",
+        *overrides,
+    )
+
+
+def _train(world: World, cfg: ExperimentConfig) -> None:
+    data = setup.check_data(cfg, world.ranks)
+    train(cfg, data.plan, world, *data.open(world), Hooks(on_checkpoint=grid_hooks(cfg, world)))
+
+
+def test_sheets_show_the_samples_of_their_step(tmp_path: Path, tokens: Path) -> None:
+    cfg = prepared(tmp_path, tokens)
+    check_grids(cfg)
+    run_ranks(2, _train, cfg)
+    sheets = sorted((tmp_path / "run" / FOLDER).iterdir())
+    assert [sheet.name for sheet in sheets] == ["step_00000002.png", "step_00000004.png"]
+    assert len({sheet.read_bytes() for sheet in sheets}) == 2
+    # The sampling job draws the same images of the last step.
+    cfg.sample.num_images, cfg.sample.batch_size = 25, 25
+    found = checkpoint.find(tmp_path / "run")
+    run_alone(lambda world: job.sample_images(cfg, found, world, tmp_path / "samples.npz"))
+    drawn = np.load(tmp_path / "samples.npz")["arr_0"]
+    with Image.open(sheets[1]) as sheet:
+        shown = (
+            np.asarray(sheet)
+            .reshape(5, 66, 5, 66, 3)
+            .transpose(0, 2, 1, 3, 4)[:, :, :64:4, :64:4]
+            .reshape(-1, 16, 16, 3)
+        )
+    assert np.array_equal(shown, drawn)
+
+
+def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Path, tokens: Path) -> None:
+    cfg = prepared(tmp_path, tokens)
+    cfg.tokenizer.weights = "/nowhere"
+    with pytest.raises(InputError, match="not found: tokenizer.weights=/nowhere, which sample.grid_every_images needs"):
+        check_grids(cfg)
+    cfg.sample.grid_every_images = None
+    check_grids(cfg)
+    assert grid_hooks(cfg, run_alone(lambda world: world)) == []
+
+
+def test_a_sheet_has_given_labels_and_few_columns(tmp_path: Path, tokens: Path) -> None:
+    cfg = prepared(tmp_path, tokens, "sample.labels=[3,1]")
+    grids = SampleGrids(cfg, run_alone(lambda world: world))
+    assert (grids.columns, grids.cfg.sample.num_images, grids.cfg.sample.labels) == (2, 10, [3, 1])
+    assert cfg.sample.labels == [3, 1]
+
+
+@pytest.mark.parametrize("name", ["rear_appendix_e_vqgan", "rear_appendix_e_alitok", "rar_figure5"])
+def test_a_figure_sets_classes_for_any_size_and_the_schedule_only_where_it_is_printed(name: str) -> None:
+    alone = config.load(f"figure/{name}.yaml").sample
+    for size in ("rar_b", "rar_xl"):
+        own = config.load(f"{size}.yaml").sample
+        drawn = config.load(f"{size}.yaml", config.figure_overrides(name)).sample
+        assert (drawn.labels, drawn.num_images, drawn.seed) == (alone.labels, alone.num_images, alone.seed)
+        assert drawn.num_images % len(drawn.labels) == 0
+        if name == "rar_figure5":
+            assert drawn.guidance == own.guidance
+        else:
+            assert (drawn.guidance.schedule, drawn.guidance.scale) == ("constant", 4.0)
+
+
+def test_an_unknown_figure_is_named() -> None:
+    with pytest.raises(InputError, match="--figure rar_figure is not one of .*; did you mean rar_figure5?"):
+        config.figure_overrides("rar_figure")
