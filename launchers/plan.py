@@ -16,12 +16,21 @@ from rear_scale.scaling import plan, report
 def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--measure", action="store_true", help="time a few steps on this machine and plan with that rate"
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="also run an update without memory on one rank of that many; takes seconds per block",
+    )
     command = cli.parse(parser)
     if command.args.dry_run:
         print(config.to_yaml(command.cfg))
         return
-    found = plan.make(command.args.config, command.cfg, command.args.overrides)
-    print(json.dumps(report.as_dict(found), indent=1) if command.args.json else report.as_text(found))
+    args = command.args
+    found = plan.make(args.config, command.cfg, args.overrides, measured=args.measure, simulated=args.simulate)
+    print(json.dumps(report.as_dict(found), indent=1) if args.json else report.as_text(found))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,14 @@ def autocasts(cfg: ExperimentConfig) -> bool:
     return cfg.train.precision == "bf16" and cfg.strategy.name in ("single", "ddp")
 
 
+def one_block_bytes(cfg: ExperimentConfig) -> int:
+    """What one block keeps that computes nothing again."""
+    return _positions(cfg) * _one_block(cfg)
+
+
 def block_activation_bytes(cfg: ExperimentConfig) -> int:
     """What all blocks keep together."""
-    one, depth, policy = _positions(cfg) * _one_block(cfg), cfg.model.depth, cfg.train.activation_checkpointing
+    one, depth, policy = one_block_bytes(cfg), cfg.model.depth, cfg.train.activation_checkpointing
     boundary = _positions(cfg) * cfg.model.width * _residual_width(cfg)
     if policy == "none":
         return depth * one

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
-from rear_scale.model.activations import activation_bytes, compute_width
+from rear_scale.model.activations import activation_bytes, compute_width, one_block_bytes
 
 # Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
 ZERO_BUCKET_ELEMENTS = 50_000_000
@@ -102,13 +102,18 @@ def _fsdp(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.M
     shard = 4 * (elements_padded(model, ranks) // ranks)
     psi, block = elements(model), elements(model.blocks[0])
     root = psi - cfg.model.depth * block
+    # Weights and gradients of the second block while the gradients of the first, for which nothing is kept any more, travel as
+    # float32; or two blocks, one of them fetched ahead.
+    passing = 4 * block - one_block_bytes(cfg)
+    blocks = max(2 * width * block, 2 * width * block + passing)
+    if not strategy.reshard_after_forward:
+        blocks = width * (psi - root) + max(0, width * block + passing)
     return {
         "weights": shard,
         "gradients": shard,
         "deferred": 4 * psi if accumulation > 1 and strategy.defer_reduction else 0,
         "optimizer": moments * shard,
-        # Two blocks, one of them fetched ahead, beside the group of the root.
-        "gathered": width * (root + 2 * block if strategy.reshard_after_forward else psi),
+        "gathered": width * root + blocks,
     }
 
 

@@ -28,7 +28,7 @@ class FSDPStrategy(TorchStrategy):
     """
 
     def build(self, model: nn.Module) -> None:
-        self.model = wrap(model.to(self.world.device), self._mesh(), self.cfg.train.precision, self._reshard)
+        self.model = wrap(model.to(self.world.device), self.mesh(), self.cfg.train.precision, self._reshard)
         self.engine = self.model
         self.prepare_optimizer()
 
@@ -36,7 +36,8 @@ class FSDPStrategy(TorchStrategy):
     def _reshard(self) -> bool:
         return self.cfg.strategy.reshard_after_forward
 
-    def _mesh(self) -> DeviceMesh:
+    def mesh(self) -> DeviceMesh:
+        """The ranks, in one row or in one row per replica. All ranks must call this."""
         kind, strategy = self.world.device.type, self.cfg.strategy
         if strategy.name == "fsdp2":
             return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))

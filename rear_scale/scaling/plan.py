@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.scaling import planner
-from rear_scale.scaling.devices import open_cluster
+from rear_scale.scaling.devices import Cluster, open_cluster
+from rear_scale.scaling.planner import Choice
 from rear_scale.scaling.report import Report
 from rear_scale.scaling.widening import widths
+
+if TYPE_CHECKING:
+    from rear_scale.scaling.measure import Measured
 
 _KEPT = ("strategy", "strategy.replicas", "strategy.defer_reduction", "train.activation_checkpointing")
 _KEPT += ("train.micro_batch_size",)
 
 
-def make(config: str, cfg: ExperimentConfig, overrides: list[str]) -> Report:
+def make(
+    config: str, cfg: ExperimentConfig, overrides: list[str], *, measured: bool = False, simulated: bool = False
+) -> Report:
     """The plan of a config. What the overrides say of strategy, recomputation and micro-batch is kept.
 
-    Raises InputError for an unknown GPU, a batch that the GPUs do not divide, and a run that does not fit.
+    measured: a few steps on the device at hand give the rate. simulated: the recommended strategy, or the fastest that can be
+    simulated, is run on rank 0 of a world that is not there. Raises InputError for an unknown GPU, a batch that the GPUs do
+    not divide, and a run that does not fit.
     """
     keys = {text.split("=")[0] for text in overrides}
     fixed = frozenset(key for key in _KEPT if key in keys or (key == "strategy" and "strategy.name" in keys))
     cluster = open_cluster(cfg)
     model = meta_model(cfg)
-    slowness, measured = 1.0, None
+    rate = _measure(cfg, cluster) if measured else None
+    slowness = rate.slowness if rate else 1.0
     found = planner.choices(cfg, cluster, model, fixed, slowness)
     best = planner.recommend(cfg, cluster, model, found, fixed)
     return Report(
@@ -35,6 +46,23 @@ def make(config: str, cfg: ExperimentConfig, overrides: list[str]) -> Report:
         best=best,
         command=planner.command(config, overrides, cluster, best),
         widths=widths(cfg, cluster, model, fixed, slowness),
-        measured=measured,
-        simulated=None,
+        measured=rate.as_dict() if rate else None,
+        simulated=_simulate(cluster, found, best, fixed) if simulated else None,
     )
+
+
+def _measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
+    # Imported where it is used: a plan on paper needs neither engines nor the objective.
+    from rear_scale.scaling.measure import measure
+
+    return measure(cfg, cluster)
+
+
+def _simulate(cluster: Cluster, found: list[Choice], best: Choice, fixed: frozenset[str]) -> dict[str, Any]:
+    from rear_scale.scaling.simulate import STRATEGIES, beside_formula
+
+    chosen = best
+    others = [one for one in found if one.fits and one.name in STRATEGIES]
+    if best.name not in STRATEGIES and "strategy" not in fixed and others:
+        chosen = min(others, key=lambda one: one.time.total_s)
+    return beside_formula(chosen.cfg, cluster.gpus)

@@ -98,7 +98,7 @@ def _width(row: Width) -> dict[str, Any]:
 
 def as_text(report: Report) -> str:
     parts = [_head(report), _table(report), _recommendation(report), _scaling(report)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _simulation(report.simulated)] if report.simulated else parts)
 
 
 def _head(report: Report) -> str:
@@ -169,6 +169,20 @@ def _scaling(report: Report) -> str:
     verdict = f"a global batch of {batch:,} pays up to {last} GPUs" if last else "nothing fits"
     rule = f"pays: twice the GPUs are at least {widening.PAYS} times as fast"
     return f"on more GPUs: {verdict} ({rule})\n" + _aligned(rows, left=0)
+
+
+def _simulation(found: dict[str, Any]) -> str:
+    head = (
+        f"simulated: strategy={found['strategy']} train.activation_checkpointing={found['checkpointing']} on rank 0 of "
+        f"{found['world_size']}, {found['micro_steps']} micro-step(s) of {found['micro_batch_size']} images"
+    )
+    rows = [["per rank", "run", "formula"]]
+    for part, size in found["memory_gib"].items():
+        rows.append([f"{part} GiB", f"{size:.3f}", f"{found['formula_memory_gib'][part]:.3f}"])
+    for kind, sent in found["collectives"].items():
+        rows.append([f"{kind} calls", str(sent["calls"]), str(sent["formula_calls"])])
+        rows.append([f"{kind} GiB", f"{sent['gib']:.3f}", f"{sent['formula_gib']:.3f}"])
+    return f"{head}\n{_aligned(rows, left=1)}"
 
 
 def _aligned(rows: list[list[str]], left: int) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
+from rear_scale.model.memory import memory_per_rank
 from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.storage import is_remote
+from rear_scale.train import fit
 from rear_scale.train.setup import read_checked
 from rear_scale.world import Ranks
 
@@ -16,12 +18,17 @@ def show(cfg: ExperimentConfig, ranks: Ranks) -> None:
     """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet."""
     lines = [to_yaml(cfg).rstrip(), "", *_data_lines(cfg)]
     try:
-        lines += _run_lines(cfg, derive(cfg, ranks.world_size, _images_per_epoch(cfg)))
+        lines += _run_lines(cfg, derive(cfg, _world_size(cfg, ranks), _images_per_epoch(cfg)))
     except UnknownLength as unknown:
         lines.append(f"run length: {unknown}")
     lines += _model_lines(cfg)
     if ranks.rank == 0:
         print("\n".join(lines), flush=True)
+
+
+def _world_size(cfg: ExperimentConfig, ranks: Ranks) -> int:
+    """Started on one rank by hand, the dry run is one of cluster.gpus ranks where that is set."""
+    return cfg.cluster.gpus or 1 if ranks.launcher == "single" else ranks.world_size
 
 
 def _data_lines(cfg: ExperimentConfig) -> list[str]:
@@ -61,10 +68,12 @@ def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
 def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     train = cfg.train
     images = plan.last_step * train.global_batch_size
+    memory = memory_per_rank(cfg, plan.world_size, plan.accumulation)
     lines = [
         f"ranks: {plan.world_size}, strategy {cfg.strategy.name}, {train.precision}",
         f"global batch: {train.global_batch_size:,} images = {train.micro_batch_size} per micro-step "
         f"x {plan.accumulation} micro-steps x {plan.world_size} ranks",
+        f"memory per rank, by formula: {memory.peak / fit.GIB:.1f} GiB ({fit.in_words(memory)})",
         f"epoch: {plan.images_per_epoch:,} images"
         if plan.images_per_epoch
         else "epoch: unknown until data.train is there",

@@ -13,7 +13,7 @@ from rear_scale.progress import Say, say
 from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
 from rear_scale.shards.record import Manifest, read_codebook
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.train import start
+from rear_scale.train import fit, start
 from rear_scale.world import Ranks, World
 
 
@@ -41,14 +41,15 @@ class Data:
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
-    """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, or the attention
-    kernel cannot run here."""
+    """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, a rank has too
+    little memory, or the attention kernel cannot run here."""
     start.check(cfg)
     choose_kernel(cfg.model.kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"), cfg.train.precision)
     manifest = read_checked(cfg, cfg.data.train)
     if cfg.data.val is not None:
         read_checked(cfg, cfg.data.val)
     plan = derive(cfg, ranks.world_size, manifest.num_images)
+    fit.check(cfg, plan, ranks)
     return Data(cfg, plan, manifest, codebook_of(cfg, manifest))
 
 

@@ -1,0 +1,52 @@
+"""Whether a rank's share of a run fits into the memory that it has."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from rear_scale.config import ExperimentConfig, InputError, Plan
+from rear_scale.model.memory import Memory, memory_per_rank
+from rear_scale.world import Ranks
+
+GIB = 2**30
+
+
+def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
+    """Raises InputError where the formula wants more than the whole memory of the rank's GPU (or its share of the machine's,
+    on a CPU), unless train.check_memory is false."""
+    if not cfg.train.check_memory:
+        return
+    need, there = memory_per_rank(cfg, plan.world_size, plan.accumulation), _bytes_there(ranks)
+    if need.peak <= there:
+        return
+    train = cfg.train
+    what = f"strategy={cfg.strategy.name} train.activation_checkpointing={train.activation_checkpointing}"
+    place = "its GPU" if torch.cuda.is_available() else f"its share of this machine (ranks: {ranks.local_world_size})"
+    raise InputError(
+        f"train.micro_batch_size={train.micro_batch_size} {what} needs {need.peak / GIB:.1f} GiB per rank by formula "
+        f"({in_words(need)}), and {place} has {there / GIB:.1f}. {_way_out(need, there)}, or try it all the same with "
+        "train.check_memory=false"
+    )
+
+
+def in_words(memory: Memory) -> str:
+    """The parts that matter, in GiB."""
+    parts = {
+        "weights, gradients and optimizer": memory.peak - memory.activations - memory.buffers - memory.gathered,
+        "activations": memory.activations,
+        "buffers": memory.buffers + memory.gathered,
+    }
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+
+
+def _way_out(need: Memory, there: int) -> str:
+    if need.peak - need.activations > there:
+        return "Use strategy=fsdp2 or more ranks (launchers/plan.py says which fit)"
+    return "Use a smaller train.micro_batch_size or train.activation_checkpointing=full"
+
+
+def _bytes_there(ranks: Ranks) -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(ranks.local_rank % torch.cuda.device_count()).total_memory
+    return psutil.virtual_memory().total // ranks.local_world_size
