@@ -1,6 +1,6 @@
 """Bytes of one of two ranks while it trains a model of 100 million weights: tests/measured/memory_per_rank.json.
 
-    PYTHONPATH=. python tests/measure_memory.py
+PYTHONPATH=. python tests/measure_memory.py
 """
 
 from __future__ import annotations
@@ -137,7 +137,11 @@ def measure_all(folder: Path, tokens: Path) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in build_model_shapes(cfg)),
         "overrides": list(LARGE),
         "micro_batch_size": "8 / accumulation",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": version("deepspeed"),
+        },
         "figures": figures,
     }
 

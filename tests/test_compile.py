@@ -46,7 +46,10 @@ def _losses(
             found[name][form] = [loss for loss, _ in run_steps(world, cfg, build(world, cfg), 1, 3, lr=2e-3)]
             counters = torch._dynamo.utils.counters
             frames, breaks = counters["frames"], sum(counters["graph_break"].values())
-            found[name][f"{form} graphs"] = [counters["stats"]["unique_graphs"], frames["total"] - frames["ok"] + breaks]
+            found[name][f"{form} graphs"] = [
+                counters["stats"]["unique_graphs"],
+                frames["total"] - frames["ok"] + breaks,
+            ]
     return found
 
 

@@ -152,7 +152,9 @@ def test_a_task_of_srun_that_dies_brings_the_other_down(tmp_path: Path, tokens: 
     tasks[1].kill()
     assert tasks[0].wait(60) == 1
     assert status(tmp_path)["state"] == "failed"
-    assert status(tmp_path)["step"] == max(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_????????"))
+    assert status(tmp_path)["step"] == max(
+        int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_????????")
+    )
 
 
 def test_a_spike_is_logged_and_rewound_past_its_data(tmp_path: Path, tokens: Path) -> None:

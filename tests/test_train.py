@@ -235,7 +235,9 @@ def test_a_resumed_run_continues_its_page_in_wandb(
 
     monkeypatch.setattr(wandb, "init", init)
     for end in (2, 3):
-        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", f"train.stop_at_step={end}", "wandb.mode=offline"))
+        run_alone(
+            run, tiny_config(tmp_path, tokens, "strategy=single", f"train.stop_at_step={end}", "wandb.mode=offline")
+        )
     identity = (tmp_path / "run/wandb_id").read_text()
     assert [settings["id"] for settings in asked] == [identity, identity]
     assert all((settings["mode"], settings["resume"]) == ("offline", "allow") for settings in asked)

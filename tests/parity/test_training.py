@@ -176,6 +176,8 @@ def _check_parameters(case: Case, compare, weights: dict, start: dict, update: i
         if update == 1:
             assert not moved.any(), name  # rate 0
         elif "moved_norm" in rules:
-            compare(f"{label}{update} moved {name}", np.linalg.norm(moved), moved_norm, rules["moved_norm"] * moved_norm)
+            compare(
+                f"{label}{update} moved {name}", np.linalg.norm(moved), moved_norm, rules["moved_norm"] * moved_norm
+            )
             allowed = rules["moved_dot_probe"] * moved_norm
             compare(f"{label}{update} moved-probe {name}", (moved * probe).sum(), values["moved_dot_probe"], allowed)
