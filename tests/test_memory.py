@@ -11,6 +11,7 @@ from measure_memory import FILE, config_of, measure, measure_all
 from test_parallel import QUIET
 from torch import Tensor
 
+from rear_scale import config
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import build_model
 from rear_scale.model.memory import activation_bytes, memory_per_rank
@@ -65,6 +66,38 @@ def test_a_small_model_takes_what_is_predicted(tmp_path: Path, tokens: Path) -> 
     cells = [("fsdp2", "fp32", 1), ("zero2", "fp32", 1)]
     for cell, found in zip(cells, run_ranks(2, _measured, tmp_path, tokens, cells, fresh=True)[0], strict=True):
         check(config_of(tmp_path, tokens, SMALL, *cell), cell[2], found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["rear_b.yaml", "ablation/rar_l_plain.yaml", "rear_alitok_b.yaml", "rear_titok_b64.yaml"])
+def test_what_every_family_keeps_is_as_predicted(name: str, precision: str) -> None:
+    """Without logits and loss, and with the weights' casts of autocast left out."""
+    cfg = config.load(
+        name,
+        [
+            "objective=ar", "model.width=192", "model.num_heads=4", "model.depth=6", "model.dropout=0", "strategy=single",
+            "model.attn_dropout=0", "model.embed_dropout=0", "train.micro_batch_size=6", f"train.precision={precision}",
+        ],
+    )  # fmt: skip
+    cfg.model.mlp_width = None
+    model = build_model(cfg)
+    model.init_weights(0)
+    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved: list[Tensor] = []
+    tokens = torch.randint(0, 32, (6, cfg.tokenizer.num_tokens))
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t), half:
+        model(tokens, torch.arange(6), None)
+    kept = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in saved
+        if tuple(tensor.shape) not in shapes and tuple(tensor.shape)[::-1] not in shapes
+    }
+    logits = 6 * cfg.tokenizer.num_tokens * cfg.tokenizer.codebook_size * (8 if precision == "fp32" else 10)
+    found = sum(size for place, size in kept.items() if place not in weights)
+    print(name, precision, f"{(activation_bytes(cfg) - logits) / found:.3f}")
+    assert activation_bytes(cfg) - logits == pytest.approx(found, rel=0.05)
 
 
 def test_what_blocks_keep_is_as_predicted(tmp_path: Path, tokens: Path) -> None:

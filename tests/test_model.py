@@ -165,6 +165,30 @@ def test_flops_equal_the_counter_on_a_built_model() -> None:
     assert output["logits"].shape == (1, 36, 128)
 
 
+@pytest.mark.parametrize(
+    "name", ["rear_b.yaml", "official/rear_b.yaml", "ablation/rar_l_plain.yaml", "rear_alitok_b.yaml", "rear_titok_b64.yaml",
+             "ablation/rear_table3_tied.yaml"],
+)  # fmt: skip
+def test_flops_of_every_family_equal_the_counter(name: str) -> None:
+    cfg = config.load(
+        name,
+        [
+            "model.depth=3", "model.width=64", "model.num_heads=4", "objective.heads.hidden=64",
+            "objective.heads.encode_tap=1", "objective.heads.decode_tap=2", "model.attn_dropout=0",
+        ],
+    )  # fmt: skip
+    model = build_model(cfg)
+    model.set_codebook(torch.zeros(cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim))
+    N = cfg.tokenizer.num_tokens
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, N, dtype=torch.long), torch.zeros(1, dtype=torch.long), None)
+    S = N + (cfg.model.architecture == "rar")
+    # The encode head of the released form counts the last token, which is run through the blocks before it.
+    longer = (cfg.objective.heads.positions == "all") * cfg.objective.heads.encode_tap
+    attention = 2 * 64 * ((3 - longer) * S * (S + 1) + longer * (S + 1) * (S + 2))
+    assert 3 * (counter.get_total_flops() + attention) == pytest.approx(train_flops_per_image(cfg), rel=1e-3)
+
+
 def test_no_heads_cost_nothing() -> None:
     assert train_flops_per_image(small("objective=ar")) < train_flops_per_image(small())
     assert parameters_by_part(small("objective=ar"))["heads"] == 0

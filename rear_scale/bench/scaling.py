@@ -12,12 +12,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.model import meta_model
 from rear_scale.progress import say
+from rear_scale.scaling.cost import step_time
+from rear_scale.scaling.devices import cluster_of, devices
 from rear_scale.world import Ranks
 
 _LONGEST_WAIT = timedelta(hours=6)
@@ -28,8 +33,9 @@ def sizes(world_size: int) -> list[int]:
     return sorted({world_size, *(2**power for power in range(world_size.bit_length()) if 2**power < world_size)})
 
 
-def measure(arguments: argparse.Namespace, micro_batch_size: int, ranks: Ranks) -> dict[str, Any] | None:
+def measure(arguments: argparse.Namespace, cfg: ExperimentConfig, ranks: Ranks) -> dict[str, Any] | None:
     """The figures of the whole world with a table "scaling", on rank 0; None on the others. All ranks must call this."""
+    micro_batch_size = cfg.train.micro_batch_size
     assert ranks.master_addr is not None
     assert ranks.master_port is not None
     store = dist.TCPStore(
@@ -52,11 +58,13 @@ def measure(arguments: argparse.Namespace, micro_batch_size: int, ranks: Ranks) 
     if ranks.rank != 0:
         return None
     store.wait([f"left/{rank}" for rank in range(ranks.world_size)])
-    scaling = {
-        "weak": _rows({size: values for (size, images), values in found.items() if images == micro_batch_size * size}),
-        "strong": _rows({size: values for (size, images), values in found.items() if images == whole}),
+    ways = {
+        "weak": {size: values for (size, images), values in found.items() if images == micro_batch_size * size},
+        "strong": {size: values for (size, images), values in found.items() if images == whole},
     }
+    scaling = {name: _rows(values, planned(cfg, values, ranks.local_world_size)) for name, values in ways.items()}
     say(table(scaling))
+    say(f"planned: for cluster.gpu={cfg.cluster.gpu}, as launchers/plan.py reckons")
     return {**found.get((ranks.world_size, whole), {}), "scaling": scaling}
 
 
@@ -84,30 +92,59 @@ def _run_rank(arguments: argparse.Namespace, images: int, ranks: Ranks, size: in
     return json.loads(done.stdout)
 
 
-def _rows(found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """By world size, with the efficiency against the smallest one that was measured: images per second and rank."""
-    if not found:
-        return []
-    first = min(found)
-    base = found[first]["images_per_s"] / first
+def planned(cfg: ExperimentConfig, found: dict[int, dict[str, Any]], per_node: int) -> dict[int, float]:
+    """Images per second by the planner, for the world sizes and batches that were measured and fill their machines.
+
+    The GPU is cluster.gpu of the config; a machine has as many as the job has tasks there.
+    """
+    known = devices()
+    if cfg.cluster.gpu not in known:
+        return {}
+    device, model, rates = replace(known[cfg.cluster.gpu], gpus_per_node=per_node), meta_model(cfg), {}
+    for size, values in found.items():
+        micro, images = values["micro_batch_size"], values["global_batch_size"]
+        sized = replace(cfg, train=replace(cfg.train, micro_batch_size=micro, global_batch_size=images))
+        try:
+            cluster = cluster_of(size, cfg.cluster.gpu, device)
+        except InputError:
+            continue
+        rates[size] = images / step_time(sized, cluster, images // (micro * size), model).total_s
+    return rates
+
+
+def _rows(found: dict[int, dict[str, Any]], planned: dict[int, float]) -> list[dict[str, Any]]:
+    """By world size, with the efficiency against the smallest one that was measured: images per second and rank.
+
+    planned: the planner's images per second, for the efficiency beside it (null where there is none).
+    """
+    measured = {size: values["images_per_s"] for size, values in found.items()}
     return [
         {
             "world_size": size,
             "global_batch_size": values["global_batch_size"],
             "images_per_s": values["images_per_s"],
-            "efficiency": values["images_per_s"] / size / base,
+            "efficiency": _efficiency(measured, size),
+            "planned_efficiency": _efficiency(planned, size),
         }
         for size, values in sorted(found.items())
     ]
 
 
+def _efficiency(images_per_s: dict[int, float], size: int) -> float | None:
+    if size not in images_per_s:
+        return None
+    first = min(images_per_s)
+    return images_per_s[size] / size / (images_per_s[first] / first)
+
+
 def table(scaling: dict[str, list[dict[str, Any]]]) -> str:
     """For reading, of what `measure` gives."""
-    lines = [f"{'scaling':8} {'ranks':>6} {'batch':>8} {'images/s':>12} {'efficiency':>11}"]
+    lines = [f"{'scaling':8} {'ranks':>6} {'batch':>8} {'images/s':>12} {'efficiency':>11} {'planned':>8}"]
     for name, rows in scaling.items():
         for row in rows:
+            expected = row["planned_efficiency"]
             lines.append(
                 f"{name:8} {row['world_size']:6} {row['global_batch_size']:8} {row['images_per_s']:12.1f} "
-                f"{row['efficiency']:11.1%}"
+                f"{row['efficiency']:11.1%} {'-' if expected is None else f'{expected:.1%}':>8}"
             )
     return "\n".join(lines)

@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """
     ranks = discover()
     if ranks.launcher == "slurm":
-        micro_batch_size = config.load(arguments.config, arguments.overrides).train.micro_batch_size
-        return scaling.measure(arguments, micro_batch_size, ranks)
+        return scaling.measure(arguments, config.load(arguments.config, arguments.overrides), ranks)
     overrides = list(arguments.overrides)
     if ranks.world_size == 1:
         overrides.append("strategy=single")

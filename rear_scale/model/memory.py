@@ -102,12 +102,13 @@ def _fsdp(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.M
     shard = 4 * (elements_padded(model, ranks) // ranks)
     psi, block = elements(model), elements(model.blocks[0])
     root = psi - cfg.model.depth * block
-    # Weights and gradients of the second block while the gradients of the first, for which nothing is kept any more, travel as
-    # float32; or two blocks, one of them fetched ahead.
-    passing = 4 * block - one_block_bytes(cfg)
-    blocks = max(2 * width * block, 2 * width * block + passing)
+    # In the backward pass: gradients of the block before on their way as float32, weights and gradients of this one, weights
+    # of the next one. What was kept for the two that are done is gone.
+    freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * one_block_bytes(cfg)
+    passing = 4 * block + width * block - freed
+    blocks = 2 * width * block + max(0, passing)
     if not strategy.reshard_after_forward:
-        blocks = width * (psi - root) + max(0, width * block + passing)
+        blocks = width * (psi - root) + max(0, passing)
     return {
         "weights": shard,
         "gradients": shard,
