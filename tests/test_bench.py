@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import command_line, environment, launch
 
+from rear_scale import config
 from rear_scale.bench import data, reference, scaling
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
@@ -108,8 +109,22 @@ def test_srun_gives_weak_and_strong_scaling() -> None:
     for found in values["scaling"].values():
         one, two = (row["images_per_s"] for row in found)
         assert [row["efficiency"] for row in found] == [1.0, pytest.approx(two / one / 2)]
+        assert found[0]["planned_efficiency"] == 1.0
+        assert 0 < found[1]["planned_efficiency"] <= 1
     assert values["images_per_s"] == values["scaling"]["weak"][1]["images_per_s"]
     assert scaling.table(values["scaling"]) in error
+
+
+def test_the_plan_knows_only_worlds_that_fill_their_machines() -> None:
+    cfg = config.load("rear_xl.yaml", ["strategy=ddp"])
+    found = {size: {"micro_batch_size": 8, "global_batch_size": 8 * size} for size in (1, 2, 4, 6, 8)}
+    rates = scaling.planned(cfg, found, per_node=4)
+    assert list(rates) == [1, 2, 4, 8]
+    # What ranks send takes time: most of it between machines.
+    efficiency = [rates[size] / size for size in rates]
+    assert efficiency == sorted(efficiency, reverse=True)
+    cfg.cluster.gpu = "not in the table"
+    assert scaling.planned(cfg, found, per_node=4) == {}
 
 
 def test_scaling_doubles_up_to_the_whole_world() -> None:

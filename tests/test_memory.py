@@ -69,7 +69,9 @@ def test_a_small_model_takes_what_is_predicted(tmp_path: Path, tokens: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["rear_b.yaml", "ablation/rar_l_plain.yaml", "rear_alitok_b.yaml", "rear_titok_b64.yaml"])
+@pytest.mark.parametrize(
+    "name", ["rear_b.yaml", "ablation/rar_l_plain.yaml", "rear_alitok_b.yaml", "rear_titok_b64.yaml"]
+)
 def test_what_every_family_keeps_is_as_predicted(name: str, precision: str) -> None:
     """Without logits and loss, and with the weights' casts of autocast left out."""
     cfg = config.load(
