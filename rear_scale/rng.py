@@ -49,15 +49,19 @@ def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, c
     """
     blocks = -(-count // 4)
     block = torch.arange(blocks, device=ids.device).expand(len(ids), blocks)
-    steps = torch.as_tensor(steps, device=ids.device)
     counter = (
         block,
         ids[:, None].expand_as(block),
-        (steps[:, None] if steps.ndim else steps).expand_as(block),
+        # A number is written on the device: one that came from the host would be waited for.
+        _column(steps, ids).expand_as(block) if isinstance(steps, Tensor) else torch.full_like(block, steps),
         torch.full_like(block, int(purpose)),
     )
     words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
     return torch.stack(words, dim=-1).reshape(len(ids), 4 * blocks)[:, :count]
+
+
+def _column(steps: Tensor, ids: Tensor) -> Tensor:
+    return steps.to(ids.device)[:, None] if steps.ndim else steps.to(ids.device)
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:

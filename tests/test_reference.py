@@ -17,6 +17,7 @@ from rear_scale.model.generator import Shape
 from rear_scale.objective import Objective, Task, schedules
 from rear_scale.objective.permutation import in_order, random_orders
 from rear_scale.parallel import open_strategy
+from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import CachedDecoding, Decoder
 from rear_scale.world import World, discover
 
@@ -158,7 +159,7 @@ def test_cached_decoding_equals_the_full_forward(form: str, order_name: str) -> 
         classes = torch.cat([labels, torch.full_like(labels, CLASSES)])
         doubled = order if order is None or len(order) == 1 else order.repeat(2, 1)
         full = model(shown.repeat(2, 1), classes, None, doubled)["logits"]
-        state = CachedDecoding(model, labels, order, guided=True)
+        state = CachedDecoding(model, Batch(model, labels, labels, order, guided=True))
         cached = torch.stack([state.next_logits(shown[:, :step]) for step in range(num_tokens)], dim=1)
     assert torch.allclose(cached, full, atol=1e-5)
 
@@ -178,7 +179,7 @@ def test_sampling_needs_no_heads_and_puts_tokens_in_place(form: str) -> None:
     assert torch.equal(tokens, Decoder(with_heads, cfg).generate(labels, ids))
     # The first token of each image's order is drawn before all others: it decides alone what stands at its place.
     order = Decoder(without, cfg).orders(ids)
-    first = CachedDecoding(without, labels, order, guided=True)
+    first = CachedDecoding(without, Batch(without, labels, labels, order, guided=True))
     decoder = Decoder(without, cfg)
     with torch.no_grad():
         drawn_first = decoder.draw(decoder.guide(first.next_logits(tokens[:, :0]), 0), ids, 0)

@@ -20,6 +20,7 @@ from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import open_source
 from rear_scale.sample import job
+from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
@@ -66,7 +67,7 @@ def test_cached_decoding_equals_the_full_forward(tmp_path: Path, tokens: Path, g
     classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     with torch.inference_mode():
         full = model(sequences.repeat(len(classes) // 4, 1), classes, None)["logits"]
-        state = CachedDecoding(model, labels, None, guided)
+        state = CachedDecoding(model, Batch(model, labels, labels, None, guided))
         for step in range(16):
             assert (state.next_logits(sequences[:, :step]) - full[:, step]).abs().max() < 1e-5
 

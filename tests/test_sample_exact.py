@@ -19,6 +19,7 @@ from rear_scale.bench.model import drawn_model
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
 from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
+from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder
 from rear_scale.world import World
 
@@ -35,7 +36,7 @@ def test_every_step_has_the_logits_of_the_plain_sampler(architecture: str, only:
     with torch.no_grad():
         conditional = plain(weights, tokens, condition(labels), 4)[0][:, :num_tokens]
         unconditional = plain(weights, tokens, condition(torch.full_like(labels, CLASSES)), 4)[0][:, :num_tokens]
-        state = CachedDecoding(decoder.model, labels, None, decoder.guided)
+        state = CachedDecoding(decoder.model, Batch(model, labels, labels, None, decoder.guided))
         ours = torch.stack([decoder.guide(state.next_logits(tokens[:, :step]), step) for step in range(num_tokens)], 1)
     expected = unconditional + (conditional - unconditional) * scale
     kept = torch.isfinite(ours)

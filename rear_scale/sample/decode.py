@@ -21,6 +21,8 @@ from rear_scale import rng
 from rear_scale.config import PermutationConfig, SampleConfig
 from rear_scale.model import Generator
 from rear_scale.objective import permutation
+from rear_scale.sample.batch import Batch
+from rear_scale.sample.graphs import CudaGraph, GraphedSteps
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.sample.packed import packed_for_decoding
 
@@ -40,6 +42,9 @@ class Decoder:
         self.caches: dict[int, list[Cache]] = {}  # of each thread
         self.near_ties: Tensor | None = None
         self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
+        self.graphed: GraphedSteps | None = None
+        if cfg.cuda_graphs and next(model.parameters()).device.type == "cuda":
+            self.graphed = GraphedSteps(self._draw_steps, CudaGraph)
 
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
@@ -65,18 +70,26 @@ class Decoder:
     @torch.inference_mode()
     def _generate(self, labels: Tensor, ids: Tensor, share: int) -> tuple[Tensor, Tensor]:
         order = self.orders(ids)
-        state = CachedDecoding(self.model, labels, order, self.guided, self._caches_for(share, len(labels)))
-        tokens = torch.empty(len(labels), self.model.num_tokens, dtype=torch.int64, device=labels.device)
-        near_ties = torch.zeros_like(ids)
-        for step in range(self.model.num_tokens):
-            perturbed = self.perturbed(self.guide(state.next_logits(tokens[:, :step]), step), ids, step)
-            best, codes = perturbed.topk(2)
-            tokens[:, step] = codes[:, 0]
-            near_ties += best[:, 0] - best[:, 1] < NEAR_TIE
-        return permutation.in_place(tokens, order), near_ties
+        batch = Batch(self.model, labels, ids, order, self.guided)
+        if self.graphed is not None:
+            batch = self.graphed(batch)
+        else:
+            self._draw_steps(batch, range(batch.num_tokens), share)
+        # Copies: the next batch may be drawn in the same place.
+        return permutation.in_place(batch.tokens.clone(), order), batch.near_ties.clone()
 
-    def _caches_for(self, share: int, images: int) -> list[Cache]:
-        rows = images * (2 if self.guided else 1)
+    def _draw_steps(self, batch: Batch, steps: range, share: int = 0) -> None:
+        """Draws these steps of a batch, after those before them. Nothing here waits for the device."""
+        if steps.start == 0:
+            batch.state = CachedDecoding(self.model, batch, self._caches_for(share, len(batch.rows)))
+            batch.near_ties.zero_()
+        for step in steps:
+            logits = batch.state.next_logits(batch.tokens[:, :step])
+            best, codes = self.perturbed(self.guide(logits, step), batch.ids, step).topk(2)
+            batch.tokens[:, step] = codes[:, 0]
+            batch.near_ties += best[:, 0] - best[:, 1] < NEAR_TIE
+
+    def _caches_for(self, share: int, rows: int) -> list[Cache]:
         kept = self.caches.get(share)
         if kept is None or len(kept[0].keys) != rows:
             kept = None
@@ -138,16 +151,9 @@ class CachedDecoding:
     caches: those of an earlier batch of as many rows, which are overwritten; by default new ones.
     """
 
-    def __init__(
-        self, model: Generator, labels: Tensor, order: Tensor | None, guided: bool, caches: list[Cache] | None = None
-    ) -> None:
-        # Row by row: its class, then the null class for the unguided half.
-        row_classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
-        if guided and order is not None and len(order) > 1:
-            order = order.repeat(2, 1)
-        classes, rows = row_classes.unique(return_inverse=True)
-        self.model, self.rows = model, len(rows)
-        self.tables = model.decoding(classes, rows, order)
+    def __init__(self, model: Generator, batch: Batch, caches: list[Cache] | None = None) -> None:
+        self.model, self.rows = model, len(batch.rows)
+        self.tables = model.decoding(batch.classes, batch.rows, batch.order)
         self.caches = caches or new_caches(model, self.rows)
         for cache in self.caches:
             cache.length = 0

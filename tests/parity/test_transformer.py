@@ -14,6 +14,7 @@ from rear_scale import config
 from rear_scale.config import GuidanceConfig, HeadsConfig, SampleConfig
 from rear_scale.model import Generator
 from rear_scale.objective import Objective, Task, losses
+from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import CachedDecoding, Decoder
 
 FEATURES = 5e-5  # absolute, golden/index.json
@@ -194,7 +195,8 @@ def check_guided_logits(case, compare, tolerance: float) -> None:
     )
     decoder = Decoder(model, cfg)
     forced = array(case, "teacher_ids")
-    state = CachedDecoding(model, array(case, "class_labels"), None, decoder.guided)
+    labels = array(case, "class_labels")
+    state = CachedDecoding(model, Batch(model, labels, labels, None, decoder.guided))
     found = {"cfg_logits": [], "cond_logits": [], "uncond_logits": []}
     with torch.no_grad():
         for step in range(model.num_tokens):

@@ -1,0 +1,46 @@
+"""What one batch of images is drawn from, in tensors whose shapes and places can stay from batch to batch."""
+
+# B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, U distinct classes of the rows
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rear_scale.model import Generator
+
+
+class Batch:
+    """Inputs and results of one batch.
+
+    classes: int64 [U]. rows: int64 [R], which of the classes belongs to each row. ids: int64 [B], image ids. order: int64
+    [R or 1, N], None = as tokens are stored. tokens: int64 [B, N] in the order of drawing. near_ties: int64 [B].
+    """
+
+    def __init__(self, model: Generator, labels: Tensor, ids: Tensor, order: Tensor | None, guided: bool) -> None:
+        # Row by row: its class, then the null class for the unguided half.
+        row_classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+        if guided and order is not None and len(order) > 1:
+            order = order.repeat(2, 1)
+        self.classes, self.rows = row_classes.unique(return_inverse=True)
+        self.ids, self.order, self.num_tokens = ids, order, model.num_tokens
+        self.tokens = torch.empty(len(labels), model.num_tokens, dtype=torch.int64, device=labels.device)
+        self.near_ties = torch.zeros_like(ids)
+        self.state: Any = None  # how far it is drawn: tables and caches
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Batches of one shape can take each other's place."""
+        return len(self.classes), len(self.rows), None if self.order is None else tuple(self.order.shape)
+
+    def fill(self, other: Batch) -> None:
+        """Takes over the inputs of another batch of this shape, in place."""
+        assert self.shape == other.shape, (self.shape, other.shape)
+        if other is self:
+            return
+        for mine, theirs in ((self.classes, other.classes), (self.rows, other.rows), (self.ids, other.ids)):
+            mine.copy_(theirs)
+        if self.order is not None:
+            self.order.copy_(other.order)
