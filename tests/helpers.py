@@ -167,6 +167,8 @@ class _Ranks:
 
 
 _waiting: list[_Ranks] = []
+# ZeRO-3 replaces it by one that rounds otherwise, for as long as the process lives.
+_LINEAR = torch.nn.functional.linear
 _MOST_RESIDENT = 1_500_000_000
 
 
@@ -179,7 +181,6 @@ def _end_waiting() -> None:
 def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
     end_with_parent(signal.SIGKILL)
     ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
-    linear = torch.nn.functional.linear
     with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
         placed = {name: os.environ[name] for name in _PLACE if name in os.environ}
         while True:
@@ -187,7 +188,7 @@ def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -
             os.environ.clear()
             os.environ.update(variables, **placed)
             os.chdir(folder)
-            torch.nn.functional.linear = linear  # ZeRO-3 replaces it
+            torch.nn.functional.linear = _LINEAR
             try:
                 result = function(world, *arguments)
             except BaseException as error:
@@ -198,6 +199,7 @@ def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(world, *arguments) in this process, a world of one."""
+    torch.nn.functional.linear = _LINEAR
     try:
         with joined(Ranks(0, 0, 1, 1, None, None, "single"), same_for_any_world=True) as world:
             return function(world, *arguments)
