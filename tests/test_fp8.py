@@ -15,8 +15,11 @@ from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.config.plan import check_resumable, to_dict
-from rear_scale.model import build_model, fp8, recompute
+from rear_scale.model import build_model, fp8, meta_model, recompute
 from rear_scale.model.recompute import prepare_blocks
+from rear_scale.scaling.devices import open_cluster
+from rear_scale.scaling.planner import choices
+from rear_scale.scaling.simulate import simulate
 from rear_scale.train import setup
 from rear_scale.world import Ranks, World
 
@@ -187,6 +190,15 @@ def test_fp8_is_refused_before_ranks_meet_where_it_cannot_run(
         fp8.check_fp8(cfg, GPU)
     cfg.train.fp8 = False
     fp8.check_fp8(cfg, CPU)
+
+
+def test_fp8_is_planned_with_the_strategies_that_offer_it_and_not_simulated(tmp_path: Path, tokens: Path) -> None:
+    cfg = tiny_config(tmp_path, tokens, *FP8, "cluster.gpus=2")
+    found = choices(cfg, open_cluster(cfg), meta_model(cfg))
+    assert {one.cfg.strategy.name for one in found} <= {"ddp", "fsdp2", "hsdp"}
+    assert found
+    with pytest.raises(InputError, match=r"train\.fp8=true cannot be simulated"):
+        simulate(cfg, 1)
 
 
 def test_a_run_changes_to_fp8_only_where_that_is_allowed(tmp_path: Path, tokens: Path) -> None:
