@@ -27,6 +27,7 @@ from rear_scale.bench import reference, scaling
 from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.model.flops import train_flops_per_image
+from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, Task
 from rear_scale.parallel import open_strategy
@@ -78,6 +79,7 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         raise InputError(
             f"--config {arguments.config}: the plain step is written for reAR and AR in the paper's form. Use such a config"
         )
+    check_fp8(cfg, world.device)
     plan = config.derive(cfg, world.size, 1_281_167)
     codebook = torch.randn(
         cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim, generator=torch.Generator().manual_seed(1)

@@ -189,6 +189,9 @@ class TrainConfig:
     global_batch_size: int = 2048  # images per optimizer update, over all ranks and micro-steps
     micro_batch_size: int = 32  # images per rank and micro-step
     precision: str = "bf16"  # fp32 | bf16
+    # Matrix products of the blocks (qkv, projection, feed-forward) in 8 bits, under bf16; needs torchao and Ada, Hopper or
+    # newer GPUs
+    fp8: bool = False
     # Weights to start from: official RAR, AR, reAR or AliTok, ours, or a released checkpoint-N/ folder
     init_from: str | None = None
     # What blocks compute again in the backward pass, to save memory: none | full (everything) | every_n (everything, in

@@ -288,6 +288,8 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
         "must be at least 2 under hsdp",
         "Use 2 or more, or strategy=fsdp2",
     )
+    if cfg.train.fp8:
+        _validate_fp8(cfg)
     if cfg.train.compile:
         _require(
             strategy.name != "zero3",
@@ -304,6 +306,31 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
             "compiled block no longer has",
             "Use full or every_n, or train.compile=false",
         )
+
+
+def _validate_fp8(cfg: ExperimentConfig) -> None:
+    _require(
+        cfg.train.precision == "bf16",
+        "train.fp8",
+        True,
+        f"needs train.precision=bf16 for all that is not a product of a block, not {cfg.train.precision}",
+        "Use train.precision=bf16, or train.fp8=false",
+    )
+    _require(
+        not cfg.strategy.name.startswith("zero"),
+        "train.fp8",
+        True,
+        f"is not offered with strategy={cfg.strategy.name}: torchao's layers are verified with torch's own engines alone, and "
+        "under ZeRO-3 they would keep their gathered weights until the backward pass",
+        "Use strategy=fsdp2, hsdp, ddp or single, or train.fp8=false",
+    )
+    _require(
+        cfg.model.width % 16 == 0,
+        "train.fp8",
+        True,
+        f"needs matrices whose sides are multiples of 16, and model.width={cfg.model.width} is a side of every one",
+        f"Use model.width={-(-cfg.model.width // 16) * 16}, or train.fp8=false",
+    )
 
 
 def _validate_guard(cfg: ExperimentConfig) -> None:

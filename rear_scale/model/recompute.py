@@ -1,4 +1,5 @@
-"""What a block keeps for its backward pass and what it computes again (activation checkpointing), and compiled blocks.
+"""What a block keeps for its backward pass and what it computes again (activation checkpointing), compiled blocks and
+products in fp8.
 
 Blocks are changed in place and keep their names, so weights, sharding and checkpoints do not notice. What is read out
 between blocks (the taps of reAR) is a block's own output, and costs no second forward pass.
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rear_scale.config import ExperimentConfig
+from rear_scale.model.fp8 import use_fp8
 
 # Products and attention: nearly all of the arithmetic. The rest (norms, modulation, GELU, dropout) is cheap to repeat and
 # makes up most of the memory.
@@ -23,6 +25,7 @@ _KEPT = {
         "mm",
         "addmm",
         "bmm",
+        "_scaled_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
@@ -36,8 +39,11 @@ _KEPT_BY_NAME = ("flash_attn::_flash_attn_forward",)
 
 
 def prepare_blocks(model: nn.Module, cfg: ExperimentConfig) -> None:
-    """Applies train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model over."""
+    """Applies train.fp8, train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model
+    over."""
     train = cfg.train
+    if train.fp8:
+        use_fp8(model)
     settings: dict[str, Any] = {
         "use_reentrant": False,
         # Reading the generator's state is a wait for the GPU: only where masks must be drawn again.

@@ -14,6 +14,7 @@ from rear_scale.config import ExperimentConfig, derive
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.flops import recomputed_flops_per_image, train_flops_per_image
+from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
 from rear_scale.parallel import open_strategy
@@ -52,6 +53,7 @@ def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
             weight.uniform_(-0.02, 0.02)
     modelled = step_time(cfg, cluster_of(1, cluster.gpu, cluster.device), 1, model).total_s
     flops = cfg.train.micro_batch_size * (train_flops_per_image(cfg) + recomputed_flops_per_image(cfg))
+    check_fp8(cfg, device)
     use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision))
     codebook = torch.randn(cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim)
     model.set_codebook(codebook)

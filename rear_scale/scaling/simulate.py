@@ -109,6 +109,10 @@ def simulate(cfg: ExperimentConfig, world_size: int) -> Simulated:
             f"strategy={name} cannot be simulated: its engine needs tensors with memory. Use one of "
             + ", ".join(f"strategy={one}" for one in STRATEGIES)
         )
+    if cfg.train.fp8:
+        raise InputError(
+            "train.fp8=true cannot be simulated: its products need a GPU. Simulate with train.fp8=false, which keeps as much"
+        )
     # As on a GPU, whatever is here: its update, and its attention, which keeps no probabilities to drop some of.
     cfg = replace(shortened(cfg, world_size), optim=replace(cfg.optim, backend="torch_fused"))
     cfg = replace(cfg, model=replace(cfg.model, attn_dropout=0.0, kernel="sdpa"))

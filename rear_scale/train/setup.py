@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.model.attention import choose_kernel
+from rear_scale.model.fp8 import check_fp8
 from rear_scale.progress import Say, say
 from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
 from rear_scale.shards.record import Manifest, read_codebook
@@ -42,9 +43,11 @@ class Data:
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, a rank has too
-    little memory, or the attention kernel cannot run here."""
+    little memory, or the attention kernel or fp8 cannot run here."""
     start.check(cfg)
-    choose_kernel(cfg.model.kernel, torch.device("cuda" if torch.cuda.is_available() else "cpu"), cfg.train.precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_kernel(cfg.model.kernel, device, cfg.train.precision)
+    check_fp8(cfg, device)
     manifest = read_checked(cfg, cfg.data.train)
     if cfg.data.val is not None:
         read_checked(cfg, cfg.data.val)
