@@ -167,8 +167,17 @@ class _Ranks:
 
 
 _waiting: list[_Ranks] = []
-# ZeRO-3 replaces it by one that rounds otherwise, for as long as the process lives.
 _LINEAR = torch.nn.functional.linear
+
+
+def _as_at_the_start() -> None:
+    """What rounds otherwise once it has been changed, and is changed for as long as a process lives."""
+    torch.nn.functional.linear = _LINEAR  # ZeRO-3 has one of its own
+    torch.set_flush_denormal(False)  # a library built for speed turns this on when it is loaded
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+
+
 _MOST_RESIDENT = 1_500_000_000
 
 
@@ -188,7 +197,7 @@ def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -
             os.environ.clear()
             os.environ.update(variables, **placed)
             os.chdir(folder)
-            torch.nn.functional.linear = _LINEAR
+            _as_at_the_start()
             try:
                 result = function(world, *arguments)
             except BaseException as error:
@@ -199,7 +208,7 @@ def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(world, *arguments) in this process, a world of one."""
-    torch.nn.functional.linear = _LINEAR
+    _as_at_the_start()
     try:
         with joined(Ranks(0, 0, 1, 1, None, None, "single"), same_for_any_world=True) as world:
             return function(world, *arguments)
