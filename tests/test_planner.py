@@ -104,6 +104,13 @@ def test_sharding_and_recomputation_do_what_they_are_for() -> None:
         assert times == sorted(times)
 
 
+def test_an_update_on_the_host_saves_memory_and_costs_time() -> None:
+    asked = ["cluster.gpus=8", "strategy=zero2", "train.micro_batch_size=32"]
+    here, host = planned("rear_xl.yaml", *asked), planned("rear_xl.yaml", *asked, "strategy.cpu_offload=true")
+    assert host["recommended"]["memory_gib"]["total"] < here["recommended"]["memory_gib"]["total"] - 1
+    assert host["step_time_s"] > here["step_time_s"] + 0.1
+
+
 def test_one_gpu_may_run_alone_and_many_may_not() -> None:
     alone = planned("rear_b.yaml", "cluster.gpus=1")
     assert "single" in {row["name"] for row in alone["strategies"]}
