@@ -39,6 +39,16 @@ def test_seven_billion_parameters_step_on_512_ranks_as_the_formulas_say(depth: i
     check(found)
 
 
+@pytest.mark.parametrize(
+    "policy", ["selective", *(pytest.param(one, marks=pytest.mark.long) for one in ("full", "every_n"))]
+)
+def test_what_comes_while_something_else_goes_is_counted_once(policy: str) -> None:
+    """Shards of gradients as large as the activations, and blocks computed again when the logits are gone."""
+    overrides = ["strategy=hsdp", "strategy.replicas=64", f"train.activation_checkpointing={policy}", "model.depth=6",
+                 "objective.heads.encode_tap=1", "objective.heads.decode_tap=6", "train.micro_batch_size=4"]  # fmt: skip
+    check(beside_formula(config.load("rear_7b.yaml", overrides), RANKS))
+
+
 def test_replicas_and_micro_steps_send_as_the_formula_says() -> None:
     overrides = ["strategy=hsdp", "strategy.replicas=8", "model.depth=4", "objective.heads.decode_tap=3"]
     found = beside_formula(config.load("rear_b.yaml", [*overrides, "train.micro_batch_size=4"]), 64)

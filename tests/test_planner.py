@@ -104,6 +104,13 @@ def test_sharding_and_recomputation_do_what_they_are_for() -> None:
         assert times == sorted(times)
 
 
+def test_an_update_on_the_host_saves_memory_and_costs_time() -> None:
+    asked = ["cluster.gpus=8", "strategy=zero2", "train.micro_batch_size=32"]
+    here, host = planned("rear_xl.yaml", *asked), planned("rear_xl.yaml", *asked, "strategy.cpu_offload=true")
+    assert host["recommended"]["memory_gib"]["total"] < here["recommended"]["memory_gib"]["total"] - 1
+    assert host["step_time_s"] > here["step_time_s"] + 0.1
+
+
 def test_one_gpu_may_run_alone_and_many_may_not() -> None:
     alone = planned("rear_b.yaml", "cluster.gpus=1")
     assert "single" in {row["name"] for row in alone["strategies"]}
@@ -117,6 +124,12 @@ def test_one_gpu_may_run_alone_and_many_may_not() -> None:
         ("rear_xl.yaml", ["cluster.gpu=h100"], ["cluster.gpu=h100 ", "did you mean h100-80g"]),
         ("rear_xl.yaml", ["cluster.gpus=48"], ["cluster.gpus=48", "2048", "cluster.gpus=32 or cluster.gpus=64"]),
         ("rear_xl.yaml", ["cluster.gpus=12"], ["cluster.gpus=12", "cluster.gpus=8 or cluster.gpus=16"]),
+        ("rear_xl.yaml", ["cluster.gpus=100"], ["cluster.gpus=100", "cluster.gpus=64 or cluster.gpus=128"]),
+        (
+            "rear_7b.yaml",
+            ["cluster.gpus=3", "cluster.gpu=a100-40g", "train.global_batch_size=2040", "strategy=ddp"],
+            ["strategy=ddp", "GiB per GPU"],
+        ),
         ("rear_xl.yaml", ["cluster.gpus=4096"], ["cluster.gpus=4096", "cluster.gpus=2048"]),
         ("rear_xl.yaml", ["cluster.gpus=8", "strategy=single"], ["strategy=single", "cluster.gpus=8"]),
         ("rear_xl.yaml", ["cluster.gpus=8", "train.micro_batch_size=48"], ["train.micro_batch_size=48", "32 or 64"]),
@@ -149,6 +162,46 @@ def test_what_the_user_says_of_strategy_and_batch_is_kept() -> None:
     words = shlex.split(best["command"])
     for word in ("strategy=zero2", "train.micro_batch_size=16", "model.depth=20", "optim.betas=[0.9,0.95]"):
         assert words.count(word) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides"),
+    [
+        (None, ["cluster.gpus=64", "strategy.cpu_offload=true"]),
+        (None, ["cluster.gpus=8", "train={micro_batch_size: 16}"]),
+        (None, ["cluster.gpus=8", "strategy.defer_reduction=true", "train.micro_batch_size=64"]),
+        (None, ["cluster.gpus=8", "run.dir='a run, with [x]'"]),
+        ({"name": "fsdp2", "reshard_after_forward": False}, ["cluster.gpus=8"]),
+        ({"name": "zero2", "cpu_offload": True}, ["cluster.gpus=64"]),
+        ({"name": "zero2", "defer_reduction": False}, ["cluster.gpus=64"]),
+        ({"name": "hsdp", "replicas": 4}, ["cluster.gpus=512"]),
+    ],
+)
+def test_the_line_to_paste_is_the_run_that_was_planned(
+    tmp_path: Path, own: dict[str, Any] | None, overrides: list[str]
+) -> None:
+    name = "rear_xl.yaml"
+    if own is not None:
+        name = str(tmp_path / "my own.yaml")
+        groups = [
+            "base",
+            {"data": "imagenet256"},
+            {"model": "xl"},
+            {"tokenizer": "maskgit_vqgan"},
+            {"override objective": "rear"},
+        ]
+        groups += [{"override strategy": own["name"]}, "_self_"]
+        Path(name).write_text(json.dumps({"defaults": groups, "strategy": own, "run": {"name": "own"}}))
+    found = plan.make(name, config.load(name, overrides), overrides)
+    words = shlex.split(found.command)
+    start = words.index("--config")
+    assert words[start + 1] == name
+    pasted, planned = config.load(name, words[start + 2 :]), found.best.cfg
+    assert (pasted.train, pasted.strategy) == (planned.train, planned.strategy)
+    for text in overrides:
+        section, field = text.split("=")[0].split(".") if "." in text.split("=")[0] else ("train", "micro_batch_size")
+        asked = config.load(name, overrides)
+        assert getattr(getattr(pasted, section), field) == getattr(getattr(asked, section), field), text
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from helpers import run_ranks, tiny_config, write_token_shards
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.train import preflight
+from rear_scale.train.preflight import Report
 from rear_scale.world import Ranks, World
 
 
@@ -109,6 +111,32 @@ def test_what_all_find_wrong_is_wrong_input_and_no_node_is_blamed(nodes: list[Ex
     nodes[0].data.train = "/nowhere"
     with pytest.raises(InputError, match="not found: /nowhere/index.json"):
         preflight.check(nodes[0], Ranks(0, 0, 1, 1, None, None, "single"))
+
+
+def test_shards_that_all_nodes_lack_are_wrong_input_too() -> None:
+    """Only the first rank of a node looks at its files."""
+    missing = [f"shard-{index:06d}.tar is not there" for index in range(5)]
+    reports = [Report(rank, f"n{rank // 2}", faults=[] if rank % 2 else missing) for rank in range(4)]
+    assert preflight._wrong_input(reports) == "; ".join(missing[:3]) + "; and 2 more of this kind"
+    reports[2].faults = missing[:1]
+    assert preflight._wrong_input(reports) == ""
+    for report in reports:
+        report.faults = []
+    assert preflight._wrong_input(reports) == ""
+
+
+def test_a_gpu_in_use_is_a_fault_of_its_node_even_if_there_is_only_one() -> None:
+    assert preflight._wrong_input([Report(0, "n0", faults=["GPU 0 has 10.0 of 80.0 GiB free"])]) == ""
+
+
+def test_nodes_with_folders_of_their_own_are_waited_for_once(
+    nodes: list[ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_VISIBLE_S", 0.4)
+    reports = [Report(rank, f"n{rank}", token="nobody has written this") for rank in range(20)]
+    started = time.monotonic()
+    assert len(preflight._judge(nodes[0], ranks_of(0), reports, [])) == 20
+    assert time.monotonic() - started < 4
 
 
 def test_a_node_that_holds_the_others_back_is_named() -> None:

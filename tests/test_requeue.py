@@ -50,6 +50,20 @@ def test_ranks_that_died_silently_leave_a_failed_run(tmp_path: Path) -> None:
     assert read_status(folder)[0] == "preempted"
 
 
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", '{"state": "failed"}', '{"state": "failed", "step": "x", "reason": ""}']
+)
+def test_a_status_that_says_nothing_does_not_stop_the_answer(tmp_path: Path, text: str) -> None:
+    folder = run_folder(tmp_path, None, 20)
+    (folder / "checkpoints/step_20.saved").mkdir()  # somebody's own: eight characters, and no number
+    (folder / "status.json").write_text(text)
+    close(folder, 1)
+    assert verdict(folder, 10, 1)[0]
+    (folder / "status.json").write_text('{"state": "failed", "step": 20, "reason": null}')
+    assert verdict(folder, 10, 1)[0]
+    assert not verdict(folder, 20, 1)[0]
+
+
 def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rear_scale.train.requeue", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

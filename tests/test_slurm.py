@@ -141,6 +141,8 @@ def test_deepspeed_inside_a_batch_script_ends_as_srun_does(
 def test_deepspeed_starts_the_ranks_through_slurm(
     cluster: Cluster, unbroken: list[dict], tmp_path: Path, tokens: Path
 ) -> None:
+    tmp_path = tmp_path / "two words"  # which pass through two programs that split at spaces
+    tmp_path.mkdir()
     job = cluster.submit(
         TRAIN, *tiny_xl(tmp_path, tokens), options=TWO_NODES, logs=tmp_path / "logs",
         REAR_TASKS_PER_NODE="1", REAR_LAUNCHER="deepspeed",

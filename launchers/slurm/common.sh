@@ -112,8 +112,9 @@ with_deepspeed() {
         sed "s/\$/ slots=$REAR_TASKS_PER_NODE/" <<<"$hosts" >"$REAR_LOGS/hostfile"
         # It would look for the first node's address, and whether it answers, over ssh.
         options=(--launcher slurm --hostfile "$REAR_LOGS/hostfile" --no_ssh_check --master_addr "${hosts%%$'\n'*}")
+        # It splits them as a shell does.
         options+=(--launcher_args
-            "--ntasks-per-node=$REAR_TASKS_PER_NODE --cpus-per-task=$CPUS_PER_TASK --wait=60 ${LOG[*]} ${REAR_SRUN_OPTIONS:-}")
+            "--ntasks-per-node=$REAR_TASKS_PER_NODE --cpus-per-task=$CPUS_PER_TASK --wait=60 ${LOG[*]@Q} ${REAR_SRUN_OPTIONS:-}")
     fi
     # The launcher would die of SIGUSR1.
     # shellcheck disable=SC2086

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
 from rear_scale.progress import say
 from rear_scale.scaling.cost import step_time
@@ -104,10 +104,9 @@ def planned(cfg: ExperimentConfig, found: dict[int, dict[str, Any]], per_node: i
     for size, values in found.items():
         micro, images = values["micro_batch_size"], values["global_batch_size"]
         sized = replace(cfg, train=replace(cfg.train, micro_batch_size=micro, global_batch_size=images))
-        try:
-            cluster = cluster_of(size, cfg.cluster.gpu, device)
-        except InputError:
+        if not device.fills_machines(size):
             continue
+        cluster = cluster_of(size, cfg.cluster.gpu, device)
         rates[size] = images / step_time(sized, cluster, images // (micro * size), model).total_s
     return rates
 

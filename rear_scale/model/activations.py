@@ -17,10 +17,10 @@ _FP32 = 4
 def activation_bytes(cfg: ExperimentConfig) -> int:
     """What one micro-batch has kept when its backward pass begins, heads and logits included.
 
-    Every image counts a row of modulation of its own, the most there can be. Under activation checkpointing, the block
-    that is computed again is counted whole beside what is kept of the others.
+    Every image counts a row of modulation of its own, the most there can be. Under activation checkpointing, a block that
+    is computed again comes beside what is kept of the others, when logits and loss are gone.
     """
-    return block_activation_bytes(cfg) + _end_bytes(cfg) + head_activation_bytes(cfg)
+    return block_activation_bytes(cfg) + max(_end_bytes(cfg), _again_bytes(cfg)) + head_activation_bytes(cfg)
 
 
 def compute_width(cfg: ExperimentConfig) -> int:
@@ -39,17 +39,29 @@ def one_block_bytes(cfg: ExperimentConfig) -> int:
 
 
 def block_activation_bytes(cfg: ExperimentConfig) -> int:
-    """What all blocks keep together."""
+    """What all blocks keep together from their forward pass."""
     one, depth, policy = one_block_bytes(cfg), cfg.model.depth, cfg.train.activation_checkpointing
     boundary = _positions(cfg) * cfg.model.width * _residual_width(cfg)
     if policy == "none":
         return depth * one
     if policy == "full":
-        return depth * boundary + one
+        return depth * boundary
     if policy == "every_n":
         recomputed = -(-depth // cfg.train.recompute_every_n)
-        return (depth - recomputed) * one + recomputed * boundary + one
-    return depth * (boundary + _positions(cfg) * _products(cfg)) + one
+        return (depth - recomputed) * one + recomputed * boundary
+    return depth * (boundary + _positions(cfg) * _products(cfg))
+
+
+def _again_bytes(cfg: ExperimentConfig) -> int:
+    """What the first block of the backward pass that is computed again holds beyond what is kept of all."""
+    one, depth, policy = one_block_bytes(cfg), cfg.model.depth, cfg.train.activation_checkpointing
+    if policy == "none":
+        return 0
+    if policy == "selective":
+        return max(0, one - _positions(cfg) * _products(cfg))
+    # Of the blocks behind it, which keep everything, nothing is left by then.
+    done = (depth - 1) % cfg.train.recompute_every_n if policy == "every_n" else 0
+    return max(0, (1 - done) * one)
 
 
 def head_activation_bytes(cfg: ExperimentConfig) -> int:

@@ -32,6 +32,7 @@ class Memory:
     buffers: int  # of collectives, kept from step to step
     gathered: int  # whole weights, casts and buckets that are there at the height of a pass
     activations: int  # kept for the backward pass, at its beginning
+    first: bool  # whether the only micro-step of an update is its first, which finds no gradients but the kept ones
 
     @property
     def states(self) -> int:
@@ -47,6 +48,14 @@ class Memory:
     def peak(self) -> int:
         lasting = self.weights + self.masters + self.optimizer + self.buffers
         return lasting + self.all_gradients + self.gathered + self.activations
+
+    @property
+    def height(self) -> int:
+        """The most there is at one time, which is less than `peak`, the sum of all: the gradients of an update's first
+        micro-step come while activations go."""
+        if not self.first or self.kept_gradients:
+            return self.peak
+        return self.peak - min(self.activations, self.all_gradients)
 
     def as_dict(self) -> dict[str, int]:
         return {**asdict(self), "states": self.states, "peak": self.peak}
@@ -81,7 +90,7 @@ def memory_per_rank(
         parts = _fsdp(cfg, world_size, accumulation, model, moments)
     else:
         parts = _zero(cfg, world_size, accumulation, model, moments)
-    return Memory(**{**_NOTHING, **parts}, activations=activation_bytes(cfg))
+    return Memory(**{**_NOTHING, **parts}, activations=activation_bytes(cfg), first=accumulation == 1)
 
 
 _NOTHING = {"masters": 0, "gradients": 0, "kept_gradients": 0, "deferred": 0, "buffers": 0, "gathered": 0}

@@ -27,6 +27,8 @@ PRODUCTS, MEMORY, NVLINK, NETWORK = 0.80, 0.85, 0.78, 0.85
 _PASSES_FORWARD, _PASSES_BACKWARD, _COMPILED = 2, 6, 1 / 3
 # Float32 state, moments and gradient read, all but the gradient written, and the weight in bf16.
 _UPDATE_BYTES_PER_PARAMETER = 34
+# strategy.cpu_offload, for each GPU: the link to its host, and its share of the host's memory, in GB/s. Assumed.
+_LINK_GB_PER_S, _HOST_GB_PER_S = 25, 25
 # About 60 kernels of a block forth and back, each 4.5 microseconds on the CPU that starts them.
 _LAUNCH_S_PER_BLOCK = 60 * 4.5e-6
 # A collective of no bytes: on one machine, and per rank that takes part.
@@ -64,6 +66,10 @@ def step_time(
     compute = accumulation * slowness * compute_time(cfg, cluster, psi)
     sharded = 1 if cfg.strategy.name in ("single", "ddp") else _shard_ranks(cfg, cluster)
     update = _UPDATE_BYTES_PER_PARAMETER * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
+    if cfg.strategy.cpu_offload:
+        # Gradients of every micro-step go to the host, which updates, and weights come back.
+        moved = (4 * accumulation + compute_width(cfg)) / _LINK_GB_PER_S + _UPDATE_BYTES_PER_PARAMETER / _HOST_GB_PER_S
+        update = psi / sharded * moved / 1e9
     gradients, weights, late = _travel_times(cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model))
     repeated = cfg.strategy.name not in ("single", "ddp", "zero1") and not cfg.strategy.defer_reduction
     sending = compute if repeated else compute / accumulation

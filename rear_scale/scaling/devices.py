@@ -24,6 +24,10 @@ class Device:
     network_gb_per_s: float  # one direction of one GPU
     gpus_per_node: int
 
+    def fills_machines(self, gpus: int) -> bool:
+        """Whether so many are a part of one machine, or whole machines."""
+        return gpus <= self.gpus_per_node or gpus % self.gpus_per_node == 0
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -64,16 +68,22 @@ def open_cluster(cfg: ExperimentConfig) -> Cluster:
             f"cluster.gpu={wanted.gpu} is not in {TABLE.relative_to(CONFIG_DIR.parent)}. Use one of {', '.join(known)}, "
             f"or add a row to the table{suggest(wanted.gpu, list(known))}"
         )
-    return cluster_of(wanted.gpus or known[wanted.gpu].gpus_per_node, wanted.gpu, known[wanted.gpu])
+    device = known[wanted.gpu]
+    gpus = wanted.gpus or device.gpus_per_node
+    if not device.fills_machines(gpus):
+        others = " or ".join(f"cluster.gpus={number}" for number in near(cfg.train.global_batch_size, gpus, device))
+        raise InputError(
+            f"cluster.gpus={gpus} is more than one machine of {device.gpus_per_node} GPUs and not a multiple of it. Use {others}"
+        )
+    return cluster_of(gpus, wanted.gpu, device)
 
 
 def cluster_of(gpus: int, gpu: str, device: Device) -> Cluster:
-    """Raises InputError for a number of GPUs that leaves a machine half used."""
-    per_node = device.gpus_per_node
-    if gpus > per_node and gpus % per_node:
-        below, above = gpus // per_node * per_node, -(-gpus // per_node) * per_node
-        raise InputError(
-            f"cluster.gpus={gpus} is more than one machine of {per_node} GPUs and not a multiple of it. Use cluster.gpus={below} "
-            f"or cluster.gpus={above}"
-        )
+    """gpus: a number that `fills_machines`."""
     return Cluster(gpus, gpu, device)
+
+
+def near(batch: int, gpus: int, device: Device) -> list[int]:
+    """The numbers of GPUs below and above that divide the batch and leave no machine half used."""
+    usable = [number for number in range(1, batch + 1) if batch % number == 0 and device.fills_machines(number)]
+    return [number for number in usable if number < gpus][-1:] + [number for number in usable if number > gpus][:1]

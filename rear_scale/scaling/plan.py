@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, check_override
+from rear_scale.config.values import leaves
 from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.scaling import planner
@@ -16,8 +17,7 @@ from rear_scale.scaling.widening import widths
 if TYPE_CHECKING:
     from rear_scale.scaling.measure import Measured
 
-_KEPT = ("strategy", "strategy.replicas", "strategy.defer_reduction", "train.activation_checkpointing")
-_KEPT += ("train.micro_batch_size",)
+_KEPT = ("strategy", *planner.STRATEGY_KEYS, "train.activation_checkpointing", "train.micro_batch_size")
 
 
 def make(
@@ -29,7 +29,9 @@ def make(
     simulated, is run on rank 0 of a world that is not there. Raises InputError for an unknown GPU, a batch that the GPUs do
     not divide, and a run that does not fit.
     """
-    keys = {text.split("=")[0] for text in overrides}
+    parsed = [check_override(text) for text in overrides]
+    # train={micro_batch_size: 16} says what train.micro_batch_size=16 says.
+    keys = {key for one in parsed for key in leaves({one.key_or_group: one.value()})}
     fixed = frozenset(key for key in _KEPT if key in keys or (key == "strategy" and "strategy.name" in keys))
     cluster = open_cluster(cfg)
     model = meta_model(cfg)

@@ -18,7 +18,7 @@ from rear_scale.config.validate import RECOMPUTE_POLICIES, STRATEGIES, validate
 from rear_scale.model.activations import head_activation_bytes
 from rear_scale.model.memory import elements, memory_per_rank
 from rear_scale.scaling.cost import StepTime, step_time
-from rear_scale.scaling.devices import Cluster, cluster_of, devices
+from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 
 GIB = 2**30
 # What a plan may fill of a GPU's memory. The rest is the runtime's own, and what the allocator cannot use.
@@ -26,6 +26,14 @@ USABLE = 0.92
 # Plans whose steps are as fast to this share count as equal: the one that needs less memory is taken.
 _AS_FAST = 0.01
 PARTS = ("weights", "gradients", "optimizer", "activations", "heads", "buffers")
+# Fields of the strategy section beside its name, and the strategies that heed them.
+_HEEDED = {
+    "replicas": ("hsdp",),
+    "cpu_offload": ("zero1", "zero2", "zero3"),
+    "defer_reduction": ("fsdp2", "hsdp", "zero2", "zero3"),
+    "reshard_after_forward": ("fsdp2", "hsdp"),
+}
+STRATEGY_KEYS = tuple(f"strategy.{field}" for field in _HEEDED)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Choice:
     """A strategy with a policy, at the largest micro-batch that fits, or at one image where none does."""
 
     cfg: ExperimentConfig
+    asked: StrategyConfig  # what the config itself has
     plan: Plan
     memory_gib: dict[str, float]  # PARTS and their sum, total: of the fullest rank at the height of an update
     fits: bool
@@ -56,14 +65,16 @@ class Choice:
 
     @property
     def settings(self) -> list[str]:
-        """The overrides that make a config into this choice."""
-        strategy, found = self.cfg.strategy, [f"strategy={self.name}"]
-        if self.name == "hsdp":
-            found.append(f"strategy.replicas={strategy.replicas}")
-        if strategy.defer_reduction != group_defaults(self.name).defer_reduction:
-            found.append(f"strategy.defer_reduction={str(strategy.defer_reduction).lower()}")
-        if strategy.cpu_offload:
-            found.append("strategy.cpu_offload=true")
+        """The overrides that make the config into this choice."""
+        found, defaults = [f"strategy={self.name}"], group_defaults(self.name)
+        for field in _HEEDED:
+            value = getattr(self.cfg.strategy, field)
+            # strategy=NAME leaves fields alone that a file or another override has set.
+            same = value == getattr(defaults, field) == getattr(self.asked, field)
+            if field == "replicas":
+                same = self.name != "hsdp"
+            if not same:
+                found.append(f"strategy.{field}={str(value).lower()}")
         return [
             *found,
             f"train.activation_checkpointing={self.checkpointing}",
@@ -88,7 +99,8 @@ def choices(
     for name in STRATEGIES:
         for policy in RECOMPUTE_POLICIES:
             variants = [
-                _largest(one, cluster, fixed, model, slowness) for one in _variants(cfg, cluster, name, policy, fixed)
+                _largest(one, cfg.strategy, cluster, fixed, model, slowness)
+                for one in _variants(cfg, cluster, name, policy, fixed)
             ]
             if variants:
                 found.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
@@ -128,7 +140,8 @@ def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[s
     settings = choice.settings
     ours = {text.split("=")[0] for text in settings} | {"strategy.name", "cluster.gpus", "cluster.gpu"}
     own = [text for text in overrides if text.split("=")[0] not in ours]
-    return [*settings, *own, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
+    # Ours last: one of theirs may set a whole section.
+    return [*own, *settings, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
 
 
 @cache
@@ -142,21 +155,14 @@ def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
     if batch < cluster.gpus:
         raise InputError(
             f"cluster.gpus={cluster.gpus} is more than train.global_batch_size={batch}: every GPU needs an image. "
-            f"Use cluster.gpus={_near(batch, cluster.gpus)[0]}, or a larger global batch"
+            f"Use cluster.gpus={near(batch, cluster.gpus, cluster.device)[0]}, or a larger global batch"
         )
     if batch % cluster.gpus:
-        near = " or ".join(f"cluster.gpus={number}" for number in _near(batch, cluster.gpus))
+        others = " or ".join(f"cluster.gpus={number}" for number in near(batch, cluster.gpus, cluster.device))
         raise InputError(
-            f"cluster.gpus={cluster.gpus} does not divide train.global_batch_size={batch}. Use {near}, or "
+            f"cluster.gpus={cluster.gpus} does not divide train.global_batch_size={batch}. Use {others}, or "
             f"train.global_batch_size={max(1, round(batch / cluster.gpus)) * cluster.gpus}"
         )
-
-
-def _near(batch: int, gpus: int) -> list[int]:
-    """The numbers of GPUs below and above that divide the batch."""
-    divisors = [number for number in range(1, batch + 1) if batch % number == 0]
-    below = [number for number in divisors if number < gpus][-1:]
-    return below + [number for number in divisors if number > gpus][:1]
 
 
 def _variants(
@@ -166,8 +172,9 @@ def _variants(
     if (name == "single" and cluster.gpus > 1) or (name == "hsdp" and cluster.nodes < 2):
         return
     strategy = cfg.strategy if name == cfg.strategy.name else group_defaults(name)
-    if name.startswith("zero"):
-        strategy = replace(strategy, cpu_offload=cfg.strategy.cpu_offload)
+    for field, heeding in _HEEDED.items():
+        if name in heeding and (f"strategy.{field}" in fixed or field == "cpu_offload"):
+            strategy = replace(strategy, **{field: getattr(cfg.strategy, field)})
     if name == "hsdp" and "strategy.replicas" not in fixed:
         strategy = replace(strategy, replicas=cluster.nodes)
     free = name in ("fsdp2", "hsdp") and "strategy.defer_reduction" not in fixed
@@ -182,7 +189,12 @@ def _variants(
 
 
 def _largest(
-    cfg: ExperimentConfig, cluster: Cluster, fixed: frozenset[str], model: nn.Module, slowness: float
+    cfg: ExperimentConfig,
+    asked: StrategyConfig,
+    cluster: Cluster,
+    fixed: frozenset[str],
+    model: nn.Module,
+    slowness: float,
 ) -> Choice:
     """The choice with the largest micro-batch that divides a GPU's share and fits; if none does, with the smallest."""
     share = cfg.train.global_batch_size // cluster.gpus
@@ -196,7 +208,7 @@ def _largest(
         fits = memory["total"] <= USABLE * cluster.device.memory_gib
         if fits:
             break
-    return Choice(cfg, plan, memory, fits, step_time(cfg, cluster, plan.accumulation, model, slowness))
+    return Choice(cfg, asked, plan, memory, fits, step_time(cfg, cluster, plan.accumulation, model, slowness))
 
 
 def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
@@ -226,6 +238,10 @@ def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model:
 _KEPT_BY_CHOICE = {
     "strategy": lambda one, cfg: one.name == cfg.strategy.name,
     "train.activation_checkpointing": lambda one, cfg: one.checkpointing == cfg.train.activation_checkpointing,
+    "strategy.cpu_offload": lambda one, cfg: one.cfg.strategy.cpu_offload == cfg.strategy.cpu_offload,
+    "strategy.reshard_after_forward": lambda one, cfg: (
+        one.cfg.strategy.reshard_after_forward == cfg.strategy.reshard_after_forward
+    ),
 }
 
 
@@ -273,6 +289,7 @@ def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, found: l
 
 
 def more_gpus(cfg: ExperimentConfig, cluster: Cluster) -> list[int]:
-    """Larger clusters up to 1,024 GPUs that divide the global batch, doubling."""
+    """Larger clusters up to 1,024 GPUs that divide the global batch and leave no machine half used, doubling."""
     counts = [cluster.gpus * 2**power for power in range(1, 11)]
-    return [gpus for gpus in counts if gpus <= 1024 and cfg.train.global_batch_size % gpus == 0]
+    batch, device = cfg.train.global_batch_size, cluster.device
+    return [gpus for gpus in counts if gpus <= 1024 and batch % gpus == 0 and device.fills_machines(gpus)]

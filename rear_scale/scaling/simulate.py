@@ -138,7 +138,7 @@ def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
         "weights": memory.weights,
         "gradients": memory.gradients + memory.kept_gradients,
         "optimizer": memory.optimizer,
-        "total": memory.peak,
+        "total": memory.height,
     }
     run = {
         "weights": found.weights,

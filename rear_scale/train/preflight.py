@@ -41,6 +41,8 @@ _BYTES = {"cuda": 128 * 2**20, "cpu": 4 * 2**20}
 # Of the median of all nodes: a node below it holds all others back.
 _LEAST_SHARE = 0.5
 _REPEATS = 5
+# Faults of files that one line of error names.
+_NAMED = 3
 
 
 @dataclass
@@ -74,9 +76,7 @@ def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
     if ranks.rank == 0:
         reports, silent = _collect(store, ranks)
         bad = _judge(cfg, ranks, reports, silent)
-        shared = {fault for report in reports for fault in report.faults}
-        everywhere = len(reports) == ranks.world_size and all(report.faults == [*shared] for report in reports)
-        store.set("wrong input", next(iter(shared)) if everywhere and len(shared) == 1 else "")
+        store.set("wrong input", _wrong_input(reports) if not silent else "")
         store.set("unfit", json.dumps(bad))
     wrong_input = store.get("wrong input").decode()
     if wrong_input:
@@ -91,6 +91,19 @@ def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
         _show(reports, rates, bad)
     if bad:
         raise SystemExit(1)
+
+
+def _wrong_input(reports: list[Report]) -> str:
+    """What all nodes find wrong with files, of which no node is guilty; empty when there is nothing of that kind."""
+    by_node: dict[str, dict[str, None]] = {}
+    for report in reports:
+        by_node.setdefault(report.node, {}).update(dict.fromkeys(report.faults))
+    first, *others = by_node.values()
+    if any(other.keys() != first.keys() for other in others) or any(fault.startswith("GPU ") for fault in first):
+        return ""
+    faults = list(first)
+    more = f"; and {len(faults) - _NAMED} more of this kind" if len(faults) > _NAMED else ""
+    return "; ".join(faults[:_NAMED]) + more
 
 
 def _part(store: dist.Store, ranks: Ranks) -> None:
@@ -191,8 +204,9 @@ def _judge(cfg: ExperimentConfig, ranks: Ranks, reports: list[Report], silent: l
         for report in reports:
             if values.get(report.rank, usual) != usual:
                 _add(bad, report.node, f"it has {what} than the rest ({values[report.rank][:20]})")
+    deadline = time.monotonic() + _VISIBLE_S  # of all nodes together: there may be hundreds
     for report in reports:
-        if report.token and not any("run.dir" in fault for fault in report.faults) and not _seen(cfg, report):
+        if report.token and not any("run.dir" in fault for fault in report.faults) and not _seen(cfg, report, deadline):
             _add(bad, report.node, f"what it writes to run.dir={cfg.run.dir} is not seen on {reports[0].node}")
     shutil.rmtree(_place(cfg), ignore_errors=True)
     with suppress(OSError):
@@ -205,8 +219,7 @@ def _add(bad: dict[str, list[str]], node: str, fault: str) -> None:
         bad[node].append(fault)
 
 
-def _seen(cfg: ExperimentConfig, report: Report) -> bool:
-    deadline = time.monotonic() + _VISIBLE_S
+def _seen(cfg: ExperimentConfig, report: Report, deadline: float) -> bool:
     path = _place(cfg) / str(report.rank)
     while True:
         try:

@@ -21,9 +21,8 @@ _EXIT_INPUT_ERROR = 2
 
 def last_step(folder: str | Path) -> int:
     """The step of the newest checkpoint of a run folder, 0 without one."""
-    return max(
-        (int(path.name.removeprefix("step_")) for path in Path(folder).glob("checkpoints/step_????????")), default=0
-    )
+    names = [path.name.removeprefix("step_") for path in Path(folder).glob("checkpoints/step_????????")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def verdict(folder: str | Path, step_before: int, code: int) -> tuple[bool, str]:
@@ -50,7 +49,7 @@ def read_status(folder: str | Path) -> tuple[str, int, str]:
     """state, step and reason of status.json; state "unknown" without one."""
     try:
         values = json.loads((Path(folder) / "status.json").read_text())
-        return values["state"], values["step"], values["reason"]
+        return str(values["state"]), int(values["step"]), str(values["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown", 0, ""
 
