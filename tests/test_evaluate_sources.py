@@ -65,6 +65,9 @@ def test_any_npz_is_read_in_parts(tmp_path: Path, save) -> None:
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images"),
         ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no arr_0"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "3 labels for 2 images"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array(["a", "b"])}, "whole numbers"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array([0.5, 1.5])}, "whole numbers"),
+        ({"arr_0": np.zeros((2, 0, 0, 3), np.uint8)}, "no pixels"),
         ({"arr_0": np.array([{}], dtype=object)}, "cannot be read"),
     ],
 )
@@ -81,6 +84,16 @@ def test_missing_and_truncated_samples_are_named(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-50])
     with pytest.raises(InputError, match="Is it complete"):
         read_samples(tmp_path / "cut.npz")
+
+
+def test_a_compressed_file_damaged_within_is_named(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "damaged.npz", arr_0=some_images(50))
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 100] = b"\xff" * 100
+    (tmp_path / "damaged.npz").write_bytes(data)
+    images, _ = read_samples(tmp_path / "damaged.npz")
+    with pytest.raises(InputError, match="arr_0.npy is damaged"):
+        images[:]
 
 
 def write_tar(path: Path, images: np.ndarray, first: int, with_classes: bool) -> None:
