@@ -155,6 +155,24 @@ def test_image_files_are_cropped_to_the_size_of_the_samples(tmp_path: Path) -> N
         run_alone(_contents, tmp_path, None)
 
 
+def test_copies_bring_the_rule_that_made_them_uint8_and_classes_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "samples.tar").mkdir()
+    shard = tmp_path / "samples.tar" / "shard-000000.tar"
+    write_tar(shard, some_images(4), 0, True)
+    (tmp_path / "samples.json").write_text('{"quantiser": "round"}')
+    assert run_alone(_quantiser, tmp_path / "samples.tar") == "round"
+    with tarfile.open(shard, "a") as tar:
+        info = tarfile.TarInfo("00004.cls")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"cat"))
+    with pytest.raises(InputError, match="00004.cls holds b'cat'"):
+        run_alone(_quantiser, tmp_path / "samples.tar")
+
+
+def _quantiser(world: World, path: Path) -> str | None:
+    return open_image_set(path, world).quantiser
+
+
 def test_the_crop_is_the_middle() -> None:
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 200
