@@ -14,11 +14,13 @@ one that finds all shares there goes on to the scores. --reconstruct takes image
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rear_scale import cli, config
 from rear_scale.analysis.token_prediction import score_tokens
+from rear_scale.config import InputError
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
@@ -55,9 +57,15 @@ def main() -> None:
         _reconstruct(command, args.reconstruct)
         return
     checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
-    for path in args.also if checkpoints else []:
+    if args.also and not checkpoints:
+        raise InputError(
+            f"--also {args.also[0]} adds to --checkpoint, which is missing. Use --checkpoint {args.also[0]}"
+        )
+    for path in args.also:
         other = open_source(path)
-        checkpoints.append((config.from_dict(other.meta["config"], str(other.path), args.overrides), other))
+        cfg = config.from_dict(other.meta["config"], str(other.path), args.overrides)
+        # One evaluation scores all: what another run's config says of its own is not what is done.
+        checkpoints.append((replace(cfg, evaluate=command.cfg.evaluate), other))
     subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
     check_evaluation(command.cfg)
     if args.samples is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 from pathlib import Path
@@ -10,10 +11,21 @@ import torch
 from helpers import command_line, environment, launch
 
 from rear_scale import config
-from rear_scale.bench import data, reference, scaling
+from rear_scale.bench import data, reference, sample, scaling
+from rear_scale.config import InputError
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
 from rear_scale.world import free_port
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--rounds", "0"], ["--classes", "0"], ["--classes", "-2"], ["--classes", "1001"]]
+)
+def test_sampling_that_measures_nothing_is_refused(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    sample.add_arguments(parser)
+    with pytest.raises(InputError, match=arguments[0]):
+        sample.run(parser.parse_args(arguments))
 
 
 def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: Path) -> None:

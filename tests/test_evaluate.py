@@ -218,6 +218,17 @@ def test_few_samples_are_scored_and_marked(tmp_path: Path) -> None:
     assert found["inception"]["references"]["shards"]["precision"] is None
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_options_for_large_sets_are_null_or_finite_on_tiny_ones(tmp_path: Path, count: int) -> None:
+    write_samples(tmp_path / "few.npz", iter([some_images(count, 3)]), count, 12, np.zeros(count))
+    cfg = with_references(tmp_path, "evaluate.bootstrap=3", "evaluate.extrapolate=true")
+    found = run_alone(_score_small, cfg, tmp_path / "few.npz", tmp_path / "cache")
+    json.dumps(found, allow_nan=False)
+    scores = found["inception"]["references"]["shards"]
+    assert (scores["fid_extrapolated"] is None) == (count < 3)
+    assert (scores["bootstrap"]["fid"] is None) == (count < 2)
+
+
 def test_a_set_against_itself_and_its_statistics(tmp_path: Path) -> None:
     cfg, statistics = with_references(tmp_path), tmp_path / "statistics.npz"
 

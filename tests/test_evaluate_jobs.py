@@ -48,6 +48,9 @@ def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Pa
     assert planned[0].output.name == "result_guidance.scale=1.5_seed=3.json"
     (alone,) = subjects_of(cfg, [(cfg, found)], None, [], None)
     assert alone.output == found.path.parent.parent / "result.json"
+    earlier = Checkpoint(found.path.with_name("step_00000004"), {**found.meta, "step": 4})
+    both = subjects_of(cfg, [(cfg, found), (cfg, earlier)], None, [], None)
+    assert [subject.output.name for subject in both] == [f"result_step={found.step}.json", "result_step=4.json"]
     (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
     assert images.output == Path("a/samples.result.json")
 
@@ -242,6 +245,8 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
     [
         ([], "error: there is nothing to score"),
         (["--samples", "none.npz"], "error: evaluate.reference is empty"),
+        (["--samples", "none.npz", "--also", "run"], "error: --also run adds to --checkpoint, which is missing"),
+        (["--samples", "none.npz", "--sweep", "sample.seed=1,2"], "error: --sweep sample.seed=1,2 needs --checkpoint"),
         (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: there are no features to compare by"),
     ],
 )

@@ -65,6 +65,9 @@ def test_any_npz_is_read_in_parts(tmp_path: Path, save) -> None:
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images"),
         ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no arr_0"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "3 labels for 2 images"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array(["a", "b"])}, "whole numbers"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array([0.5, 1.5])}, "whole numbers"),
+        ({"arr_0": np.zeros((2, 0, 0, 3), np.uint8)}, "no pixels"),
         ({"arr_0": np.array([{}], dtype=object)}, "cannot be read"),
     ],
 )
@@ -81,6 +84,16 @@ def test_missing_and_truncated_samples_are_named(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-50])
     with pytest.raises(InputError, match="Is it complete"):
         read_samples(tmp_path / "cut.npz")
+
+
+def test_a_compressed_file_damaged_within_is_named(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "damaged.npz", arr_0=some_images(50))
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 100] = b"\xff" * 100
+    (tmp_path / "damaged.npz").write_bytes(data)
+    images, _ = read_samples(tmp_path / "damaged.npz")
+    with pytest.raises(InputError, match="arr_0.npy is damaged"):
+        images[:]
 
 
 def write_tar(path: Path, images: np.ndarray, first: int, with_classes: bool) -> None:
@@ -140,6 +153,24 @@ def test_image_files_are_cropped_to_the_size_of_the_samples(tmp_path: Path) -> N
     assert run_alone(_contents, tmp_path, 10)[2] != identity
     with pytest.raises(InputError, match=r"1\.png: image 1 is 12x12, but the first one is 30x40"):
         run_alone(_contents, tmp_path, None)
+
+
+def test_copies_bring_the_rule_that_made_them_uint8_and_classes_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "samples.tar").mkdir()
+    shard = tmp_path / "samples.tar" / "shard-000000.tar"
+    write_tar(shard, some_images(4), 0, True)
+    (tmp_path / "samples.json").write_text('{"quantiser": "round"}')
+    assert run_alone(_quantiser, tmp_path / "samples.tar") == "round"
+    with tarfile.open(shard, "a") as tar:
+        info = tarfile.TarInfo("00004.cls")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"cat"))
+    with pytest.raises(InputError, match="00004.cls holds b'cat'"):
+        run_alone(_quantiser, tmp_path / "samples.tar")
+
+
+def _quantiser(world: World, path: Path) -> str | None:
+    return open_image_set(path, world).quantiser
 
 
 def test_the_crop_is_the_middle() -> None:

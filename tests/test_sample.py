@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import tarfile
@@ -19,7 +20,7 @@ from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import open_source
-from rear_scale.sample import job
+from rear_scale.sample import files, job
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
@@ -271,6 +272,49 @@ def test_other_settings_are_another_job(tmp_path: Path, tokens: Path) -> None:
     run_alone(_sample, cfg, found, output)
     assert output.read_bytes() != before
     assert job.default_output(cfg, found) != job.default_output(prepared(tmp_path, tokens)[0], found)
+
+
+def test_copies_are_those_of_the_last_job(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens, "sample.copies=png")
+    output = tmp_path / "samples.npz"
+    run_alone(_sample, cfg, found, output)
+    cfg.sample.copies = "tar"
+    run_alone(_sample, cfg, found, output)
+    (tmp_path / "samples" / "mine.png").write_bytes(b"")
+    cfg.sample.seed, cfg.sample.num_images = 1, 7
+    run_alone(_sample, cfg, found, output)
+    images = np.load(output)["arr_0"]
+    with tarfile.open(tmp_path / "samples.tar" / "shard-000000.tar") as tar:
+        assert len(tar.getnames()) == 2 * 7
+        assert np.array_equal(np.asarray(Image.open(tar.extractfile("000006.png"))), images[6])
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["mine.png"]
+
+
+def test_a_kill_while_the_file_is_replaced_leaves_nothing_that_passes_for_complete(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    output = tmp_path / "samples.npz"
+    run_alone(_sample, cfg, found, output)
+    first, identity = output.read_bytes(), job.job_identity(cfg, found)
+    cfg.sample.seed = 1
+    monkeypatch.setattr(job, "_write_settings", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_alone(_sample, cfg, found, output)
+    assert output.read_bytes() != first
+    assert not job.is_done(output, identity)
+
+
+def killed(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "unit.npy.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as raised:
+        files.save(tmp_path / "unit.npy", np.zeros(100_000))
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path: Path, tokens: Path) -> None:

@@ -50,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rates of our sampler with distinct classes and with one class, and of the plain cached one."""
     cfg = config.load(arguments.config, arguments.overrides)
+    if arguments.rounds < 1:
+        raise InputError(f"--rounds {arguments.rounds} measures nothing. Use 1 at least")
+    if arguments.classes is not None and not 1 <= arguments.classes <= cfg.model.num_classes:
+        raise InputError(
+            f"--classes {arguments.classes} must lie in 1 .. {cfg.model.num_classes}, the config's model.num_classes. "
+            "Leave it out for as many as images"
+        )
     if arguments.protocol:
         cfg.sample.batch_size, cfg.train.precision, decodes = _PROTOCOLS[arguments.protocol]
         if decodes and cfg.tokenizer.weights is None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +56,12 @@ class StoredArray:
                 file.seek(self.start + start * self.row_bytes)
                 data = file.read(count * self.row_bytes)
         else:
-            data = self._unpack(start, count)
+            try:
+                data = self._unpack(start, count)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise InputError(
+                    f"{self.path}: {self.member} is damaged before row {end} ({error}). Write the file again"
+                ) from error
         if len(data) != count * self.row_bytes:
             raise InputError(f"{self.path}: {self.member} ends before row {end}. Write the file again")
         # Of a copy that may be written to, as arrays in memory are.
@@ -114,6 +120,8 @@ def read_samples(path: str | Path) -> tuple[StoredArray, np.ndarray | None]:
             f"{path}: arr_0 is {images.dtype} {images.shape}, but uint8 [n, height, width, 3] is wanted. "
             "Convert it to 0..255, channels last"
         )
+    if 0 in images.shape[1:]:
+        raise InputError(f"{path}: arr_0 is {images.shape}: its images have no pixels. Write the file again")
     if len(images) == 0:
         raise InputError(f"{path}: arr_0 holds no images. Generate some first")
     return images, _labels(path, names, len(images))
@@ -122,8 +130,11 @@ def read_samples(path: str | Path) -> tuple[StoredArray, np.ndarray | None]:
 def _labels(path: str | Path, names: list[str], count: int) -> np.ndarray | None:
     if "label" in names:
         labels = open_array(path, "label")[:]
-        if labels.ndim != 1 or len(labels) != count:
-            raise InputError(f"{path}: {len(labels)} labels for {count} images. Write the file again")
+        if labels.shape != (count,) or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"{path}: {len(labels)} labels for {count} images are {labels.dtype} {labels.shape}, but whole numbers of shape "
+                f"({count},) are wanted. Write them again, or leave them out"
+            )
         return labels
     if "arr_1" in names:
         labels = open_array(path, "arr_1")[:]

@@ -169,7 +169,11 @@ def _extrapolation_job(
 
     def job() -> dict[str, Any]:
         count = samples.count
+        metric = KINDS[kind].metric
         sizes = np.unique(np.linspace(count / 4, count, _EXTRAPOLATION_POINTS).round().astype(int))
+        sizes = sizes[sizes >= 2]  # images that have a covariance
+        if len(sizes) < 2:
+            return {reference.name: {f"{metric}_extrapolated": None} for reference in references}
         # Image i joins at a place of its own, so the subsets do not depend on the blocks.
         places = np.random.default_rng([seed, 1]).permutation(count)
         groups = np.searchsorted(sizes, places, side="right")
@@ -180,7 +184,7 @@ def _extrapolation_job(
                 sums.setdefault(int(group), MomentSums(features.shape[1], world.device)).add(
                     features[torch.from_numpy(groups[ids] == group)]
                 )
-        metric, total = KINDS[kind].metric, MomentSums(features.shape[1], world.device)
+        total = MomentSums(features.shape[1], world.device)
         values: dict[str, list[float]] = {reference.name: [] for reference in references}
         for group in range(len(sizes)):
             total.add_sums(sums[group])
@@ -221,11 +225,11 @@ def _bootstrap_job(
             sums = sums or MomentSums(features.shape[1], world.device)
             sums.add(features, torch.from_numpy(weights[ids]).double())
         assert sums is not None
-        own, metric = sums.moments(), KINDS[kind].metric
+        own, metric = sums.moments() if count > 1 else None, KINDS[kind].metric
         found: dict[str, Any] = {}
         for reference in references:
             other = reference.moments(kind, world.device)
-            value = None if other is None else frechet_distance(own, other)
+            value = None if own is None or other is None else frechet_distance(own, other)
             found[reference.name] = {"draw": draw, "metric": metric, "value": value}
         if kind == network.neighbours and network.classifier is not None:
             found["bootstrap_inception_score"] = _inception_score(network, samples, weights).value

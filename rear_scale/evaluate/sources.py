@@ -85,7 +85,7 @@ def from_npz(path: Path, world: World) -> ImageSet:
 
 
 def _quantiser_beside(path: Path) -> str | None:
-    """The uint8 rule as launchers/sample.py notes it beside its files; null for files of others."""
+    """The uint8 rule as launchers/sample.py notes it beside its files; their copies included; null for files of others."""
     try:
         return json.loads(path.with_suffix(".json").read_text()).get("quantiser")
     except (OSError, ValueError, AttributeError):
@@ -145,6 +145,10 @@ def _members(tar: Path) -> list[_File]:
     for member in members:
         if member.name.endswith(".cls"):
             text = _File(tar, member.offset_data, member.size, None).data()
+            if not text.strip().isdigit():
+                raise InputError(
+                    f"{tar}: {member.name} holds {text[:20]!r}, which is no class id. Write whole numbers there"
+                )
             classes[member.name.removesuffix(".cls")] = int(text)
     return [
         _File(tar, member.offset_data, member.size, classes.get(member.name.rsplit(".", 1)[0]))
@@ -185,7 +189,16 @@ def _from_files(folder: Path, files: list[_File], size: int | None) -> ImageSet:
     listing = [f"{file.path.relative_to(folder)} {file.offset} {_stamp(file.path)}" for file in files]
     preprocessing = "as stored" if size is None else f"centre crop to {size} pixels (halved by boxes, then bicubic)"
     identity = hashlib.sha256("\n".join([preprocessing, *listing]).encode()).hexdigest()
-    return ImageSet(folder.name, identity, height, width, consecutive_blocks(len(files)), read, preprocessing)
+    return ImageSet(
+        folder.name,
+        identity,
+        height,
+        width,
+        consecutive_blocks(len(files)),
+        read,
+        preprocessing,
+        _quantiser_beside(folder),
+    )
 
 
 def _stamp(path: Path) -> str:

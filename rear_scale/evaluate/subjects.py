@@ -59,14 +59,22 @@ def subjects_of(
         )
     if not checkpoints:
         assert samples is not None
+        if sweeps:
+            raise InputError(
+                f"--sweep {sweeps[0]} needs --checkpoint: --samples {samples} are there already. Leave it away"
+            )
         return [Subject(cfg, None, samples, output or samples.with_name(f"{samples.stem}.result.json"))]
     if samples is not None and (sweeps or len(checkpoints) > 1):
         raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
     found = []
+    places = [(checkpoint.run, checkpoint.step) for _, checkpoint in checkpoints]
     for own, checkpoint in checkpoints:
         for setting in _settings(sweeps):
             swept = config.from_dict(to_dict(own), str(checkpoint.path), setting)
-            name = "_".join(["result", *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
+            # Two checkpoints of one run have a result each.
+            several = any(checkpoint.run == run and checkpoint.step != step for run, step in places)
+            which = [f"step={checkpoint.step}"] if several else []
+            name = "_".join(["result", *which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
             found.append(Subject(swept, checkpoint, samples, checkpoint.run / f"{name}.json"))
     if output is None:
         return found

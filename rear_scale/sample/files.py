@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,9 +94,7 @@ def write_copies(output: Path, kind: str, labels: np.ndarray, world: World) -> N
     All ranks must call this; each writes some. A file that is there is kept.
     """
     images = open_samples(output)
-    folder = output.with_suffix(f".{kind}")
-    if kind == "png":
-        folder = output.with_suffix("")
+    folder = _copies_folder(output, kind)
     folder.mkdir(exist_ok=True)
     shards = range(0, len(images), _TAR_IMAGES)
     with progress(f"write {kind}", len(images), "image", show=world.is_main) as bar:
@@ -106,6 +105,18 @@ def write_copies(output: Path, kind: str, labels: np.ndarray, world: World) -> N
             else:
                 _write_pngs(folder, images, ids)
             bar.update(min(world.size * len(ids), len(images) - bar.n))
+
+
+def remove_copies(output: Path) -> None:
+    """Removes the copies of an earlier `output`, and nothing else that may lie in their folders."""
+    for kind, names in (("png", "[0-9]*.png"), ("tar", "shard-*.tar")):
+        for path in _copies_folder(output, kind).glob(names):
+            if re.fullmatch(r"\d{6,}\.png|shard-\d{6}\.tar", path.name):
+                path.unlink()
+
+
+def _copies_folder(output: Path, kind: str) -> Path:
+    return output.with_suffix("" if kind == "png" else f".{kind}")
 
 
 def _write_pngs(folder: Path, images: np.ndarray, ids: range) -> None:
@@ -139,6 +150,9 @@ def _png(image: np.ndarray) -> bytes:
 def save(path: Path, values: np.ndarray) -> None:
     """np.save, complete or not at all."""
     part = path.with_name(f"{path.name}.part")
+    data = io.BytesIO()
+    np.save(data, values)
+    # Not np.save itself: of a full disk it says how many items it wrote, and not that there is no room.
     with open(part, "wb") as file:
-        np.save(file, values)
+        file.write(data.getbuffer())
     part.replace(path)

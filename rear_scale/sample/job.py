@@ -30,7 +30,7 @@ from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.files import Parts, assemble, write_copies
+from rear_scale.sample.files import Parts, assemble, remove_copies, write_copies
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
@@ -149,6 +149,9 @@ def _make(
             bar.update(done - bar.n)
     world.barrier()
     if world.is_main:
+        # What an earlier job of other settings left here must not pass for this one's, nor this one's for its.
+        output.with_suffix(".json").unlink(missing_ok=True)
+        remove_copies(output)
         numbers = np.arange(cfg.sample.num_images)
         assemble(output, parts, planned, labels_of(cfg, numbers), cfg.tokenizer.image_size)
         _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world, parts.near_ties(planned))
@@ -217,7 +220,8 @@ class _Beside:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1)
+        # A new thread would take as many threads as there are cores, and its kernels might round otherwise.
+        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self.last: Future[None] | None = None
 
     def __enter__(self) -> _Beside:
