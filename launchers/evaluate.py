@@ -53,6 +53,7 @@ def main() -> None:
         cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
         return
     if args.reconstruct is not None:
+        _check_alone(args)
         check_image_set(args.reconstruct)
         _reconstruct(command, args.reconstruct)
         return
@@ -77,6 +78,16 @@ def main() -> None:
             rows += _score(subject, opener, evaluation, args, world)
         if world.is_main and rows:
             print(table(rows))
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Raises InputError for an option that --reconstruct has no use for."""
+    for option in ("samples", "also", "sweep", "part", "write_statistics"):
+        if getattr(args, option):
+            raise InputError(
+                f"--{option.replace('_', '-')} does not go with --reconstruct, which scores the tokenizer on its own images. "
+                "Leave one of them out"
+            )
 
 
 def _reconstruct(command: cli.Command, images: Path) -> None:

@@ -248,6 +248,7 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
         (["--samples", "none.npz", "--also", "run"], "error: --also run adds to --checkpoint, which is missing"),
         (["--samples", "none.npz", "--sweep", "sample.seed=1,2"], "error: --sweep sample.seed=1,2 needs --checkpoint"),
         (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: there are no features to compare by"),
+        (["--reconstruct", "images", "--part", "0/2"], "error: --part does not go with --reconstruct"),
     ],
 )
 def test_bad_requests_are_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:

@@ -100,6 +100,11 @@ def test_absent_files_are_named_with_their_sources(tmp_path: Path, tokens: Path)
         ("VIRTUAL_imagenet256_labeled.npz", "https://github.com/openai/guided-diffusion"),
     ):
         assert any(f"nowhere/{name}" in line and source in line for line in lines), name
+    unset = entry.load_config(tmp_path / "nowhere", ["evaluate.inception_weights=null"])
+    assert any(
+        line.startswith("not set: evaluate.inception_weights (pt_inception")
+        for line in entry.missing(unset, tmp_path / "nowhere")
+    )
     (line,) = entry.left_out(cfg, tmp_path / "files")
     assert "imagenet_val" in line
     (tmp_path / "files/imagenet_val").mkdir()
@@ -118,9 +123,17 @@ def test_a_generator_of_another_size_is_named(tmp_path: Path, tokens: Path) -> N
 
 @pytest.mark.parametrize(
     ("fid", "samples", "published", "accepted"),
-    [(1.99, 50_000, True, True), (1.89, 50_000, True, False), (1.95, 1000, True, None), (1.95, 50_000, False, None)],
+    [
+        (1.99, 50_000, True, True),
+        (1.89, 50_000, True, False),
+        (1.95, 1000, True, None),
+        (1.95, 50_000, False, None),
+        (None, 1, True, None),
+    ],
 )
-def test_a_verdict_needs_the_published_conditions(fid: float, samples: int, published: bool, accepted: bool) -> None:
+def test_a_verdict_needs_the_published_conditions(
+    fid: float | None, samples: int, published: bool, accepted: bool | None
+) -> None:
     scores = {"samples": samples, "references": {"adm": {"fid": fid}}}
     (verdict,) = verdicts(ROWS["rar_b"], scores, published)
     assert verdict.accepted is accepted

@@ -102,6 +102,17 @@ def test_all_weights_but_heads_must_have_a_place(trained: Path) -> None:
         load_generator_weights(found, build_model(cfg, with_heads=False))
 
 
+def test_weights_that_are_not_finite_draw_no_samples(tmp_path: Path, trained: Path) -> None:
+    found = open_source(trained)
+    cfg = from_dict(found.meta["config"], "saved")
+    state = load_generator(cfg, found, torch.device("cpu")).state_dict()
+    state["lm_head.weight"][3, 1] = torch.nan
+    torch.save(state, tmp_path / "spoiled.bin")
+    spoiled = open_source(tmp_path / "spoiled.bin", str(trained / "config.yaml"))
+    with pytest.raises(InputError, match=r"spoiled\.bin: lm_head\.weight holds values that are not finite"):
+        load_generator(cfg, spoiled, torch.device("cpu"))
+
+
 def zero_some_bytes(part: Path) -> None:
     with open(part, "r+b") as file:
         file.seek(-4000, os.SEEK_END)

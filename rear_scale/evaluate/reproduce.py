@@ -69,16 +69,20 @@ class Entry:
 
     def missing(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
         """A line for each file that is wanted and not there."""
+        settings = (
+            ("tokenizer.weights", cfg.tokenizer.weights, self.tokenizer),
+            ("evaluate.inception_weights", cfg.evaluate.inception_weights, INCEPTION),
+        )
+        unset = [f"not set: {name} ({file.name}, published at {file.source})" for name, path, file in settings if not path]
         wanted = [
             (folder / self.generator.name, self.generator),
-            (Path(cfg.tokenizer.weights or ""), self.tokenizer),
-            (Path(cfg.evaluate.inception_weights or ""), INCEPTION),
+            *((Path(path), file) for _, path, file in settings if path),
             *(
                 (Path(path), ADM_REFERENCE if name == "adm" else VALIDATION)
                 for name, path in cfg.evaluate.reference.items()
             ),
         ]
-        return [
+        return unset + [
             f"not found: {path} ({file.name}, published at {file.source})" for path, file in wanted if not path.exists()
         ]
 
@@ -162,7 +166,7 @@ class Verdict:
     """Whether a published FID came out, against one reference."""
 
     reference: str
-    fid: float
+    fid: float | None  # null = too few samples
     published_fid: float
     accepted: bool | None  # null = not comparable
     text: str
@@ -172,8 +176,13 @@ def verdicts(row: PublishedRow, scores: dict[str, Any], is_published: bool | Non
     """Of `images.inception` of a result, one per reference."""
     found = []
     for name, against in scores["references"].items():
-        difference = against["fid"] - row.fid
-        text = f"{row.model} against {name}: FID {against['fid']:.3f}, published {row.fid:.2f} ({difference:+.3f})"
+        fid = against["fid"]
+        if fid is None:
+            text = f"{row.model} against {name}: no FID of {scores['samples']:,} samples, published {row.fid:.2f}"
+            found.append(Verdict(name, None, row.fid, None, f"{text}: not comparable"))
+            continue
+        difference = fid - row.fid
+        text = f"{row.model} against {name}: FID {fid:.3f}, published {row.fid:.2f} ({difference:+.3f})"
         if scores["samples"] != PUBLISHED_SAMPLES:
             accepted, reason = None, f"not comparable: {scores['samples']:,} samples instead of {PUBLISHED_SAMPLES:,}"
         elif not is_published:
@@ -181,5 +190,5 @@ def verdicts(row: PublishedRow, scores: dict[str, Any], is_published: bool | Non
         else:
             accepted = abs(difference) <= ACCEPTED_FID_DIFFERENCE
             reason = f"{'within' if accepted else 'outside'} +-{ACCEPTED_FID_DIFFERENCE}"
-        found.append(Verdict(name, against["fid"], row.fid, accepted, f"{text}: {reason}"))
+        found.append(Verdict(name, fid, row.fid, accepted, f"{text}: {reason}"))
     return found

@@ -155,10 +155,19 @@ def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
 
 
 def load_generator_weights(found: Checkpoint, model: Generator) -> None:
-    """Fills a model without heads. Raises InputError unless all weights of the source but heads have their place in it."""
+    """Fills a model without heads.
+
+    Raises InputError unless all weights of the source but heads have their place in it, and are finite.
+    """
     read = found.reader("param")
     weights = {name: read(name) for name in found.names() if not official.is_head(name)}
     official.load(weights, model, str(found.path), heads_optional=True)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{found.path}: {name} holds values that are not finite, which samples cannot be drawn from. "
+                "Use an earlier checkpoint, or get the file again"
+            )
 
 
 def _check_fits(tensors: dict[str, Tensor], cfg: ExperimentConfig, source: str) -> None:

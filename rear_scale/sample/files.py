@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -155,4 +156,6 @@ def save(path: Path, values: np.ndarray) -> None:
     # Not np.save itself: of a full disk it says how many items it wrote, and not that there is no room.
     with open(part, "wb") as file:
         file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # a unit that is there counts as made, after a power cut too
     part.replace(path)
