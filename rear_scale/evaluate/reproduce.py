@@ -73,7 +73,9 @@ class Entry:
             ("tokenizer.weights", cfg.tokenizer.weights, self.tokenizer),
             ("evaluate.inception_weights", cfg.evaluate.inception_weights, INCEPTION),
         )
-        unset = [f"not set: {name} ({file.name}, published at {file.source})" for name, path, file in settings if not path]
+        unset = [
+            f"not set: {name} ({file.name}, published at {file.source})" for name, path, file in settings if not path
+        ]
         wanted = [
             (folder / self.generator.name, self.generator),
             *((Path(path), file) for _, path, file in settings if path),
