@@ -27,6 +27,8 @@ from rear_scale.sample.guidance import guidance_scale
 from rear_scale.sample.packed import packed_for_decoding
 
 NEAR_TIE = 1e-4  # between the two best logits with their noise
+_NOISE_STEPS = 16
+_NOISE_NUMBERS = 2**23  # made at once, at most: their 64-bit words must find room
 
 
 class Decoder:
@@ -83,11 +85,21 @@ class Decoder:
         if steps.start == 0:
             batch.state = CachedDecoding(self.model, batch, self._caches_for(share, len(batch.rows)))
             batch.near_ties.zero_()
-        for step in steps:
+        for step, noise in self._with_noise(batch.ids, steps):
             logits = batch.state.next_logits(batch.tokens[:, :step])
-            best, codes = self.perturbed(self.guide(logits, step), batch.ids, step).topk(2)
+            best, codes = (self.guide(logits, step) - noise).topk(2)
             batch.tokens[:, step] = codes[:, 0]
             batch.near_ties += best[:, 0] - best[:, 1] < NEAR_TIE
+
+    def _with_noise(self, ids: Tensor, steps: range) -> Iterator[tuple[int, Tensor]]:
+        """Each step with its noise. The numbers of several steps are made at once: that is a hundred small operations."""
+        K = self.model.shape.codebook_size
+        at_once = max(1, min(_NOISE_STEPS, _NOISE_NUMBERS // (len(ids) * K)))
+        for start in range(steps.start, steps.stop, at_once):
+            some = range(start, min(start + at_once, steps.stop))
+            numbers = torch.arange(some.start, some.stop, device=ids.device)[:, None].expand(-1, len(ids))
+            noise = self._noise(ids.expand_as(numbers).flatten(), numbers.flatten(), K)
+            yield from zip(some, noise.view(len(some), len(ids), K), strict=True)
 
     def _caches_for(self, share: int, rows: int) -> list[Cache]:
         kept = self.caches.get(share)
@@ -118,8 +130,11 @@ class Decoder:
 
     def perturbed(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
         """float32 [B, K]: logits plus Gumbel noise that belongs to (image, step). The largest is the draw."""
-        noise = rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, step, logits.shape[1])
-        return logits - noise.log()
+        return logits - self._noise(ids, step, logits.shape[1])
+
+    def _noise(self, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
+        """float32 [I, count], to be taken from logits: the negative of Gumbel noise."""
+        return rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, steps, count).log()
 
 
 @contextmanager
