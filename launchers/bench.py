@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from rear_scale import cli
+from rear_scale.versions import commit
 
 
 def main() -> None:
@@ -51,13 +53,23 @@ def main() -> None:
 
 def machine() -> dict[str, object]:
     """Where the figures were measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     packages = ("torch", "numpy", "webdataset")
     return {
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def _processor() -> str:
+    """The CPU's own name, which Linux knows; platform.processor() mostly says its architecture."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

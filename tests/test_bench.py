@@ -15,6 +15,7 @@ from rear_scale.bench import data, reference, sample, scaling
 from rear_scale.config import InputError
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
+from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import free_port
 
 
@@ -81,6 +82,53 @@ def test_a_bench_without_a_mode_or_with_an_unknown_one_is_refused(tmp_path: Path
     done = launch("python", "launchers/bench.py", "data", "--samples", "10")
     assert done.returncode == 2
     assert "at least" in done.stderr
+
+
+def sampling(*arguments: str) -> dict:
+    parser = argparse.ArgumentParser()
+    sample.add_arguments(parser)
+    small = ["model.depth=1", "model.width=32", "model.mlp_width=64", "sample.batch_size=5", "tokenizer.weights=null"]
+    return sample.run(parser.parse_args(["--config", "demo.yaml", "--rounds", "1", *small, *arguments]))
+
+
+def test_sampling_is_timed_beside_the_plain_samplers_which_draw_the_same() -> None:
+    found = sampling("--uncached", "--classes", "3")
+    rates = {name: variant["images_per_s"] for name, variant in found["variants"].items()}
+    assert set(rates) == {"distinct_classes", "one_class", "reference_cached", "few_images", "reference_uncached"}
+    assert found["same_token_share"] == 1
+    assert found["ratio"] == rates["distinct_classes"] / rates["reference_cached"]
+    assert found["ratio_to_uncached"] == rates["few_images"] / rates["reference_uncached"]
+    assert (found["batch_size"], found["classes"], found["decoding_included"]) == (5, 3, False)
+    assert found["latency_per_step_ms"] == pytest.approx(1e3 * 5 / rates["distinct_classes"] / 36)
+
+
+def test_sampling_with_a_tokenizer_decodes_beside_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    CompactTokenizer(24, 128, 16, 32).save(tmp_path / "tokenizer")
+    weights = f"tokenizer.weights={tmp_path / 'tokenizer'}"
+    found = sampling(weights)
+    assert found["decoding_included"]
+    # A step's figures are of tokens alone.
+    assert found["latency_per_step_ms"] == pytest.approx(
+        1e3 * 5 / found["variants"]["tokens_alone"]["images_per_s"] / 36
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("sample.guidance.scale=1", "both branches of guidance"),
+        ("sample.top_k=5", "without sample.top_k"),
+        ("sample.order=spiral_in", "in raster order"),
+    ],
+)
+def test_samplers_that_draw_otherwise_are_not_compared(override: str, reason: str) -> None:
+    guidance = "sample.guidance.schedule=constant"
+    found = sampling(guidance, override)
+    assert found["ratio"] is None
+    assert reason in found["no_reference_because"]
+    with pytest.raises(InputError, match="--uncached with --config demo"):
+        sampling(guidance, override, "--uncached")
 
 
 SMALL = ["--rounds", "1", "--config", "bench_cpu.yaml", "model.depth=1", "model.width=32", "train.micro_batch_size=2"]

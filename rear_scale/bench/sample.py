@@ -1,5 +1,8 @@
 """Images per second of sampling, beside the plain samplers of tests/reference, interleaved in one process.
 
+With tokenizer.weights, decoding is included: ours beside the drawing of the next batch, as launchers/sample.py does it, the
+plain sampler's after each batch. The figures of a step are of tokens alone.
+
 python launchers/bench.py sample --config bench_cpu.yaml
 python launchers/bench.py sample --config rear_l.yaml tokenizer.weights=FILE      # decoding included
 python launchers/bench.py sample --config rar_b.yaml --protocol rar_table5
@@ -26,12 +29,15 @@ from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.flops import decode_step_cost
 from rear_scale.progress import progress
+from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import Decoder
 from rear_scale.tokenizer import open_tokenizer
 
-# How the papers measured: images of a batch, precision, images decoded or not.
-_PROTOCOLS = {"rar_table5": (128, "fp32", True), "rear_fig5": (128, "bf16", True)}
+# Images of a batch and precision, decoding included. RAR's Table 5 states all three; of Figure 5, reAR's paper states the
+# batch: precision is that of its training, and decoding is taken as in Table 5.
+_PROTOCOLS = {"rar_table5": (128, "fp32"), "rear_fig5": (128, "bf16")}
 _UNCACHED_BATCH = 4
+_PIPELINED = 4  # batches of a turn when the images of one are decoded beside the drawing of the next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         choices=_PROTOCOLS,
-        help="batch and precision of RAR's Table 5 or reAR's Figure 5, decoding included",
+        help="batch of RAR's Table 5 (fp32) or reAR's Figure 5 (whose precision is not printed: bf16), decoding included",
     )
     parser.add_argument("--uncached", action="store_true", help="time the sampler without a cache too, on 4 images")
 
@@ -50,6 +56,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rates of our sampler with distinct classes and with one class, and of the plain cached one."""
     cfg = config.load(arguments.config, arguments.overrides)
+    _check(arguments, cfg)
+    if arguments.protocol:
+        cfg.sample.batch_size, cfg.train.precision = _PROTOCOLS[arguments.protocol]
+    device = use_device()
+    model = drawn_model(cfg, device, with_heads=False).eval()
+    B, N = cfg.sample.batch_size, cfg.tokenizer.num_tokens
+    decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
+    reason = _incomparable(cfg, decoder)
+    if arguments.uncached and reason:
+        raise InputError(
+            f"--uncached with --config {arguments.config}: {reason}. Leave --uncached out, or change the config"
+        )
+    ids = torch.arange(B, device=device)
+    classes = arguments.classes or min(B, cfg.model.num_classes)
+    distinct, one, few = ids % classes, torch.zeros_like(ids), ids[:_UNCACHED_BATCH]
+    plain = partial(_plain, cfg, decoder, dict(model.named_parameters()))
+    decode = _image_decoder(cfg, device)
+    ours = partial(_ours, decoder, decode)
+    variants: dict[str, tuple[int, Callable[[], object]]] = {
+        "distinct_classes": (_images(B, decode), lambda: ours(distinct, ids)),
+        "one_class": (_images(B, decode), lambda: ours(one, ids)),
+    }
+    if decode is not None:
+        variants["tokens_alone"] = (B, lambda: decoder.generate(distinct, ids))
+    if not reason:
+        variants["reference_cached"] = (B, lambda: (decode or _as_it_is)(plain(distinct, ids, cached=True)))
+    if arguments.uncached:
+        variants["few_images"] = (_images(len(few), decode), lambda: ours(distinct[: len(few)], few))
+        variants["reference_uncached"] = (
+            len(few),
+            lambda: (decode or _as_it_is)(plain(distinct[: len(few)], few, cached=False)),
+        )
+    same = None
+    if not reason:
+        same = (decoder.generate(distinct, ids) == plain(distinct, ids, cached=True)).all(1).float().mean().item()
+    rates = _interleaved(variants, arguments.rounds, device)
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    step_s = B / medians.get("tokens_alone", medians["distinct_classes"]) / N
+    result = {
+        "images_per_s": medians["distinct_classes"],
+        # None, with the reason, for a config that the plain sampler is not written for.
+        "reference_images_per_s": medians.get("reference_cached"),
+        "ratio": None if reason else medians["distinct_classes"] / medians["reference_cached"],
+        "no_reference_because": reason,
+        "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
+        "same_token_share": same,
+        **_step_figures(cfg, decoder, device, step_s),
+        "decoding_included": decode is not None,
+        "batch_size": B,
+        "classes": classes,
+        "precision": cfg.train.precision,
+        "protocol": arguments.protocol,
+        "config": arguments.config,
+        "overrides": arguments.overrides,
+    }
+    if arguments.uncached:
+        result["ratio_to_uncached"] = medians["few_images"] / medians["reference_uncached"]
+    return result
+
+
+def _check(arguments: argparse.Namespace, cfg: ExperimentConfig) -> None:
     if arguments.rounds < 1:
         raise InputError(f"--rounds {arguments.rounds} measures nothing. Use 1 at least")
     if arguments.classes is not None and not 1 <= arguments.classes <= cfg.model.num_classes:
@@ -57,60 +124,51 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"--classes {arguments.classes} must lie in 1 .. {cfg.model.num_classes}, the config's model.num_classes. "
             "Leave it out for as many as images"
         )
-    if arguments.protocol:
-        cfg.sample.batch_size, cfg.train.precision, decodes = _PROTOCOLS[arguments.protocol]
-        if decodes and cfg.tokenizer.weights is None:
-            raise InputError(
-                f"--protocol {arguments.protocol} includes decoding, but tokenizer.weights is not set. Set it to the file's path"
-            )
-    compared = cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln" and cfg.model.tie_codebook is None
-    if arguments.uncached and not compared:
+    if arguments.protocol and cfg.tokenizer.weights is None:
         raise InputError(
-            f"--config {arguments.config} with --uncached: the plain sampler is written for RAR's transformer with AdaLN. "
-            "Leave --uncached out, or use such a config"
+            f"--protocol {arguments.protocol} includes decoding, but tokenizer.weights is not set. Set it to the file's path"
         )
-    device = use_device()
-    model = drawn_model(cfg, device, with_heads=False).eval()
-    B, N = cfg.sample.batch_size, cfg.tokenizer.num_tokens
-    decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
-    ids = torch.arange(B, device=device)
-    distinct = ids % (arguments.classes or min(B, cfg.model.num_classes))
-    weights = dict(model.named_parameters())
-    plain = partial(_plain, cfg, decoder, weights)
-    decode = _image_decoder(cfg, device)
-    variants: dict[str, tuple[int, Callable[[], Tensor]]] = {
-        "distinct_classes": (B, lambda: decode(decoder.generate(distinct, ids))),
-        "one_class": (B, lambda: decode(decoder.generate(torch.zeros_like(ids), ids))),
-    }
-    if compared:
-        variants["reference_cached"] = (B, lambda: decode(plain(distinct, ids, cached=True)))
-    few = ids[:_UNCACHED_BATCH]
-    if arguments.uncached:
-        variants["few_images"] = (len(few), lambda: decode(decoder.generate(distinct[: len(few)], few)))
-        variants["reference_uncached"] = (len(few), lambda: decode(plain(distinct[: len(few)], few, cached=False)))
+
+
+def _incomparable(cfg: ExperimentConfig, decoder: Decoder) -> str | None:
+    """Why the plain sampler does not draw what ours does; None where it does."""
+    if cfg.model.architecture != "rar" or cfg.model.conditioning != "adaln" or cfg.model.tie_codebook is not None:
+        return "the plain sampler is written for RAR's transformer with AdaLN"
+    if not decoder.guided:
+        return "the plain sampler always runs both branches of guidance"
+    if cfg.sample.top_k is not None or cfg.sample.top_p is not None:
+        return "the plain sampler draws from all codes, without sample.top_k and sample.top_p"
+    if decoder.orders(torch.arange(1)) is not None:
+        return "the plain sampler draws in raster order"
+    return None
+
+
+def _interleaved(
+    variants: dict[str, tuple[int, Callable[[], object]]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Images per second of each variant in each round."""
+    warm_up = 2 if device.type == "cuda" else 1  # the second batch of a shape records graphs
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    same = _same_tokens(decoder, plain if compared else None, distinct, ids)
-    with progress("bench sample", arguments.rounds * len(variants), "turn") as bar:
-        for _ in range(arguments.rounds):
+    with progress("bench sample", (warm_up + rounds) * len(variants), "turn") as bar:
+        for turn in range(-warm_up, rounds):
             for name, (images, call) in variants.items():
                 synchronize(device)
                 started = time.perf_counter()
                 call()
                 synchronize(device)
-                rates[name].append(images / (time.perf_counter() - started))
+                if turn >= 0:
+                    rates[name].append(images / (time.perf_counter() - started))
                 bar.update()
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return rates
+
+
+def _step_figures(cfg: ExperimentConfig, decoder: Decoder, device: torch.device, step_s: float) -> dict[str, float]:
+    """What a step costs beside what the device was measured to reach."""
     cost = decode_step_cost(cfg, guided=decoder.guided)
-    ceilings = product_flops_per_s(device, next(model.parameters()).dtype), read_bytes_per_s(device)
-    limit_s = max(cost.flops / ceilings[0], cost.bytes / ceilings[1])  # of a step whose reads and products overlap
-    step_s = B / medians["distinct_classes"] / N
-    result = {
-        "images_per_s": medians["distinct_classes"],
-        # None for a config that the plain sampler is not written for.
-        "reference_images_per_s": medians.get("reference_cached"),
-        "ratio": medians["distinct_classes"] / medians["reference_cached"] if compared else None,
-        "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
-        "same_token_share": same,
+    dtype = next(decoder.model.parameters()).dtype
+    flops_per_s, bytes_per_s = product_flops_per_s(device, dtype), read_bytes_per_s(device)
+    limit_s = max(cost.flops / flops_per_s, cost.bytes / bytes_per_s)  # of a step whose reads and products overlap
+    return {
         "latency_per_step_ms": 1e3 * step_s,
         "limit_per_step_ms": 1e3 * limit_s,
         "share_of_limit": limit_s / step_s,
@@ -118,17 +176,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_step": cost.bytes,
         "flops_per_s": cost.flops / step_s,
         "bytes_per_s": cost.bytes / step_s,
-        "ceiling_flops_per_s": ceilings[0],
-        "ceiling_bytes_per_s": ceilings[1],
-        "decoding_included": cfg.tokenizer.weights is not None,
-        "batch_size": B,
-        "precision": cfg.train.precision,
-        "config": arguments.config,
-        "overrides": arguments.overrides,
+        "ceiling_flops_per_s": flops_per_s,
+        "ceiling_bytes_per_s": bytes_per_s,
     }
-    if arguments.uncached:
-        result["ratio_to_uncached"] = medians["few_images"] / medians["reference_uncached"]
-    return result
+
+
+def _ours(decoder: Decoder, decode: Callable[[Tensor], Tensor] | None, labels: Tensor, ids: Tensor) -> None:
+    if decode is None:
+        decoder.generate(labels, ids)
+        return
+    with Beside(ids.device) as beside:
+        for _ in range(_PIPELINED):
+            beside.run(decode, decoder.generate(labels, ids))
+
+
+def _images(batch: int, decode: Callable[[Tensor], Tensor] | None) -> int:
+    """Of one call of _ours."""
+    return batch if decode is None else batch * _PIPELINED
+
+
+def _as_it_is(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 def _plain(
@@ -147,18 +215,9 @@ def _plain(
     return sampling.sample(forward, weights, labels + first, cfg.model.num_classes + first, scales, draw, cached=cached)
 
 
-def _same_tokens(decoder: Decoder, plain: Callable[..., Tensor] | None, labels: Tensor, ids: Tensor) -> float | None:
-    """The share of images whose tokens are those of the plain sampler, None without one; this is the warm-up too."""
-    ours = decoder.generate(labels, ids)
-    if plain is None:
-        return None
-    theirs = plain(labels, ids, cached=True)
-    return (ours == theirs).all(1).float().mean().item()
-
-
-def _image_decoder(cfg: ExperimentConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _image_decoder(cfg: ExperimentConfig, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     if cfg.tokenizer.weights is None:
-        return lambda tokens: tokens
+        return None
     tokenizer = open_tokenizer(cfg.tokenizer, device)
 
     @torch.inference_mode()

@@ -14,7 +14,6 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from rear_scale.model import Generator, build_model
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
+from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.files import Parts, assemble, remove_copies, write_copies
 from rear_scale.sample.quantise import to_uint8
@@ -141,7 +141,7 @@ def _make(
     finish = partial(_finish_unit, tokenizer, cfg, parts)
     with (
         progress("sample", sum(len(planned[number]) for number in missing), "image", show=world.is_main) as bar,
-        _Beside(world.device) as beside,
+        Beside(world.device) as beside,
     ):
         while (turn := world.add(f"{job}/turn") - 1) < len(missing):
             _make_unit(decoder, planned[missing[turn]], cfg, world, partial(beside.run, finish), missing[turn])
@@ -213,46 +213,6 @@ def _finish_unit(
     # The full batch is decoded: a short one would round otherwise.
     images = None if tokenizer is None else _decoded(tokenizer, tokens, cfg)[:count]
     parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
-
-
-class _Beside:
-    """Runs one thing at a time in another thread, and on a stream of its own: tokens are decoded while others are drawn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # A new thread would take as many threads as there are cores, and its kernels might round otherwise.
-        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-        self.last: Future[None] | None = None
-
-    def __enter__(self) -> _Beside:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()  # what was begun is finished, whatever happened here
-        if self.last is not None and error[0] is None:
-            self.last.result()
-
-    def run(self, finish: Callable[..., None], *arguments: int | Tensor) -> None:
-        """Starts when the last one is done. Raises what that one raised."""
-        if self.last is not None:
-            self.last.result()
-        self.last = self.pool.submit(self._on_stream, finish, arguments, self._drawn())
-
-    def _drawn(self) -> torch.cuda.Event | None:
-        return None if self.stream is None else torch.cuda.current_stream().record_event()
-
-    def _on_stream(
-        self, finish: Callable[..., None], arguments: tuple[int | Tensor, ...], drawn: torch.cuda.Event | None
-    ) -> None:
-        if self.stream is None or drawn is None:
-            finish(*arguments)
-            return
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(drawn)
-            for argument in arguments:
-                if isinstance(argument, Tensor):
-                    argument.record_stream(self.stream)  # its memory is not for others before this stream has read it
-            finish(*arguments)
 
 
 def _write_settings(

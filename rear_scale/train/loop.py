@@ -28,8 +28,9 @@ from rear_scale.progress import progress, say
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
-from rear_scale.train.run_folder import RunFolder, commit, versions
+from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
+from rear_scale.versions import commit, versions
 from rear_scale.world import World
 
 

@@ -14,11 +14,9 @@ import math
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import torch
 
 from rear_scale.config import ExperimentConfig, to_yaml
 from rear_scale.shards.record import write_text_atomically
+from rear_scale.versions import commit, versions
 from rear_scale.world import World, locked
 
 
@@ -107,28 +106,6 @@ def provenance(world: World) -> dict[str, Any]:
         "world_size": world.size,
         "launcher": world.ranks.launcher,
     }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("rear_scale", "torch", "deepspeed", "webdataset", "hydra-core", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The git commit of this code, marked when files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        ask = {"cwd": here, "capture_output": True, "text": True, "check": True}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-changed" if changed else head
 
 
 def _logged_step(line: str) -> float:

@@ -14,7 +14,8 @@ from rear_scale.parallel.sources import open_source, write_portable
 from rear_scale.parallel.strategy import decays
 from rear_scale.progress import say
 from rear_scale.shards.reader import TokenSet
-from rear_scale.train.run_folder import RunFolder, commit, versions
+from rear_scale.train.run_folder import RunFolder
+from rear_scale.versions import commit, versions
 from rear_scale.weight_file import find_weights
 from rear_scale.world import World
 
