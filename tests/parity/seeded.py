@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +16,22 @@ def recipe(code: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     return namespace
+
+
+def images_of(case, description: str) -> list[np.ndarray]:
+    """What a json describes as images(seed, first, count[, height, width]), one set for each such call in the text."""
+    draw = recipe(case.json["images"]["python"])["images"]
+    calls = re.findall(r"images\(seed,\s*([\d,\s]+)\)", description)
+    return [draw(case.json["seed"], *map(int, numbers.split(","))) for numbers in calls]
+
+
+def stored(values: Mapping[str, Any], *keys: str) -> Any:
+    """A value of a json below these keys; None where it is not there."""
+    for key in keys:
+        if not isinstance(values, Mapping) or key not in values:
+            return None
+        values = values[key]
+    return values
 
 
 def inception_state(case, network: nn.Module) -> dict[str, torch.Tensor]:
