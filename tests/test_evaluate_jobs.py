@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from rear_scale.evaluate.training import TrainingScores, check_training_scores, 
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
+from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
@@ -176,9 +178,30 @@ def _train_plainly(world: World, cfg: ExperimentConfig) -> None:
 
 def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: Path, tokens: Path) -> None:
     cfg = tiny_config(tmp_path, tokens, "evaluate.training={num_images: 10}")
+    manifest = read_manifest(tokens)
     with pytest.raises(InputError, match="evaluate.reference is empty"):
-        check_training_scores(cfg)
-    check_training_scores(tiny_config(tmp_path, tokens))
+        check_training_scores(cfg, manifest)
+    check_training_scores(tiny_config(tmp_path, tokens), manifest)
+    CompactTokenizer(16, 32, 8, 16).save(tmp_path / "weights")
+    (tmp_path / "inception").touch()
+    files = (f"tokenizer.weights={tmp_path / 'weights'}", f"evaluate.inception_weights={tmp_path / 'inception'}")
+    cfg = tiny_config(
+        tmp_path, tokens, "evaluate.training={num_images: 10}", f"evaluate.reference={reference(tmp_path)}", *files
+    )
+    check_training_scores(cfg, manifest)
+    with pytest.raises(InputError, match="tokens of a file with abababab"):
+        check_training_scores(cfg, replace(manifest, tokenizer_sha256="ab" * 32))
+
+
+def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    other = Checkpoint(found.path, {**found.meta, "tokenizer_sha256": "ab" * 32})
+
+    def images(world: World) -> None:
+        Opener(world).images(Subject(cfg, other, None, tmp_path / "result.json"))
+
+    with pytest.raises(InputError, match="tokens of a file with abababab"):
+        run_alone(images)
 
 
 def test_dinov2_has_the_public_names_and_its_position_table_is_resized() -> None:

@@ -257,6 +257,26 @@ def test_hostile_damaged_and_missing_weights_are_refused(tmp_path: Path, monkeyp
         read_weight_file(None, "evaluate.inception_weights", INCEPTION)
 
 
+class WrongCall:
+    """An allowed function, called with what it does not take."""
+
+    def __reduce__(self):
+        return (torch._utils._rebuild_tensor_v2, (1,))
+
+
+def test_weight_files_of_any_damage_are_one_error(tmp_path: Path) -> None:
+    files = {
+        "page.pth": b"error 404",  # IndexError
+        "cut.pth": pickle.dumps(1 << 20, protocol=2)[:4],  # struct.error
+        "call.pth": pickle.dumps(WrongCall(), protocol=2),  # TypeError
+        "empty.bin": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=rf"weights=.*{name} cannot be read"):
+            read_weight_file(tmp_path / name, "weights", INCEPTION)
+
+
 def test_other_weights_are_read_and_known_as_such(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "seeded.pth")
     found = read_weight_file(tmp_path / "seeded.pth", "evaluate.inception_weights", INCEPTION)

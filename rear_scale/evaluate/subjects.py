@@ -15,7 +15,7 @@ from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.sample.job import default_output, is_done, job_identity, load_generator
+from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -106,10 +106,11 @@ class Opener:
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
 
     def images(self, subject: Subject) -> ImageSet:
-        """All ranks must call this."""
+        """All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with."""
         if subject.samples is not None:
             return open_image_set(subject.samples, self.world)
         assert subject.checkpoint is not None
+        check_tokenizer(subject.cfg, subject.checkpoint)
         written = default_output(subject.cfg, subject.checkpoint)
         if is_done(written, job_identity(subject.cfg, subject.checkpoint)):
             return open_image_set(written, self.world)
