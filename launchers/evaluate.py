@@ -9,6 +9,8 @@ are used. --samples takes an .npz, a folder of images, or tar shards. Writes RUN
 --sweep; SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, to the
 same numbers. --part I/N computes one of N shares of the features, for jobs that run side by side on one file system; the
 one that finds all shares there goes on to the scores. --reconstruct takes images through the tokenizer of --config and back.
+--write-statistics makes a reference file of the images; image files are cropped to tokenizer.image_size. It needs no
+evaluate.reference; with one, the images are scored too.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def main() -> None:
         "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
     )
     parser.add_argument("--part", type=_part, metavar="I/N", help="only a share of the features")
-    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="of the images, as a reference")
+    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="makes a reference of the images")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
     command = cli.parse_either(parser, "evaluate.yaml")
     args = command.args
@@ -68,14 +70,22 @@ def main() -> None:
         # One evaluation scores all: what another run's config says of its own is not what is done.
         checkpoints.append((replace(cfg, evaluate=command.cfg.evaluate), other))
     subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
-    check_evaluation(command.cfg)
+    if args.write_statistics is not None and len(subjects) > 1:
+        raise InputError(
+            f"--write-statistics {args.write_statistics} is one file, but there are {len(subjects)} sets of images. "
+            "Leave --sweep and --also away"
+        )
+    check_evaluation(command.cfg, args.write_statistics)
     if args.samples is not None:
         check_image_set(args.samples)
     with joined(command.ranks, same_for_any_world=True) as world:
         opener, rows = Opener(world), []
         evaluation = Evaluation(command.cfg, subjects[0].output.parent / "features", world)
         for subject in subjects:
-            rows += _score(subject, opener, evaluation, args, world)
+            if command.cfg.evaluate.reference:
+                rows += _score(subject, opener, evaluation, args, world)
+            if args.write_statistics is not None:
+                _write_statistics(subject, opener, evaluation, args, world)
         if world.is_main and rows:
             print(table(rows))
 
@@ -109,11 +119,8 @@ def _score(
     started = time.monotonic()
     samples = opener.images(subject)
     if args.part is not None and not evaluation.extract_part(samples, args.part):
-        if world.is_main:
-            say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
+        _say_others_are_missing(subject, args, world)
         return []
-    if args.write_statistics is not None:
-        evaluation.write_statistics(samples, args.write_statistics)
     images = evaluation.score(samples)
     tokens = _token_scores(subject, opener, world)
     if not world.is_main:
@@ -127,6 +134,20 @@ def _score(
         distances = {f"fid/{name}": found["fid"] for name, found in images["inception"]["references"].items()}
         log_summary(subject.cfg, RunFolder(subject.run), distances)
     return our_rows(subject.name, images["inception"])
+
+
+def _write_statistics(
+    subject: Subject, opener: Opener, evaluation: Evaluation, args: argparse.Namespace, world: World
+) -> None:
+    # As images of a reference are: files of any size are cropped.
+    images = opener.images(subject, subject.cfg.tokenizer.image_size)
+    if not evaluation.write_statistics(images, args.write_statistics, args.part):
+        _say_others_are_missing(subject, args, world)
+
+
+def _say_others_are_missing(subject: Subject, args: argparse.Namespace, world: World) -> None:
+    if world.is_main:
+        say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
 
 
 def _token_scores(subject: Subject, opener: Opener, world: World) -> dict[str, Any] | None:

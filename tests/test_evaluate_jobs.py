@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import reconstruction, sources, training
+from rear_scale.evaluate import job, reconstruction, sources, training
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
@@ -191,6 +193,50 @@ def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: 
     check_training_scores(cfg, manifest)
     with pytest.raises(InputError, match="tokens of a file with abababab"):
         check_training_scores(cfg, replace(manifest, tokenizer_sha256="ab" * 32))
+
+
+def evaluate_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    """launchers/evaluate.py in this process, with a network that costs nothing in place of Inception."""
+    monkeypatch.setattr(job, "open_networks", lambda cfg, world: [_Small()])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()
+
+
+def stand_in_weights(folder: Path) -> str:
+    (folder / "inception").touch()
+    return f"evaluate.inception_weights={folder / 'inception'}"
+
+
+def test_statistics_are_a_reference_of_any_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of images of several sizes becomes a reference, without another one; it is used next."""
+    (tmp_path / "photographs").mkdir()
+    for number in range(20):
+        image = np.random.default_rng(number).integers(0, 256, (20 + number, 24, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "photographs" / f"{number:02}.png")
+    statistics, weights = tmp_path / "statistics.npz", stand_in_weights(tmp_path)
+    overrides = ("tokenizer.image_size=16", weights)
+    evaluate_here(monkeypatch, "--samples", tmp_path / "photographs", "--write-statistics", statistics, *overrides)
+    assert not (tmp_path / "photographs.result.json").exists()
+    np.savez(tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8))
+    evaluate_here(
+        monkeypatch, "--samples", tmp_path / "samples.npz", f"evaluate.reference.own={statistics}", *overrides
+    )
+    found = json.loads((tmp_path / "samples.result.json").read_text())["images"]
+    assert found["inception"]["references"]["own"]["fid"] > 0
+    assert found["inception"]["references"]["own"]["fid_reference_images"] == 20
+    assert found["reference_sets"]["own"]["size"] == [16, 16]
+    assert "centre crop to 16" in found["reference_sets"]["own"]["preprocessing"]
+
+
+def test_one_statistics_file_is_not_of_several_sets(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = prepared(tmp_path, tokens)
+    with pytest.raises(InputError, match=r"statistics\.npz is one file, but there are 2 sets of images"):
+        evaluate_here(
+            monkeypatch, "--checkpoint", found.path, "--sweep", "sample.seed=1,2",
+            "--write-statistics", tmp_path / "statistics.npz", stand_in_weights(tmp_path),
+        )  # fmt: skip
 
 
 def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -> None:

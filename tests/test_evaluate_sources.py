@@ -22,7 +22,7 @@ from rear_scale.evaluate.moments import moments_of
 from rear_scale.evaluate.npz import read_samples
 from rear_scale.evaluate.reference import check_reference
 from rear_scale.evaluate.sources import centre_crop, open_image_set
-from rear_scale.evaluate.statistics import read_statistics, write_statistics
+from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
 from rear_scale.interop.npz import write_samples
 from rear_scale.sample.quantise import to_uint8
@@ -199,14 +199,23 @@ def test_statistics_are_kept_and_refused_for_other_weights(tmp_path: Path) -> No
     path = tmp_path / "statistics.npz"
     for _ in range(2):
         before = path.read_bytes() if path.exists() else None
-        write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, {"count": 50})
+        write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, {"count": 50, "size": [8, 12]})
     assert path.read_bytes() == before
     found = read_statistics(path, {"pool": "weights A"}, {"pool": 6})["pool"]
     assert torch.equal(found.covariance, moments().covariance)
     assert found.count == 50
+    assert images_of(path) == MadeOf(50, [8, 12], None)
     with pytest.raises(InputError, match="other weights or preprocessing"):
         read_statistics(path, {"pool": "weights B"}, {"pool": 6})
     assert read_statistics(path, {"spatial": "weights A"}, {"spatial": 6}) == {}
+    images = {"count": 50, "size": [8, 8], "preprocessing": "stretched to 8 pixels"}
+    write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, images)
+    with pytest.raises(InputError, match=r"stretched to 8 pixels.* than the one in use \(centre crop to 8"):
+        images_of(path)
+    for manifest in ("no JSON", "[1]", '{"format": "another"}'):
+        np.savez(path, manifest=np.array(manifest), mu=np.zeros(6), sigma=np.eye(6))
+        with pytest.raises(InputError, match="its manifest is not one of 'rear_scale statistics 1'"):
+            read_statistics(path, {"pool": "weights A"}, {"pool": 6})
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from rear_scale.world import World
 BLOCK_IMAGES = 500
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+AS_STORED = "as stored"  # preprocessing of images that are taken as they are
+
 Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
@@ -37,7 +39,7 @@ class ImageSet:
     width: int
     blocks: Sequence[np.ndarray]  # the numbers (int64) of each block's images; a block is read at once
     read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
-    preprocessing: str = "as stored"
+    preprocessing: str = AS_STORED
     quantiser: str | None = None  # the rule that made them uint8; null = they came so
 
     @property
@@ -187,7 +189,7 @@ def _from_files(folder: Path, files: list[_File], size: int | None) -> ImageSet:
 
     # Names, sizes and times instead of the content: a training set is too large to hash for every evaluation.
     listing = [f"{file.path.relative_to(folder)} {file.offset} {_stamp(file.path)}" for file in files]
-    preprocessing = "as stored" if size is None else f"centre crop to {size} pixels (halved by boxes, then bicubic)"
+    preprocessing = AS_STORED if size is None else crop_rule(size)
     identity = hashlib.sha256("\n".join([preprocessing, *listing]).encode()).hexdigest()
     return ImageSet(
         folder.name,
@@ -222,6 +224,11 @@ def _decode(file: _File, size: int | None) -> np.ndarray:
             return np.asarray(image if size is None else centre_crop(image, size))
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise InputError(f"{file.path} (byte {file.offset}): {error}. Remove the image or make it again") from error
+
+
+def crop_rule(size: int) -> str:
+    """What is done to image files that are brought to a size, in words: part of what features depend on."""
+    return f"centre crop to {size} pixels (halved by boxes, then bicubic)"
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

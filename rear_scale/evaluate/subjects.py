@@ -105,10 +105,12 @@ class Opener:
         self._model: tuple[tuple[Path, str], Generator] | None = None
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
 
-    def images(self, subject: Subject) -> ImageSet:
-        """All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with."""
+    def images(self, subject: Subject, size: int | None = None) -> ImageSet:
+        """size: to which image files are cropped; null = they are taken as they are.
+
+        All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with."""
         if subject.samples is not None:
-            return open_image_set(subject.samples, self.world)
+            return open_image_set(subject.samples, self.world, size)
         assert subject.checkpoint is not None
         check_tokenizer(subject.cfg, subject.checkpoint)
         written = default_output(subject.cfg, subject.checkpoint)

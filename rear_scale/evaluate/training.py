@@ -92,7 +92,8 @@ def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
             found[f"inception_score_n{count}"] = scores[network]["inception_score"]["one_split"]
     if "samples" in scores:
         for reference, value in scores["samples"]["frechet_distance"].items():
-            found[f"classifier_frechet_distance_n{count}/{reference}"] = value
+            if value is not None:
+                found[f"classifier_frechet_distance_n{count}/{reference}"] = value
     return found
 
 
