@@ -36,6 +36,17 @@ from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.telemetry import log_summary
 from rear_scale.world import World, joined
 
+_INPUTS = (
+    "tokenizer.weights",
+    "data.train",
+    "data.val",
+    "evaluate.inception_weights",
+    "evaluate.dinov2_weights",
+    "evaluate.vgg_weights",
+    "evaluate.lpips_weights",
+    "evaluate.classifier.images",
+)
+
 
 def main() -> None:
     parser = cli.make_parser(__doc__, from_checkpoint=True)
@@ -51,8 +62,7 @@ def main() -> None:
     command = cli.parse_either(parser, "evaluate.yaml")
     args = command.args
     if args.dry_run:
-        inputs = ("tokenizer.weights", "data.train", "data.val", "evaluate.inception_weights")
-        cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
+        cli.show_paths(command, inputs=_INPUTS, outputs=("evaluate.classifier.weights",), given=_given(command))
         return
     if args.reconstruct is not None:
         _check_alone(args)
@@ -88,6 +98,21 @@ def main() -> None:
                 _write_statistics(subject, opener, evaluation, args, world)
         if world.is_main and rows:
             print(table(rows))
+
+
+def _given(command: cli.Command) -> list[tuple[str, str | Path]]:
+    """The inputs that the command line or evaluate.reference names."""
+    args = command.args
+    given = [
+        ("--samples", args.samples),
+        ("--reconstruct", args.reconstruct),
+        *(("--also", path) for path in args.also),
+    ]
+    references = command.cfg.evaluate.reference.items()
+    return [
+        *((option, path) for option, path in given if path is not None),
+        *((f"evaluate.reference.{name}", path) for name, path in references),
+    ]
 
 
 def _check_alone(args: argparse.Namespace) -> None:

@@ -75,6 +75,9 @@ def test_scores_by_a_classifier_do_not_depend_on_ranks_or_kills(tmp_path: Path) 
     assert len(files) == 2 * (3 + 5 + 3)
     files[4].unlink()
     files[7].write_bytes(files[7].read_bytes()[:-30])
+    damaged = bytearray(files[2].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    files[2].write_bytes(damaged)
     assert run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1") == expected
     found = expected["samples"]
     assert found["count"] == 50

@@ -239,6 +239,22 @@ def test_one_statistics_file_is_not_of_several_sets(
         )  # fmt: skip
 
 
+def test_a_dry_run_names_every_input_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = ["evaluate.inception_weights", "evaluate.dinov2_weights", "evaluate.vgg_weights", "evaluate.lpips_weights"]
+    fields += ["evaluate.reference.adm", "tokenizer.weights"]
+    options = {"--samples": "a.npz", "--reconstruct": "images", "--also": "run"}
+    evaluate_here(
+        monkeypatch, "--dry-run", *(text for pair in options.items() for text in pair),
+        *(f"{name}=none" for name in fields), f"evaluate.reference.there={tmp_path}",
+    )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    for name, path in {**dict.fromkeys(fields, "none"), **options}.items():
+        assert f"not found: {name}={path}" in lines
+    assert f"evaluate.reference.there: {tmp_path} (exists)" in lines
+
+
 def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -> None:
     cfg, found = prepared(tmp_path, tokens)
     other = Checkpoint(found.path, {**found.meta, "tokenizer_sha256": "ab" * 32})

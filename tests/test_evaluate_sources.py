@@ -15,11 +15,11 @@ from helpers import run_alone
 from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.evaluate import sources
+from rear_scale.evaluate import npz, sources
 from rear_scale.evaluate.features import as_batch, checked
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.moments import moments_of
-from rear_scale.evaluate.npz import read_samples
+from rear_scale.evaluate.npz import read_samples, read_sha256
 from rear_scale.evaluate.reference import check_reference
 from rear_scale.evaluate.sources import centre_crop, open_image_set
 from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
@@ -27,6 +27,7 @@ from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_wei
 from rear_scale.interop.npz import write_samples
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.images import write_images
+from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 
@@ -94,6 +95,31 @@ def test_a_compressed_file_damaged_within_is_named(tmp_path: Path) -> None:
     images, _ = read_samples(tmp_path / "damaged.npz")
     with pytest.raises(InputError, match="arr_0.npy is damaged"):
         images[:]
+
+
+def test_a_header_that_says_more_rows_than_there_are_is_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, some_images(3))
+    with zipfile.ZipFile(tmp_path / "longer.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue().replace(b"(3, 12, 12, 3)", b"(9, 12, 12, 3)"))
+        archive.writestr("behind.npy", bytes(10_000))
+    with pytest.raises(InputError, match="cannot be read .*header says 9 rows"):
+        read_samples(tmp_path / "longer.npz")
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 20])
+def test_a_flipped_byte_is_found_while_the_file_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(npz, "_CHUNK", chunk)
+    path = tmp_path / "samples.npz"
+    write_samples(path, iter([some_images(20)]), 20, 12, np.arange(20))
+    assert read_sha256(path) == file_sha256(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"samples\.npz: arr_0\.npy is damaged"):
+        run_alone(_contents, path, None)
 
 
 def write_tar(path: Path, images: np.ndarray, first: int, with_classes: bool) -> None:

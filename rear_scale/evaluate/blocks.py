@@ -14,7 +14,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +135,21 @@ def _missing(found: Sequence[FeatureBlocks], part: Part) -> list[int]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a block can be read; one that was cut short is computed again."""
+    """Whether a block is as it was written; one that was cut short or damaged is computed again."""
     try:
-        with zipfile.ZipFile(path):
-            return True
-    except (FileNotFoundError, zipfile.BadZipFile):
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return _matches_checksums(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _matches_checksums(path: Path, size: int, time_ns: int) -> bool:
+    # Asked several times in one evaluation, but a file is read once.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
         return False
 
 

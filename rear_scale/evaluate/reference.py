@@ -18,10 +18,9 @@ from rear_scale.evaluate.blocks import FeatureBlocks, extract
 from rear_scale.evaluate.features import FeatureNetwork
 from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import NEIGHBOURS, Rows, radii
-from rear_scale.evaluate.npz import array_names
+from rear_scale.evaluate.npz import array_names, read_sha256
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.evaluate.statistics import KINDS, MadeOf, images_of, read_statistics, write_statistics
-from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 
@@ -124,7 +123,7 @@ def open_reference(
     identities, sizes = _kinds(networks)
     found = extract(images, networks, cache, cfg.batch_size, world) if images else []
     blocks = {kind: part for network, part in zip(networks, found, strict=False) for kind in network.sizes}
-    identity = images.identity if images else world.from_main(file_sha256(path) if world.is_main else None)
+    identity = images.identity if images else world.on_main(lambda: read_sha256(path))
     notes = []
     if images is None:
         notes.append("it holds statistics alone: no precision and recall")

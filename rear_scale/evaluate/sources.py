@@ -16,9 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.npz import StoredArray, read_samples
+from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
 from rear_scale.shards.images import ImageShards, open_images
-from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
@@ -82,7 +81,7 @@ def from_npz(path: Path, world: World) -> ImageSet:
     """The sample file of the ADM evaluation, read in parts. All ranks must call this."""
     images, labels = read_samples(path)
     # One rank reads the whole file for its checksum.
-    sha256 = world.from_main(file_sha256(path) if world.is_main else None)
+    sha256 = world.on_main(lambda: read_sha256(path))
     return from_arrays(path.name, sha256, images, labels, _quantiser_beside(path))
 
 
