@@ -29,7 +29,7 @@ from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import write_result
 from rear_scale.evaluate.sources import check_image_set
-from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
+from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
 from rear_scale.parallel.sources import open_source
 from rear_scale.progress import say
 from rear_scale.train.run_folder import RunFolder
@@ -127,7 +127,7 @@ def _check_alone(args: argparse.Namespace) -> None:
 
 def _reconstruct(command: cli.Command, images: Path) -> None:
     started = time.monotonic()
-    out = command.args.out or images.with_name(f"{images.stem}.reconstruction.json")
+    out = command.args.out or beside(images, "reconstruction.json")
     with joined(command.ranks, same_for_any_world=True) as world:
         originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
         if world.is_main:

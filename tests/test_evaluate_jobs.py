@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def reference(folder: Path, count: int = 30) -> Path:
     return folder / "reference.npz"
 
 
-def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Path) -> None:
+def test_subjects_are_all_checkpoints_at_all_settings(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, found = prepared(tmp_path, tokens)
     planned = subjects_of(cfg, [(cfg, found)] * 2, None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
     assert len(planned) == 8
@@ -57,6 +60,13 @@ def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Pa
     assert [subject.output.name for subject in both] == [f"result_step={found.step}.json", "result_step=4.json"]
     (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
     assert images.output == Path("a/samples.result.json")
+    for name in ("scale_4.0", "scale_4.5"):
+        (tmp_path / name).mkdir()
+        (images,) = subjects_of(cfg, [], tmp_path / name, [], None)
+        assert images.output == tmp_path / f"{name}.result.json"
+    monkeypatch.chdir(tmp_path / name)
+    (images,) = subjects_of(cfg, [], Path("."), [], None)
+    assert (images.output, images.name) == (tmp_path / f"{name}.result.json", name)
 
 
 def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
@@ -104,6 +114,28 @@ def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp
 def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:
     reconstruction.open_networks = lambda cfg, world: [_Small()]
     return reconstruction.score_reconstruction(cfg, images, cache, world)[1]
+
+
+def _tf32(world: World) -> list[bool]:
+    """Whether TF32 is on where a tokenizer encodes and decodes under --reconstruct."""
+    tokenizer, seen = CompactTokenizer(16, 32, 8, 16), []
+
+    def noting(method: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def noted(values: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest")
+            return method(values)
+
+        return noted
+
+    tokenizer.encode, tokenizer.decode = noting(tokenizer.encode), noting(tokenizer.decode)
+    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), None, "round", "")
+    features(np.zeros((1, 16, 16, 3), np.uint8))
+    return seen
+
+
+def test_reconstructions_are_made_without_tf32() -> None:
+    assert torch.backends.cudnn.allow_tf32
+    assert run_alone(_tf32) == [False, False]
 
 
 def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, tokens: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -167,6 +168,39 @@ def test_every_form_gives_the_same_images(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.array_equal(found, images)
     assert found_labels == (None if form in ("folder", "tars") else labels.tolist())
     assert run_alone(_contents, folder, None)[2] == identity
+
+
+def test_a_single_tar_shard_is_a_set_of_images_and_a_compressed_one_is_named(tmp_path: Path) -> None:
+    images = some_images(5)
+    write_tar(tmp_path / "samples.tar", images, 0, with_classes=True)
+    found, labels, _, _ = run_alone(_contents, tmp_path / "samples.tar", None)
+    assert np.array_equal(found, images)
+    assert labels == [0, 1, 2, 0, 1]
+    (tmp_path / "samples.tar").write_bytes(gzip.compress((tmp_path / "samples.tar").read_bytes()))
+    for path in (tmp_path, tmp_path / "samples.tar"):
+        with pytest.raises(InputError, match=r"samples\.tar is compressed"):
+            run_alone(_contents, path, None)
+
+
+def test_images_of_more_than_8_bits_are_named(tmp_path: Path) -> None:
+    for kind, form, mode in ((np.uint16, "PNG", "I;16"), (np.int32, "TIFF", "I"), (np.float32, "TIFF", "F")):
+        Image.fromarray(np.full((12, 12), 40_000, kind)).save(tmp_path / "image.png", form)
+        with pytest.raises(InputError, match=rf"image\.png .*more than 8 bits a value \(Pillow mode {mode}\)"):
+            run_alone(_contents, tmp_path, 12)
+
+
+def test_damage_within_an_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    data = path.read_bytes()
+    assert data.count(b"IDAT") == 2
+    path.write_bytes(data[: data.rindex(b"IDAT")] + b"ID\xffT" + data[data.rindex(b"IDAT") + 4 :])
+    with pytest.raises(InputError, match=r"a\.png \(byte 0\)"):
+        run_alone(_contents, tmp_path, 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.png \(byte 0\).*exceeds limit"):
+        run_alone(_contents, tmp_path, 12)
 
 
 def test_image_files_are_cropped_to_the_size_of_the_samples(tmp_path: Path) -> None:

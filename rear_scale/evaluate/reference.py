@@ -19,7 +19,7 @@ from rear_scale.evaluate.features import FeatureNetwork
 from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import NEIGHBOURS, Rows, radii
 from rear_scale.evaluate.npz import array_names, read_sha256
-from rear_scale.evaluate.sources import ImageSet, open_image_set
+from rear_scale.evaluate.sources import ImageSet, is_tar, open_image_set
 from rear_scale.evaluate.statistics import KINDS, MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.world import World
 
@@ -144,7 +144,7 @@ def read_reference(
 
     Raises InputError for a file with neither, and for one that does not fit the networks.
     """
-    if not Path(path).is_file():
+    if not Path(path).is_file() or is_tar(Path(path)):
         return {}, open_image_set(path, world, size)
     stored = read_statistics(Path(path), *_kinds(networks))
     if "arr_0" in array_names(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,20 @@ class Subject:
     def name(self) -> str:
         """For tables."""
         if self.checkpoint is None:
-            return self.samples.name
+            return os.path.basename(os.path.abspath(self.samples))
         return f"{self.cfg.run.name} {self.output.stem.removeprefix('result').lstrip('_')}".strip()
 
     @property
     def run(self) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint.run
+
+
+def beside(images: Path, suffix: str) -> Path:
+    """Where a result goes that no run folder takes: beside the images, under their name."""
+    if images.name in ("", ".."):
+        images = Path(os.path.abspath(images))  # "." has no name
+    # The dots of a folder are part of its name: samples_4.0 and samples_4.5 are two.
+    return images.with_name(f"{images.name if images.is_dir() else images.stem}.{suffix}")
 
 
 def subjects_of(
@@ -63,7 +72,7 @@ def subjects_of(
             raise InputError(
                 f"--sweep {sweeps[0]} needs --checkpoint: --samples {samples} are there already. Leave it away"
             )
-        return [Subject(cfg, None, samples, output or samples.with_name(f"{samples.stem}.result.json"))]
+        return [Subject(cfg, None, samples, output or beside(samples, "result.json"))]
     if samples is not None and (sweeps or len(checkpoints) > 1):
         raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
     found = []
