@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale import cli, config
-from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.config import InputError
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
-from rear_scale.evaluate.result import write_result
+from rear_scale.evaluate.result import summary, write_result
 from rear_scale.evaluate.sources import check_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
 from rear_scale.parallel.sources import open_source
@@ -133,6 +132,7 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
         if world.is_main:
             seconds = time.monotonic() - started
             write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
+            say(f"{out}: written")
             print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores["inception"]), {}))
             print(json.dumps(scores["reconstruction"], indent=1))
 
@@ -147,18 +147,22 @@ def _score(
         _say_others_are_missing(subject, args, world)
         return []
     images = evaluation.score(samples)
-    tokens = _token_scores(subject, opener, world)
+
+    def write(tokens: dict[str, Any] | None) -> None:
+        if world.is_main:
+            source, seconds = str(subject.samples or "generated"), time.monotonic() - started
+            out, cfg = subject.output, subject.cfg
+            write_result(out, cfg, subject.checkpoint, samples, source, images, tokens, seconds, world)
+
+    # Once before: a damaged token shard must not cost the scores of the images.
+    write(None)
+    write(opener.token_scores(subject))
     if not world.is_main:
         return []
-    source = str(subject.samples or "generated")
-    seconds = time.monotonic() - started
-    write_result(subject.output, subject.cfg, subject.checkpoint, samples, source, images, tokens, seconds, world)
-    if "inception" not in images:
-        return []
+    say(f"{subject.output}: written")
     if subject.run is not None:
-        distances = {f"fid/{name}": found["fid"] for name, found in images["inception"]["references"].items()}
-        log_summary(subject.cfg, RunFolder(subject.run), distances)
-    return our_rows(subject.name, images["inception"])
+        log_summary(subject.cfg, RunFolder(subject.run), summary(images, subject.setting))
+    return our_rows(subject.name, images["inception"]) if "inception" in images else []
 
 
 def _write_statistics(
@@ -173,17 +177,6 @@ def _write_statistics(
 def _say_others_are_missing(subject: Subject, args: argparse.Namespace, world: World) -> None:
     if world.is_main:
         say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
-
-
-def _token_scores(subject: Subject, opener: Opener, world: World) -> dict[str, Any] | None:
-    data = subject.cfg.data
-    if subject.checkpoint is None:
-        return None
-    if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
-        if world.is_main:
-            say(f"no token shards at {data.train}: token predictions are left out")
-        return None
-    return score_tokens(subject.cfg, opener.model(subject), world)
 
 
 def _part(text: str) -> Part:

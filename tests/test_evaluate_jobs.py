@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import ROOT, launch, metrics, run_alone, run_ranks, tiny_config
 from PIL import Image
 from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import job, reconstruction, sources, training
+from rear_scale.evaluate import job, reconstruction, sources, subjects, training
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
@@ -33,7 +34,7 @@ from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
-from rear_scale.train import setup
+from rear_scale.train import setup, telemetry
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import World
 
@@ -231,7 +232,12 @@ def evaluate_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> No
     """launchers/evaluate.py in this process, with a network that costs nothing in place of Inception."""
     monkeypatch.setattr(job, "open_networks", lambda cfg, world: [_Small()])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()
+    try:
+        runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()
+    finally:
+        # A process ends after an error; a test goes on.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def stand_in_weights(folder: Path) -> str:
@@ -285,6 +291,36 @@ def test_a_dry_run_names_every_input_that_is_missing(
     for name, path in {**dict.fromkeys(fields, "none"), **options}.items():
         assert f"not found: {name}={path}" in lines
     assert f"evaluate.reference.there: {tmp_path} (exists)" in lines
+
+
+def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = prepared(tmp_path, tokens)
+    common = (
+        "--checkpoint", found.path, f"evaluate.reference={reference(tmp_path)}", stand_in_weights(tmp_path),
+        "sample.num_images=4",
+    )  # fmt: skip
+    asked, logged = [], {}
+    monkeypatch.setattr(subjects, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1})
+    monkeypatch.setattr(telemetry, "log_summary", lambda cfg, run, values: logged.update(values))
+    evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
+    assert len(asked) == 1
+    for seed in (1, 2):
+        result = json.loads((tmp_path / f"run/result_seed={seed}.json").read_text())
+        assert result["tokens"] == {"train_clean": 1}
+        assert logged[f"fid/reference/seed={seed}"] == result["images"]["inception"]["references"]["reference"]["fid"]
+    assert {name.split("/")[0] for name in logged} >= {"fid", "sfid", "inception_score", "precision_exact"}
+
+    def damaged(*arguments: object) -> None:
+        raise InputError("a shard is damaged")
+
+    monkeypatch.setattr(subjects, "score_tokens", damaged)
+    with pytest.raises(InputError, match="a shard is damaged"):
+        evaluate_here(monkeypatch, *common)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["images"]["inception"]["samples"] == 4
+    assert result["tokens"] is None
 
 
 def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -> None:
