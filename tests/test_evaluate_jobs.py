@@ -465,10 +465,18 @@ def test_the_job_array_gives_each_task_its_part(tmp_path: Path) -> None:
         "SLURM_SUBMIT_DIR": str(ROOT),
         "REAR_LOGS": str(tmp_path / "logs"),
     }
-    task = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "8"}
+    task = {
+        "SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_COUNT": "8",
+    }  # fmt: skip
     for extra, expected in ((task, " --part 2/8 --samples x"), ({}, " launchers/evaluate.py --samples x")):
         environment = {**job, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96", **extra}
         result = subprocess.run(["bash", script, "--samples", "x"], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip().endswith(expected)
         assert "--ntasks=4 --ntasks-per-node=4 --cpus-per-task=24 " in result.stdout
+    # --array=4,6,11
+    gaps = {**job, **task, "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96"}
+    result = subprocess.run(["bash", script, "--samples", "x"], env=gaps, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: --array is a list of 3 tasks with gaps" in result.stderr
+    assert "--array=0-2" in result.stderr

@@ -24,7 +24,7 @@ from rear_scale.evaluate.features import Extractor
 from rear_scale.evaluate.npz import StoredArray, open_array
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.progress import progress
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.shards.record import unfinished, write_text_atomically
 from rear_scale.world import World
 
 
@@ -162,7 +162,7 @@ def _features(
 
 
 def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = unfinished(path)
     with open(part, "wb") as file:
         np.savez(file, **arrays)
         file.flush()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.npz import array_names, open_array
 from rear_scale.evaluate.sources import AS_STORED, crop_rule
+from rear_scale.shards.record import unfinished
 
 _FORMAT = "rear_scale statistics 1"
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -131,7 +131,7 @@ def write_statistics(
     arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
     for kind, found in moments.items():
         arrays[KINDS[kind].mean], arrays[KINDS[kind].covariance] = found.mean.numpy(), found.covariance.numpy()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
