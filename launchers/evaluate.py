@@ -18,9 +18,9 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rear_scale import cli, config
+from rear_scale.analysis import token_prediction
 from rear_scale.config import InputError
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
@@ -35,6 +35,7 @@ from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.telemetry import log_summary
 from rear_scale.world import World, joined
 
+_Scores = dict[str, dict[str, float]]
 _INPUTS = (
     "tokenizer.weights",
     "data.train",
@@ -89,10 +90,11 @@ def main() -> None:
         check_image_set(args.samples)
     with joined(command.ranks, same_for_any_world=True) as world:
         opener, rows = Opener(world), []
+        tokens: dict[Path, _Scores | None] = {}
         evaluation = Evaluation(command.cfg, subjects[0].output.parent / "features", world)
         for subject in subjects:
             if command.cfg.evaluate.reference:
-                rows += _score(subject, opener, evaluation, args, world)
+                rows += _score(subject, opener, evaluation, tokens, args, world)
             if args.write_statistics is not None:
                 _write_statistics(subject, opener, evaluation, args, world)
         if world.is_main and rows:
@@ -138,9 +140,14 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
 
 
 def _score(
-    subject: Subject, opener: Opener, evaluation: Evaluation, args: argparse.Namespace, world: World
+    subject: Subject,
+    opener: Opener,
+    evaluation: Evaluation,
+    tokens: dict[Path, _Scores | None],
+    args: argparse.Namespace,
+    world: World,
 ) -> list[list[str]]:
-    """Rows for the table."""
+    """Rows for the table. tokens: predictions by checkpoint, which this adds to."""
     started = time.monotonic()
     samples = opener.images(subject)
     if args.part is not None and not evaluation.extract_part(samples, args.part):
@@ -148,21 +155,34 @@ def _score(
         return []
     images = evaluation.score(samples)
 
-    def write(tokens: dict[str, Any] | None) -> None:
+    def write(predictions: _Scores | None) -> None:
         if world.is_main:
             source, seconds = str(subject.samples or "generated"), time.monotonic() - started
             out, cfg = subject.output, subject.cfg
-            write_result(out, cfg, subject.checkpoint, samples, source, images, tokens, seconds, world)
+            write_result(out, cfg, subject.checkpoint, samples, source, images, predictions, seconds, world)
 
     # Once before: a damaged token shard must not cost the scores of the images.
     write(None)
-    write(opener.token_scores(subject))
+    if subject.checkpoint is not None:
+        # Sampling settings do not touch them: once a checkpoint.
+        if subject.checkpoint.path not in tokens:
+            tokens[subject.checkpoint.path] = _token_scores(subject, opener, world)
+        write(tokens[subject.checkpoint.path])
     if not world.is_main:
         return []
     say(f"{subject.output}: written")
     if subject.run is not None:
         log_summary(subject.cfg, RunFolder(subject.run), summary(images, subject.setting))
     return our_rows(subject.name, images["inception"]) if "inception" in images else []
+
+
+def _token_scores(subject: Subject, opener: Opener, world: World) -> _Scores | None:
+    data = subject.cfg.data
+    if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
+        if world.is_main:
+            say(f"no token shards at {data.train}: token predictions are left out")
+        return None
+    return token_prediction.score_tokens(subject.cfg, opener.model(subject), world)
 
 
 def _write_statistics(

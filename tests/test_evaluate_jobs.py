@@ -20,8 +20,9 @@ from PIL import Image
 from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
+from rear_scale.analysis import token_prediction
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import job, reconstruction, sources, subjects, training
+from rear_scale.evaluate import job, reconstruction, sources, training
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
@@ -302,7 +303,9 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
         "sample.num_images=4",
     )  # fmt: skip
     asked, logged = [], {}
-    monkeypatch.setattr(subjects, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1})
+    monkeypatch.setattr(
+        token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1}
+    )
     monkeypatch.setattr(telemetry, "log_summary", lambda cfg, run, values: logged.update(values))
     evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
     assert len(asked) == 1
@@ -315,7 +318,7 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
     def damaged(*arguments: object) -> None:
         raise InputError("a shard is damaged")
 
-    monkeypatch.setattr(subjects, "score_tokens", damaged)
+    monkeypatch.setattr(token_prediction, "score_tokens", damaged)
     with pytest.raises(InputError, match="a shard is damaged"):
         evaluate_here(monkeypatch, *common)
     result = json.loads((tmp_path / "run/result.json").read_text())

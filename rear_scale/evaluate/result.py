@@ -62,6 +62,7 @@ def write_result(
 def summary(images: dict[str, Any], setting: str) -> dict[str, float]:
     """The scores under flat names (METRIC/REFERENCE, and the setting behind it where there are several), for dashboards."""
     found: dict[str, float | None] = {}
+    found["inception_score"] = images.get("inception", {}).get("inception_score", {}).get("value")
     for network in ("inception", "dinov2"):
         scores = images.get(network, {})
         for name, values in scores.get("references", {}).items():
@@ -71,7 +72,6 @@ def summary(images: dict[str, Any], setting: str) -> dict[str, float]:
                 for mode, value in (values.get(metric) or {}).items():
                     place = metric if network == "inception" else f"{network}_{metric}"
                     found[f"{place}_{mode}/{name}"] = value
-        found["inception_score"] = scores.get("inception_score", {}).get("value", found.get("inception_score"))
     for name, value in images.get("samples", {}).get("frechet_distance", {}).items():
         found[f"classifier_frechet_distance/{name}"] = value
     return {

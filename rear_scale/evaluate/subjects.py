@@ -7,18 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rear_scale import config
-from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.progress import say
 from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
@@ -118,7 +115,6 @@ class Opener:
         self.world = world
         self._model: tuple[tuple[Path, str], Generator] | None = None
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
-        self._token_scores: dict[tuple[Path, str], dict[str, Any] | None] = {}
 
     def images(self, subject: Subject, size: int | None = None) -> ImageSet:
         """size: to which image files are cropped; null = they are taken as they are.
@@ -135,26 +131,6 @@ class Opener:
         if self._tokenizer is None or self._tokenizer[0] != cfg.tokenizer.weights:
             self._tokenizer = (cfg.tokenizer.weights, open_tokenizer(cfg.tokenizer, self.world.device))
         return generated_images(cfg, subject.checkpoint, self.model(subject), self._tokenizer[1], self.world)
-
-    def token_scores(self, subject: Subject) -> dict[str, Any] | None:
-        """Token predictions of the subject's checkpoint, which its sampling settings do not touch; null without token shards.
-
-        All ranks must call this.
-        """
-        if subject.checkpoint is None:
-            return None
-        key = (subject.checkpoint.path, subject.cfg.train.precision)
-        if key not in self._token_scores:
-            self._token_scores[key] = self._predict(subject)
-        return self._token_scores[key]
-
-    def _predict(self, subject: Subject) -> dict[str, Any] | None:
-        data = subject.cfg.data
-        if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
-            if self.world.is_main:
-                say(f"no token shards at {data.train}: token predictions are left out")
-            return None
-        return score_tokens(subject.cfg, self.model(subject), self.world)
 
     def model(self, subject: Subject) -> Generator:
         assert subject.checkpoint is not None
