@@ -9,6 +9,8 @@ are used. --samples takes an .npz, a folder of images, or tar shards. Writes RUN
 --sweep; SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, to the
 same numbers. --part I/N computes one of N shares of the features, for jobs that run side by side on one file system; the
 one that finds all shares there goes on to the scores. --reconstruct takes images through the tokenizer of --config and back.
+--write-statistics makes a reference file of the images; image files are cropped to tokenizer.image_size. It needs no
+evaluate.reference; with one, the images are scored too.
 """
 
 import argparse
@@ -16,23 +18,34 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rear_scale import cli, config
-from rear_scale.analysis.token_prediction import score_tokens
+from rear_scale.analysis import token_prediction
 from rear_scale.config import InputError
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
-from rear_scale.evaluate.result import write_result
+from rear_scale.evaluate.result import summary, write_result
 from rear_scale.evaluate.sources import check_image_set
-from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
+from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
 from rear_scale.parallel.sources import open_source
 from rear_scale.progress import say
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.telemetry import log_summary
 from rear_scale.world import World, joined
+
+_Scores = dict[str, dict[str, float]]
+_INPUTS = (
+    "tokenizer.weights",
+    "data.train",
+    "data.val",
+    "evaluate.inception_weights",
+    "evaluate.dinov2_weights",
+    "evaluate.vgg_weights",
+    "evaluate.lpips_weights",
+    "evaluate.classifier.images",
+)
 
 
 def main() -> None:
@@ -44,13 +57,12 @@ def main() -> None:
         "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
     )
     parser.add_argument("--part", type=_part, metavar="I/N", help="only a share of the features")
-    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="of the images, as a reference")
+    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="makes a reference of the images")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
     command = cli.parse_either(parser, "evaluate.yaml")
     args = command.args
     if args.dry_run:
-        inputs = ("tokenizer.weights", "data.train", "data.val", "evaluate.inception_weights")
-        cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",))
+        cli.show_paths(command, inputs=_INPUTS, outputs=("evaluate.classifier.weights",), given=_given(command))
         return
     if args.reconstruct is not None:
         _check_alone(args)
@@ -68,16 +80,40 @@ def main() -> None:
         # One evaluation scores all: what another run's config says of its own is not what is done.
         checkpoints.append((replace(cfg, evaluate=command.cfg.evaluate), other))
     subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
-    check_evaluation(command.cfg)
+    if args.write_statistics is not None and len(subjects) > 1:
+        raise InputError(
+            f"--write-statistics {args.write_statistics} is one file, but there are {len(subjects)} sets of images. "
+            "Leave --sweep and --also away"
+        )
+    check_evaluation(command.cfg, args.write_statistics)
     if args.samples is not None:
         check_image_set(args.samples)
     with joined(command.ranks, same_for_any_world=True) as world:
         opener, rows = Opener(world), []
+        tokens: dict[Path, _Scores | None] = {}
         evaluation = Evaluation(command.cfg, subjects[0].output.parent / "features", world)
         for subject in subjects:
-            rows += _score(subject, opener, evaluation, args, world)
+            if command.cfg.evaluate.reference:
+                rows += _score(subject, opener, evaluation, tokens, args, world)
+            if args.write_statistics is not None:
+                _write_statistics(subject, opener, evaluation, args, world)
         if world.is_main and rows:
             print(table(rows))
+
+
+def _given(command: cli.Command) -> list[tuple[str, str | Path]]:
+    """The inputs that the command line or evaluate.reference names."""
+    args = command.args
+    given = [
+        ("--samples", args.samples),
+        ("--reconstruct", args.reconstruct),
+        *(("--also", path) for path in args.also),
+    ]
+    references = command.cfg.evaluate.reference.items()
+    return [
+        *((option, path) for option, path in given if path is not None),
+        *((f"evaluate.reference.{name}", path) for name, path in references),
+    ]
 
 
 def _check_alone(args: argparse.Namespace) -> None:
@@ -92,52 +128,75 @@ def _check_alone(args: argparse.Namespace) -> None:
 
 def _reconstruct(command: cli.Command, images: Path) -> None:
     started = time.monotonic()
-    out = command.args.out or images.with_name(f"{images.stem}.reconstruction.json")
+    out = command.args.out or beside(images, "reconstruction.json")
     with joined(command.ranks, same_for_any_world=True) as world:
         originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
         if world.is_main:
             seconds = time.monotonic() - started
             write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
+            say(f"{out}: written")
             print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores["inception"]), {}))
             print(json.dumps(scores["reconstruction"], indent=1))
 
 
 def _score(
-    subject: Subject, opener: Opener, evaluation: Evaluation, args: argparse.Namespace, world: World
+    subject: Subject,
+    opener: Opener,
+    evaluation: Evaluation,
+    tokens: dict[Path, _Scores | None],
+    args: argparse.Namespace,
+    world: World,
 ) -> list[list[str]]:
-    """Rows for the table."""
+    """Rows for the table. tokens: predictions by checkpoint, which this adds to."""
     started = time.monotonic()
     samples = opener.images(subject)
     if args.part is not None and not evaluation.extract_part(samples, args.part):
-        if world.is_main:
-            say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
+        _say_others_are_missing(subject, args, world)
         return []
-    if args.write_statistics is not None:
-        evaluation.write_statistics(samples, args.write_statistics)
     images = evaluation.score(samples)
-    tokens = _token_scores(subject, opener, world)
+
+    def write(predictions: _Scores | None) -> None:
+        if world.is_main:
+            source, seconds = str(subject.samples or "generated"), time.monotonic() - started
+            out, cfg = subject.output, subject.cfg
+            write_result(out, cfg, subject.checkpoint, samples, source, images, predictions, seconds, world)
+
+    # Once before: a damaged token shard must not cost the scores of the images.
+    write(None)
+    if subject.checkpoint is not None:
+        # Sampling settings do not touch them: once a checkpoint.
+        if subject.checkpoint.path not in tokens:
+            tokens[subject.checkpoint.path] = _token_scores(subject, opener, world)
+        write(tokens[subject.checkpoint.path])
     if not world.is_main:
         return []
-    source = str(subject.samples or "generated")
-    seconds = time.monotonic() - started
-    write_result(subject.output, subject.cfg, subject.checkpoint, samples, source, images, tokens, seconds, world)
-    if "inception" not in images:
-        return []
+    say(f"{subject.output}: written")
     if subject.run is not None:
-        distances = {f"fid/{name}": found["fid"] for name, found in images["inception"]["references"].items()}
-        log_summary(subject.cfg, RunFolder(subject.run), distances)
-    return our_rows(subject.name, images["inception"])
+        log_summary(subject.cfg, RunFolder(subject.run), summary(images, subject.setting))
+    return our_rows(subject.name, images["inception"]) if "inception" in images else []
 
 
-def _token_scores(subject: Subject, opener: Opener, world: World) -> dict[str, Any] | None:
+def _token_scores(subject: Subject, opener: Opener, world: World) -> _Scores | None:
     data = subject.cfg.data
-    if subject.checkpoint is None:
-        return None
     if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
         if world.is_main:
             say(f"no token shards at {data.train}: token predictions are left out")
         return None
-    return score_tokens(subject.cfg, opener.model(subject), world)
+    return token_prediction.score_tokens(subject.cfg, opener.model(subject), world)
+
+
+def _write_statistics(
+    subject: Subject, opener: Opener, evaluation: Evaluation, args: argparse.Namespace, world: World
+) -> None:
+    # As images of a reference are: files of any size are cropped.
+    images = opener.images(subject, subject.cfg.tokenizer.image_size)
+    if not evaluation.write_statistics(images, args.write_statistics, args.part):
+        _say_others_are_missing(subject, args, world)
+
+
+def _say_others_are_missing(subject: Subject, args: argparse.Namespace, world: World) -> None:
+    if world.is_main:
+        say(f"{subject.name}: share {args.part.index} of {args.part.of} is done; others are still missing")
 
 
 def _part(text: str) -> Part:

@@ -30,7 +30,7 @@ def main() -> None:
         return
     data = setup.check_data(cfg, command.ranks)
     check_grids(cfg)
-    check_training_scores(cfg)
+    check_training_scores(cfg, data.manifest)
     with joined(command.ranks) as world:
         tokens, codebook = data.open(world)
         hooks = Hooks(on_checkpoint=[*grid_hooks(cfg, world), *training_hooks(cfg, world)])

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,8 +169,13 @@ def _end_with_launcher() -> None:
         os._exit(1)
 
 
-def show_paths(command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-    """The dry run of a command that turns files into files: its config, and which of them are there."""
+def show_paths(
+    command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...], given: Sequence[tuple[str, str | Path]] = ()
+) -> None:
+    """The dry run of a command that turns files into files: its config, and which of them are there.
+
+    given: inputs that are no fields, by the option or key that names them.
+    """
     if command.ranks.rank != 0:
         return
     print(config.to_yaml(command.cfg))
@@ -184,3 +189,5 @@ def show_paths(command: Command, inputs: tuple[str, ...], outputs: tuple[str, ..
             print(f"not found: {name}={value}")
         else:
             print(f"{name}: {value}{' (exists)' if Path(value).exists() else ''}")
+    for name, path in given:
+        print(f"{name}: {path} (exists)" if Path(path).exists() else f"not found: {name}={path}")

@@ -245,14 +245,17 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
     """The process group of all ranks: NCCL on GPUs, gloo on CPUs. Leaves it cleanly when the block ends normally.
 
     same_for_any_world: results must not depend on how many ranks share a machine. CPU kernels may round differently with
-    another number of threads, so each rank then has one; otherwise an equal share of the cores.
+    another number of threads, so each rank then has one, beside a GPU too: float64 work stays on the CPU. Otherwise, without
+    GPUs, an equal share of the cores.
 
     After an exception the group is left as it is: a rank that waits for the others there would hide the error.
     """
     device = _device(ranks)
     threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1 if same_for_any_world else _share_of_cores(ranks))
+    if same_for_any_world:
+        torch.set_num_threads(1)
+    elif device.type == "cpu":
+        torch.set_num_threads(_share_of_cores(ranks))
     common = {
         "backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         "timeout": timedelta(seconds=timeout_s),

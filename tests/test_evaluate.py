@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from test_evaluate_sources import write_tar
 
 from rear_scale import config
 from rear_scale.config import ClassifierConfig, ExperimentConfig, InputError
-from rear_scale.evaluate import blocks, neighbours, sources
+from rear_scale.evaluate import blocks, inception_score, neighbours, sources
 from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
 from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import ROWS, our_rows, table
 from rear_scale.evaluate.sources import from_arrays, open_image_set
+from rear_scale.evaluate.statistics import images_of
+from rear_scale.evaluate.subjects import Opener, Subject
 from rear_scale.interop.npz import write_samples
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.world import World
@@ -72,6 +75,9 @@ def test_scores_by_a_classifier_do_not_depend_on_ranks_or_kills(tmp_path: Path) 
     assert len(files) == 2 * (3 + 5 + 3)
     files[4].unlink()
     files[7].write_bytes(files[7].read_bytes()[:-30])
+    damaged = bytearray(files[2].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    files[2].write_bytes(damaged)
     assert run_alone(_score, cfg, tmp_path / "samples.npz", tmp_path / "cache1") == expected
     found = expected["samples"]
     assert found["count"] == 50
@@ -218,6 +224,23 @@ def test_few_samples_are_scored_and_marked(tmp_path: Path) -> None:
     assert found["inception"]["references"]["shards"]["precision"] is None
 
 
+def test_a_resampling_may_leave_out_the_short_last_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception_score, "SPLIT_IMAGES", 10)
+    write_samples(tmp_path / "odd.npz", iter([some_images(11, 3)]), 11, 12, np.arange(11) % 3)
+    cfg = with_references(tmp_path, "evaluate.bootstrap=10")
+    found = run_alone(_score_small, cfg, tmp_path / "odd.npz", tmp_path / "cache")["inception"]["inception_score"]
+    assert len(found["per_split"]) == 2
+    assert np.isfinite([found["bootstrap"][name] for name in ("low", "high", "std")]).all()
+
+
+def test_one_image_has_no_distance_by_the_classifier(tmp_path: Path) -> None:
+    cfg = evaluation(tmp_path)
+    write_samples(tmp_path / "one.npz", iter([some_images(1, 3)]), 1, 12, np.zeros(1))
+    found = run_alone(_score, cfg, tmp_path / "one.npz", tmp_path / "cache")
+    assert found["samples"]["frechet_distance"] == {"training": None, "validation": None}
+    assert found["references"]["training"]["frechet_distance"]["validation"] > 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_options_for_large_sets_are_null_or_finite_on_tiny_ones(tmp_path: Path, count: int) -> None:
     write_samples(tmp_path / "few.npz", iter([some_images(count, 3)]), count, 12, np.zeros(count))
@@ -229,7 +252,7 @@ def test_options_for_large_sets_are_null_or_finite_on_tiny_ones(tmp_path: Path, 
     assert (scores["bootstrap"]["fid"] is None) == (count < 2)
 
 
-def test_a_set_against_itself_and_its_statistics(tmp_path: Path) -> None:
+def test_a_set_against_itself_and_its_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg, statistics = with_references(tmp_path), tmp_path / "statistics.npz"
 
     def write(world: World) -> None:
@@ -245,6 +268,11 @@ def test_a_set_against_itself_and_its_statistics(tmp_path: Path) -> None:
     assert found["written"]["precision"] is None
     assert found["written"]["fid_reference_images"] == 33
     assert any("statistics alone" in note for note in found["written"]["notes"])
+    described = run_alone(_score_small, cfg, tmp_path / "plain.npz", tmp_path / "cache")["reference_sets"]["written"]
+    assert (described["size"], described["preprocessing"]) == ([12, 12], "as stored")
+    write_samples(tmp_path / "small.npz", iter([some_images(5)[:, :8, :8]]), 5, 8, np.zeros(5))
+    run_alone(_score_small, cfg, tmp_path / "small.npz", tmp_path / "cache")
+    assert "the samples are 8x8, written is 12x12" in capsys.readouterr().err
 
     def with_other_weights(world: World) -> None:
         _open(cfg, tmp_path / "cache", world, seed=1).score(open_image_set(tmp_path / "plain.npz", world))
@@ -347,3 +375,38 @@ def test_parts_of_a_job_together_make_the_whole(tmp_path: Path) -> None:
         assert rows[part][:, 0].tolist() == list(range(95))[part]
     run_alone(_extract, tmp_path, None, network)
     assert len(network.seen) == 95
+
+
+def test_statistics_are_made_of_images_of_any_size_in_shares(tmp_path: Path) -> None:
+    (tmp_path / "photographs").mkdir()
+    for number, size in enumerate([(40, 30), (12, 12), (13, 50)] * 8):
+        Image.fromarray(np.full((*size, 3), 10 * number, np.uint8)).save(tmp_path / "photographs" / f"{number:02}.png")
+    cfg = config.load("evaluate.yaml", ["evaluate.inception_weights=weights", "tokenizer.image_size=16"])
+    cfg.evaluate.inception_weights = None
+    subject = Subject(cfg, None, tmp_path / "photographs", tmp_path / "result.json")
+    statistics = tmp_path / "statistics.npz"
+
+    def write(world: World, part: Part | None, samples: Path = tmp_path / "photographs") -> bool:
+        images = Opener(world).images(replace(subject, samples=samples), cfg.tokenizer.image_size)
+        return _open(cfg, tmp_path / "cache", world).write_statistics(images, statistics, part)
+
+    assert not run_alone(write, Part(0, 2))
+    assert not statistics.exists()
+    assert run_alone(write, Part(1, 2))
+    found = images_of(statistics)
+    assert (found.count, found.size) == (24, [16, 16])
+    assert "centre crop to 16 pixels" in found.preprocessing
+    write_samples(tmp_path / "one.npz", iter([some_images(1)]), 1, 12, np.zeros(1))
+    with pytest.raises(InputError, match=r"one\.npz holds 1 image, which has no covariance"):
+        run_alone(write, None, tmp_path / "one.npz")
+
+
+def test_statistics_need_a_network_and_a_file_but_no_reference(tmp_path: Path) -> None:
+    (tmp_path / "inception").touch()
+    cfg = config.load("evaluate.yaml", [f"evaluate.inception_weights={tmp_path / 'inception'}"])
+    check_evaluation(cfg, tmp_path / "statistics.npz")
+    for path in (tmp_path, tmp_path / "statistics"):
+        with pytest.raises(InputError, match=f"--write-statistics {path} (is a folder|does not end in .npz)"):
+            check_evaluation(cfg, path)
+    with pytest.raises(InputError, match="is of the features of a published network, and none is set"):
+        check_evaluation(evaluation(tmp_path), tmp_path / "statistics.npz")

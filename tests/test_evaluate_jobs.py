@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import ROOT, launch, metrics, run_alone, run_ranks, tiny_config
 from PIL import Image
 from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
+from rear_scale.analysis import token_prediction
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import reconstruction, sources, training
+from rear_scale.evaluate import job, reconstruction, sources, training
 from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
@@ -27,8 +33,9 @@ from rear_scale.evaluate.training import TrainingScores, check_training_scores, 
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
+from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
-from rear_scale.train import setup
+from rear_scale.train import setup, telemetry
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import World
 
@@ -38,7 +45,9 @@ def reference(folder: Path, count: int = 30) -> Path:
     return folder / "reference.npz"
 
 
-def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Path) -> None:
+def test_subjects_are_all_checkpoints_at_all_settings(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, found = prepared(tmp_path, tokens)
     planned = subjects_of(cfg, [(cfg, found)] * 2, None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
     assert len(planned) == 8
@@ -53,6 +62,13 @@ def test_subjects_are_all_checkpoints_at_all_settings(tmp_path: Path, tokens: Pa
     assert [subject.output.name for subject in both] == [f"result_step={found.step}.json", "result_step=4.json"]
     (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
     assert images.output == Path("a/samples.result.json")
+    for name in ("scale_4.0", "scale_4.5"):
+        (tmp_path / name).mkdir()
+        (images,) = subjects_of(cfg, [], tmp_path / name, [], None)
+        assert images.output == tmp_path / f"{name}.result.json"
+    monkeypatch.chdir(tmp_path / name)
+    (images,) = subjects_of(cfg, [], Path("."), [], None)
+    assert (images.output, images.name) == (tmp_path / f"{name}.result.json", name)
 
 
 def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
@@ -100,6 +116,28 @@ def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp
 def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:
     reconstruction.open_networks = lambda cfg, world: [_Small()]
     return reconstruction.score_reconstruction(cfg, images, cache, world)[1]
+
+
+def _tf32(world: World) -> list[bool]:
+    """Whether TF32 is on where a tokenizer encodes and decodes under --reconstruct."""
+    tokenizer, seen = CompactTokenizer(16, 32, 8, 16), []
+
+    def noting(method: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def noted(values: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest")
+            return method(values)
+
+        return noted
+
+    tokenizer.encode, tokenizer.decode = noting(tokenizer.encode), noting(tokenizer.decode)
+    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), None, "round", "")
+    features(np.zeros((1, 16, 16, 3), np.uint8))
+    return seen
+
+
+def test_reconstructions_are_made_without_tf32() -> None:
+    assert torch.backends.cudnn.allow_tf32
+    assert run_alone(_tf32) == [False, False]
 
 
 def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, tokens: Path) -> None:
@@ -176,9 +214,127 @@ def _train_plainly(world: World, cfg: ExperimentConfig) -> None:
 
 def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: Path, tokens: Path) -> None:
     cfg = tiny_config(tmp_path, tokens, "evaluate.training={num_images: 10}")
+    manifest = read_manifest(tokens)
     with pytest.raises(InputError, match="evaluate.reference is empty"):
-        check_training_scores(cfg)
-    check_training_scores(tiny_config(tmp_path, tokens))
+        check_training_scores(cfg, manifest)
+    check_training_scores(tiny_config(tmp_path, tokens), manifest)
+    CompactTokenizer(16, 32, 8, 16).save(tmp_path / "weights")
+    (tmp_path / "inception").touch()
+    files = (f"tokenizer.weights={tmp_path / 'weights'}", f"evaluate.inception_weights={tmp_path / 'inception'}")
+    cfg = tiny_config(
+        tmp_path, tokens, "evaluate.training={num_images: 10}", f"evaluate.reference={reference(tmp_path)}", *files
+    )
+    check_training_scores(cfg, manifest)
+    with pytest.raises(InputError, match="tokens of a file with abababab"):
+        check_training_scores(cfg, replace(manifest, tokenizer_sha256="ab" * 32))
+
+
+def evaluate_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    """launchers/evaluate.py in this process, with a network that costs nothing in place of Inception."""
+    monkeypatch.setattr(job, "open_networks", lambda cfg, world: [_Small()])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()
+    finally:
+        # A process ends after an error; a test goes on.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def stand_in_weights(folder: Path) -> str:
+    (folder / "inception").touch()
+    return f"evaluate.inception_weights={folder / 'inception'}"
+
+
+def test_statistics_are_a_reference_of_any_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of images of several sizes becomes a reference, without another one; it is used next."""
+    (tmp_path / "photographs").mkdir()
+    for number in range(20):
+        image = np.random.default_rng(number).integers(0, 256, (20 + number, 24, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "photographs" / f"{number:02}.png")
+    statistics, weights = tmp_path / "statistics.npz", stand_in_weights(tmp_path)
+    overrides = ("tokenizer.image_size=16", weights)
+    evaluate_here(monkeypatch, "--samples", tmp_path / "photographs", "--write-statistics", statistics, *overrides)
+    assert not (tmp_path / "photographs.result.json").exists()
+    np.savez(tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8))
+    evaluate_here(
+        monkeypatch, "--samples", tmp_path / "samples.npz", f"evaluate.reference.own={statistics}", *overrides
+    )
+    found = json.loads((tmp_path / "samples.result.json").read_text())["images"]
+    assert found["inception"]["references"]["own"]["fid"] > 0
+    assert found["inception"]["references"]["own"]["fid_reference_images"] == 20
+    assert found["reference_sets"]["own"]["size"] == [16, 16]
+    assert "centre crop to 16" in found["reference_sets"]["own"]["preprocessing"]
+
+
+def test_one_statistics_file_is_not_of_several_sets(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = prepared(tmp_path, tokens)
+    with pytest.raises(InputError, match=r"statistics\.npz is one file, but there are 2 sets of images"):
+        evaluate_here(
+            monkeypatch, "--checkpoint", found.path, "--sweep", "sample.seed=1,2",
+            "--write-statistics", tmp_path / "statistics.npz", stand_in_weights(tmp_path),
+        )  # fmt: skip
+
+
+def test_a_dry_run_names_every_input_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = ["evaluate.inception_weights", "evaluate.dinov2_weights", "evaluate.vgg_weights", "evaluate.lpips_weights"]
+    fields += ["evaluate.reference.adm", "tokenizer.weights"]
+    options = {"--samples": "a.npz", "--reconstruct": "images", "--also": "run"}
+    evaluate_here(
+        monkeypatch, "--dry-run", *(text for pair in options.items() for text in pair),
+        *(f"{name}=none" for name in fields), f"evaluate.reference.there={tmp_path}",
+    )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    for name, path in {**dict.fromkeys(fields, "none"), **options}.items():
+        assert f"not found: {name}={path}" in lines
+    assert f"evaluate.reference.there: {tmp_path} (exists)" in lines
+
+
+def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = prepared(tmp_path, tokens)
+    common = (
+        "--checkpoint", found.path, f"evaluate.reference={reference(tmp_path)}", stand_in_weights(tmp_path),
+        "sample.num_images=4",
+    )  # fmt: skip
+    asked, logged = [], {}
+    monkeypatch.setattr(
+        token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1}
+    )
+    monkeypatch.setattr(telemetry, "log_summary", lambda cfg, run, values: logged.update(values))
+    evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
+    assert len(asked) == 1
+    for seed in (1, 2):
+        result = json.loads((tmp_path / f"run/result_seed={seed}.json").read_text())
+        assert result["tokens"] == {"train_clean": 1}
+        assert logged[f"fid/reference/seed={seed}"] == result["images"]["inception"]["references"]["reference"]["fid"]
+    assert {name.split("/")[0] for name in logged} >= {"fid", "sfid", "inception_score", "precision_exact"}
+
+    def damaged(*arguments: object) -> None:
+        raise InputError("a shard is damaged")
+
+    monkeypatch.setattr(token_prediction, "score_tokens", damaged)
+    with pytest.raises(InputError, match="a shard is damaged"):
+        evaluate_here(monkeypatch, *common)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["images"]["inception"]["samples"] == 4
+    assert result["tokens"] is None
+
+
+def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    other = Checkpoint(found.path, {**found.meta, "tokenizer_sha256": "ab" * 32})
+
+    def images(world: World) -> None:
+        Opener(world).images(Subject(cfg, other, None, tmp_path / "result.json"))
+
+    with pytest.raises(InputError, match="tokens of a file with abababab"):
+        run_alone(images)
 
 
 def test_dinov2_has_the_public_names_and_its_position_table_is_resized() -> None:
@@ -312,10 +468,18 @@ def test_the_job_array_gives_each_task_its_part(tmp_path: Path) -> None:
         "SLURM_SUBMIT_DIR": str(ROOT),
         "REAR_LOGS": str(tmp_path / "logs"),
     }
-    task = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "8"}
+    task = {
+        "SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_COUNT": "8",
+    }  # fmt: skip
     for extra, expected in ((task, " --part 2/8 --samples x"), ({}, " launchers/evaluate.py --samples x")):
         environment = {**job, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96", **extra}
         result = subprocess.run(["bash", script, "--samples", "x"], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip().endswith(expected)
         assert "--ntasks=4 --ntasks-per-node=4 --cpus-per-task=24 " in result.stdout
+    # --array=4,6,11
+    gaps = {**job, **task, "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "96"}
+    result = subprocess.run(["bash", script, "--samples", "x"], env=gaps, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: --array is a list of 3 tasks with gaps" in result.stderr
+    assert "--array=0-2" in result.stderr

@@ -32,6 +32,16 @@ def test_streamed_moments_equal_numpy() -> None:
     assert np.allclose(found.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
 
 
+def test_a_small_variance_far_from_zero_is_kept() -> None:
+    features = np.random.default_rng(0).standard_normal((600, 5)) * 1e-3 + 1e4
+    found = moments_of(features[start : start + 100] for start in range(0, 600, 100))
+    assert np.allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-15)
+    constant = moments_of([np.full((10, 5), 1e4)] * 3)
+    assert not constant.covariance.any()
+    expected = found.covariance.trace() + (found.mean - 1e4).square().sum()
+    assert frechet_distance(found, constant) == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_weights_count_rows_several_times() -> None:
     features = torch.randn(50, 5)
     weights = torch.arange(50) % 3

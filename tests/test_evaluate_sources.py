@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -15,18 +16,19 @@ from helpers import run_alone
 from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.evaluate import sources
+from rear_scale.evaluate import npz, sources
 from rear_scale.evaluate.features import as_batch, checked
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.moments import moments_of
-from rear_scale.evaluate.npz import read_samples
+from rear_scale.evaluate.npz import read_samples, read_sha256
 from rear_scale.evaluate.reference import check_reference
 from rear_scale.evaluate.sources import centre_crop, open_image_set
-from rear_scale.evaluate.statistics import read_statistics, write_statistics
+from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
 from rear_scale.interop.npz import write_samples
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.images import write_images
+from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 
@@ -96,6 +98,31 @@ def test_a_compressed_file_damaged_within_is_named(tmp_path: Path) -> None:
         images[:]
 
 
+def test_a_header_that_says_more_rows_than_there_are_is_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, some_images(3))
+    with zipfile.ZipFile(tmp_path / "longer.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue().replace(b"(3, 12, 12, 3)", b"(9, 12, 12, 3)"))
+        archive.writestr("behind.npy", bytes(10_000))
+    with pytest.raises(InputError, match="cannot be read .*header says 9 rows"):
+        read_samples(tmp_path / "longer.npz")
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 20])
+def test_a_flipped_byte_is_found_while_the_file_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(npz, "_CHUNK", chunk)
+    path = tmp_path / "samples.npz"
+    write_samples(path, iter([some_images(20)]), 20, 12, np.arange(20))
+    assert read_sha256(path) == file_sha256(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"samples\.npz: arr_0\.npy is damaged"):
+        run_alone(_contents, path, None)
+
+
 def write_tar(path: Path, images: np.ndarray, first: int, with_classes: bool) -> None:
     with tarfile.open(path, "w") as tar:
         for number, image in enumerate(images, start=first):
@@ -141,6 +168,39 @@ def test_every_form_gives_the_same_images(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.array_equal(found, images)
     assert found_labels == (None if form in ("folder", "tars") else labels.tolist())
     assert run_alone(_contents, folder, None)[2] == identity
+
+
+def test_a_single_tar_shard_is_a_set_of_images_and_a_compressed_one_is_named(tmp_path: Path) -> None:
+    images = some_images(5)
+    write_tar(tmp_path / "samples.tar", images, 0, with_classes=True)
+    found, labels, _, _ = run_alone(_contents, tmp_path / "samples.tar", None)
+    assert np.array_equal(found, images)
+    assert labels == [0, 1, 2, 0, 1]
+    (tmp_path / "samples.tar").write_bytes(gzip.compress((tmp_path / "samples.tar").read_bytes()))
+    for path in (tmp_path, tmp_path / "samples.tar"):
+        with pytest.raises(InputError, match=r"samples\.tar is compressed"):
+            run_alone(_contents, path, None)
+
+
+def test_images_of_more_than_8_bits_are_named(tmp_path: Path) -> None:
+    for kind, form, mode in ((np.uint16, "PNG", "I;16"), (np.int32, "TIFF", "I"), (np.float32, "TIFF", "F")):
+        Image.fromarray(np.full((12, 12), 40_000, kind)).save(tmp_path / "image.png", form)
+        with pytest.raises(InputError, match=rf"image\.png .*more than 8 bits a value \(Pillow mode {mode}\)"):
+            run_alone(_contents, tmp_path, 12)
+
+
+def test_damage_within_an_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    data = path.read_bytes()
+    assert data.count(b"IDAT") == 2
+    path.write_bytes(data[: data.rindex(b"IDAT")] + b"ID\xffT" + data[data.rindex(b"IDAT") + 4 :])
+    with pytest.raises(InputError, match=r"a\.png \(byte 0\)"):
+        run_alone(_contents, tmp_path, 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.png \(byte 0\).*exceeds limit"):
+        run_alone(_contents, tmp_path, 12)
 
 
 def test_image_files_are_cropped_to_the_size_of_the_samples(tmp_path: Path) -> None:
@@ -199,14 +259,23 @@ def test_statistics_are_kept_and_refused_for_other_weights(tmp_path: Path) -> No
     path = tmp_path / "statistics.npz"
     for _ in range(2):
         before = path.read_bytes() if path.exists() else None
-        write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, {"count": 50})
+        write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, {"count": 50, "size": [8, 12]})
     assert path.read_bytes() == before
     found = read_statistics(path, {"pool": "weights A"}, {"pool": 6})["pool"]
     assert torch.equal(found.covariance, moments().covariance)
     assert found.count == 50
+    assert images_of(path) == MadeOf(50, [8, 12], None)
     with pytest.raises(InputError, match="other weights or preprocessing"):
         read_statistics(path, {"pool": "weights B"}, {"pool": 6})
     assert read_statistics(path, {"spatial": "weights A"}, {"spatial": 6}) == {}
+    images = {"count": 50, "size": [8, 8], "preprocessing": "stretched to 8 pixels"}
+    write_statistics(path, {"pool": moments()}, {"pool": "weights A"}, images)
+    with pytest.raises(InputError, match=r"stretched to 8 pixels.* than the one in use \(centre crop to 8"):
+        images_of(path)
+    for manifest in ("no JSON", "[1]", '{"format": "another"}'):
+        np.savez(path, manifest=np.array(manifest), mu=np.zeros(6), sigma=np.eye(6))
+        with pytest.raises(InputError, match="its manifest is not one of 'rear_scale statistics 1'"):
+            read_statistics(path, {"pool": "weights A"}, {"pool": 6})
 
 
 @pytest.mark.parametrize(
@@ -255,6 +324,26 @@ def test_hostile_damaged_and_missing_weights_are_refused(tmp_path: Path, monkeyp
     assert not Path("hostile").exists()
     with pytest.raises(InputError, match="evaluate.inception_weights is not set"):
         read_weight_file(None, "evaluate.inception_weights", INCEPTION)
+
+
+class WrongCall:
+    """An allowed function, called with what it does not take."""
+
+    def __reduce__(self):
+        return (torch._utils._rebuild_tensor_v2, (1,))
+
+
+def test_weight_files_of_any_damage_are_one_error(tmp_path: Path) -> None:
+    files = {
+        "page.pth": b"error 404",  # IndexError
+        "cut.pth": pickle.dumps(1 << 20, protocol=2)[:4],  # struct.error
+        "call.pth": pickle.dumps(WrongCall(), protocol=2),  # TypeError
+        "empty.bin": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=rf"weights=.*{name} cannot be read"):
+            read_weight_file(tmp_path / name, "weights", INCEPTION)
 
 
 def test_other_weights_are_read_and_known_as_such(tmp_path: Path) -> None:

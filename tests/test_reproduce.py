@@ -117,7 +117,11 @@ def test_absent_files_are_named_with_their_sources(tmp_path: Path, tokens: Path)
 def test_a_generator_of_another_size_is_named(tmp_path: Path, tokens: Path) -> None:
     entry = stand_in(tmp_path, tokens)
     torch.save({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "files/generator.bin")
-    with pytest.raises(InputError, match=r"generator\.bin has no "):
+    with pytest.raises(InputError, match=r"generator\.bin lacks .*Use the file of this model"):
+        run_alone(_reproduce, entry, tmp_path / "files", tmp_path / "out")
+    deeper = build_model(config.load(entry.config, ["model.depth=3"]))
+    torch.save(deeper.state_dict(), tmp_path / "files/generator.bin")
+    with pytest.raises(InputError, match=r"generator\.bin has blocks\.2\..*, which the model has not"):
         run_alone(_reproduce, entry, tmp_path / "files", tmp_path / "out")
 
 

@@ -17,7 +17,7 @@ from rear_scale.config import InputError
 from rear_scale.shards import writer
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.reader import BatchOrder, check_fits, open_tokens
-from rear_scale.shards.record import BLOCK_SAMPLES, SHARD_SAMPLES, read_codebook, read_manifest
+from rear_scale.shards.record import BLOCK_SAMPLES, SHARD_SAMPLES, read_codebook, read_manifest, unfinished
 
 
 def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
@@ -30,6 +30,14 @@ def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
     assert blocks[0]["tokens.npy"].dtype == np.uint16
     assert np.array_equal(np.concatenate([block["tokens.npy"] for block in blocks]), tokens)
     assert np.array_equal(np.concatenate([block["label.npy"] for block in blocks]), labels)
+
+
+def test_two_writers_of_a_file_do_not_share_its_unfinished_name(tmp_path: Path) -> None:
+    """As two containers do, whose processes have the same numbers."""
+    one, other = unfinished(tmp_path / "block.npz"), unfinished(tmp_path / "block.npz")
+    assert one != other
+    assert one.parent == other.parent == tmp_path
+    assert one.suffix == ".part"
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import run_ranks
 
+from rear_scale import world
 from rear_scale.config import InputError
 from rear_scale.world import World, discover, joined, locked
 
@@ -86,6 +88,22 @@ def test_an_empty_number_of_threads_is_none(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OMP_NUM_THREADS", "all")
     with pytest.raises(InputError, match="OMP_NUM_THREADS=all is not a whole number"), joined(alone):
         pass
+
+
+@pytest.mark.parametrize("same_for_any_world", [True, False])
+def test_float64_work_beside_a_gpu_has_one_thread_where_results_must_be_the_same(
+    monkeypatch: pytest.MonkeyPatch, same_for_any_world: bool
+) -> None:
+    """A GPU machine without its GPU: what joins the ranks does nothing here."""
+    monkeypatch.setattr(world, "_device", lambda ranks: torch.device("cuda", 0))
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda **options: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with joined(discover({}), same_for_any_world=same_for_any_world):
+        assert torch.get_num_threads() == (1 if same_for_any_world else 2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def _collectives(world: World) -> tuple:

@@ -14,7 +14,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from rear_scale.evaluate.features import Extractor
 from rear_scale.evaluate.npz import StoredArray, open_array
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.progress import progress
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.shards.record import unfinished, write_text_atomically
 from rear_scale.world import World
 
 
@@ -135,11 +135,21 @@ def _missing(found: Sequence[FeatureBlocks], part: Part) -> list[int]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a block can be read; one that was cut short is computed again."""
+    """Whether a block is as it was written; one that was cut short or damaged is computed again."""
     try:
-        with zipfile.ZipFile(path):
-            return True
-    except (FileNotFoundError, zipfile.BadZipFile):
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return _matches_checksums(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _matches_checksums(path: Path, size: int, time_ns: int) -> bool:
+    # Asked several times in one evaluation, but a file is read once.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
         return False
 
 
@@ -152,7 +162,7 @@ def _features(
 
 
 def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = unfinished(path)
     with open(part, "wb") as file:
         np.savez(file, **arrays)
         file.flush()

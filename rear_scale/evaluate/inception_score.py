@@ -18,7 +18,7 @@ SPLIT_IMAGES = 5000
 class InceptionScore:
     value: float  # mean over the splits; a shorter last split counts as one
     std: float  # over the splits; nan with one
-    per_split: list[float]
+    per_split: list[float]  # of the splits that have images
     one_split: float  # all images as one split
 
 
@@ -52,8 +52,11 @@ class InceptionScoreSums:
             self.negative_entropy[split] += (negative_entropy[rows.to(p.device)] * weight).sum().cpu()
 
     def score(self) -> InceptionScore:
+        # A resampling may leave a short last split without an image.
         per_split = [
-            _score(*parts) for parts in zip(self.images, self.probabilities, self.negative_entropy, strict=True)
+            _score(*parts)
+            for parts in zip(self.images, self.probabilities, self.negative_entropy, strict=True)
+            if parts[0] > 0
         ]
         return InceptionScore(
             value=math.fsum(per_split) / len(per_split),

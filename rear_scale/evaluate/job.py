@@ -25,10 +25,15 @@ from rear_scale.progress import say
 from rear_scale.world import World
 
 
-def check_evaluation(cfg: ExperimentConfig) -> None:
-    """Raises InputError when there is nothing to compare with, or no features to compare by."""
+def check_evaluation(cfg: ExperimentConfig, statistics: Path | None = None) -> None:
+    """Raises InputError when there is nothing to compare with, or no features to compare by.
+
+    statistics: the file that `write_statistics` will make, which needs no reference but a network.
+    """
     evaluate = cfg.evaluate
-    if not evaluate.reference:
+    if statistics is not None:
+        _check_statistics_file(cfg, statistics)
+    elif not evaluate.reference:
         raise InputError(
             "evaluate.reference is empty. Set evaluate.reference.NAME=PATH to an .npz, a folder of images or tar shards to "
             "compare with"
@@ -44,6 +49,20 @@ def check_evaluation(cfg: ExperimentConfig) -> None:
         check_weight_file(evaluate.dinov2_weights, "evaluate.dinov2_weights", DINOV2_VITL14)
     for name, path in evaluate.reference.items():
         check_reference(name, path)
+
+
+def _check_statistics_file(cfg: ExperimentConfig, path: Path) -> None:
+    if path.suffix != ".npz" or path.is_dir():
+        raise InputError(
+            f"--write-statistics {path} {'is a folder' if path.is_dir() else 'does not end in .npz'}. Name a file such as "
+            "reference.npz"
+        )
+    if cfg.evaluate.inception_weights is None and cfg.evaluate.dinov2_weights is None:
+        raise InputError(
+            f"--write-statistics {path} is of the features of a published network, and none is set. Set "
+            f"evaluate.inception_weights to the path of {INCEPTION.name}, published at {INCEPTION.source}, or "
+            "evaluate.dinov2_weights"
+        )
 
 
 class Evaluation:
@@ -100,10 +119,19 @@ class Evaluation:
         """Of the samples."""
         return [*self.networks, *(part for part in (self.classifier, self.nearest) if part is not None)]
 
-    def write_statistics(self, samples: ImageSet, path: Path) -> None:
-        """Means and covariances of a set, as a reference for other evaluations."""
-        found = extract(samples, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world)
-        if self.world.is_main:
+    def write_statistics(self, images: ImageSet, path: Path, part: Part | None = None) -> bool:
+        """Means and covariances of a set, as a reference for other evaluations.
+
+        With a part, only that share of the features is computed. Returns whether the file was written, which takes all
+        shares. Raises InputError for less than two images: they have no covariance.
+        """
+        if images.count < 2:
+            raise InputError(
+                f"{images.name} holds {images.count} image, which has no covariance. Make statistics of many images"
+            )
+        found = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
+        complete = bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
+        if self.world.is_main and complete:
             kinds = [
                 (network, blocks, kind)
                 for network, blocks in zip(self.networks, found, strict=True)
@@ -113,10 +141,18 @@ class Evaluation:
                 path,
                 {kind: block_moments(blocks, kind, self.world.device) for _, blocks, kind in kinds},
                 {kind: network.identity for network, _, kind in kinds},
-                {"identity": samples.identity, "count": samples.count, "preprocessing": samples.preprocessing},
+                {
+                    "identity": images.identity,
+                    "count": images.count,
+                    "preprocessing": images.preprocessing,
+                    "size": [images.height, images.width],
+                },
             )
-            say(f"{path}: statistics of {samples.count:,} images")
+            say(
+                f"{path}: statistics of {images.count:,} images of {images.width}x{images.height} ({images.preprocessing})"
+            )
         self.world.barrier()
+        return complete
 
     def _references_for(self, samples: ImageSet) -> list[Reference]:
         cfg, size = self.cfg.evaluate, samples.height
@@ -137,7 +173,11 @@ class Evaluation:
         batch_size = self.cfg.evaluate.batch_size
         sets = {"": samples, **self.small_sets}
         found = {name: extract(images, extractors, self.cache, batch_size, self.world) for name, images in sets.items()}
-        moments = {name: block_moments(blocks[0], "features", self.world.device) for name, blocks in found.items()}
+        moments = {
+            name: block_moments(blocks[0], "features", self.world.device)
+            for name, blocks in found.items()
+            if blocks[0].count >= 2
+        }
 
         def score(name: str) -> dict[str, Any]:
             classes, nearest = found[name]
@@ -146,7 +186,12 @@ class Evaluation:
             return {
                 "count": sets[name].count,
                 "class_accuracy": None if labels is None else float((classes.column("classes") == labels).mean()),
-                "frechet_distance": {other: frechet_distance(moments[name], moments[other]) for other in others},
+                "frechet_distance": {
+                    other: frechet_distance(moments[name], moments[other])
+                    if name in moments and other in moments
+                    else None
+                    for other in others
+                },
                 "nearest_distance": {other: float(nearest.column(other).mean()) for other in others},
             }
 
@@ -194,10 +239,10 @@ def _label_counts(blocks: FeatureBlocks) -> dict[str, Any] | None:
 
 
 def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> None:
-    images = reference.images
-    if images is not None and (images.height, images.width) != (samples.height, samples.width):
+    if reference.size is not None and reference.size != (samples.height, samples.width):
+        height, width = reference.size
         note = (
-            f"the samples are {samples.width}x{samples.height}, {reference.name} is {images.width}x{images.height}: each is "
+            f"the samples are {samples.width}x{samples.height}, {reference.name} is {width}x{height}: each is "
             "resized to the network's input from its own size, so the distance holds the difference in sharpness too"
         )
         reference.notes.append(note)

@@ -33,9 +33,14 @@ class Moments:
 
 
 class MomentSums:
-    """Adds blocks of features in float64. The order of the blocks is part of the result's last bits: keep it fixed."""
+    """Adds blocks of features in float64. The order of the blocks is part of the result's last bits: keep it fixed.
 
-    def __init__(self, num_features: int, device: torch.device | None = None) -> None:
+    What is summed are differences from `shift`, because squares far from zero would swallow a small variance.
+    """
+
+    def __init__(self, num_features: int, device: torch.device | None = None, shift: Tensor | None = None) -> None:
+        """shift: float64 [F], near the mean; null = the mean of the first block."""
+        self.shift = shift
         self.count = 0
         self.total = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
@@ -43,21 +48,27 @@ class MomentSums:
     def add(self, features: Tensor, weights: Tensor | None = None) -> None:
         """features: float [n, F]; weights: float64 [n], how often each row counts (whole numbers)."""
         block = features.to(self.total.device).double()
+        if self.shift is None:
+            self.shift = block.mean(0)
+        block = block - self.shift
         weighted = block if weights is None else block * weights.to(block.device)[:, None]
         self.count += len(block) if weights is None else int(weights.sum())
         self.total += weighted.sum(0)
         self.products += weighted.T @ block
 
     def add_sums(self, other: MomentSums) -> None:
+        """Of the same shift."""
+        assert self.shift is other.shift
         self.count += other.count
         self.total += other.total
         self.products += other.products
 
     def moments(self) -> Moments:
         """Needs at least two rows. On the CPU."""
+        assert self.shift is not None
         mean = self.total / self.count
         covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return Moments(mean.cpu(), covariance.cpu(), self.count)
+        return Moments((self.shift + mean).cpu(), covariance.cpu(), self.count)
 
 
 def moments_of(parts: Iterable[np.ndarray], device: torch.device | None = None) -> Moments:

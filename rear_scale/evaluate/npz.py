@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import IO
 import numpy as np
 
 from rear_scale.config import InputError
+
+_LOCAL_HEADER, _LENGTHS = 30, 26  # bytes: of a member's header before its name, and where the lengths stand in it
+_CHUNK = 1 << 20
 
 
 class StoredArray:
@@ -36,13 +40,13 @@ class StoredArray:
         self.stored = info.compress_type == zipfile.ZIP_STORED
         self._stream: tuple[IO[bytes], int] | None = None  # an open member, and the rows read from it
         if self.stored:
-            # The local header's own lengths count, not those of the central directory.
             with open(path, "rb") as file:
-                file.seek(info.header_offset + 26)
-                lengths = np.frombuffer(file.read(4), "<u2")
-            self.start = info.header_offset + 30 + int(lengths.sum()) + header_size
-            if self.start + len(self) * self.row_bytes > path.stat().st_size:
+                self.start = _start(info, file) + header_size
+            if self.start - header_size + info.file_size > path.stat().st_size:
                 raise EOFError(f"{name} ends early")
+        # A header that says more rows than there are would make images of the bytes behind them.
+        if header_size + len(self) * self.row_bytes != info.file_size:
+            raise ValueError(f"its header says {len(self)} rows, which its {info.file_size} bytes are not")
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 1
@@ -83,6 +87,58 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(member)
+
+
+def read_sha256(path: str | Path) -> str:
+    """Of the whole file. Raises InputError when an array in it does not match its checksum, without a second reading."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            members = [_Member(info, file) for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
+            digest, place = hashlib.sha256(), 0
+            file.seek(0)
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                for member in members:
+                    member.add(chunk, place)
+                place += len(chunk)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path} cannot be read as .npz ({error}). Is it complete?") from error
+    for member in members:
+        if member.crc != member.expected:
+            raise InputError(
+                f"{path}: {member.name} is damaged: it does not match its checksum. Copy or write it again"
+            )
+    return digest.hexdigest()
+
+
+class _Member:
+    """The checksum of a stored member of a zip, taken while the file passes by."""
+
+    def __init__(self, info: zipfile.ZipInfo, file: IO[bytes]) -> None:
+        self.name, self.expected, self.crc = info.filename, info.CRC, 0
+        self.start = _start(info, file)
+        self.end = self.start + info.file_size
+
+    def add(self, chunk: bytes, place: int) -> None:
+        """A part of the file that begins at `place`; the parts come in order."""
+        first, last = max(self.start - place, 0), min(self.end - place, len(chunk))
+        if first < last:
+            self.crc = zlib.crc32(memoryview(chunk)[first:last], self.crc)
+
+
+def _start(info: zipfile.ZipInfo, file: IO[bytes]) -> int:
+    """Where the bytes of a member begin. The local header's own lengths count, not those of the central directory."""
+    file.seek(info.header_offset + _LENGTHS)
+    lengths = file.read(4)
+    if len(lengths) < 4:
+        raise zipfile.BadZipFile(f"{info.filename} lies behind its end")
+    return (
+        info.header_offset
+        + _LOCAL_HEADER
+        + int.from_bytes(lengths[:2], "little")
+        + int.from_bytes(lengths[2:], "little")
+    )
 
 
 def array_names(path: str | Path) -> list[str]:

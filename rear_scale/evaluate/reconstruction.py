@@ -12,7 +12,7 @@ import torch
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.blocks import FeatureBlocks, extract
-from rear_scale.evaluate.features import FeatureNetwork, as_batch
+from rear_scale.evaluate.features import FeatureNetwork, as_batch, exact_arithmetic
 from rear_scale.evaluate.job import open_networks
 from rear_scale.evaluate.lpips import LpipsDistance
 from rear_scale.evaluate.metrics import codebook_use, psnr
@@ -20,8 +20,7 @@ from rear_scale.evaluate.reference import open_reference
 from rear_scale.evaluate.scores import network_scores
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.sample.quantise import to_uint8
-from rear_scale.shards.record import file_sha256
-from rear_scale.tokenizer import open_tokenizer
+from rear_scale.tokenizer import open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
 
@@ -38,7 +37,7 @@ class ReconstructionFeatures:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """The network's features of the reconstructions, `psnr` [n], `lpips` [n] and `tokens` [n, N]."""
-        with torch.inference_mode():
+        with exact_arithmetic(), torch.inference_mode():
             tokens = self.tokenizer.encode(as_batch(images, self.tokenizer.codebook.device).float() / 255)
             decoded = to_uint8(self.tokenizer.decode(tokens).float(), self.quantiser)
         found = {**self.network(decoded), "psnr": psnr(images, decoded), "tokens": tokens.cpu().numpy()}
@@ -66,7 +65,7 @@ def score_reconstruction(
             f"{images} holds images of {originals.width}x{originals.height}, but {cfg.tokenizer.name} takes "
             f"{tokenizer.image_size} squared. Name a folder of image files, which are cropped, or another tokenizer"
         )
-    sha256 = world.from_main(file_sha256(cfg.tokenizer.weights) if world.is_main else None)
+    sha256 = world.on_main(lambda: weights_sha256(cfg.tokenizer))
     extractor = ReconstructionFeatures(tokenizer, network, lpips, cfg.sample.quantiser, sha256)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
     sets = {"originals": str(images), **cfg.evaluate.reference}

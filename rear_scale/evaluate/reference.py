@@ -18,10 +18,9 @@ from rear_scale.evaluate.blocks import FeatureBlocks, extract
 from rear_scale.evaluate.features import FeatureNetwork
 from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import NEIGHBOURS, Rows, radii
-from rear_scale.evaluate.npz import array_names
-from rear_scale.evaluate.sources import ImageSet, open_image_set
-from rear_scale.evaluate.statistics import KINDS, read_statistics, write_statistics
-from rear_scale.shards.record import file_sha256
+from rear_scale.evaluate.npz import array_names, read_sha256
+from rear_scale.evaluate.sources import ImageSet, is_tar, open_image_set
+from rear_scale.evaluate.statistics import KINDS, MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.world import World
 
 
@@ -37,6 +36,7 @@ class Reference:
     blocks: Mapping[str, FeatureBlocks]  # by kind of features; of the images, where there are any
     networks: Mapping[str, str]  # the identity of each kind's network
     notes: list[str] = field(default_factory=list)
+    made_of: MadeOf | None = None  # of stored statistics, where they say it
     _moments: dict[str, Moments] = field(default_factory=dict)
     _radii: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
@@ -74,15 +74,26 @@ class Reference:
             self._radii[kind, mode] = radii(rows, mode, world)
         return self._radii[kind, mode]
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images, or of those behind the statistics; null when that is not known."""
+        if self.images is not None:
+            return self.images.height, self.images.width
+        if self.made_of is None or self.made_of.size is None:
+            return None
+        height, width = self.made_of.size
+        return height, width
+
     def describe(self) -> dict[str, Any]:
         images = self.images
+        made_of = None if self.made_of is None else self.made_of.preprocessing
         return {
             "path": self.path,
             "identity": self.identity,
             "stored_statistics": sorted(KINDS[kind].metric for kind in self.stored),
             "images": None if images is None else images.count,
-            "size": None if images is None else [images.height, images.width],
-            "preprocessing": None if images is None else images.preprocessing,
+            "size": None if self.size is None else list(self.size),
+            "preprocessing": made_of if images is None else images.preprocessing,
         }
 
 
@@ -112,7 +123,7 @@ def open_reference(
     identities, sizes = _kinds(networks)
     found = extract(images, networks, cache, cfg.batch_size, world) if images else []
     blocks = {kind: part for network, part in zip(networks, found, strict=False) for kind in network.sizes}
-    identity = images.identity if images else world.from_main(file_sha256(path) if world.is_main else None)
+    identity = images.identity if images else world.on_main(lambda: read_sha256(path))
     notes = []
     if images is None:
         notes.append("it holds statistics alone: no precision and recall")
@@ -122,7 +133,8 @@ def open_reference(
                 notes.append(f"its file has no statistics: {KINDS[kind].metric} is against its {images.count:,} images")
             if images.count <= NEIGHBOURS:
                 notes.append(f"{images.count} images are too few for precision and recall")
-    return Reference(name, path, identity, stored, images, blocks, identities, list(dict.fromkeys(notes)))
+    made_of = images_of(path) if stored else None
+    return Reference(name, path, identity, stored, images, blocks, identities, list(dict.fromkeys(notes)), made_of)
 
 
 def read_reference(
@@ -132,7 +144,7 @@ def read_reference(
 
     Raises InputError for a file with neither, and for one that does not fit the networks.
     """
-    if not Path(path).is_file():
+    if not Path(path).is_file() or is_tar(Path(path)):
         return {}, open_image_set(path, world, size)
     stored = read_statistics(Path(path), *_kinds(networks))
     if "arr_0" in array_names(path):

@@ -10,7 +10,6 @@ from typing import Any
 from rear_scale.config import ExperimentConfig, to_dict
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.progress import say
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.train.run_folder import provenance
 from rear_scale.world import World
@@ -58,4 +57,23 @@ def write_result(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(result, indent=1) + "\n")
-    say(f"{path}: written")
+
+
+def summary(images: dict[str, Any], setting: str) -> dict[str, float]:
+    """The scores under flat names (METRIC/REFERENCE, and the setting behind it where there are several), for dashboards."""
+    found: dict[str, float | None] = {}
+    found["inception_score"] = images.get("inception", {}).get("inception_score", {}).get("value")
+    for network in ("inception", "dinov2"):
+        scores = images.get(network, {})
+        for name, values in scores.get("references", {}).items():
+            for metric in ("fid", "sfid", "fd_dinov2"):
+                found[f"{metric}/{name}"] = values.get(metric)
+            for metric in ("precision", "recall", "density", "coverage"):
+                for mode, value in (values.get(metric) or {}).items():
+                    place = metric if network == "inception" else f"{network}_{metric}"
+                    found[f"{place}_{mode}/{name}"] = value
+    for name, value in images.get("samples", {}).get("frechet_distance", {}).items():
+        found[f"classifier_frechet_distance/{name}"] = value
+    return {
+        "/".join([name, setting] if setting else [name]): value for name, value in found.items() if value is not None
+    }

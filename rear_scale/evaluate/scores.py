@@ -178,13 +178,16 @@ def _extrapolation_job(
         places = np.random.default_rng([seed, 1]).permutation(count)
         groups = np.searchsorted(sizes, places, side="right")
         sums: dict[int, MomentSums] = {}
+        shift: torch.Tensor | None = None
         for number, ids in enumerate(samples.ids):
             features = torch.from_numpy(samples.array(number, kind))
+            if shift is None:
+                shift = features.to(world.device).double().mean(0)
             for group in np.unique(groups[ids]):
-                sums.setdefault(int(group), MomentSums(features.shape[1], world.device)).add(
+                sums.setdefault(int(group), MomentSums(features.shape[1], world.device, shift)).add(
                     features[torch.from_numpy(groups[ids] == group)]
                 )
-        total = MomentSums(features.shape[1], world.device)
+        total = MomentSums(features.shape[1], world.device, shift)
         values: dict[str, list[float]] = {reference.name: [] for reference in references}
         for group in range(len(sizes)):
             total.add_sums(sums[group])

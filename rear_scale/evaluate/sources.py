@@ -7,22 +7,28 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.npz import StoredArray, read_samples
+from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
 from rear_scale.shards.images import ImageShards, open_images
-from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+# Pillow clips their values at 255, which makes nearly every pixel white.
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+
+AS_STORED = "as stored"  # preprocessing of images that are taken as they are
 
 Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
@@ -37,7 +43,7 @@ class ImageSet:
     width: int
     blocks: Sequence[np.ndarray]  # the numbers (int64) of each block's images; a block is read at once
     read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
-    preprocessing: str = "as stored"
+    preprocessing: str = AS_STORED
     quantiser: str | None = None  # the rule that made them uint8; null = they came so
 
     @property
@@ -50,22 +56,31 @@ def consecutive_blocks(count: int) -> list[np.ndarray]:
 
 
 def check_image_set(path: Path) -> None:
-    """Raises InputError, before anything is spent, when there is nothing at the path, or a file that is no .npz of images."""
-    if path.is_file():
+    """Raises InputError, before anything is spent, when there is nothing at the path, or a file that holds no images."""
+    if is_tar(path):
+        _members(path)
+    elif path.is_file():
         read_samples(path)
     elif not path.is_dir():
-        raise InputError(f"not found: {path}. Name an .npz, a folder of images or a folder of tar shards")
+        raise InputError(f"not found: {path}. Name an .npz, a folder of images, a tar shard or a folder of them")
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a path is a single tar shard, by its name."""
+    return path.suffix == ".tar" and path.is_file()
 
 
 def open_image_set(path: str | Path, world: World, size: int | None = None) -> ImageSet:
-    """The images at a path: a file is an .npz; a folder holds image shards, plain tar shards, or image files.
+    """The images at a path: an .npz, a tar shard, or a folder of image shards, plain tar shards, or image files.
 
     size: image files and plain tar shards are brought to it as ADM does (halved, scaled and cropped about the centre); null
     = they are taken as they are and must share one size. All ranks must call this.
     Raises InputError when there are no images, or none that can be read.
     """
-    path = Path(path)
-    check_image_set(path)
+    check_image_set(Path(path))
+    path = Path(os.path.abspath(path))  # "." has no name
+    if is_tar(path):
+        return _from_files(path, _members(path), size)
     if path.is_file():
         return from_npz(path, world)
     if (path / "index.json").is_file():
@@ -80,7 +95,7 @@ def from_npz(path: Path, world: World) -> ImageSet:
     """The sample file of the ADM evaluation, read in parts. All ranks must call this."""
     images, labels = read_samples(path)
     # One rank reads the whole file for its checksum.
-    sha256 = world.from_main(file_sha256(path) if world.is_main else None)
+    sha256 = world.on_main(lambda: read_sha256(path))
     return from_arrays(path.name, sha256, images, labels, _quantiser_beside(path))
 
 
@@ -137,9 +152,15 @@ class _File:
 def _members(tar: Path) -> list[_File]:
     """The images of a tar in its order, with the class id of a `.cls` beside them."""
     try:
-        with tarfile.open(tar) as archive:
+        # Not unpacked on the way: members are read from the file itself.
+        with tarfile.open(tar, "r:") as archive:
             members = [member for member in archive if member.isfile()]
     except (tarfile.TarError, OSError) as error:
+        with suppress(OSError):
+            if tarfile.is_tarfile(tar):
+                raise InputError(
+                    f"{tar} is compressed, but images are read from within it. Unpack it to a plain .tar"
+                ) from error
         raise InputError(f"{tar} cannot be read ({error}). Copy the shard again") from error
     classes: dict[str, int] = {}
     for member in members:
@@ -162,10 +183,11 @@ def _class_of(file: Path, folder: Path) -> str | None:
     return None if file.parent == folder else file.parent.relative_to(folder).as_posix()
 
 
-def _from_files(folder: Path, files: list[_File], size: int | None) -> ImageSet:
+def _from_files(path: Path, files: list[_File], size: int | None) -> ImageSet:
+    """path: their folder, or the tar shard that they are all in."""
     if not files:
         raise InputError(
-            f"{folder} holds no images ({', '.join(_EXTENSIONS)}, or tar shards of them). Name another folder"
+            f"{path} holds no images ({', '.join(_EXTENSIONS)}, or tar shards of them). Name another folder"
         )
     labels = _class_ids([file.label for file in files])
     if size is None:
@@ -186,24 +208,25 @@ def _from_files(folder: Path, files: list[_File], size: int | None) -> ImageSet:
         return pixels, None if labels is None else labels[numbers]
 
     # Names, sizes and times instead of the content: a training set is too large to hash for every evaluation.
+    folder = path if path.is_dir() else path.parent
     listing = [f"{file.path.relative_to(folder)} {file.offset} {_stamp(file.path)}" for file in files]
-    preprocessing = "as stored" if size is None else f"centre crop to {size} pixels (halved by boxes, then bicubic)"
+    preprocessing = AS_STORED if size is None else crop_rule(size)
     identity = hashlib.sha256("\n".join([preprocessing, *listing]).encode()).hexdigest()
     return ImageSet(
-        folder.name,
+        path.name,
         identity,
         height,
         width,
         consecutive_blocks(len(files)),
         read,
         preprocessing,
-        _quantiser_beside(folder),
+        _quantiser_beside(path),
     )
 
 
 def _stamp(path: Path) -> str:
     found = path.stat()
-    return f"{found.st_size} {int(found.st_mtime)}"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _class_ids(labels: list[int | str | None]) -> np.ndarray | None:
@@ -218,10 +241,23 @@ def _class_ids(labels: list[int | str | None]) -> np.ndarray | None:
 def _decode(file: _File, size: int | None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(file.data())) as image:
-            image = image.convert("RGB")
-            return np.asarray(image if size is None else centre_crop(image, size))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+            mode = image.mode
+            if mode not in _DEEP_MODES:
+                image = image.convert("RGB")
+                return np.asarray(image if size is None else centre_crop(image, size))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
         raise InputError(f"{file.path} (byte {file.offset}): {error}. Remove the image or make it again") from error
+    raise InputError(
+        f"{file.path} (byte {file.offset}) has more than 8 bits a value (Pillow mode {mode}), which scores are not made of. "
+        "Convert it to 8 bits first, by the rule that you mean"
+    )
+
+
+def crop_rule(size: int) -> str:
+    """What is done to image files that are brought to a size, in words: part of what features depend on."""
+    return f"centre crop to {size} pixels (halved by boxes, then bicubic)"
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

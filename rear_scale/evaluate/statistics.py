@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 from rear_scale.config import InputError
 from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.npz import array_names, open_array
+from rear_scale.evaluate.sources import AS_STORED, crop_rule
+from rear_scale.shards.record import unfinished
 
 _FORMAT = "rear_scale statistics 1"
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -40,6 +41,47 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class MadeOf:
+    """The images of a statistics file of ours, as its manifest says; the published files do not say."""
+
+    count: int
+    size: list[int] | None = None  # height and width in pixels; null = not known
+    preprocessing: str | None = None
+
+
+def images_of(path: str | Path) -> MadeOf | None:
+    """What a statistics file was made of; null when it does not say.
+
+    Raises InputError when that was done to the images by another rule than the one in use.
+    """
+    manifest = _manifest(path, array_names(path))
+    if manifest is None:
+        return None
+    images = manifest["images"]
+    found = MadeOf(images["count"], images.get("size"), images.get("preprocessing"))
+    if found.size is None or found.preprocessing is None:
+        return found
+    if found.preprocessing not in (AS_STORED, crop_rule(found.size[0])):
+        raise InputError(
+            f"{path} was made with other preprocessing of the images ({found.preprocessing}) than the one in use "
+            f"({crop_rule(found.size[0])}). Make it again with --write-statistics"
+        )
+    return found
+
+
+def _manifest(path: str | Path, names: Sequence[str]) -> dict[str, Any] | None:
+    if "manifest" not in names:
+        return None
+    try:
+        manifest = json.loads(str(open_array(path, "manifest")[:].item()))
+        if manifest["format"] == _FORMAT and manifest["networks"].items() and manifest["images"]["count"] >= 0:
+            return manifest
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path}: its manifest is not one of {_FORMAT!r}. Make the file again with --write-statistics")
+
+
 def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Moments]:
     """The moments that a file holds, by kind of features, of the kinds in `sizes` (their F).
 
@@ -48,7 +90,7 @@ def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str,
     shape, not finite or not symmetric.
     """
     names = array_names(path)
-    manifest = json.loads(str(open_array(path, "manifest")[:].item())) if "manifest" in names else None
+    manifest = _manifest(path, names)
     found = {}
     for kind, size in sizes.items():
         arrays = KINDS[kind]
@@ -89,7 +131,7 @@ def write_statistics(
     arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
     for kind, found in moments.items():
         arrays[KINDS[kind].mean], arrays[KINDS[kind].covariance] = found.mean.numpy(), found.covariance.numpy()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.sample.job import default_output, is_done, job_identity, load_generator
+from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -29,17 +30,26 @@ class Subject:
     checkpoint: Checkpoint | None  # null = images alone
     samples: Path | None  # images that are there; null = generated
     output: Path
+    setting: str = ""  # which of several of a run; empty = the only one
 
     @property
     def name(self) -> str:
         """For tables."""
         if self.checkpoint is None:
-            return self.samples.name
+            return os.path.basename(os.path.abspath(self.samples))
         return f"{self.cfg.run.name} {self.output.stem.removeprefix('result').lstrip('_')}".strip()
 
     @property
     def run(self) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint.run
+
+
+def beside(images: Path, suffix: str) -> Path:
+    """Where a result goes that no run folder takes: beside the images, under their name."""
+    if images.name in ("", ".."):
+        images = Path(os.path.abspath(images))  # "." has no name
+    # The dots of a folder are part of its name: samples_4.0 and samples_4.5 are two.
+    return images.with_name(f"{images.name if images.is_dir() else images.stem}.{suffix}")
 
 
 def subjects_of(
@@ -63,7 +73,7 @@ def subjects_of(
             raise InputError(
                 f"--sweep {sweeps[0]} needs --checkpoint: --samples {samples} are there already. Leave it away"
             )
-        return [Subject(cfg, None, samples, output or samples.with_name(f"{samples.stem}.result.json"))]
+        return [Subject(cfg, None, samples, output or beside(samples, "result.json"))]
     if samples is not None and (sweeps or len(checkpoints) > 1):
         raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
     found = []
@@ -74,8 +84,9 @@ def subjects_of(
             # Two checkpoints of one run have a result each.
             several = any(checkpoint.run == run and checkpoint.step != step for run, step in places)
             which = [f"step={checkpoint.step}"] if several else []
-            name = "_".join(["result", *which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
-            found.append(Subject(swept, checkpoint, samples, checkpoint.run / f"{name}.json"))
+            own_name = "_".join([*which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
+            file = f"result_{own_name}.json" if own_name else "result.json"
+            found.append(Subject(swept, checkpoint, samples, checkpoint.run / file, own_name))
     if output is None:
         return found
     if len(found) > 1:
@@ -105,11 +116,14 @@ class Opener:
         self._model: tuple[tuple[Path, str], Generator] | None = None
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
 
-    def images(self, subject: Subject) -> ImageSet:
-        """All ranks must call this."""
+    def images(self, subject: Subject, size: int | None = None) -> ImageSet:
+        """size: to which image files are cropped; null = they are taken as they are.
+
+        All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with."""
         if subject.samples is not None:
-            return open_image_set(subject.samples, self.world)
+            return open_image_set(subject.samples, self.world, size)
         assert subject.checkpoint is not None
+        check_tokenizer(subject.cfg, subject.checkpoint)
         written = default_output(subject.cfg, subject.checkpoint)
         if is_done(written, job_identity(subject.cfg, subject.checkpoint)):
             return open_image_set(written, self.world)

@@ -12,18 +12,22 @@ from typing import Any
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.job import Evaluation, check_evaluation
-from rear_scale.parallel.checkpoint import open_checkpoint
+from rear_scale.parallel.checkpoint import Checkpoint, open_checkpoint
 from rear_scale.progress import say
-from rear_scale.sample.job import load_generator
+from rear_scale.sample.job import check_tokenizer, load_generator
 from rear_scale.sample.training import passed
+from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.world import World
 
 FILE = "evaluations.jsonl"
 
 
-def check_training_scores(cfg: ExperimentConfig) -> None:
-    """Raises InputError, before training starts, when scores are asked for that could not be made."""
+def check_training_scores(cfg: ExperimentConfig, manifest: Manifest) -> None:
+    """Raises InputError, before training starts, when scores are asked for that could not be made.
+
+    manifest: of the training tokens, which must be those of the tokenizer that makes the images.
+    """
     if cfg.evaluate.training is None:
         return
     check_evaluation(cfg)
@@ -32,6 +36,8 @@ def check_training_scores(cfg: ExperimentConfig) -> None:
             f"not found: tokenizer.weights={cfg.tokenizer.weights}, which evaluate.training needs to make images. Set it, or "
             "evaluate.training=null"
         )
+    # As the checkpoints will say it.
+    check_tokenizer(cfg, Checkpoint(Path(cfg.run.dir), {"tokenizer_sha256": manifest.tokenizer_sha256}))
 
 
 def is_due(step: int, cfg: ExperimentConfig) -> bool:
@@ -86,7 +92,8 @@ def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
             found[f"inception_score_n{count}"] = scores[network]["inception_score"]["one_split"]
     if "samples" in scores:
         for reference, value in scores["samples"]["frechet_distance"].items():
-            found[f"classifier_frechet_distance_n{count}/{reference}"] = value
+            if value is not None:
+                found[f"classifier_frechet_distance_n{count}/{reference}"] = value
     return found
 
 

@@ -79,7 +79,8 @@ def check_output(output: Path) -> None:
         )
 
 
-def _check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
+def check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
+    """Raises InputError when tokenizer.weights is another file than the one whose tokens the checkpoint was trained on."""
     made, given = checkpoint.meta.get("tokenizer_sha256") or "", weights_sha256(cfg.tokenizer)
     # Shards whose maker is not known have an empty or zero hash.
     if made.strip("0") and given is not None and given != made:
@@ -97,7 +98,7 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
     writes there, and when the tokenizer is not the one whose tokens the model was trained on.
     """
     check_output(output)
-    _check_tokenizer(cfg, checkpoint)
+    check_tokenizer(cfg, checkpoint)
     tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
     refusal = f"{output} is being written by another process. Wait for it, or write elsewhere with --out"
     with world.alone(output.with_name(f".{output.name}.lock"), refusal):

@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import socket
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -162,8 +164,16 @@ def write_index(folder: str | Path, values: dict[str, Any]) -> None:
     write_text_atomically(Path(folder) / "index.json", json.dumps(values, indent=1) + "\n")
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside a file, to write it under before it is renamed, that no other writer has.
+
+    Process numbers alone repeat on other machines, and in every container.
+    """
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.part")
+
+
 def write_text_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     part.write_text(text)
     part.replace(path)
 
