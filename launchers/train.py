@@ -29,7 +29,7 @@ def main() -> None:
         preflight.check(cfg, command.ranks)
         return
     data = setup.check_data(cfg, command.ranks)
-    check_grids(cfg)
+    check_grids(cfg, data.manifest)
     check_training_scores(cfg, data.manifest)
     with joined(command.ranks) as world:
         tokens, codebook = data.open(world)

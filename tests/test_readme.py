@@ -60,6 +60,7 @@ def test_folders_import_only_what_stands_to_their_left() -> None:
         "config",
         "progress",
         "rng",
+        "versions",
         "weight_file",
         "world",
         "tokenizer",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
 from rear_scale.sample.training import FOLDER, SampleGrids, check_grids, grid_hooks
+from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
@@ -45,7 +47,7 @@ def _train(world: World, cfg: ExperimentConfig) -> None:
 
 def test_sheets_show_the_samples_of_their_step(tmp_path: Path, tokens: Path) -> None:
     cfg = prepared(tmp_path, tokens)
-    check_grids(cfg)
+    check_grids(cfg, read_manifest(tokens))
     run_ranks(2, _train, cfg)
     sheets = sorted((tmp_path / "run" / FOLDER).iterdir())
     assert [sheet.name for sheet in sheets] == ["step_00000002.png", "step_00000004.png"]
@@ -69,9 +71,13 @@ def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Pa
     cfg = prepared(tmp_path, tokens)
     cfg.tokenizer.weights = "/nowhere"
     with pytest.raises(InputError, match="not found: tokenizer.weights=/nowhere, which sample.grid_every_images needs"):
-        check_grids(cfg)
+        check_grids(cfg, read_manifest(tokens))
+    cfg = prepared(tmp_path, tokens)
+    made_by_another = dataclasses.replace(read_manifest(tokens), tokenizer_sha256="f" * 64)
+    with pytest.raises(InputError, match="was trained on tokens of a file with ffffffffffff"):
+        check_grids(cfg, made_by_another)
     cfg.sample.grid_every_images = None
-    check_grids(cfg)
+    check_grids(cfg, read_manifest(tokens))
     assert grid_hooks(cfg, run_alone(lambda world: world)) == []
 
 

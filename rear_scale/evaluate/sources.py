@@ -19,14 +19,11 @@ from PIL import Image
 
 from rear_scale.config import InputError
 from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
-from rear_scale.shards.images import ImageShards, open_images
+from rear_scale.shards.images import DEEP_MODES, ImageShards, open_images
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-# Pillow clips their values at 255, which makes nearly every pixel white.
-_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 AS_STORED = "as stored"  # preprocessing of images that are taken as they are
 
@@ -242,7 +239,7 @@ def _decode(file: _File, size: int | None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(file.data())) as image:
             mode = image.mode
-            if mode not in _DEEP_MODES:
+            if mode not in DEEP_MODES:
                 image = image.convert("RGB")
                 return np.asarray(image if size is None else centre_crop(image, size))
     except MemoryError:

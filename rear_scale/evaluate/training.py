@@ -12,9 +12,9 @@ from typing import Any
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.job import Evaluation, check_evaluation
-from rear_scale.parallel.checkpoint import Checkpoint, open_checkpoint
+from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
-from rear_scale.sample.job import check_tokenizer, load_generator
+from rear_scale.sample.job import check_trained_on, load_generator
 from rear_scale.sample.training import passed
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import open_tokenizer
@@ -36,8 +36,7 @@ def check_training_scores(cfg: ExperimentConfig, manifest: Manifest) -> None:
             f"not found: tokenizer.weights={cfg.tokenizer.weights}, which evaluate.training needs to make images. Set it, or "
             "evaluate.training=null"
         )
-    # As the checkpoints will say it.
-    check_tokenizer(cfg, Checkpoint(Path(cfg.run.dir), {"tokenizer_sha256": manifest.tokenizer_sha256}))
+    check_trained_on(cfg, manifest)
 
 
 def is_due(step: int, cfg: ExperimentConfig) -> bool:

@@ -8,7 +8,6 @@ checkpoint-N/optimizer.bin                         state_dict of torch's AdamW, 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> Releas
         step = int(json.loads((path / "metadata.json").read_text())["global_step"])
         optimizer = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True)
         groups, state = optimizer["param_groups"], optimizer["state"]
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the reader of pickles raises whatever damaged bytes lead it to
         raise InputError(
             f"train.init_from={path}: its metadata.json or optimizer.bin cannot be read ({type(error).__name__}: "
             f"{str(error)[:120]}). Name unwrapped_model in it to start from the weights alone"

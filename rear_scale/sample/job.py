@@ -32,7 +32,7 @@ from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.files import Parts, assemble, remove_copies, write_copies
 from rear_scale.sample.quantise import to_uint8
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.shards.record import Manifest, write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
@@ -77,6 +77,11 @@ def check_output(output: Path) -> None:
             f"--out {output} {'is a folder' if output.is_dir() else 'does not end in .npz'}, but the samples are one .npz with "
             f"other files beside it. Use --out {output / 'samples.npz' if output.is_dir() else output.with_suffix('.npz')}"
         )
+
+
+def check_trained_on(cfg: ExperimentConfig, manifest: Manifest) -> None:
+    """check_tokenizer, before there is a checkpoint: for the training tokens of this manifest, as checkpoints will name them."""
+    check_tokenizer(cfg, Checkpoint(Path(cfg.run.dir), {"tokenizer_sha256": manifest.tokenizer_sha256}))
 
 
 def check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:

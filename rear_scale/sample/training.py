@@ -14,7 +14,8 @@ from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
-from rear_scale.sample.job import labels_of, load_generator, make_images, units_of
+from rear_scale.sample.job import check_trained_on, labels_of, load_generator, make_images, units_of
+from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
 from rear_scale.train.telemetry import log_image
 from rear_scale.world import World
@@ -31,8 +32,11 @@ def passed(step: int, every_images: int, cfg: ExperimentConfig) -> bool:
     return step * batch // every_images > before * batch // every_images
 
 
-def check_grids(cfg: ExperimentConfig) -> None:
-    """Raises InputError, before training starts, when grids are asked for that could not be made."""
+def check_grids(cfg: ExperimentConfig, manifest: Manifest) -> None:
+    """Raises InputError, before training starts, when grids are asked for that could not be made.
+
+    manifest: of the training tokens, which must be those of the tokenizer that makes the images.
+    """
     if cfg.sample.grid_every_images is None:
         return
     weights = cfg.tokenizer.weights
@@ -41,6 +45,7 @@ def check_grids(cfg: ExperimentConfig) -> None:
     elif weights is None or not Path(weights).exists():
         missing = f"not found: tokenizer.weights={weights}"
     else:
+        check_trained_on(cfg, manifest)
         return
     raise InputError(f"{missing}, which sample.grid_every_images needs. Set it, or sample.grid_every_images=null")
 

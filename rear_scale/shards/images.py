@@ -23,6 +23,8 @@ from rear_scale.shards.record import TarShard, read_index, tar_samples, write_in
 FORMAT = "rear_scale image shards 1"
 IMAGES_PER_SHARD = 1000
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# Pillow clips their values at 255, which makes nearly every pixel white.
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,15 @@ class ImageShards:
         extension = next((name for name in EXTENSIONS if name in sample), None)
         if extension is None:
             raise ValueError(f"sample {sample['__key__']} has no {', '.join(EXTENSIONS)}")
-        with Image.open(io.BytesIO(sample[extension])) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(io.BytesIO(sample[extension])) as image:
+                if image.mode in DEEP_MODES:
+                    raise ValueError(f"more than 8 bits a value (Pillow mode {image.mode}); convert it to 8 bits first")
+                pixels = np.asarray(image.convert("RGB"))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+            raise ValueError(f"sample {sample['__key__']}: {error}") from error
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"sample {sample['__key__']} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
