@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rear_scale.bench.model import drawn_model
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
+from rear_scale.model import Generator
 from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
 from rear_scale.sample.batch import Batch
@@ -51,8 +52,10 @@ def _kept(logits: Tensor, top_k: int = 10**9, top_p: float = 2.0) -> Tensor:
     return (beaten.sum(-1) < top_k) & (share < top_p)
 
 
-def sequences(decoder: Decoder, cfg: ExperimentConfig, images: int, batch_size: int) -> Tensor:
+def sequences(model: Generator, cfg: ExperimentConfig, images: int, batch_size: int) -> Tensor:
+    """int64 [images, N], as a job of that batch size makes them: its weights are packed for that size, too."""
     cfg.sample.batch_size = batch_size
+    decoder = Decoder(model, cfg.sample)
     made = [job.make_tokens(decoder, ids, cfg, torch.device("cpu"))[: len(ids)] for ids in job.units_of(cfg)]
     tokens = torch.empty(images, made[0].shape[1], dtype=torch.int64)
     tokens[np.concatenate(job.units_of(cfg))] = torch.cat(made)
@@ -63,16 +66,15 @@ def sequences(decoder: Decoder, cfg: ExperimentConfig, images: int, batch_size: 
 def test_batches_of_another_size_part_at_near_ties_alone(images: int) -> None:
     cfg = load("demo.yaml", [f"sample.num_images={images}"])
     model = drawn_model(cfg, torch.device("cpu"), with_heads=False).eval()
-    decoder = Decoder(model, cfg.sample)
-    expected = sequences(decoder, cfg, images, 64)
-    assert torch.equal(expected, sequences(decoder, cfg, images, 64))
+    expected = sequences(model, cfg, images, 64)
+    assert torch.equal(expected, sequences(model, cfg, images, 64))
     assert len(expected.unique(dim=0)) == images
     for batch_size in (1, 7):
-        other = sequences(decoder, cfg, images, batch_size)
+        other = sequences(model, cfg, images, batch_size)
         parted = (other != expected).any(1).nonzero()[:, 0]
         assert len(parted) <= 2
         for image in parted.tolist():
-            assert _gap(decoder, cfg, image, expected[image], other[image]) < NEAR_TIE
+            assert _gap(Decoder(model, cfg.sample), cfg, image, expected[image], other[image]) < NEAR_TIE
 
 
 def _gap(decoder: Decoder, cfg: ExperimentConfig, image: int, one: Tensor, other: Tensor) -> float:
