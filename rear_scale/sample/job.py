@@ -39,6 +39,7 @@ from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
 
+_ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
 _NOT_THE_IMAGES = ("copies", "grid_every_images")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
@@ -47,10 +48,16 @@ def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
     model = build_model(cfg, with_heads=False)
     load_generator_weights(checkpoint, model)
-    if cfg.model.tie_codebook is not None:
-        model.set_codebook(codebook_of(cfg, read_checked(cfg, cfg.data.train)))
+    codebook = _tied_codebook(cfg)
+    if codebook is not None:
+        model.set_codebook(codebook)
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
+    """float32 [K, Z], of a model whose weights do not hold its embeddings; None for the others."""
+    return None if cfg.model.tie_codebook is None else codebook_of(cfg, read_checked(cfg, cfg.data.train))
 
 
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
@@ -60,9 +67,13 @@ def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
 
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
-    """A hash of all that the images depend on: weights, tokenizer and sampling settings."""
+    """A hash of all that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
+    permuted, codebook = cfg.objective.permutation, _tied_codebook(cfg)
     parts = {
+        "algorithm": _ALGORITHM,
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
+        "codebook": None if codebook is None else hashlib.sha256(codebook.numpy().tobytes()).hexdigest(),
+        "order": [cfg.sample.order or permuted.order, permuted.prefix],
         "tokenizer": weights_sha256(cfg.tokenizer),
         "sample": {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES},
         "precision": cfg.train.precision,
@@ -94,20 +105,38 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
 
     With sample.copies, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
     must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
-    writes there, and when the tokenizer is not the one whose tokens the model was trained on.
+    writes there, when the tokenizer is not the one whose tokens the model was trained on, and when the ranks do not have
+    the same checkpoint and settings.
     """
     check_output(output)
     _check_tokenizer(cfg, checkpoint)
+    identity = job_identity(cfg, checkpoint)
+    _check_same_job(checkpoint, identity, world)
     tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
     refusal = f"{output} is being written by another process. Wait for it, or write elsewhere with --out"
     with world.alone(output.with_name(f".{output.name}.lock"), refusal):
-        _sample(cfg, checkpoint, world, output, tokenizer)
+        _sample(cfg, checkpoint, world, output, tokenizer, identity)
+
+
+def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None:
+    """Each rank has looked for the newest checkpoint at a time of its own: a run that goes on writes others."""
+    jobs = world.gather((identity, str(checkpoint.path)))
+    other = next((rank for rank, (found, _) in enumerate(jobs) if found != jobs[0][0]), None)
+    if other is not None:
+        raise InputError(
+            f"rank 0 would sample from {jobs[0][1]} and rank {other} from {jobs[other][1]}, or their settings differ: a "
+            "training run may have written a checkpoint meanwhile. Name one, --checkpoint RUN/checkpoints/step_XXXXXXXX"
+        )
 
 
 def _sample(
-    cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path, tokenizer: Tokenizer | None
+    cfg: ExperimentConfig,
+    checkpoint: Checkpoint,
+    world: World,
+    output: Path,
+    tokenizer: Tokenizer | None,
+    identity: str,
 ) -> None:
-    identity = job_identity(cfg, checkpoint)
     result = output if tokenizer else output.with_suffix(".tokens.npy")
     if is_done(output, identity, result):
         if world.is_main:
