@@ -406,45 +406,6 @@ def _refusal(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, 
     return str(caught.value)
 
 
-def test_ranks_that_found_another_checkpoint_are_told_before_any_work(tmp_path: Path, tokens: Path) -> None:
-    cfg, found = prepared(tmp_path, tokens)
-    first, second = run_ranks(2, _refusal_of_a_newer_one, cfg, found, tmp_path / "samples.npz")
-    assert first == second
-    assert f"rank 0 would sample from {found.path} and rank 1 from {found.path.with_name('step_00000002')}" in first
-    assert not list(tmp_path.glob("*samples*"))
-
-
-def _refusal_of_a_newer_one(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> str:
-    if world.rank == 1:
-        files = [{**item, "sha256": "0" * 64} for item in found.meta["files"]]
-        found = dataclasses.replace(
-            found, path=found.path.with_name("step_00000002"), meta={**found.meta, "step": 2, "files": files}
-        )
-    return _refusal(world, cfg, found, output)
-
-
-def test_a_job_is_known_by_all_that_its_images_depend_on(
-    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg, found = prepared(tmp_path, tokens)
-    identities = [job.job_identity(cfg, found)]
-    # What else a weight file's model may be given. (Its own weights stand in for those of a tied model here.)
-    cfg.objective.permutation.order = "z_curve"
-    identities.append(job.job_identity(cfg, found))
-    cfg.objective.permutation.prefix = "fixed"
-    identities.append(job.job_identity(cfg, found))
-    cfg.model.tie_codebook = "both"
-    identities.append(job.job_identity(cfg, found))
-    monkeypatch.setattr(job, "codebook_of", lambda *_: torch.ones(32, 8))
-    identities.append(job.job_identity(cfg, found))
-    monkeypatch.setattr(job, "_ALGORITHM", 0)
-    identities.append(job.job_identity(cfg, found))
-    assert len(set(identities)) == 6
-    # And by nothing else.
-    cfg.sample.copies = "png"
-    assert job.job_identity(cfg, found) == identities[-1]
-
-
 def test_units_cover_every_image_once_class_by_class() -> None:
     cfg = load("demo.yaml", ["sample.num_images=103", "sample.batch_size=8"])
     units = job.units_of(cfg)

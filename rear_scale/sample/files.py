@@ -7,8 +7,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,6 @@ class Parts:
 
     def __init__(self, folder: Path, *, with_images: bool) -> None:
         self.folder, self.with_images = folder, with_images
-        folder.mkdir(parents=True, exist_ok=True)
 
     def finished(self, number: int) -> bool:
         """Whether a unit is complete: its last file is there."""
@@ -38,6 +39,7 @@ class Parts:
 
     def save(self, number: int, near_ties: np.ndarray, tokens: np.ndarray, images: np.ndarray | None) -> None:
         """Writes near_ties int64 [B], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         save(self._file(number, "near_ties"), near_ties)
         save(self._file(number, "tokens"), tokens.astype(np.uint16))
         if images is not None:
@@ -54,6 +56,17 @@ class Parts:
     def images(self, number: int) -> np.ndarray:
         """uint8 [B, S, S, 3], read from the disk as it is indexed."""
         return np.load(self._file(number, "images"), mmap_mode="r")
+
+    def remove(self) -> None:
+        """Removes them, and with them those of other jobs of the same output, which were begun before and not ended."""
+        together = self.folder.parent
+        if self.folder.exists():
+            for other in together.iterdir():
+                if other != self.folder:
+                    shutil.rmtree(other)
+            shutil.rmtree(self.folder)  # last: what a kill leaves of it says that there is something to remove
+        with suppress(OSError):  # not there; or another job was begun since, whose parts stay
+            together.rmdir()
 
     def _collected(self, units: list[np.ndarray], kind: str) -> np.ndarray:
         found = np.concatenate([np.load(self._file(number, kind)) for number in range(len(units))])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -140,6 +139,7 @@ def _sample(
     result = output if tokenizer else output.with_suffix(".tokens.npy")
     if is_done(output, identity, result):
         if world.is_main:
+            _parts_of(output, identity, tokenizer).remove()  # a kill may have come between
             say(f"{result} is complete")
     else:
         _make(cfg, checkpoint, world, output, tokenizer, identity)
@@ -161,7 +161,7 @@ def _make(
     tokenizer: Tokenizer | None,
     identity: str,
 ) -> None:
-    parts = Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
+    parts = _parts_of(output, identity, tokenizer)
     decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     planned = units_of(cfg)
     missing = [number for number in range(len(planned)) if not parts.finished(number)]
@@ -184,7 +184,11 @@ def _make(
         numbers = np.arange(cfg.sample.num_images)
         assemble(output, parts, planned, labels_of(cfg, numbers), cfg.tokenizer.image_size)
         _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world, parts.near_ties(planned))
-        shutil.rmtree(output.with_suffix(".parts"))
+        parts.remove()
+
+
+def _parts_of(output: Path, identity: str, tokenizer: Tokenizer | None) -> Parts:
+    return Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
 
 
 def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
@@ -306,5 +310,5 @@ def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
     result = result or output
     try:
         return result.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # a file of somebody else's, maybe
         return False
