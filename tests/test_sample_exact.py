@@ -45,6 +45,30 @@ def test_every_step_has_the_logits_of_the_plain_sampler(architecture: str, only:
     assert torch.equal(kept, _kept(expected, **only))
 
 
+@pytest.mark.parametrize("tied", ["input", "output", "both"])
+@pytest.mark.parametrize("architecture", ["rar", "alitok"])
+def test_a_tied_codebook_is_embedded_once_for_all_steps(architecture: str, tied: str) -> None:
+    num_tokens = 16 if architecture == "rar" else 20
+    model = generator(architecture, num_tokens, tie_codebook=tied).eval()
+    tokens, labels = drawn(num_tokens)
+    embedded: list[int] = []
+    model.codebook_proj.register_forward_hook(lambda *_: embedded.append(1))
+    fixed = model.with_fixed_codes()
+    with torch.no_grad():
+        afresh, once = (CachedDecoding(one, Batch(one, labels, labels, None, guided=True)) for one in (model, fixed))
+        for step in range(num_tokens):
+            expected = afresh.next_logits(tokens[:, :step])
+            before = len(embedded)
+            assert torch.equal(once.next_logits(tokens[:, :step]), expected)
+            assert len(embedded) == before
+    decoder = Decoder(model, SampleConfig(batch_size=4, guidance=GuidanceConfig("constant", 2.0)))
+    before = len(embedded)
+    decoder.generate(labels, labels)
+    assert len(embedded) == before
+    # What is trained on still follows its weights.
+    assert model.fixed_codes is None
+
+
 def _kept(logits: Tensor, top_k: int = 10**9, top_p: float = 2.0) -> Tensor:
     """Code by code: those that fewer than top_k codes beat, and that less than top_p of the probability beats."""
     beaten = logits[..., None, :] > logits[..., :, None]

@@ -41,7 +41,7 @@ class Decoder:
         self.guided = any(scale != 1 for scale in self.scales)
         self.caches: dict[int, list[Cache]] = {}  # of each thread
         self.near_ties: Tensor | None = None
-        self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
+        self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1)).with_fixed_codes()
         self.graphed: GraphedSteps | None = None
         if cfg.cuda_graphs and next(model.parameters()).device.type == "cuda":
             self.graphed = GraphedSteps(self._draw_steps, CudaGraph)
