@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from helpers import run_alone, run_ranks
 from test_sample import _refusal, _sample, prepared
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel import checkpoint
-from rear_scale.sample import job
+from rear_scale.sample import files, job
 from rear_scale.world import World
 
 
@@ -23,6 +24,36 @@ def test_ranks_that_found_another_checkpoint_are_told_before_any_work(tmp_path: 
     assert first == second
     assert f"rank 0 would sample from {found.path} and rank 1 from {found.path.with_name('step_00000002')}" in first
     assert not list(tmp_path.glob("*samples*"))
+
+
+def test_too_little_disk_space_is_said_before_any_work(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    one = 16 * 16 * 3 + 2 * 16 + 16  # bytes of an image: pixels, tokens, class and near ties
+    free = [(23 + 23) * one]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free[0]))
+    made, make = [], job._make_unit
+
+    def killed(*arguments: object) -> None:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(arguments[-1])
+        make(*arguments)
+
+    monkeypatch.setattr(job, "_make_unit", killed)
+    with pytest.raises(InputError, match=r"parts of 23 images .*samples\.npz of all 23\. Make room there, or .*--out"):
+        run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+    assert made == []
+    free[0] = int((23 + 23) * one * 1.03)
+    with pytest.raises(KeyboardInterrupt):
+        run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+    # What is made already needs no more room.
+    free[0] = int((23 + 11) * one * 1.03)
+    monkeypatch.setattr(job, "_make_unit", make)
+    run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+    on_disk = sum((tmp_path / f"samples{suffix}").stat().st_size for suffix in (".npz", ".tokens.npy"))
+    assert on_disk < 23 * one * 1.1
 
 
 def _refusal_of_a_newer_one(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> str:

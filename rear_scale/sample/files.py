@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.interop.npz import open_samples, write_samples
 from rear_scale.progress import progress
 from rear_scale.sample.grid import contact_sheet
@@ -25,6 +26,8 @@ _GRID_COLUMNS = 10
 _GRID_ROWS = 10
 _WRITE_BLOCK = 500  # images
 _TAR_IMAGES = 5000  # of a shard
+_NUMBERS_BYTES = 16  # of an image, besides pixels and tokens: its class, how often it was near a tie
+_SPACE_MARGIN = 1.02  # for heads of files
 
 
 class Parts:
@@ -76,6 +79,22 @@ class Parts:
 
     def _file(self, number: int, kind: str) -> Path:
         return self.folder / f"unit_{number:06d}.{kind}.npy"
+
+
+def check_space(output: Path, parts: Parts, to_make: int, count: int, tokenizer: TokenizerConfig) -> None:
+    """Raises InputError unless there is room for the parts of to_make images and for the files of all `count` of them.
+
+    Copies (sample.copies) are not counted: how small PNGs are shows when they are made.
+    """
+    image = 3 * tokenizer.image_size**2 if parts.with_images else 0
+    needed = (to_make + count) * (image + 2 * tokenizer.num_tokens + _NUMBERS_BYTES)
+    free = shutil.disk_usage(output.parent).free
+    if free < needed * _SPACE_MARGIN:
+        raise InputError(
+            f"{output.parent} has {free / 2**20:,.1f} MiB free, but {needed / 2**20:,.1f} MiB are needed: "
+            f"parts of {to_make:,} images that are still to be made, and {output.name} of all {count:,}. "
+            "Make room there, or write elsewhere with --out"
+        )
 
 
 def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.ndarray, image_size: int) -> None:

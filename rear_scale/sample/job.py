@@ -29,7 +29,7 @@ from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.files import Parts, assemble, remove_copies, write_copies
+from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
@@ -104,8 +104,8 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
 
     With sample.copies, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
     must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
-    writes there, when the tokenizer is not the one whose tokens the model was trained on, and when the ranks do not have
-    the same checkpoint and settings.
+    writes there, when there is too little disk space, when the tokenizer is not the one whose tokens the model was trained
+    on, and when the ranks do not have the same checkpoint and settings.
     """
     check_output(output)
     _check_tokenizer(cfg, checkpoint)
@@ -162,14 +162,16 @@ def _make(
     identity: str,
 ) -> None:
     parts = _parts_of(output, identity, tokenizer)
-    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     planned = units_of(cfg)
     missing = [number for number in range(len(planned)) if not parts.finished(number)]
+    to_make = sum(len(planned[number]) for number in missing)
+    world.on_main(lambda: check_space(output, parts, to_make, cfg.sample.num_images, cfg.tokenizer))
+    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
     missing, job = world.from_main((missing, secrets.token_hex(8)))
     finish = partial(_finish_unit, tokenizer, cfg, parts)
     with (
-        progress("sample", sum(len(planned[number]) for number in missing), "image", show=world.is_main) as bar,
+        progress("sample", to_make, "image", show=world.is_main) as bar,
         _Beside(world.device) as beside,
     ):
         while (turn := world.add(f"{job}/turn") - 1) < len(missing):
