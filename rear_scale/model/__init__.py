@@ -25,8 +25,19 @@ def meta_model(cfg: ExperimentConfig) -> Generator:
         return build_model(cfg)
 
 
+def empty_model(cfg: ExperimentConfig, device: torch.device, dtype: torch.dtype) -> Generator:
+    """The generator of a config without heads, in its place and precision, whose memory nobody has written to."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, _Undrawn():
+            return build_model(cfg, with_heads=False)
+    finally:
+        torch.set_default_dtype(usual)
+
+
 class _Undrawn(TorchFunctionMode):
-    """Leaves weights undrawn: a draw on the meta device makes torch import its whole compiler first."""
+    """Leaves weights undrawn, as others follow; and a draw on the meta device makes torch import its whole compiler."""
 
     def __torch_function__(self, function: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
         draws = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.model import Generator, build_model
+from rear_scale.model import Generator, empty_model
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
@@ -45,13 +45,14 @@ _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decod
 
 def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
-    model = build_model(cfg, with_heads=False)
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    # In its place from the start: as many ranks as a node has GPUs each hold one copy, and none of them on the CPU.
+    model = empty_model(cfg, device, dtype)
     load_generator_weights(checkpoint, model)
     codebook = _tied_codebook(cfg)
     if codebook is not None:
         model.set_codebook(codebook)
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
