@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -99,6 +100,59 @@ def test_batches_of_another_size_part_at_near_ties_alone(images: int) -> None:
         assert len(parted) <= 2
         for image in parted.tolist():
             assert _gap(Decoder(model, cfg.sample), cfg, image, expected[image], other[image]) < NEAR_TIE
+
+
+def test_bfloat16_parts_from_float32_within_rounding_alone() -> None:
+    cfg = load("demo.yaml", ["sample.guidance.schedule=constant", "sample.guidance.scale=4"])
+    model = drawn_model(cfg, torch.device("cpu"), with_heads=False).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # logits as large as those of a trained model
+    cfg.sample.batch_size = 48
+    precise, half = (Decoder(one, cfg.sample) for one in (model, copy.deepcopy(model).to(torch.bfloat16)))
+    ids = torch.arange(48)
+    labels = ids % cfg.model.num_classes
+    expected, made = precise.generate(labels, ids), half.generate(labels, ids)
+    assert precise.within_rounding.sum() < half.within_rounding.sum()
+    with torch.inference_mode():
+        state = CachedDecoding(half.model, Batch(half.model, labels, ids, None, guided=True))
+        gaps, within = [], []
+        for step in range(made.shape[1]):
+            logits = state.next_logits(made[:, :step])
+            best = half.perturbed(half.guide(logits, step), ids, step).topk(2).values
+            gaps.append(best[:, 0] - best[:, 1])
+            within.append(gaps[-1] < half.rounding(logits, step))
+    gaps, within = torch.stack(gaps, 1), torch.stack(within, 1)
+    assert torch.equal(within.sum(1), half.within_rounding)
+    assert torch.equal((gaps < NEAR_TIE).sum(1), half.near_ties)
+    assert not within.all()
+    parted = (made != expected).any(1).nonzero()[:, 0]
+    first = (made != expected).int().argmax(1)
+    assert within[parted, first[parted]].all()
+    # What float32 is held to would have missed some.
+    assert (gaps[parted, first[parted]] > NEAR_TIE).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (4.0, 1.0), (4.0, 0.5)])
+def test_logits_are_off_by_less_than_is_said(dtype: torch.dtype, scale: float, temperature: float) -> None:
+    model = generator("rar", 16, depth=12).eval()
+    cfg = SampleConfig(batch_size=4, temperature=temperature, guidance=GuidanceConfig("constant", scale))
+    finer = {torch.float32: torch.float64, torch.bfloat16: torch.float32}[dtype]
+    precise, coarse = (Decoder(copy.deepcopy(model).to(one), cfg) for one in (finer, dtype))
+    tokens, labels = drawn(16)
+    with torch.inference_mode():
+        states = [
+            CachedDecoding(one.model, Batch(one.model, labels, labels, None, one.guided)) for one in (precise, coarse)
+        ]
+        for step in range(16):
+            exact, rounded = (state.next_logits(tokens[:, :step]) for state in states)
+            conditional, unconditional = exact.chunk(2) if coarse.guided else (exact, exact)
+            guided = (unconditional + (conditional - unconditional) * scale) / temperature
+            error = coarse.guide(rounded, step) - guided
+            spread = error.amax(1) - error.amin(1)  # over all pairs of codes
+            allowed = coarse.rounding(rounded, step)
+            assert (spread < 1.5 * allowed).all()
+            assert (spread > 0.02 * allowed).all()
 
 
 def _gap(decoder: Decoder, cfg: ExperimentConfig, image: int, one: Tensor, other: Tensor) -> float:

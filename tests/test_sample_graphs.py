@@ -48,6 +48,7 @@ def check(decoder: Decoder, plain: Decoder, device: torch.device) -> None:
         tokens = decoder.generate(labels, ids)
         assert torch.equal(tokens, plain.generate(labels, ids))
         assert torch.equal(decoder.near_ties, plain.near_ties)
+        assert torch.equal(decoder.within_rounding, plain.within_rounding)
 
 
 @pytest.mark.parametrize("order", [None, "random"])

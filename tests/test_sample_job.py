@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,29 @@ def test_ranks_that_found_another_checkpoint_are_told_before_any_work(tmp_path: 
     assert first == second
     assert f"rank 0 would sample from {found.path} and rank 1 from {found.path.with_name('step_00000002')}" in first
     assert not list(tmp_path.glob("*samples*"))
+
+
+def test_settings_count_the_tokens_that_rounding_could_have_decided(tmp_path: Path, tokens: Path) -> None:
+    cfg, found = prepared(tmp_path, tokens)
+    cfg.train.precision = "bf16"
+    made, make_tokens = [], job.make_tokens
+
+    def noted(decoder, ids, *others):
+        found = make_tokens(decoder, ids, *others)
+        made.append((decoder.near_ties[: len(ids)].clone(), decoder.within_rounding[: len(ids)].clone()))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "make_tokens", noted)
+        run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+    near, within = map(torch.cat, zip(*made, strict=True))
+    settings = json.loads((tmp_path / "samples.json").read_text())
+    assert settings["near_ties"] == {"below": 1e-4, "tokens": int(near.sum()), "images": int((near > 0).sum())}
+    assert settings["within_rounding"] == {
+        "precision": "bf16", "tokens": int(within.sum()), "images": int((within > 0).sum())
+    }  # fmt: skip
+    assert len(within) == 23
+    assert within.sum() > near.sum()
 
 
 def test_too_little_disk_space_is_said_before_any_work(

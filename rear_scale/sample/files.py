@@ -26,7 +26,7 @@ _GRID_COLUMNS = 10
 _GRID_ROWS = 10
 _WRITE_BLOCK = 500  # images
 _TAR_IMAGES = 5000  # of a shard
-_NUMBERS_BYTES = 16  # of an image, besides pixels and tokens: its class, how often it was near a tie
+_NUMBERS_BYTES = 16  # of an image, besides pixels and tokens: how often it was near a tie, or its class
 _SPACE_MARGIN = 1.02  # for heads of files
 
 
@@ -41,7 +41,7 @@ class Parts:
         return self._file(number, "images" if self.with_images else "tokens").exists()
 
     def save(self, number: int, near_ties: np.ndarray, tokens: np.ndarray, images: np.ndarray | None) -> None:
-        """Writes near_ties int64 [B], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
+        """Writes near_ties int64 [B, 2], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save(self._file(number, "near_ties"), near_ties)
         save(self._file(number, "tokens"), tokens.astype(np.uint16))
@@ -49,7 +49,7 @@ class Parts:
             save(self._file(number, "images"), images)
 
     def near_ties(self, units: list[np.ndarray]) -> np.ndarray:
-        """int64 [n], in image order."""
+        """int64 [n, 2], in image order: tokens near a tie, and tokens within rounding, of each image."""
         return self._collected(units, "near_ties")
 
     def tokens(self, units: list[np.ndarray]) -> np.ndarray:

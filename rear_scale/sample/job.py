@@ -239,7 +239,8 @@ def _make_unit(
 ) -> None:
     tokens = make_tokens(decoder, ids, cfg, world.device)
     assert decoder.near_ties is not None
-    finish(number, tokens, decoder.near_ties[: len(ids)])
+    assert decoder.within_rounding is not None
+    finish(number, tokens, torch.stack((decoder.near_ties, decoder.within_rounding), 1)[: len(ids)])
 
 
 def _finish_unit(
@@ -301,11 +302,17 @@ def _write_settings(
         "sample": asdict(cfg.sample),
         "quantiser": cfg.sample.quantiser,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
-        # Tokens that were decided by less than this: another batch size or precision may draw others from there on.
-        "near_ties": {"below": NEAR_TIE, "tokens": int(near_ties.sum()), "images": int((near_ties > 0).sum())},
+        # Tokens that were decided by less than this, and by less than the error of logits in this precision: another batch
+        # size, device or precision may draw others from there on.
+        "near_ties": {"below": NEAR_TIE, **_counted(near_ties[:, 0])},
+        "within_rounding": {"precision": cfg.train.precision, **_counted(near_ties[:, 1])},
         **provenance(world),
     }
     write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _counted(tokens: np.ndarray) -> dict[str, int]:
+    return {"tokens": int(tokens.sum()), "images": int((tokens > 0).sum())}
 
 
 def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
