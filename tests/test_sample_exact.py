@@ -19,6 +19,7 @@ from torch import Tensor
 from rear_scale.bench.model import drawn_model
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
 from rear_scale.model import Generator
+from rear_scale.model.flops import decode_step_cost
 from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
 from rear_scale.sample.batch import Batch
@@ -75,6 +76,24 @@ def _kept(logits: Tensor, top_k: int = 10**9, top_p: float = 2.0) -> Tensor:
     beaten = logits[..., None, :] > logits[..., :, None]
     share = (beaten * logits.softmax(-1)[..., None, :]).sum(-1)
     return (beaten.sum(-1) < top_k) & (share < top_p)
+
+
+@pytest.mark.parametrize("config", ["bench_cpu.yaml", "ar_alitok_b.yaml"])
+def test_the_cost_of_a_step_counts_the_positions_that_are_read(config: str) -> None:
+    num_tokens = {"bench_cpu.yaml": 16, "ar_alitok_b.yaml": 20}[config]
+    cfg = load(config, [f"tokenizer.num_tokens={num_tokens}", "sample.batch_size=4"])
+    model = generator(cfg.model.architecture, num_tokens).eval()
+    tokens, labels = drawn(num_tokens)
+    state, read = CachedDecoding(model, Batch(model, labels, labels, None, guided=True)), []
+    with torch.no_grad():
+        for step in range(num_tokens):
+            state.next_logits(tokens[:, :step])
+            read.append(state.caches[0].length)
+    width = 4 if cfg.train.precision == "fp32" else 2
+    two, one = (decode_step_cost(cfg, guided=guided) for guided in (True, False))
+    # Twice the rows read twice the keys and values, and the same weights.
+    positions = (two.bytes - one.bytes) / width / (cfg.sample.batch_size * 2 * cfg.model.depth * cfg.model.width)
+    assert positions == sum(read) / num_tokens
 
 
 def sequences(model: Generator, cfg: ExperimentConfig, images: int, batch_size: int) -> Tensor:

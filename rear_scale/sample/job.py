@@ -1,8 +1,9 @@
 """Who makes which image. Image i has label i mod C and its own random numbers, whatever the number of ranks.
 
 Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A rank takes the next
-unit when it is free, so that a slow one holds nobody. A finished unit is a file; a killed job continues with the missing
-ones. The sample file is in image order.
+unit when it is free: the others wait for a slow one at most for its last unit. A finished unit is a file. A rank that is
+lost takes the job with it, as its launcher ends the others; the same command then makes the missing units alone. The
+sample file is in image order.
 """
 
 # B images of a unit, S side in pixels, N tokens of an image, C classes
