@@ -57,8 +57,8 @@ class Decoder:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
         Image ids (int64 [B]) choose the randomness. Leaves in near_ties (int64 [B]) how many tokens of each image were
-        decided by less than NEAR_TIE, and in within_rounding (int64 [B]) how many by less than `rounding`: only there can
-        another precision give another token.
+        decided by less than NEAR_TIE, and in within_rounding (int64 [B]) how many by less than `rounding`: only there, by all
+        that was measured, another precision gives another token.
         """
         threads = torch.get_num_threads() if labels.device.type == "cpu" else 1
         shares = range(min(threads, len(labels)))
