@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,7 +98,8 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         # weights_only: a pickle may run any code, and these come from elsewhere.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # mmap: read when used, and once for all processes of a machine; files from before torch 1.6 cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{field}={file} is a pickle that holds more than tensors{_what(error)}, which could run any program. "

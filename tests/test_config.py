@@ -374,6 +374,16 @@ def test_published_settings_are_in_their_files() -> None:
     assert (rar.permutation_start_step, rar.permutation_end_step) == (125_000, 187_500)
 
 
+@pytest.mark.parametrize("field", ["run.seed", "sample.seed", "evaluate.seed", "tokenizer.training.seed"])
+def test_seeds_that_would_pass_for_others_are_refused(field: str) -> None:
+    for seed in (-1, 2**63, 2**64):
+        with pytest.raises(InputError, match=rf"{field}={seed} must lie between 0 and 2\^63 - 1\. Set {field}=0"):
+            config.load("demo.yaml", [f"{field}={seed}"])
+    assert leaves(to_dict(config.load("demo.yaml", [f"{field}={2**63 - 1}"])))[field] == 2**63 - 1
+    # The name of a reference is free.
+    assert config.load("demo.yaml", ["evaluate.reference.seed=x.npz"]).evaluate.reference["seed"] == "x.npz"
+
+
 def test_twins_differ_in_what_they_compare() -> None:
     """AR and RAR files differ from their reAR twin in objective, guidance and name; ablations in what their name says."""
 

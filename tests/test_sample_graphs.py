@@ -16,7 +16,8 @@ from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.graphs import GraphedSteps
 
-# Ids and classes of batches: two shapes of them, counted with the null class and filled up to 4, 4, 4, 2, 2, 4 classes.
+# Ids and classes of batches: three shapes of them, with 3, 3, 2, 1, 1, 3 classes that are filled up to 4, 4, 2, 1, 1, 4 and
+# the null class.
 BATCHES = [
     ([0, 1, 2, 3], [0, 1, 2, 0]),
     ([7, 5, 6, 4], [2, 1, 0, 1]),
@@ -48,6 +49,7 @@ def check(decoder: Decoder, plain: Decoder, device: torch.device) -> None:
         tokens = decoder.generate(labels, ids)
         assert torch.equal(tokens, plain.generate(labels, ids))
         assert torch.equal(decoder.near_ties, plain.near_ties)
+        assert torch.equal(decoder.within_rounding, plain.within_rounding)
 
 
 @pytest.mark.parametrize("order", [None, "random"])
@@ -62,7 +64,19 @@ def test_recorded_steps_draw_the_same_tokens(
     decoder.graphed = GraphedSteps(decoder._draw_steps, Replayed)
     check(decoder, plain, torch.device("cpu"))
     # Batches 2 and 5 are the second of their shape; the last one comes back to the first shape.
+    assert [shape[0] for shape in decoder.graphed.recorded] == [4 + 1, 2 + 1, 1 + 1]
     assert Replayed.made == 2 * -(-model.num_tokens // 5)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize(("classes", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+def test_few_numbers_of_classes_are_recorded(
+    tmp_path: Path, tokens: Path, classes: int, padded: int, guided: bool
+) -> None:
+    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False)
+    batch = Batch(model, torch.arange(6) % classes, torch.arange(6), None, guided)
+    graphed = GraphedSteps(lambda batch, steps: None, Replayed)
+    assert len(graphed(batch).classes) == padded + guided
 
 
 def test_what_cannot_be_recorded_is_drawn_step_by_step(

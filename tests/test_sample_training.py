@@ -81,6 +81,22 @@ def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Pa
     assert grid_hooks(cfg, run_alone(lambda world: world)) == []
 
 
+def test_fewer_sheets_than_asked_for_are_announced(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = prepared(tmp_path, tokens)
+    world = run_alone(lambda world: world)
+    cfg.checkpoint.every_steps = 2
+    assert len(grid_hooks(cfg, world)) == 1
+    assert capsys.readouterr().err == ""
+    cfg.checkpoint.every_steps = 3
+    assert len(grid_hooks(cfg, world)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "sample.grid_every_images=24, but sheets are drawn at checkpoints, which are 36 images apart"
+    )
+
+
 def test_a_sheet_has_given_labels_and_few_columns(tmp_path: Path, tokens: Path) -> None:
     cfg = prepared(tmp_path, tokens, "sample.labels=[3,1]")
     grids = SampleGrids(cfg, run_alone(lambda world: world))

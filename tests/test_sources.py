@@ -6,21 +6,25 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from helpers import run_alone, tiny_config
+from helpers import environment, run_alone, tiny_config
+from safetensors.torch import save_file
 
 from rear_scale import cli
-from rear_scale.config import InputError, from_dict
+from rear_scale.config import InputError, from_dict, load, to_dict, to_yaml
+from rear_scale.interop import official
 from rear_scale.model import build_model
 from rear_scale.parallel import sources
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.convert import convert
-from rear_scale.parallel.sources import load_generator_weights, open_source
+from rear_scale.parallel.sources import load_generator_weights, open_source, write_portable
 from rear_scale.sample.job import load_generator
 from rear_scale.shards.record import file_sha256
 from rear_scale.train import setup
@@ -100,6 +104,82 @@ def test_all_weights_but_heads_must_have_a_place(trained: Path) -> None:
     cfg.model.depth = 1
     with pytest.raises(InputError, match=r"has blocks\.1\..* which the model has not"):
         load_generator_weights(found, build_model(cfg, with_heads=False))
+
+
+FORMS = {"step_00000002": {}, "one.safetensors": {}, "half.safetensors": {}, "zip.bin": {},
+         "old.bin": {"_use_new_zipfile_serialization": False}}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_filled_in_place_is_the_one_that_was_written(
+    tmp_path: Path, trained: Path, form: str, precision: str
+) -> None:
+    cfg = from_dict(json.loads((trained / "checkpoints/step_00000002/meta.json").read_text())["config"], "saved")
+    read = open_source(trained).reader("param")
+    path = trained / "checkpoints" / form if form.startswith("step") else tmp_path / form
+    weights = {name: read(name).to(torch.float16 if "half" in form else None) for name in open_source(trained).names()}
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    elif path.suffix == ".bin":
+        torch.save(weights, path, **FORMS[form])
+    cfg.train.precision = precision
+    expected = build_model(cfg, with_heads=False)
+    official.load({name: value.float() for name, value in weights.items()}, expected, "file", heads_optional=True)
+    expected = expected.to(torch.bfloat16 if precision == "bf16" else torch.float32).state_dict()
+    found = open_source(path, str(trained / "config.yaml"))
+    filled = load_generator(cfg, found, torch.device("cpu"))
+    assert filled.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in filled.state_dict().items())
+    assert all(value.dtype == expected[name].dtype for name, value in filled.state_dict().items())
+
+
+def test_a_tied_model_filled_in_place_has_its_codebook(tmp_path: Path, tokens: Path) -> None:
+    cfg = tiny_config(tmp_path, tokens, "model.tie_codebook=both", "train.precision=bf16")
+    model = build_model(cfg, with_heads=False)
+    model.init_weights(0)
+    torch.save(model.state_dict(), tmp_path / "tied.bin")
+    config = str(tmp_path / "config.yaml")
+    Path(config).write_text(to_yaml(cfg))
+    filled = load_generator(cfg, open_source(tmp_path / "tied.bin", config), torch.device("cpu"))
+    codebook = torch.from_numpy(np.load(tokens / "codebook.npy"))
+    assert torch.equal(filled.codebook, codebook.to(torch.bfloat16))
+    assert not [name for name, value in filled.named_buffers() if value.is_meta]
+
+
+@pytest.mark.parametrize("source", ["folder", "safetensors"])
+def test_a_large_model_is_never_in_memory_twice(tmp_path: Path, source: str) -> None:
+    sizes = ["model.depth=10", "model.width=512", "model.num_heads=8", "train.precision=fp32"]
+    cfg = load("demo.yaml", sizes)
+    model = build_model(cfg, with_heads=False)
+    weights = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
+    size = sum(value.nbytes for value in weights.values())
+    assert size > 100 * 2**20
+    meta = {"config": to_dict(cfg), "optimizer_step": 0}
+    write_portable(tmp_path / "checkpoints/step_00000000", 0, {"param": weights}, meta)
+    if source == "safetensors":
+        convert(tmp_path, None, [], "consolidated", tmp_path / "all.safetensors")
+    code = """
+import re, sys
+from pathlib import Path
+import torch
+from rear_scale.config import from_dict
+from rear_scale.parallel.sources import open_source
+from rear_scale.sample.job import load_generator
+
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = status("VmRSS")
+found = open_source(Path(sys.argv[1]))
+model = load_generator(from_dict(found.meta["config"], "saved"), found, torch.device("cpu"))
+print(status("VmHWM") - before)
+"""
+    path = tmp_path / "all.safetensors" if source == "safetensors" else tmp_path
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert 0.9 * size < int(result.stdout) < 1.4 * size, int(result.stdout) / size
 
 
 def test_weights_that_are_not_finite_draw_no_samples(tmp_path: Path, trained: Path) -> None:

@@ -257,7 +257,8 @@ class SampleConfig:
     copies: str | None = (
         None  # beside the npz: png (a folder of files) | tar (shards of them, with labels); null = none
     )
-    grid_every_images: int | None = None  # training images between two sheets of samples in the run; null = none
+    # Training images between two sheets of samples in the run, each drawn at the next checkpoint; null = none
+    grid_every_images: int | None = None
     cuda_graphs: bool = True  # on a GPU, start the kernels of many steps together
     quantiser: str = "trunc255"  # images to uint8: trunc255 (cut off, as the released samplers do) | round
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from rear_scale.config.schema import ExperimentConfig, InputError
+from rear_scale.config.values import leaves, to_dict
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
@@ -17,6 +18,7 @@ SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "
 QUANTISERS = ("trunc255", "round")
 COPIES = ("png", "tar")
 NEIGHBOUR_MODES = ("exact", "adm_fp16")
+_LARGEST_SEED = 2**63 - 1
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -33,11 +35,19 @@ def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
 
 def validate(cfg: ExperimentConfig) -> None:
     """Checks every rule that needs no other machine, file or process. Raises InputError at the first that is broken."""
+    _validate_seeds(cfg)
     _validate_model(cfg)
     _validate_objective(cfg)
     _validate_training(cfg)
     _validate_sampling(cfg)
     _validate_data(cfg)
+
+
+def _validate_seeds(cfg: ExperimentConfig) -> None:
+    for name, value in leaves(to_dict(cfg)).items():
+        if name.endswith(".seed") and isinstance(value, int):
+            # Draws take 64 bits of it without sign: seeds beyond would be others of these under another name.
+            _require(0 <= value <= _LARGEST_SEED, name, value, "must lie between 0 and 2^63 - 1", f"Set {name}=0")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -19,10 +19,18 @@ def build_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
     return build_generator(cfg.model.architecture, shape_of(cfg), cfg.objective.heads if with_heads else None)
 
 
-def meta_model(cfg: ExperimentConfig) -> Generator:
+def meta_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
     """The generator of a config without memory: names and shapes alone."""
     with torch.device("meta"), _Undrawn():
-        return build_model(cfg)
+        return build_model(cfg, with_heads=with_heads)
+
+
+def empty_model(cfg: ExperimentConfig, device: torch.device, dtype: torch.dtype) -> Generator:
+    """The generator of a config without heads, in its place and precision, whose memory nobody has written to."""
+    # As to_empty does, which makes torch import its whole compiler first.
+    return meta_model(cfg, with_heads=False)._apply(
+        lambda weight: torch.empty(weight.shape, dtype=dtype, device=device)
+    )
 
 
 class _Undrawn(TorchFunctionMode):

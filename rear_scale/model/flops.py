@@ -104,7 +104,7 @@ def decode_step_cost(cfg: ExperimentConfig, *, guided: bool) -> StepCost:
     alitok = cfg.model.architecture == "alitok"
     block = 4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg)
     weights = cfg.model.depth * block + D * K
-    prefix = (N + (1 if alitok else 2)) / 2
+    prefix = (1 if alitok else 2) + (N - 1) / 2  # one position more at every step, from the first one's on
     cached = 2 * cfg.model.depth * D * prefix
     width = 2 if cfg.train.precision == "bf16" else 4
     return StepCost(flops=2.0 * rows * (weights + cached), bytes=width * (weights + rows * cached))

@@ -10,6 +10,7 @@ as far as an encode head that counts it.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,9 @@ class Generator(nn.Module, ABC):
     def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
         super().__init__()
         self.shape, self.heads = shape, heads or HeadsConfig()
+        # Plain attributes, set by `with_fixed_codes` alone: no weight file has them.
+        self.fixed_codes: Tensor | None = None
+        self.fixed_table: Tensor | None = None
         self.num_classes, self.codebook_size, self.num_tokens = (
             shape.num_classes,
             shape.codebook_size,
@@ -170,8 +174,7 @@ class Generator(nn.Module, ABC):
         """[..., D] of token ids. The mask token of noisy contexts has id K."""
         if self.shape.tie_codebook not in ("input", "both"):
             return self.embeddings(tokens)
-        mask = self.embeddings(torch.full((1,), self.codebook_size, device=tokens.device))
-        return F.embedding(tokens, torch.cat((self._code_embeddings().to(mask.dtype), mask)))
+        return F.embedding(tokens, self._tied_table() if self.fixed_table is None else self.fixed_table)
 
     def token_logits(self, x: Tensor) -> Tensor:
         """[..., K] of normalised features [..., D]."""
@@ -180,8 +183,26 @@ class Generator(nn.Module, ABC):
             return output(x)
         return output(F.linear(x, self._code_embeddings().to(x.dtype)))
 
+    def _tied_table(self) -> Tensor:
+        """[K + 1, D]: the codes' embeddings and the mask token's."""
+        mask = self.embeddings(torch.full((1,), self.codebook_size, device=self.codebook.device))
+        return torch.cat((self._code_embeddings().to(mask.dtype), mask))
+
     def _code_embeddings(self) -> Tensor:
-        return self.codebook_proj(self.codebook)
+        return self.codebook_proj(self.codebook) if self.fixed_codes is None else self.fixed_codes
+
+    @torch.no_grad()
+    def with_fixed_codes(self) -> Generator:
+        """For decoding: the same model, whose embeddings of a tied codebook are computed now and follow no later change.
+
+        Shares every weight with it; itself where nothing is tied.
+        """
+        if self.codebook_proj is None:
+            return self
+        fixed = copy.copy(self)
+        fixed.fixed_codes = self._code_embeddings()
+        fixed.fixed_table = fixed._tied_table()
+        return fixed
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +19,7 @@ from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.values import leaves
 from rear_scale.interop import official, published
-from rear_scale.model import Generator, build_model
+from rear_scale.model import Generator, meta_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.strategy import Kind
@@ -42,7 +41,10 @@ _FREE = ("model.kernel",)
 
 @dataclass(frozen=True)
 class WeightFile(Checkpoint):
-    """A file of weights alone, read as a checkpoint of step 0 or of the step that it says."""
+    """A file of weights alone, read as a checkpoint of step 0 or of the step that it says.
+
+    tensors: mapped where the format allows it: not in memory until they are read, and ranks of a node share the pages.
+    """
 
     tensors: dict[str, Tensor] = field(repr=False)
 
@@ -53,11 +55,15 @@ class WeightFile(Checkpoint):
     def reader(self, kind: Kind) -> Callable[[str], Tensor]:
         if kind != "param":
             raise InputError(f"{self.path} holds weights alone, no {kind}. Use a checkpoint folder")
+        file = find_weights(self.path)
 
         def read(name: str) -> Tensor:
             if name not in self.tensors:
                 raise InputError(f"{self.path} lacks {name}. Use the file of this model, or the config of this file")
-            return self.tensors[name].float()
+            if file.suffix != ".safetensors":
+                return self.tensors[name].float()
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor(name).float()
 
         return read
 
@@ -155,25 +161,27 @@ def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
 
 
 def load_generator_weights(found: Checkpoint, model: Generator) -> None:
-    """Fills a model without heads.
+    """Fills a model without heads in place, whatever its device and dtype, one weight at a time.
 
     Raises InputError unless all weights of the source but heads have their place in it, and are finite.
     """
-    read = found.reader("param")
-    weights = {name: read(name) for name in found.names() if not official.is_head(name)}
-    official.load(weights, model, str(found.path), heads_optional=True)
-    for name, weight in model.named_parameters():
+    read, own = found.reader("param"), model.state_dict()
+    names = [name for name in found.names() if not official.is_head(name)]
+    shapes = {name: read(name).to("meta") for name in names}
+    official.check_fits(shapes, model, str(found.path), heads_optional=True)
+    for name in names:
+        # Through a mapping of its own: what was read through one counts as memory of the process while that one lasts.
+        weight = found.reader("param")(name)
         if not weight.isfinite().all():
             raise InputError(
                 f"{found.path}: {name} holds values that are not finite, which samples cannot be drawn from. "
                 "Use an earlier checkpoint, or get the file again"
             )
+        own[name].copy_(weight)
 
 
 def _check_fits(tensors: dict[str, Tensor], cfg: ExperimentConfig, source: str) -> None:
-    with torch.device("meta"):
-        model = build_model(cfg)
-    official.check_fits(tensors, model, source, heads_optional=True)
+    official.check_fits(tensors, meta_model(cfg), source, heads_optional=True)
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> ExperimentConfig:

@@ -16,7 +16,8 @@ class Batch:
     """Inputs and results of one batch.
 
     classes: int64 [U]. rows: int64 [R], which of the classes belongs to each row. ids: int64 [B], image ids. order: int64
-    [R or 1, N], None = as tokens are stored. tokens: int64 [B, N] in the order of drawing. near_ties: int64 [B].
+    [R or 1, N], None = as tokens are stored. tokens: int64 [B, N] in the order of drawing. near_ties and within_rounding:
+    int64 [B].
     """
 
     def __init__(self, model: Generator, labels: Tensor, ids: Tensor, order: Tensor | None, guided: bool) -> None:
@@ -27,7 +28,7 @@ class Batch:
         self.classes, self.rows = row_classes.unique(return_inverse=True)
         self.ids, self.order, self.num_tokens = ids, order, model.num_tokens
         self.tokens = torch.empty(len(labels), model.num_tokens, dtype=torch.int64, device=labels.device)
-        self.near_ties = torch.zeros_like(ids)
+        self.near_ties, self.within_rounding = torch.zeros_like(ids), torch.zeros_like(ids)
         self.state: Any = None  # how far it is drawn: tables and caches
 
     @property

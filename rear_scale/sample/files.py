@@ -7,13 +7,16 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.interop.npz import open_samples, write_samples
 from rear_scale.progress import progress
 from rear_scale.sample.grid import contact_sheet
@@ -23,6 +26,8 @@ _GRID_COLUMNS = 10
 _GRID_ROWS = 10
 _WRITE_BLOCK = 500  # images
 _TAR_IMAGES = 5000  # of a shard
+_NUMBERS_BYTES = 16  # of an image, besides pixels and tokens: how often it was near a tie, or its class
+_SPACE_MARGIN = 1.02  # for heads of files
 
 
 class Parts:
@@ -30,21 +35,21 @@ class Parts:
 
     def __init__(self, folder: Path, *, with_images: bool) -> None:
         self.folder, self.with_images = folder, with_images
-        folder.mkdir(parents=True, exist_ok=True)
 
     def finished(self, number: int) -> bool:
         """Whether a unit is complete: its last file is there."""
         return self._file(number, "images" if self.with_images else "tokens").exists()
 
     def save(self, number: int, near_ties: np.ndarray, tokens: np.ndarray, images: np.ndarray | None) -> None:
-        """Writes near_ties int64 [B], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
+        """Writes near_ties int64 [B, 2], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         save(self._file(number, "near_ties"), near_ties)
         save(self._file(number, "tokens"), tokens.astype(np.uint16))
         if images is not None:
             save(self._file(number, "images"), images)
 
     def near_ties(self, units: list[np.ndarray]) -> np.ndarray:
-        """int64 [n], in image order."""
+        """int64 [n, 2], in image order: tokens near a tie, and tokens within rounding, of each image."""
         return self._collected(units, "near_ties")
 
     def tokens(self, units: list[np.ndarray]) -> np.ndarray:
@@ -55,6 +60,17 @@ class Parts:
         """uint8 [B, S, S, 3], read from the disk as it is indexed."""
         return np.load(self._file(number, "images"), mmap_mode="r")
 
+    def remove(self) -> None:
+        """Removes them, and with them those of other jobs of the same output, which were begun before and not ended."""
+        together = self.folder.parent
+        if self.folder.exists():
+            for other in together.iterdir():
+                if other != self.folder:
+                    shutil.rmtree(other)
+            shutil.rmtree(self.folder)  # last: what a kill leaves of it says that there is something to remove
+        with suppress(OSError):  # not there; or another job was begun since, whose parts stay
+            together.rmdir()
+
     def _collected(self, units: list[np.ndarray], kind: str) -> np.ndarray:
         found = np.concatenate([np.load(self._file(number, kind)) for number in range(len(units))])
         collected = np.empty_like(found)
@@ -63,6 +79,22 @@ class Parts:
 
     def _file(self, number: int, kind: str) -> Path:
         return self.folder / f"unit_{number:06d}.{kind}.npy"
+
+
+def check_space(output: Path, parts: Parts, to_make: int, count: int, tokenizer: TokenizerConfig) -> None:
+    """Raises InputError unless there is room for the parts of to_make images and for the files of all `count` of them.
+
+    Copies (sample.copies) are not counted: how small PNGs are shows when they are made.
+    """
+    image = 3 * tokenizer.image_size**2 if parts.with_images else 0
+    needed = (to_make + count) * (image + 2 * tokenizer.num_tokens + _NUMBERS_BYTES)
+    free = shutil.disk_usage(output.parent).free
+    if free < needed * _SPACE_MARGIN:
+        raise InputError(
+            f"{output.parent} has {free / 2**20:,.1f} MiB free, but {needed / 2**20:,.1f} MiB are needed: "
+            f"parts of {to_make:,} images that are still to be made, and {output.name} of all {count:,}. "
+            "Make room there, or write elsewhere with --out"
+        )
 
 
 def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.ndarray, image_size: int) -> None:

@@ -58,7 +58,7 @@ class GraphedSteps:
     def __call__(self, batch: Batch) -> Batch:
         """The batch with its tokens drawn. They are overwritten by the next call."""
         # Few numbers of classes, so that few batches need a recording of their own: the tables' spare rows are not read.
-        batch.classes = F.pad(batch.classes, (0, _power_of_two(len(batch.classes)) - len(batch.classes)))
+        batch.classes = F.pad(batch.classes, (0, _padded(batch) - len(batch.classes)))
         shape = batch.shape
         if shape in self.recorded and self.recorded[shape] is None and self.usable:
             self.recorded[shape] = self._record(batch)
@@ -89,6 +89,7 @@ class GraphedSteps:
         return batch, graphs
 
 
-def _power_of_two(count: int) -> int:
-    """The first one that is not below the count."""
-    return 1 << (count - 1).bit_length()
+def _padded(batch: Batch) -> int:
+    """The first power of two that is not below the number of classes; the null class of guidance comes on top."""
+    null = int(len(batch.rows) > len(batch.ids))
+    return (1 << max(0, len(batch.classes) - null - 1).bit_length()) + null

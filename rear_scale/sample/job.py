@@ -1,8 +1,9 @@
 """Who makes which image. Image i has label i mod C and its own random numbers, whatever the number of ranks.
 
 Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A rank takes the next
-unit when it is free, so that a slow one holds nobody. A finished unit is a file; a killed job continues with the missing
-ones. The sample file is in image order.
+unit when it is free: the others wait for a slow one at most for its last unit. A finished unit is a file. A rank that is
+lost takes the job with it, as its launcher ends the others; the same command then makes the missing units alone. The
+sample file is in image order.
 """
 
 # B images of a unit, S side in pixels, N tokens of an image, C classes
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.model import Generator, build_model
+from rear_scale.model import Generator, empty_model
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.files import Parts, assemble, remove_copies, write_copies
+from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import Manifest, write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
@@ -39,18 +39,26 @@ from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
 
+_ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
 _NOT_THE_IMAGES = ("copies", "grid_every_images")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
 def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
     """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
-    model = build_model(cfg, with_heads=False)
-    load_generator_weights(checkpoint, model)
-    if cfg.model.tie_codebook is not None:
-        model.set_codebook(codebook_of(cfg, read_checked(cfg, cfg.data.train)))
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False)
+    # In its place from the start: as many ranks as a node has GPUs each hold one copy, and none of them on the CPU.
+    model = empty_model(cfg, device, dtype)
+    load_generator_weights(checkpoint, model)
+    codebook = _tied_codebook(cfg)
+    if codebook is not None:
+        model.set_codebook(codebook)
+    return model.eval().requires_grad_(False)
+
+
+def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
+    """float32 [K, Z], of a model whose weights do not hold its embeddings; None for the others."""
+    return None if cfg.model.tie_codebook is None else codebook_of(cfg, read_checked(cfg, cfg.data.train))
 
 
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
@@ -60,9 +68,13 @@ def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
 
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
-    """A hash of all that the images depend on: weights, tokenizer and sampling settings."""
+    """A hash of all that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
+    permuted, codebook = cfg.objective.permutation, _tied_codebook(cfg)
     parts = {
+        "algorithm": _ALGORITHM,
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
+        "codebook": None if codebook is None else hashlib.sha256(codebook.numpy().tobytes()).hexdigest(),
+        "order": [cfg.sample.order or permuted.order, permuted.prefix],
         "tokenizer": weights_sha256(cfg.tokenizer),
         "sample": {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES},
         "precision": cfg.train.precision,
@@ -100,23 +112,42 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
 
     With sample.copies, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
     must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
-    writes there, and when the tokenizer is not the one whose tokens the model was trained on.
+    writes there, when there is too little disk space, when the tokenizer is not the one whose tokens the model was trained
+    on, and when the ranks do not have the same checkpoint and settings.
     """
     check_output(output)
     check_tokenizer(cfg, checkpoint)
+    identity = job_identity(cfg, checkpoint)
+    _check_same_job(checkpoint, identity, world)
     tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
     refusal = f"{output} is being written by another process. Wait for it, or write elsewhere with --out"
     with world.alone(output.with_name(f".{output.name}.lock"), refusal):
-        _sample(cfg, checkpoint, world, output, tokenizer)
+        _sample(cfg, checkpoint, world, output, tokenizer, identity)
+
+
+def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None:
+    """Each rank has looked for the newest checkpoint at a time of its own: a run that goes on writes others."""
+    jobs = world.gather((identity, str(checkpoint.path)))
+    other = next((rank for rank, (found, _) in enumerate(jobs) if found != jobs[0][0]), None)
+    if other is not None:
+        raise InputError(
+            f"rank 0 would sample from {jobs[0][1]} and rank {other} from {jobs[other][1]}, or their settings differ: a "
+            "training run may have written a checkpoint meanwhile. Name one, --checkpoint RUN/checkpoints/step_XXXXXXXX"
+        )
 
 
 def _sample(
-    cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path, tokenizer: Tokenizer | None
+    cfg: ExperimentConfig,
+    checkpoint: Checkpoint,
+    world: World,
+    output: Path,
+    tokenizer: Tokenizer | None,
+    identity: str,
 ) -> None:
-    identity = job_identity(cfg, checkpoint)
     result = output if tokenizer else output.with_suffix(".tokens.npy")
     if is_done(output, identity, result):
         if world.is_main:
+            _parts_of(output, identity, tokenizer).remove()  # a kill may have come between
             say(f"{result} is complete")
     else:
         _make(cfg, checkpoint, world, output, tokenizer, identity)
@@ -138,15 +169,17 @@ def _make(
     tokenizer: Tokenizer | None,
     identity: str,
 ) -> None:
-    parts = Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
-    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
+    parts = _parts_of(output, identity, tokenizer)
     planned = units_of(cfg)
     missing = [number for number in range(len(planned)) if not parts.finished(number)]
+    to_make = sum(len(planned[number]) for number in missing)
+    world.on_main(lambda: check_space(output, parts, to_make, cfg.sample.num_images, cfg.tokenizer))
+    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
     missing, job = world.from_main((missing, secrets.token_hex(8)))
     finish = partial(_finish_unit, tokenizer, cfg, parts)
     with (
-        progress("sample", sum(len(planned[number]) for number in missing), "image", show=world.is_main) as bar,
+        progress("sample", to_make, "image", show=world.is_main) as bar,
         Beside(world.device) as beside,
     ):
         while (turn := world.add(f"{job}/turn") - 1) < len(missing):
@@ -161,7 +194,11 @@ def _make(
         numbers = np.arange(cfg.sample.num_images)
         assemble(output, parts, planned, labels_of(cfg, numbers), cfg.tokenizer.image_size)
         _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world, parts.near_ties(planned))
-        shutil.rmtree(output.with_suffix(".parts"))
+        parts.remove()
+
+
+def _parts_of(output: Path, identity: str, tokenizer: Tokenizer | None) -> Parts:
+    return Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
 
 
 def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
@@ -209,7 +246,8 @@ def _make_unit(
 ) -> None:
     tokens = make_tokens(decoder, ids, cfg, world.device)
     assert decoder.near_ties is not None
-    finish(number, tokens, decoder.near_ties[: len(ids)])
+    assert decoder.within_rounding is not None
+    finish(number, tokens, torch.stack((decoder.near_ties, decoder.within_rounding), 1)[: len(ids)])
 
 
 def _finish_unit(
@@ -231,11 +269,17 @@ def _write_settings(
         "sample": asdict(cfg.sample),
         "quantiser": cfg.sample.quantiser,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
-        # Tokens that were decided by less than this: another batch size or precision may draw others from there on.
-        "near_ties": {"below": NEAR_TIE, "tokens": int(near_ties.sum()), "images": int((near_ties > 0).sum())},
+        # Tokens that were decided by less than this, and by less than the error of logits in this precision: another batch
+        # size, device or precision may draw others from there on.
+        "near_ties": {"below": NEAR_TIE, **_counted(near_ties[:, 0])},
+        "within_rounding": {"precision": cfg.train.precision, **_counted(near_ties[:, 1])},
         **provenance(world),
     }
     write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _counted(tokens: np.ndarray) -> dict[str, int]:
+    return {"tokens": int(tokens.sum()), "images": int((tokens > 0).sum())}
 
 
 def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
@@ -243,5 +287,5 @@ def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
     result = result or output
     try:
         return result.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # a file of somebody else's, maybe
         return False

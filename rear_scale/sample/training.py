@@ -86,4 +86,13 @@ class SampleGrids:
 
 
 def grid_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:
-    return [] if cfg.sample.grid_every_images is None else [SampleGrids(cfg, world)]
+    """What draws the sheets that the config asks for. Says on rank 0 when checkpoints are too far apart for them."""
+    every, apart = cfg.sample.grid_every_images, cfg.checkpoint.every_steps * cfg.train.global_batch_size
+    if every is None:
+        return []
+    if every < apart and world.is_main:
+        say(
+            f"sample.grid_every_images={every:,}, but sheets are drawn at checkpoints, which are {apart:,} images apart "
+            "(checkpoint.every_steps x train.global_batch_size): one at each"
+        )
+    return [SampleGrids(cfg, world)]
