@@ -218,7 +218,7 @@ def test_labels_that_are_no_classes_are_refused(labels: str) -> None:
         load("demo.yaml", ["model.num_classes=5", f"sample.labels={labels}"])
 
 
-def test_packed_weights_and_threads_draw_the_same_tokens(tmp_path: Path, tokens: Path) -> None:
+def test_packed_weights_draw_the_same_tokens_on_any_number_of_threads(tmp_path: Path, tokens: Path) -> None:
     """As one full forward per token would, and counts where rounding could have decided."""
     model = drawn_model(tiny_config(tmp_path, tokens))
     cfg = SampleConfig(batch_size=6, guidance=POWER_COSINE)
@@ -230,7 +230,6 @@ def test_packed_weights_and_threads_draw_the_same_tokens(tmp_path: Path, tokens:
     try:
         torch.set_num_threads(2)
         assert torch.equal(decoder.generate(ids % 5, ids), made)
-        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(decoder.near_ties, near_ties)

@@ -10,8 +10,6 @@ cache that is allocated once, and each step reads its live prefix alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,7 +43,7 @@ class Decoder:
         self.cfg, self.permuted = cfg, permuted or PermutationConfig()
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
-        self.caches: dict[int, list[Cache]] = {}  # of each thread
+        self.caches: list[Cache] | None = None
         self.near_ties: Tensor | None = None
         self.within_rounding: Tensor | None = None
         dtype = next(model.parameters()).dtype
@@ -55,6 +53,7 @@ class Decoder:
         if cfg.cuda_graphs and next(model.parameters()).device.type == "cuda":
             self.graphed = GraphedSteps(self._draw_steps, CudaGraph)
 
+    @torch.inference_mode()
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
@@ -62,37 +61,20 @@ class Decoder:
         decided by less than NEAR_TIE, and in within_rounding (int64 [B]) how many by less than `rounding`: only there, by all
         that was measured, another precision gives another token.
         """
-        threads = torch.get_num_threads() if labels.device.type == "cpu" else 1
-        shares = range(min(threads, len(labels)))
-        parts = list(zip(labels.tensor_split(len(shares)), ids.tensor_split(len(shares)), strict=True))
-        if len(parts) == 1:
-            tokens, self.near_ties, self.within_rounding = self._generate(labels, ids, 0)
-            return tokens
-        # A step is hundreds of small operations: threads that each take some of the images need not meet in every one.
-        with (
-            _one_thread_each(),
-            ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            found = list(pool.map(lambda part, share: self._generate(*part, share), parts, shares))
-        tokens, self.near_ties, self.within_rounding = map(torch.cat, zip(*found, strict=True))
-        return tokens
-
-    @torch.inference_mode()
-    def _generate(self, labels: Tensor, ids: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor]:
         order = self.orders(ids)
         batch = Batch(self.model, labels, ids, order, self.guided)
         if self.graphed is not None:
             batch = self.graphed(batch)
         else:
-            self._draw_steps(batch, range(batch.num_tokens), share)
+            self._draw_steps(batch, range(batch.num_tokens))
         # Copies: the next batch may be drawn in the same place.
-        tokens, *counts = (made.clone() for made in (batch.tokens, batch.near_ties, batch.within_rounding))
-        return permutation.in_place(tokens, order), *counts
+        self.near_ties, self.within_rounding = batch.near_ties.clone(), batch.within_rounding.clone()
+        return permutation.in_place(batch.tokens.clone(), order)
 
-    def _draw_steps(self, batch: Batch, steps: range, share: int = 0) -> None:
+    def _draw_steps(self, batch: Batch, steps: range) -> None:
         """Draws these steps of a batch, after those before them. Nothing here waits for the device."""
         if steps.start == 0:
-            batch.state = CachedDecoding(self.model, batch, self._caches_for(share, len(batch.rows)))
+            batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.rows)))
             batch.near_ties.zero_()
             batch.within_rounding.zero_()
         for step, noise in self._with_noise(batch.ids, steps):
@@ -113,13 +95,11 @@ class Decoder:
             noise = self._noise(ids.expand_as(numbers).flatten(), numbers.flatten(), K)
             yield from zip(some, noise.view(len(some), len(ids), K), strict=True)
 
-    def _caches_for(self, share: int, rows: int) -> list[Cache]:
-        kept = self.caches.get(share)
-        if kept is None or len(kept[0].keys) != rows:
-            kept = None
-            self.caches.pop(share, None)  # what it held goes first
-            self.caches[share] = new_caches(self.model, rows)
-        return self.caches[share]
+    def _caches_for(self, rows: int) -> list[Cache]:
+        if self.caches is None or len(self.caches[0].keys) != rows:
+            self.caches = None  # what it held goes first
+            self.caches = new_caches(self.model, rows)
+        return self.caches
 
     def orders(self, ids: Tensor) -> Tensor | None:
         """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
@@ -158,16 +138,6 @@ class Decoder:
     def _noise(self, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
         """float32 [I, count], to be taken from logits: the negative of Gumbel noise."""
         return rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, steps, count).log()
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Leaves the number of threads of torch's operations as it was: the pool's threads set it for all to come."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
