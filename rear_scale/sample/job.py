@@ -14,8 +14,8 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,31 @@ def check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One file of samples."""
+
+    cfg: ExperimentConfig
+    checkpoint: Checkpoint
+    world: World
+    output: Path
+    tokenizer: Tokenizer | None  # null = its images are not decoded here
+    identity: str
+
+    @property
+    def result(self) -> Path:
+        return self.output if self.tokenizer else self.output.with_suffix(".tokens.npy")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [n], of all images."""
+        return labels_of(self.cfg, np.arange(self.cfg.sample.num_images))
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts(self.output.with_suffix(".parts") / self.identity[:16], with_images=self.tokenizer is not None)
+
+
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
     """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
 
@@ -122,7 +147,7 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
     tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
     refusal = f"{output} is being written by another process. Wait for it, or write elsewhere with --out"
     with world.alone(output.with_name(f".{output.name}.lock"), refusal):
-        _sample(cfg, checkpoint, world, output, tokenizer, identity)
+        _sample(_Job(cfg, checkpoint, world, output, tokenizer, identity))
 
 
 def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None:
@@ -136,69 +161,48 @@ def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None
         )
 
 
-def _sample(
-    cfg: ExperimentConfig,
-    checkpoint: Checkpoint,
-    world: World,
-    output: Path,
-    tokenizer: Tokenizer | None,
-    identity: str,
-) -> None:
-    result = output if tokenizer else output.with_suffix(".tokens.npy")
-    if is_done(output, identity, result):
+def _sample(job: _Job) -> None:
+    cfg, world = job.cfg, job.world
+    if is_done(job.output, job.identity, job.result):
         if world.is_main:
-            _parts_of(output, identity, tokenizer).remove()  # a kill may have come between
-            say(f"{result} is complete")
+            job.parts.remove()  # a kill may have come between
+            say(f"{job.result} is complete")
     else:
-        _make(cfg, checkpoint, world, output, tokenizer, identity)
+        _make(job)
         if world.is_main:
-            say(
-                f"{result}: {cfg.sample.num_images:,} images{'' if tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)}"
-            )
+            as_tokens = "" if job.tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)
+            say(f"{job.result}: {cfg.sample.num_images:,} images{as_tokens}")
     world.barrier()
-    if cfg.sample.copies is not None and tokenizer is not None:
-        write_copies(output, cfg.sample.copies, labels_of(cfg, np.arange(cfg.sample.num_images)), world)
+    if cfg.sample.copies is not None and job.tokenizer is not None:
+        write_copies(job.output, cfg.sample.copies, job.labels, world)
         world.barrier()
 
 
-def _make(
-    cfg: ExperimentConfig,
-    checkpoint: Checkpoint,
-    world: World,
-    output: Path,
-    tokenizer: Tokenizer | None,
-    identity: str,
-) -> None:
-    parts = _parts_of(output, identity, tokenizer)
-    planned = units_of(cfg)
-    missing = [number for number in range(len(planned)) if not parts.finished(number)]
+def _make(job: _Job) -> None:
+    cfg, world, planned = job.cfg, job.world, units_of(job.cfg)
+    missing = [number for number in range(len(planned)) if not job.parts.finished(number)]
     to_make = sum(len(planned[number]) for number in missing)
-    world.on_main(lambda: check_space(output, parts, to_make, cfg.sample.num_images, cfg.tokenizer))
-    decoder = Decoder(load_generator(cfg, checkpoint, world.device), cfg.sample, cfg.objective.permutation)
+    world.on_main(lambda: check_space(job.output, job.parts, to_make, cfg.sample.num_images, cfg.tokenizer))
+    decoder = Decoder(load_generator(cfg, job.checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
-    missing, job = world.from_main((missing, secrets.token_hex(8)))
-    finish = partial(_finish_unit, tokenizer, cfg, parts)
+    missing, name = world.from_main((missing, secrets.token_hex(8)))
     with (
         progress("sample", to_make, "image", show=world.is_main) as bar,
         Beside(world.device) as beside,
     ):
-        while (turn := world.add(f"{job}/turn") - 1) < len(missing):
-            _make_unit(decoder, planned[missing[turn]], cfg, world, partial(beside.run, finish), missing[turn])
-            done = world.add(f"{job}/images", len(planned[missing[turn]]))
+        while (turn := world.add(f"{name}/turn") - 1) < len(missing):
+            finish = partial(beside.run, partial(_finish_unit, job))
+            _make_unit(decoder, planned[missing[turn]], cfg, world, finish, missing[turn])
+            done = world.add(f"{name}/images", len(planned[missing[turn]]))
             bar.update(done - bar.n)
     world.barrier()
     if world.is_main:
         # What an earlier job of other settings left here must not pass for this one's, nor this one's for its.
-        output.with_suffix(".json").unlink(missing_ok=True)
-        remove_copies(output)
-        numbers = np.arange(cfg.sample.num_images)
-        assemble(output, parts, planned, labels_of(cfg, numbers), cfg.tokenizer.image_size)
-        _write_settings(output.with_suffix(".json"), cfg, checkpoint, identity, world, parts.near_ties(planned))
-        parts.remove()
-
-
-def _parts_of(output: Path, identity: str, tokenizer: Tokenizer | None) -> Parts:
-    return Parts(output.with_suffix(".parts") / identity[:16], with_images=tokenizer is not None)
+        job.output.with_suffix(".json").unlink(missing_ok=True)
+        remove_copies(job.output)
+        assemble(job.output, job.parts, planned, job.labels, cfg.tokenizer.image_size)
+        _write_settings(job, job.parts.near_ties(planned))
+        job.parts.remove()
 
 
 def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
@@ -250,22 +254,19 @@ def _make_unit(
     finish(number, tokens, torch.stack((decoder.near_ties, decoder.within_rounding), 1)[: len(ids)])
 
 
-def _finish_unit(
-    tokenizer: Tokenizer | None, cfg: ExperimentConfig, parts: Parts, number: int, tokens: Tensor, near_ties: Tensor
-) -> None:
+def _finish_unit(job: _Job, number: int, tokens: Tensor, near_ties: Tensor) -> None:
     count = len(near_ties)
     # The full batch is decoded: a short one would round otherwise.
-    images = None if tokenizer is None else _decoded(tokenizer, tokens, cfg)[:count]
-    parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
+    images = None if job.tokenizer is None else _decoded(job.tokenizer, tokens, job.cfg)[:count]
+    job.parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
 
 
-def _write_settings(
-    path: Path, cfg: ExperimentConfig, checkpoint: Checkpoint, identity: str, world: World, near_ties: np.ndarray
-) -> None:
+def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
+    cfg = job.cfg
     settings: dict[str, Any] = {
-        "identity": identity,
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
+        "identity": job.identity,
+        "checkpoint": str(job.checkpoint.path),
+        "step": job.checkpoint.step,
         "sample": asdict(cfg.sample),
         "quantiser": cfg.sample.quantiser,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
@@ -273,9 +274,9 @@ def _write_settings(
         # size, device or precision may draw others from there on.
         "near_ties": {"below": NEAR_TIE, **_counted(near_ties[:, 0])},
         "within_rounding": {"precision": cfg.train.precision, **_counted(near_ties[:, 1])},
-        **provenance(world),
+        **provenance(job.world),
     }
-    write_text_atomically(path, json.dumps(settings, indent=1) + "\n")
+    write_text_atomically(job.output.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")
 
 
 def _counted(tokens: np.ndarray) -> dict[str, int]:
