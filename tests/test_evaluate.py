@@ -20,9 +20,10 @@ from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
 from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.published import ROWS, our_rows, table
 from rear_scale.evaluate.sources import from_arrays, open_image_set
-from rear_scale.evaluate.statistics import images_of
+from rear_scale.evaluate.statistics import images_of, write_statistics
 from rear_scale.evaluate.subjects import Opener, Subject
 from rear_scale.interop.npz import write_samples
 from rear_scale.shards.images import open_images, write_images
@@ -410,3 +411,17 @@ def test_statistics_need_a_network_and_a_file_but_no_reference(tmp_path: Path) -
             check_evaluation(cfg, path)
     with pytest.raises(InputError, match="is of the features of a published network, and none is set"):
         check_evaluation(evaluation(tmp_path), tmp_path / "statistics.npz")
+
+
+def test_statistics_are_not_written_over_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "inception").touch()
+    cfg = config.load("evaluate.yaml", [f"evaluate.inception_weights={tmp_path / 'inception'}"])
+    ours, samples, published = (tmp_path / f"{name}.npz" for name in ("ours", "samples", "published"))
+    moments = Moments(torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), 3)
+    write_statistics(ours, {"pool": moments}, {"pool": "network"}, {"count": 3})
+    check_evaluation(cfg, ours)
+    np.savez(samples, arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    np.savez(published, mu=np.zeros(4), sigma=np.eye(4))
+    for path in (samples, published):
+        with pytest.raises(InputError, match=f"{path.name} is there and holds no statistics of ours"):
+            check_evaluation(cfg, path)
