@@ -282,6 +282,20 @@ def test_a_set_against_itself_and_its_statistics(tmp_path: Path, capsys: pytest.
         run_alone(with_other_weights)
 
 
+@pytest.mark.parametrize("damage", ["changed", "short", "empty"])
+def test_damaged_statistics_of_the_cache_are_computed_again(tmp_path: Path, damage: str) -> None:
+    cfg, cache = with_references(tmp_path), tmp_path / "cache"
+    before = run_alone(_score_small, cfg, tmp_path / "plain.npz", cache)
+    kept = sorted(cache.glob("*/statistics_*.npz"))
+    assert kept
+    for path in kept:
+        data = path.read_bytes()
+        middle = len(data) // 2
+        damaged = {"changed": data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1 :], "short": data[:middle]}
+        path.write_bytes(damaged.get(damage, b""))
+    assert run_alone(_score_small, cfg, tmp_path / "plain.npz", cache) == before
+
+
 def test_the_published_form_has_statistics_of_more_images_than_it_holds(tmp_path: Path) -> None:
     """VIRTUAL_imagenet256_labeled.npz: distances against its statistics, neighbours against its images."""
     cfg = with_references(tmp_path)
