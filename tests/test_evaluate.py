@@ -22,6 +22,7 @@ from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.published import ROWS, our_rows, table
+from rear_scale.evaluate.result import check_result
 from rear_scale.evaluate.sources import from_arrays, open_image_set
 from rear_scale.evaluate.statistics import images_of, write_statistics
 from rear_scale.evaluate.subjects import Opener, Subject
@@ -439,3 +440,15 @@ def test_statistics_are_not_written_over_files_that_are_none(tmp_path: Path) -> 
     for path in (samples, published):
         with pytest.raises(InputError, match=f"{path.name} is there and holds no statistics of ours"):
             check_evaluation(cfg, path)
+
+
+@pytest.mark.parametrize("text", ["[]", "not json", '{"identity": "of samples"}', '{"images": 3}'])
+def test_a_result_is_not_written_over_a_file_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "samples.json"
+    path.touch()
+    check_result(path)  # nothing to lose
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"samples\.json is there and holds no result of an evaluation"):
+        check_result(path)
+    with pytest.raises(InputError, match=r"is a folder. Name a file such as .*/result\.json"):
+        check_result(tmp_path)

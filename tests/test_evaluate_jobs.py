@@ -27,7 +27,6 @@ from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
 from rear_scale.evaluate.job import Evaluation
-from rear_scale.evaluate.result import check_result
 from rear_scale.evaluate.sources import open_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
 from rear_scale.evaluate.training import TrainingScores, check_training_scores, is_due
@@ -422,18 +421,6 @@ def test_bad_requests_are_one_line(tmp_path: Path, arguments: list[str], expecte
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(expected)
-
-
-@pytest.mark.parametrize("text", ["[]", "not json", '{"identity": "of samples"}', '{"images": 3}'])
-def test_a_result_is_not_written_over_a_file_that_is_none(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "samples.json"
-    path.touch()
-    check_result(path)  # nothing to lose
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"samples\.json is there and holds no result of an evaluation"):
-        check_result(path)
-    with pytest.raises(InputError, match=r"is a folder. Name a file such as .*/result\.json"):
-        check_result(tmp_path)
 
 
 def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
