@@ -26,17 +26,23 @@ def main() -> None:
     modes = [name for name in ("train", "sample", "data") if importlib.util.find_spec(f"rear_scale.bench.{name}")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", help=", ".join(modes))
+    chosen = None
     for name in modes:
         command = commands.add_parser(name)
-        if name in sys.argv[1:]:
+        if name in sys.argv[1:2]:
             # Only the mode that runs is imported: each measures with nothing loaded that it does not need.
             mode = importlib.import_module(f"rear_scale.bench.{name}")
             command.description = mode.__doc__
             command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here too")
             command.add_argument("--dry-run", action="store_true", help="print the settings and stop")
             mode.add_arguments(command)
-            command.set_defaults(run=mode.run)
-    arguments = parser.parse_args()
+            command.set_defaults(mode=name, run=mode.run)
+            chosen = command
+    if chosen is None:
+        parser.parse_args()  # ends here: help, or what is wrong
+        return
+    # The mode's own parser: overrides may stand between its options, which sub-commands do not allow.
+    arguments = chosen.parse_intermixed_args(sys.argv[2:])
     if arguments.dry_run:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
         print(json.dumps({**settings, **machine()}, indent=1, default=str))

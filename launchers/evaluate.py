@@ -26,7 +26,7 @@ from rear_scale.evaluate.blocks import Part
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
-from rear_scale.evaluate.result import summary, write_result
+from rear_scale.evaluate.result import check_result, summary, write_result
 from rear_scale.evaluate.sources import check_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
 from rear_scale.parallel.sources import open_source
@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
     command = cli.parse_either(parser, "evaluate.yaml")
     args = command.args
+    if args.out is not None:
+        check_result(args.out)
     if args.dry_run:
         cli.show_paths(command, inputs=_INPUTS, outputs=("evaluate.classifier.weights",), given=_given(command))
         return

@@ -66,6 +66,15 @@ def test_a_dry_run_shows_the_settings_and_writes_nothing(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mode", ["sample", "train"])
+def test_overrides_may_stand_between_options(tmp_path: Path, mode: str) -> None:
+    words = ["--config", "demo.yaml", "sample.batch_size=2", "--rounds", "3", "sample.seed=5"]
+    done = launch("python", "launchers/bench.py", mode, *words, "--dry-run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = json.loads(done.stdout)
+    assert (settings["overrides"], settings["rounds"]) == (["sample.batch_size=2", "sample.seed=5"], 3)
+
+
 def test_an_empty_set_can_be_opened(tmp_path: Path) -> None:
     data._write_sets(tmp_path, 256, 1)
     opened = open_tokens(tmp_path / "empty", str(tmp_path / "cache"))

@@ -20,9 +20,11 @@ from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
 from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.published import ROWS, our_rows, table
+from rear_scale.evaluate.result import check_result
 from rear_scale.evaluate.sources import from_arrays, open_image_set
-from rear_scale.evaluate.statistics import images_of
+from rear_scale.evaluate.statistics import images_of, write_statistics
 from rear_scale.evaluate.subjects import Opener, Subject
 from rear_scale.interop.npz import write_samples
 from rear_scale.shards.images import open_images, write_images
@@ -281,6 +283,20 @@ def test_a_set_against_itself_and_its_statistics(tmp_path: Path, capsys: pytest.
         run_alone(with_other_weights)
 
 
+@pytest.mark.parametrize("damage", ["changed", "short", "empty"])
+def test_damaged_statistics_of_the_cache_are_computed_again(tmp_path: Path, damage: str) -> None:
+    cfg, cache = with_references(tmp_path), tmp_path / "cache"
+    before = run_alone(_score_small, cfg, tmp_path / "plain.npz", cache)
+    kept = sorted(cache.glob("*/statistics_*.npz"))
+    assert kept
+    for path in kept:
+        data = path.read_bytes()
+        middle = len(data) // 2
+        damaged = {"changed": data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1 :], "short": data[:middle]}
+        path.write_bytes(damaged.get(damage, b""))
+    assert run_alone(_score_small, cfg, tmp_path / "plain.npz", cache) == before
+
+
 def test_the_published_form_has_statistics_of_more_images_than_it_holds(tmp_path: Path) -> None:
     """VIRTUAL_imagenet256_labeled.npz: distances against its statistics, neighbours against its images."""
     cfg = with_references(tmp_path)
@@ -410,3 +426,29 @@ def test_statistics_need_a_network_and_a_file_but_no_reference(tmp_path: Path) -
             check_evaluation(cfg, path)
     with pytest.raises(InputError, match="is of the features of a published network, and none is set"):
         check_evaluation(evaluation(tmp_path), tmp_path / "statistics.npz")
+
+
+def test_statistics_are_not_written_over_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "inception").touch()
+    cfg = config.load("evaluate.yaml", [f"evaluate.inception_weights={tmp_path / 'inception'}"])
+    ours, samples, published = (tmp_path / f"{name}.npz" for name in ("ours", "samples", "published"))
+    moments = Moments(torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), 3)
+    write_statistics(ours, {"pool": moments}, {"pool": "network"}, {"count": 3})
+    check_evaluation(cfg, ours)
+    np.savez(samples, arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    np.savez(published, mu=np.zeros(4), sigma=np.eye(4))
+    for path in (samples, published):
+        with pytest.raises(InputError, match=f"{path.name} is there and holds no statistics of ours"):
+            check_evaluation(cfg, path)
+
+
+@pytest.mark.parametrize("text", ["[]", "not json", '{"identity": "of samples"}', '{"images": 3}'])
+def test_a_result_is_not_written_over_a_file_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "samples.json"
+    path.touch()
+    check_result(path)  # nothing to lose
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"samples\.json is there and holds no result of an evaluation"):
+        check_result(path)
+    with pytest.raises(InputError, match=r"is a folder. Name a file such as .*/result\.json"):
+        check_result(tmp_path)

@@ -49,9 +49,8 @@ def test_subjects_are_all_checkpoints_at_all_settings(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, found = prepared(tmp_path, tokens)
-    planned = subjects_of(cfg, [(cfg, found)] * 2, None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
-    assert len(planned) == 8
-    assert [(p.cfg.sample.guidance.scale, p.cfg.sample.seed) for p in planned[:4]] == [
+    planned = subjects_of(cfg, [(cfg, found)], None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
+    assert [(p.cfg.sample.guidance.scale, p.cfg.sample.seed) for p in planned] == [
         (1.5, 3), (1.5, 4), (2.0, 3), (2.0, 4),
     ]  # fmt: skip
     assert planned[0].output.name == "result_guidance.scale=1.5_seed=3.json"
@@ -60,6 +59,10 @@ def test_subjects_are_all_checkpoints_at_all_settings(
     earlier = Checkpoint(found.path.with_name("step_00000004"), {**found.meta, "step": 4})
     both = subjects_of(cfg, [(cfg, found), (cfg, earlier)], None, [], None)
     assert [subject.output.name for subject in both] == [f"result_step={found.step}.json", "result_step=4.json"]
+    # The moving average of a run's weights, in a file beside that of the weights.
+    files = [Checkpoint(found.path.with_name(name), found.meta) for name in ("a.safetensors", "a_ema.safetensors")]
+    both = subjects_of(cfg, [(cfg, file) for file in files], None, ["sample.seed=1"], None)
+    assert [subject.output.name for subject in both] == ["result_a_seed=1.json", "result_a_ema_seed=1.json"]
     (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
     assert images.output == Path("a/samples.result.json")
     for name in ("scale_4.0", "scale_4.5"):
@@ -79,6 +82,8 @@ def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
         ((mine, Path("a.npz"), ["sample.seed=1,2"], None), "one set of images"),
         ((mine, None, ["optim.lr=1,2"], None), "the form is sample.FIELD"),
         ((mine, None, ["sample.seed=1,2"], tmp_path / "out.json"), "there are 2 results"),
+        ((mine, None, ["sample.seed=1,1"], None), "result_seed=1.json would be the result of several"),
+        ((mine * 2, None, [], None), "result.json would be the result of several"),
     ):
         with pytest.raises(InputError, match=expected):
             subjects_of(cfg, *arguments)
@@ -404,6 +409,10 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
         (["--samples", "none.npz", "--also", "run"], "error: --also run adds to --checkpoint, which is missing"),
         (["--samples", "none.npz", "--sweep", "sample.seed=1,2"], "error: --sweep sample.seed=1,2 needs --checkpoint"),
         (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: there are no features to compare by"),
+        (
+            ["--samples", "none.npz", "--out", "x.npz"],
+            "error: --out x.npz does not end in .json. Name a file such as x.json",
+        ),
         (["--reconstruct", "images", "--part", "0/2"], "error: --part does not go with --reconstruct"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_alone, run_ranks
@@ -154,3 +155,33 @@ def test_settings_that_are_not_ours_are_not_those_of_a_job_that_is_done(tmp_path
     (tmp_path / "samples.npz").write_bytes(b"")
     (tmp_path / "samples.json").write_text(text)
     assert not job.is_done(tmp_path / "samples.npz", "identity")
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "samples.json", "samples.png", "samples/000003.png"])
+def test_files_that_no_job_has_made_are_not_written_over(tmp_path: Path, tokens: Path, name: str) -> None:
+    cfg, found = prepared(tmp_path, tokens, "sample.num_images=2")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(InputError, match=f"would be written over .*{name}, which no sampling job has made"):
+        run_alone(_sample, cfg, found, tmp_path / "samples.npz")
+    assert (tmp_path / name).read_text() == "[]"
+    assert not (tmp_path / "samples.tokens.npy").exists()
+
+
+def test_a_job_is_written_over_an_earlier_one_of_ours(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "samples.npz"
+    output.touch()  # nothing to lose
+    for count in (2, 3):
+        cfg, found = prepared(tmp_path, tokens, f"sample.num_images={count}")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            # Between the removal of the earlier settings and the new ones.
+            patch.setattr(job, "_write_settings", _interrupt)
+            run_alone(_sample, cfg, found, output)
+        run_alone(_sample, cfg, found, output)
+        assert len(np.load(output)["arr_0"]) == count
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

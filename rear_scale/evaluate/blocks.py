@@ -118,7 +118,7 @@ def extract(
             if place % world.size == world.rank:
                 pixels, labels = images.read(images.blocks[number])
                 for blocks, extractor in zip(found, extractors, strict=True):
-                    if not _is_whole(blocks.path(number)):
+                    if not is_whole(blocks.path(number)):
                         _write_block(blocks.path(number), _features(extractor, pixels, labels, batch_size))
             bar.update(len(images.blocks[number]))
     world.barrier()
@@ -131,11 +131,11 @@ def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:
 
 def _missing(found: Sequence[FeatureBlocks], part: Part) -> list[int]:
     numbers = range(part.index, len(found[0].ids), part.of)
-    return [number for number in numbers if not all(_is_whole(blocks.path(number)) for blocks in found)]
+    return [number for number in numbers if not all(is_whole(blocks.path(number)) for blocks in found)]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a block is as it was written; one that was cut short or damaged is computed again."""
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache is as it was written; one that was cut short or damaged is computed again."""
     try:
         found = path.stat()
     except FileNotFoundError:

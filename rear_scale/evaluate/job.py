@@ -19,7 +19,7 @@ from rear_scale.evaluate.metrics import frechet_distance
 from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference, read_reference
 from rear_scale.evaluate.scores import network_scores
 from rear_scale.evaluate.sources import ImageSet, open_image_set
-from rear_scale.evaluate.statistics import write_statistics
+from rear_scale.evaluate.statistics import is_ours, write_statistics
 from rear_scale.evaluate.weights import DINOV2_VITL14, INCEPTION, check_weight_file
 from rear_scale.progress import say
 from rear_scale.world import World
@@ -56,6 +56,10 @@ def _check_statistics_file(cfg: ExperimentConfig, path: Path) -> None:
         raise InputError(
             f"--write-statistics {path} {'is a folder' if path.is_dir() else 'does not end in .npz'}. Name a file such as "
             "reference.npz"
+        )
+    if path.is_file() and path.stat().st_size > 0 and not is_ours(path):
+        raise InputError(
+            f"--write-statistics {path} is there and holds no statistics of ours. Name another file, or move that one"
         )
     if cfg.evaluate.inception_weights is None and cfg.evaluate.dinov2_weights is None:
         raise InputError(

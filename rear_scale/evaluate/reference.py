@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import EvaluateConfig, InputError
-from rear_scale.evaluate.blocks import FeatureBlocks, extract
+from rear_scale.evaluate.blocks import FeatureBlocks, extract, is_whole
 from rear_scale.evaluate.features import FeatureNetwork
 from rear_scale.evaluate.moments import Moments, moments_of
 from rear_scale.evaluate.neighbours import NEIGHBOURS, Rows, radii
@@ -49,7 +49,7 @@ class Reference:
         if kind not in self._moments:
             blocks = self.blocks[kind]
             cached = blocks.folder / f"statistics_{kind}.npz"
-            if cached.exists():
+            if is_whole(cached):
                 size = blocks.array(0, kind).shape[1]
                 self._moments[kind] = read_statistics(cached, self.networks, {kind: size})[kind]
             else:

@@ -7,12 +7,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rear_scale.config import ExperimentConfig, to_dict
+from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.shards.record import write_text_atomically
 from rear_scale.train.run_folder import provenance
 from rear_scale.world import World
+
+
+def check_result(path: Path) -> None:
+    """Raises InputError when a result cannot be written there, or only over a file that is none."""
+    if path.suffix != ".json" or path.is_dir():
+        raise InputError(
+            f"--out {path} {'is a folder' if path.is_dir() else 'does not end in .json'}. Name a file such as "
+            f"{path / 'result.json' if path.is_dir() else path.with_suffix('.json')}"
+        )
+    if path.is_file() and path.stat().st_size > 0 and not _is_result(path):
+        raise InputError(
+            f"--out {path} is there and holds no result of an evaluation. Name another file, or move that one"
+        )
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"images", "samples", "evaluate"} <= found.keys()
 
 
 def write_result(

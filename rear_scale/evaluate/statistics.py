@@ -70,6 +70,14 @@ def images_of(path: str | Path) -> MadeOf | None:
     return found
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is one that write_statistics has made."""
+    try:
+        return _manifest(path, array_names(path)) is not None
+    except InputError:  # of another form, or no .npz at all
+        return False
+
+
 def _manifest(path: str | Path, names: Sequence[str]) -> dict[str, Any] | None:
     if "manifest" not in names:
         return None

@@ -61,7 +61,7 @@ def subjects_of(
 ) -> list[Subject]:
     """All combinations of checkpoints and swept settings (`section.field=value,value,...`).
 
-    Raises InputError for a sweep of anything but sampling, and for one output of several results.
+    Raises InputError for a sweep of anything but sampling, and for several results of one output.
     """
     if not checkpoints and samples is None:
         raise InputError(
@@ -77,23 +77,39 @@ def subjects_of(
     if samples is not None and (sweeps or len(checkpoints) > 1):
         raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
     found = []
-    places = [(checkpoint.run, checkpoint.step) for _, checkpoint in checkpoints]
     for own, checkpoint in checkpoints:
         for setting in _settings(sweeps):
             swept = config.from_dict(to_dict(own), str(checkpoint.path), setting)
-            # Two checkpoints of one run have a result each.
-            several = any(checkpoint.run == run and checkpoint.step != step for run, step in places)
-            which = [f"step={checkpoint.step}"] if several else []
+            which = _which(checkpoint, [other for _, other in checkpoints])
             own_name = "_".join([*which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
             file = f"result_{own_name}.json" if own_name else "result.json"
             found.append(Subject(swept, checkpoint, samples, checkpoint.run / file, own_name))
     if output is None:
+        _check_distinct(found)
         return found
     if len(found) > 1:
         raise InputError(
             f"--out {output} is one file, but there are {len(found)} results. Leave it away: each has a name"
         )
     return [Subject(found[0].cfg, found[0].checkpoint, samples, output)]
+
+
+def _which(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> list[str]:
+    """What tells a checkpoint from others whose results go to the same folder: its step, or the name of its file."""
+    beside = [other for other in all_of_them if other.run == checkpoint.run and other.path != checkpoint.path]
+    if any(other.step == checkpoint.step for other in beside):
+        return [checkpoint.path.stem]  # a run's weights and their moving average, each in a file
+    return [f"step={checkpoint.step}"] if beside else []
+
+
+def _check_distinct(subjects: Sequence[Subject]) -> None:
+    outputs = [subject.output for subject in subjects]
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise InputError(
+                f"{output} would be the result of several checkpoints or settings of this job. Name each once, and weight files "
+                "of one run differently"
+            )
 
 
 def _settings(sweeps: Sequence[str]) -> list[list[str]]:

@@ -140,12 +140,25 @@ def write_copies(output: Path, kind: str, labels: np.ndarray, world: World) -> N
             bar.update(min(world.size * len(ids), len(images) - bar.n))
 
 
+def written_over(output: Path) -> list[Path]:
+    """The files with content that a job would replace or remove: `output`, what goes beside it, and its copies."""
+    beside = [output.with_suffix(suffix) for suffix in (".npz", ".tokens.npy", ".png", ".json")]
+    return [*(path for path in beside if path.is_file() and path.stat().st_size > 0), *_copies(output)]
+
+
 def remove_copies(output: Path) -> None:
     """Removes the copies of an earlier `output`, and nothing else that may lie in their folders."""
-    for kind, names in (("png", "[0-9]*.png"), ("tar", "shard-*.tar")):
-        for path in _copies_folder(output, kind).glob(names):
-            if re.fullmatch(r"\d{6,}\.png|shard-\d{6}\.tar", path.name):
-                path.unlink()
+    for path in _copies(output):
+        path.unlink()
+
+
+def _copies(output: Path) -> list[Path]:
+    found = [
+        path
+        for kind, names in (("png", "[0-9]*.png"), ("tar", "shard-*.tar"))
+        for path in _copies_folder(output, kind).glob(names)
+    ]
+    return [path for path in found if re.fullmatch(r"\d{6,}\.png|shard-\d{6}\.tar", path.name)]
 
 
 def _copies_folder(output: Path, kind: str) -> Path:

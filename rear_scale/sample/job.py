@@ -30,7 +30,7 @@ from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies
+from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies, written_over
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import Manifest, write_text_atomically
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
@@ -83,11 +83,18 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError when samples cannot be written there."""
+    """Raises InputError when samples cannot be written there, or only over files that no sampling job has made."""
     if output.suffix != ".npz" or output.is_dir():
         raise InputError(
             f"--out {output} {'is a folder' if output.is_dir() else 'does not end in .npz'}, but the samples are one .npz with "
             f"other files beside it. Use --out {output / 'samples.npz' if output.is_dir() else output.with_suffix('.npz')}"
+        )
+    others = written_over(output)
+    # A job that was begun has its parts there, and one that has ended its settings.
+    if others and "identity" not in _settings_of(output) and not output.with_suffix(".parts").is_dir():
+        raise InputError(
+            f"--out {output} would be written over {others[0]}, which no sampling job has made. Name another file, or move "
+            "that one"
         )
 
 
@@ -285,8 +292,13 @@ def _counted(tokens: np.ndarray) -> dict[str, int]:
 
 def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
     """Whether a job of that identity has written `result` (by default, output itself) and its settings."""
-    result = result or output
+    return (result or output).exists() and _settings_of(output).get("identity") == identity
+
+
+def _settings_of(output: Path) -> dict[str, Any]:
+    """What the job that wrote `output` noted beside it; empty when there is nothing, or a file of somebody else's."""
     try:
-        return result.exists() and json.loads(output.with_suffix(".json").read_text())["identity"] == identity
-    except (OSError, ValueError, KeyError, TypeError):  # a file of somebody else's, maybe
-        return False
+        found = json.loads(output.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
