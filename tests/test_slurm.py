@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import slurm_cluster
-from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_CLASSES, NUM_TOKENS, ROOT, TIMES, metrics
+from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_CLASSES, NUM_TOKENS, ROOT, TIMES, launch, metrics
+from PIL import Image
 from slurm_cluster import NODES, Cluster
 from test_pretokenize import NUM_IMAGES, settings, tiny_overrides
 
+from rear_scale.interop.npz import write_samples
+from rear_scale.shards.images import write_images
 from rear_scale.shards.record import read_manifest
 
 TRAIN = "launchers/slurm/train.sbatch"
@@ -247,3 +251,33 @@ def test_the_other_scripts_start_their_launchers(cluster: Cluster, trained: Path
     for job, folder in zip(jobs, logs.values(), strict=True):
         assert cluster.wait(job)["JobState"] == "COMPLETED", (folder / "job.out").read_text()
         assert "seed: 7" in (folder / NODE_LOGS[0]).read_text()
+
+
+def test_an_array_of_jobs_splits_an_evaluation(cluster: Cluster, tmp_path: Path) -> None:
+    """1,100 images are three blocks of features: a share for each job, and the last one scores."""
+    images = np.random.default_rng(0).integers(0, 90, (1100, 12, 12, 3), dtype=np.uint8)
+    labels = np.arange(1100) % 3
+    for label in range(3):
+        images[label::3, :, 4 * label : 4 * label + 4] += 150
+    shown = ((Image.fromarray(image), int(label)) for image, label in zip(images[:90], labels, strict=False))
+    write_images(tmp_path / "real", shown, 12, ["a", "b", "c"])
+    arguments = [
+        f"evaluate.reference={{real: {tmp_path / 'real'}}}",
+        f"evaluate.classifier={{weights: {tmp_path / 'classifier'}, images: {tmp_path / 'real'}, steps: 60}}",
+    ]  # fmt: skip
+    for name in ("alone", "array"):
+        (tmp_path / name).mkdir()
+        write_samples(tmp_path / name / "samples.npz", iter([images]), 1100, 12, labels)
+    alone = launch(
+        "python", "launchers/evaluate.py", "--samples", str(tmp_path / "alone/samples.npz"), *arguments, timeout=300
+    )
+    assert alone.returncode == 0, alone.stderr
+    cluster.submit(
+        "launchers/slurm/evaluate.sbatch", "--samples", tmp_path / "array/samples.npz", *arguments,
+        options=["--nodes=1", "--array=0-2"], logs=tmp_path / "logs", REAR_TASKS_PER_NODE="1",
+    )  # fmt: skip
+    results = [tmp_path / name / "samples.result.json" for name in ("alone", "array")]
+    until(results[1].exists, tmp_path, timeout_s=240)
+    found = [json.loads(path.read_text())["images"] for path in results]
+    assert found[0]["samples"] == found[1]["samples"]
+    assert found[0]["samples"]["count"] == 1100

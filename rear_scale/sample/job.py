@@ -40,7 +40,7 @@ from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.world import World
 
 _ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
-_NOT_THE_IMAGES = ("copies", "grid_every_images")  # settings of sampling that no image depends on
+_NOT_THE_IMAGES = ("copies", "grid_every_images", "cuda_graphs")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
@@ -189,6 +189,11 @@ def _make(job: _Job) -> None:
     cfg, world, planned = job.cfg, job.world, units_of(job.cfg)
     missing = [number for number in range(len(planned)) if not job.parts.finished(number)]
     to_make = sum(len(planned[number]) for number in missing)
+    if world.is_main and len(planned) < world.size:
+        say(
+            f"sample.batch_size={cfg.sample.batch_size} makes {len(planned)} batches for {world.size} ranks, some of which get "
+            f"none. With sample.batch_size={max(1, cfg.sample.num_images // world.size)} all would work"
+        )
     world.on_main(lambda: check_space(job.output, job.parts, to_make, cfg.sample.num_images, cfg.tokenizer))
     decoder = Decoder(load_generator(cfg, job.checkpoint, world.device), cfg.sample, cfg.objective.permutation)
     # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
