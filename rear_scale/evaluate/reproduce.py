@@ -17,10 +17,11 @@ from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.published import ACCEPTED_FID_DIFFERENCE, ROWS, PublishedRow, our_rows, table
 from rear_scale.evaluate.result import write_result
 from rear_scale.evaluate.weights import INCEPTION, PublishedFile, read_weight_file
-from rear_scale.model import build_model
+from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import WeightFile, load_generator_weights
+from rear_scale.parallel.sources import WeightFile
 from rear_scale.progress import say
+from rear_scale.sample.job import load_generator
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.world import World
 
@@ -130,18 +131,17 @@ def entry_of(name: str) -> Entry:
     return ENTRIES[name]
 
 
-def open_generator(entry: Entry, cfg: ExperimentConfig, folder: Path, device: torch.device) -> tuple[Any, Checkpoint]:
+def open_generator(
+    entry: Entry, cfg: ExperimentConfig, folder: Path, device: torch.device
+) -> tuple[Generator, Checkpoint]:
     """The generator of a published file, in eval mode, and what stands for its checkpoint in results.
 
     Heads, which sampling does not need, may be in the file. Raises InputError when the file is not of the config's model.
     """
     path = folder / entry.generator.name
     weights = read_weight_file(path, "--weights", entry.generator)
-    model = build_model(cfg, with_heads=False)
     meta = {"step": 0, "files": [{"file": path.name, "sha256": weights.sha256}], "config": to_dict(cfg)}
-    load_generator_weights(WeightFile(path, meta, weights.state), model)
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False), Checkpoint(path, meta)
+    return load_generator(cfg, WeightFile(path, meta, weights.state), device), Checkpoint(path, meta)
 
 
 def reproduce(

@@ -135,7 +135,8 @@ class Opener:
     def images(self, subject: Subject, size: int | None = None) -> ImageSet:
         """size: to which image files are cropped; null = they are taken as they are.
 
-        All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with."""
+        All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with.
+        """
         if subject.samples is not None:
             return open_image_set(subject.samples, self.world, size)
         assert subject.checkpoint is not None
