@@ -22,11 +22,12 @@ from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.moments import moments_of
 from rear_scale.evaluate.npz import read_samples, read_sha256
 from rear_scale.evaluate.reference import check_reference
-from rear_scale.evaluate.sources import centre_crop, open_image_set
+from rear_scale.evaluate.sources import open_image_set
 from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
 from rear_scale.interop.npz import write_samples
 from rear_scale.sample.quantise import to_uint8
+from rear_scale.shards.crops import center_crop
 from rear_scale.shards.images import write_images
 from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
@@ -236,7 +237,7 @@ def _quantiser(world: World, path: Path) -> str | None:
 def test_the_crop_is_the_middle() -> None:
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 200
-    assert (np.asarray(centre_crop(Image.fromarray(picture), 20)) == 200).all()
+    assert (center_crop(Image.fromarray(picture), 20) == 200).all()
 
 
 def test_unreadable_images_and_empty_folders_are_named(tmp_path: Path) -> None:

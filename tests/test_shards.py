@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import tarfile
@@ -247,6 +248,16 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("00000000.png"))
     with pytest.raises(InputError, match="shard-000000.tar, image 1"):
         open_images(folder).load()
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, "PNG")
+    for data, expected in ((deep.getvalue(), "more than 8 bits a value"), (b"no image", "not an image")):
+        with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+            for name, content in (("00000000.png", data), ("00000000.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        with pytest.raises(InputError, match=f"image 0: sample 00000000: {expected}"):
+            open_images(folder).load()
     (folder / "shard-000000.tar").unlink()
     with pytest.raises(InputError, match="not found"):
         open_images(folder).load()

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from rear_scale.config import InputError
 from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
-from rear_scale.shards.images import DEEP_MODES, ImageShards, open_images
+from rear_scale.shards.crops import BadImage, center_crop, decode_image
+from rear_scale.shards.images import ImageShards, open_images
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
@@ -237,31 +236,12 @@ def _class_ids(labels: list[int | str | None]) -> np.ndarray | None:
 
 def _decode(file: _File, size: int | None) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(file.data())) as image:
-            mode = image.mode
-            if mode not in DEEP_MODES:
-                image = image.convert("RGB")
-                return np.asarray(image if size is None else centre_crop(image, size))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+        image = decode_image(file.data(), deep=False)
+    except (BadImage, OSError) as error:
         raise InputError(f"{file.path} (byte {file.offset}): {error}. Remove the image or make it again") from error
-    raise InputError(
-        f"{file.path} (byte {file.offset}) has more than 8 bits a value (Pillow mode {mode}), which scores are not made of. "
-        "Convert it to 8 bits first, by the rule that you mean"
-    )
+    return np.asarray(image) if size is None else center_crop(image, size)
 
 
 def crop_rule(size: int) -> str:
     """What is done to image files that are brought to a size, in words: part of what features depend on."""
     return f"centre crop to {size} pixels (halved by boxes, then bicubic)"
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """A square of `size` pixels as the ADM data loader cuts it: halved by boxes while twice too large, scaled, cropped."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))

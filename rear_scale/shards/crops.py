@@ -17,21 +17,26 @@ class BadImage(Exception):
     """An image that cannot be decoded. The message is the same wherever and whenever it is read."""
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, *, deep: bool = True) -> Image.Image:
     """The RGB image of a file's bytes: any mode that Pillow reads, transparency dropped, 16-bit grey scaled to 8 bits.
 
-    Raises BadImage when it is no image, or truncated.
+    deep: false refuses more than 8 bits a value, where nothing may be scaled by a rule that nobody has named. Raises BadImage
+    when it is no image, or truncated.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+            if not deep and image.mode.startswith(("I", "F")):
+                raise BadImage(
+                    f"more than 8 bits a value (Pillow mode {image.mode}). Convert it to 8 bits first, by the rule that you mean"
+                )
             if image.mode.startswith("I"):
                 # Pillow clips such values at 255 and makes nearly every pixel white; of 16-bit colour it keeps the high byte.
                 return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             return image.convert("RGB")
-    except MemoryError:
+    except (MemoryError, BadImage):
         raise
     except UnidentifiedImageError:
         # Pillow's message holds the address of an object.

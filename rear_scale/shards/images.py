@@ -18,13 +18,12 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import InputError
+from rear_scale.shards.crops import BadImage, decode_image
 from rear_scale.shards.record import TarShard, read_index, tar_samples, write_index, write_tar
 
 FORMAT = "rear_scale image shards 1"
 IMAGES_PER_SHARD = 1000
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-# Pillow clips their values at 255, which makes nearly every pixel white.
-DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,8 @@ class ImageShards:
         if extension is None:
             raise ValueError(f"sample {sample['__key__']} has no {', '.join(EXTENSIONS)}")
         try:
-            with Image.open(io.BytesIO(sample[extension])) as image:
-                if image.mode in DEEP_MODES:
-                    raise ValueError(f"more than 8 bits a value (Pillow mode {image.mode}); convert it to 8 bits first")
-                pixels = np.asarray(image.convert("RGB"))
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+            pixels = np.asarray(decode_image(sample[extension], deep=False))
+        except BadImage as error:
             raise ValueError(f"sample {sample['__key__']}: {error}") from error
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise ValueError(
