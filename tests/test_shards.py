@@ -256,7 +256,7 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-        with pytest.raises(InputError, match=f"image 0: sample 00000000: {expected}"):
+        with pytest.raises(InputError, match=f"image 1: {expected}"):
             open_images(folder).load()
     (folder / "shard-000000.tar").unlink()
     with pytest.raises(InputError, match="not found"):

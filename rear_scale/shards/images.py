@@ -87,7 +87,7 @@ class ImageShards:
                     yield self._decode(sample), int(sample["cls"])
                 if count == end:
                     return
-        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError) as error:
+        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, BadImage) as error:
             raise InputError(f"{path}, image {count}: {error}. Copy the shard again") from error
         raise InputError(f"{path} holds {count} images, but index.json says {shard.samples}. Copy the shard again")
 
@@ -95,10 +95,7 @@ class ImageShards:
         extension = next((name for name in EXTENSIONS if name in sample), None)
         if extension is None:
             raise ValueError(f"sample {sample['__key__']} has no {', '.join(EXTENSIONS)}")
-        try:
-            pixels = np.asarray(decode_image(sample[extension], deep=False))
-        except BadImage as error:
-            raise ValueError(f"sample {sample['__key__']}: {error}") from error
+        pixels = np.asarray(decode_image(sample[extension], deep=False))
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"sample {sample['__key__']} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
