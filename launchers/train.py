@@ -14,6 +14,7 @@ from rear_scale.sample.training import check_grids, grid_hooks
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation
+from rear_scale.train.wandb_sink import check_wandb
 from rear_scale.world import joined
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     if command.args.check:
         preflight.check(cfg, command.ranks)
         return
+    check_wandb(cfg, command.ranks.rank)
     data = setup.check_data(cfg, command.ranks)
     check_grids(cfg, data.manifest)
     check_training_scores(cfg, data.manifest)

@@ -82,7 +82,7 @@ class SampleGrids:
         Image.fromarray(contact_sheet(images, self.columns)).save(part, format="PNG")
         part.replace(file)
         say(f"{file}: {len(images)} samples, classes {', '.join(map(str, labels_of(cfg, np.arange(self.columns))))}")
-        log_image(cfg, step, "samples", file)
+        log_image(step, "samples", file)
 
 
 def grid_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -15,14 +13,18 @@ from typing import Any
 
 import torch
 
-from rear_scale.config import ExperimentConfig, Plan, to_dict
+from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.model.flops import train_flops_per_image
 from rear_scale.objective import STATISTICS
 from rear_scale.train.run_folder import RunFolder
+from rear_scale.train.wandb_sink import WandbSink, open_sink
 from rear_scale.world import World
 
 # Dense bf16 peak of one device in TFLOP/s, by a part of its name. An unknown device has no MFU.
 _PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "B200": 2250.0}
+
+# That of the run that is training in this process.
+_training_sink: WandbSink | None = None
 
 
 class Clock:
@@ -101,7 +103,7 @@ class Telemetry:
         self.clock = Clock(world.device)
         self.steps = 0
         self.since = time.perf_counter()
-        self.wandb = self._open_wandb() if world.is_main and cfg.wandb.mode != "disabled" else None
+        self.wandb = open_sink(cfg, run) if world.is_main else None
 
     def due(self, step: int) -> bool:
         return step % self.cfg.train.log_every == 0 or step in (1, self.plan.last_step)
@@ -168,9 +170,13 @@ class Telemetry:
         self.steps += 1
 
     def __enter__(self) -> Telemetry:
+        global _training_sink
+        _training_sink = self.wandb
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        global _training_sink
+        _training_sink = None
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -182,49 +188,19 @@ class Telemetry:
         peak = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
         return None if peak is None else images_per_s * self.flops_per_image / (peak * 1e12 * self.world.size)
 
-    def _open_wandb(self) -> Any:
-        return _open_wandb(self.cfg, self.run)
-
 
 def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
     """Adds scores to the summary of the run's page in wandb, unless it is disabled. Rank 0 only."""
-    if cfg.wandb.mode == "disabled":
-        return
-    page = _open_wandb(cfg, run)
-    page.summary.update(values)
-    page.finish()
+    sink = open_sink(cfg, run)
+    if sink is not None:
+        sink.summary(values)
+        sink.finish(exit_code=0)
 
 
-def log_image(cfg: ExperimentConfig, step: int, name: str, file: Path) -> None:
-    """Adds an image to the page in wandb of the run that is training here, unless it is disabled. Rank 0 only."""
-    if cfg.wandb.mode == "disabled":
-        return
-    import wandb
-
-    assert wandb.run is not None
-    wandb.log({name: wandb.Image(str(file)), "step": step})
-
-
-def _open_wandb(cfg: ExperimentConfig, run: RunFolder) -> Any:
-    import wandb
-
-    # The id makes a resumed run continue its curve.
-    identity = run.path / "wandb_id"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
-    opened = wandb.init(
-        project=cfg.wandb.project,
-        name=cfg.run.name,
-        id=identity.read_text(),
-        resume="allow",
-        dir=str(run.path),
-        # Where nodes have no network, the job knows it and the config does not.
-        mode=os.environ.get("WANDB_MODE") or cfg.wandb.mode,
-        config=to_dict(cfg),
-    )
-    # A resumed run logs some steps again, which wandb's own counter would refuse.
-    opened.define_metric("*", step_metric="step")
-    return opened
+def log_image(step: int, name: str, file: Path) -> None:
+    """Adds an image to the page in wandb of the run that is training here, if there is one. Rank 0 only."""
+    if _training_sink is not None:
+        _training_sink.image(step, name, file)
 
 
 def _peak_memory_gib(world: World) -> float:

@@ -1,0 +1,257 @@
+"""Weights & Biases as a sink of metrics that training never waits for, and the check of its settings before a start."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import netrc
+import os
+import queue
+import secrets
+import signal
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.progress import say
+from rear_scale.train.run_folder import RunFolder
+
+# WANDB_MODE as wandb reads it, older words included.
+_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+_LONGEST_NAME = 128  # of a project or run, by wandb's own check
+_NOT_IN_PROJECTS = "/\\#?%:"
+_MOST_WAITING = 10_000  # entries
+# Seconds that the end of a run waits for entries to be sent; after a signal or an error less, since a scheduler may be waiting.
+_FINISH_S, _FINISH_AFTER_ERROR_S = 120.0, 20.0
+_ANSWER_S = 10.0  # of wandb's server, before a start
+# A signal to all processes of a job must reach the main thread, whatever thread it is delivered to.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+class WandbSink:
+    """Sends entries to a page of wandb from a thread of its own.
+
+    No method raises or waits, `finish` apart, which waits for a bounded time. The first problem is said and ends sending;
+    entries that were not sent are counted. metrics.jsonl has them all.
+    """
+
+    def __init__(self, cfg: ExperimentConfig, run: RunFolder, mode: str) -> None:
+        self.cfg, self.run, self.mode = cfg, run, mode
+        self.waiting: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_MOST_WAITING)
+        self.unsent = 0
+        self.problem: str | None = None
+        self.exit_code = 0
+        self.thread = threading.Thread(target=self._run, name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self._put(lambda page: page.log(metrics))
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Adds an image file, which is read later."""
+
+        def send(page: Any) -> None:
+            import wandb
+
+            page.log({name: wandb.Image(str(file)), "step": step})
+
+        self._put(send)
+
+    def summary(self, values: dict[str, float]) -> None:
+        """Adds values to the summary of the page."""
+        self._put(lambda page: page.summary.update(values))
+
+    def finish(self, exit_code: int) -> None:
+        """Sends what is waiting, within a bounded time, and says what was not sent."""
+        self.exit_code = exit_code
+        limit_s = _FINISH_AFTER_ERROR_S if exit_code else _FINISH_S
+        end = time.monotonic() + limit_s
+        with suppress(queue.Full):  # when the thread is stuck, as the join finds
+            self.waiting.put(None, timeout=limit_s)
+        self.thread.join(max(0.0, end - time.monotonic()))
+        if self.thread.is_alive():
+            self._give_up(f"no end of sending within {limit_s:.0f} s")
+        self._drop_waiting()
+        if self.unsent:
+            say(f"wandb: {self.unsent} entries were not sent; {self.run.metrics} has them")
+
+    def _put(self, send: Callable[[Any], None]) -> None:
+        try:
+            if self.problem is None:
+                self.waiting.put_nowait(send)
+                return
+        except queue.Full:
+            pass
+        self.unsent += 1
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        doing = "start"
+        send: Callable[[Any], None] | None = None
+        try:
+            page = self._open()
+            doing = "sending"
+            while (send := self.waiting.get()) is not None:
+                send(page)
+            doing = "end"
+            page.finish(exit_code=self.exit_code)
+        except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt too
+            self.unsent += send is not None
+            self._give_up(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def _give_up(self, problem: str) -> None:
+        if self.problem is not None:
+            return
+        self.problem = problem
+        self._drop_waiting()
+        say(f"wandb: {problem}. The run goes on without it")
+
+    def _drop_waiting(self) -> None:
+        while True:
+            try:
+                self.unsent += self.waiting.get_nowait() is not None
+            except queue.Empty:
+                return
+
+    def _open(self) -> Any:
+        import wandb
+
+        # The id makes a resumed run continue its curve.
+        identity = self.run.path / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        page = wandb.init(
+            project=self.cfg.wandb.project,
+            name=self.cfg.run.name[:_LONGEST_NAME],
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(self.run.path),
+            mode=self.mode,
+            config=to_dict(self.cfg),
+            # Otherwise every line on stderr passes through wandb in the thread that writes it.
+            settings=wandb.Settings(console="off"),
+        )
+        # A resumed run logs some steps again, which wandb's own counter would refuse.
+        page.define_metric("*", step_metric="step")
+        return page
+
+
+def open_sink(cfg: ExperimentConfig, run: RunFolder) -> WandbSink | None:
+    """The sink of a run, or None where wandb is disabled or its mode is not known. Rank 0 only."""
+    try:
+        mode = _mode(cfg)
+    except InputError as error:
+        say(f"wandb: {error}")
+        return None
+    return None if mode == "disabled" else WandbSink(cfg, run, mode)
+
+
+def _mode(cfg: ExperimentConfig) -> str:
+    """disabled, offline or online. Raises InputError for a WANDB_MODE that is none of them."""
+    if cfg.wandb.mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    # Where nodes have no network, the job knows it and the config does not.
+    given = os.environ.get("WANDB_MODE", "").strip()
+    if not given:
+        return cfg.wandb.mode
+    if given.lower() not in _MODES:
+        raise InputError(f"WANDB_MODE={given} is none of online, offline and disabled. Set one of them, or unset it")
+    return _MODES[given.lower()]
+
+
+def check_wandb(cfg: ExperimentConfig, rank: int) -> None:
+    """Raises InputError when wandb could not take the run: package, names, key and, on rank 0, an answer of its server.
+
+    A run that resumes is not refused for a server that does not answer; the sink then says so.
+    """
+    mode = _mode(cfg)
+    if mode == "disabled":
+        return
+    project = cfg.wandb.project
+    if not project.strip() or len(project) > _LONGEST_NAME or any(sign in _NOT_IN_PROJECTS for sign in project):
+        raise InputError(
+            f"wandb.project={project} is not a name that wandb takes: 1 to {_LONGEST_NAME} characters, none of "
+            f"{' '.join(_NOT_IN_PROJECTS)}. Use a plain name; a team is named by the variable WANDB_ENTITY"
+        )
+    _check_package()
+    if mode == "offline":
+        return
+    server = _server()
+    if not _has_key(server):
+        raise InputError(
+            f"wandb.mode=online needs a key for {server}, and none was found. Run `wandb login`, set WANDB_API_KEY, or use "
+            "wandb.mode=offline"
+        )
+    resumes = any(RunFolder(cfg.run.dir).checkpoints.glob("step_????????"))
+    if rank == 0 and not resumes and (problem := _unreachable(server)) is not None:
+        raise InputError(
+            f"wandb.mode=online, but {server} does not answer ({problem}). Use wandb.mode=offline and `wandb sync` later"
+        )
+
+
+def _check_package() -> None:
+    spec = importlib.util.find_spec("wandb")
+    if spec is not None and spec.origin is not None and (Path(spec.origin).parent / "sdk").is_dir():
+        return
+    if spec is None:
+        found = "is not installed"
+    else:
+        place = Path(spec.origin).parent if spec.origin else Path(*list(spec.submodule_search_locations or [])[:1])
+        found = f"is hidden by {place.resolve()}, or not installed"
+    raise InputError(
+        f"wandb.mode needs the package wandb, which {found}. Use `pip install .[wandb]`, or wandb.mode=disabled"
+    )
+
+
+def _server() -> str:
+    """The URL of the server: WANDB_BASE_URL, what `wandb login --host` has noted, or the public one."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url.rstrip("/")
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config/wandb")
+    noted = configparser.ConfigParser()
+    try:
+        noted.read(folder / "settings")
+        return noted.get("default", "base_url", fallback="https://api.wandb.ai").rstrip("/")
+    except configparser.Error:
+        return "https://api.wandb.ai"
+
+
+def _has_key(server: str) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlsplit(server).hostname or server
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(file).authenticators(host) is not None:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _unreachable(server: str) -> str | None:
+    """Why the server gives no answer of any kind within _ANSWER_S, or None."""
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(server, timeout=_ANSWER_S).close()
+            found.append(None)
+        except urllib.error.HTTPError:
+            found.append(None)  # an answer
+        except (OSError, ValueError) as error:
+            found.append(str(getattr(error, "reason", error)))
+
+    # The look-up of a name has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_S)
+    return found[0] if found else f"no answer in {_ANSWER_S:.0f} s"
