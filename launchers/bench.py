@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from rear_scale import cli
+from rear_scale.device import uses_cuda
 from rear_scale.versions import commit
 
 
@@ -59,7 +60,7 @@ def main() -> None:
 
 def machine() -> dict[str, object]:
     """Where the figures were measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if uses_cuda() else _processor()
     packages = ("torch", "numpy", "webdataset")
     return {
         "command": shlex.join(sys.argv),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rear_scale import config, world
+from rear_scale import config, device, world
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import check_overrides, load_config, open_source
@@ -119,6 +119,7 @@ def run(main: Callable[[], None]) -> None:
     code = 0
     try:
         _end_with_launcher()
+        device.prepare()
         main()
     except InputError as error:
         code = EXIT_INPUT_ERROR

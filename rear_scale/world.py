@@ -22,7 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rear_scale import device
 from rear_scale.config import InputError
+from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -250,16 +252,21 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
 
     After an exception the group is left as it is: a rank that waits for the others there would hide the error.
     """
-    device = _device(ranks)
+    device.prepare()
+    place = _device(ranks)
+    if ranks.rank == 0:
+        say(f"device: {device.describe(place)}; ranks: {ranks.world_size}")
     threads = torch.get_num_threads()
     if same_for_any_world:
         torch.set_num_threads(1)
-    elif device.type == "cpu":
+    elif place.type == "cpu":
         torch.set_num_threads(_share_of_cores(ranks))
     common = {
-        "backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "backend": "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
         "timeout": timedelta(seconds=timeout_s),
-        "device_id": device if device.type == "cuda" else None,
+        # A group with a bound device makes every later group as a split of it, on which DeepSpeed fails in a world of one
+        # (its issue 8248). In larger worlds splits are made faster than groups that connect anew.
+        "device_id": place if place.type == "cuda" and ranks.world_size > 1 else None,
     }
     # DeepSpeed reads these too, and srun sets none of them.
     os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
@@ -268,7 +275,7 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
     else:
         os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
         dist.init_process_group(init_method="env://", **common)
-    world = World(ranks, device)
+    world = World(ranks, place)
     yield world
     # Without the meeting, gloo aborts at exit now and then when one rank is gone before another has finished.
     world.barrier()
@@ -277,7 +284,7 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
 
 
 def _device(ranks: Ranks) -> torch.device:
-    if not torch.cuda.is_available():
+    if not device.uses_cuda():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     # srun --gpus-per-task shows each task its own GPU as number 0.
@@ -286,8 +293,7 @@ def _device(ranks: Ranks) -> torch.device:
         raise InputError(
             f"LOCAL_RANK={ranks.local_rank}, but this node shows {visible} GPUs. Start at most {visible} processes here"
         )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    return device.use_gpu(index)
 
 
 def _share_of_cores(ranks: Ranks) -> int:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from helpers import write_token_shards
+
+from rear_scale.device import gpus_of_the_machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,13 +18,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not asks_for_gpus(config.option.markexpr or ""):
+        hide_gpus()
+
+
+def asks_for_gpus(expression: str) -> bool:
+    """Whether `-m EXPRESSION` selects tests of GPUs and no others: with others beside them, GPUs are hidden from all."""
+    if not expression:
+        return False
+    chosen = Expression.compile(expression)
+
+    def selects(*marks: str) -> bool:
+        return chosen.evaluate(lambda name, **_: name in marks)
+
+    return (selects("gpu") or selects("gpu", "long")) and not (selects() or selects("long"))
+
+
+def hide_gpus() -> None:
+    """From this process and those that it starts: tests of the CPU compare bits and count processes, and GPUs have others."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if gpus_of_the_machine():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # the deepspeed launcher replaces the other variable
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    hidden = gpus_of_the_machine() and not asks_for_gpus(config.option.markexpr or "")
     long = pytest.mark.skip(reason="takes minutes; run with -m long")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
-        if "long" in item.keywords and "long" not in (config.option.markexpr or ""):
+        # Not item.keywords: those hold the names of folders too.
+        gpu = item.get_closest_marker("gpu")
+        wanted = 0 if gpu is None else next(iter(gpu.args), 1)
+        if count < wanted:
+            reason = (
+                "run it with -m gpu" if hidden else "needs a CUDA device" if wanted == 1 else f"needs {wanted} GPUs"
+            )
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("long") and "long" not in (config.option.markexpr or ""):
             item.add_marker(long)
 
 

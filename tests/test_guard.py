@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
+import pytest
+import torch
 from helpers import ROOT, command_line, environment, launch, metrics, tiny_config_file
 
 from rear_scale import config
 from rear_scale.shards.record import TarShard
+from rear_scale.train import guard
 from rear_scale.train.guard import EXIT_PREEMPTED, Spikes, shard_positions
 from rear_scale.world import free_port
 
@@ -78,6 +83,21 @@ def test_a_rank_that_hangs_brings_all_down_with_their_stacks(tmp_path: Path, tok
     if "rank_00001.txt" in stacks:
         assert "step 12, forward and backward" in stacks["rank_00001.txt"]
         assert "planted.py" in stacks["rank_00001.txt"]
+    recorded = [pickle.loads(path.read_bytes()) for path in (tmp_path / "run/collectives").iterdir()]
+    assert recorded
+    assert all(rank["entries"][-1]["process_group"][1] for rank in recorded)
+
+
+def test_a_recorder_that_hangs_does_not_keep_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(guard, "_DUMP_S", 0.1)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", held.wait, raising=False)
+    guard.dump_collectives(tmp_path / "collectives/rank_0")
+    assert not list((tmp_path / "collectives").iterdir())
+    # With NCCL in torch, its recorder is the one.
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"nccl", raising=False)
+    guard.dump_collectives(tmp_path / "collectives/rank_0")
+    assert (tmp_path / "collectives/rank_0").read_bytes() == b"nccl"
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:

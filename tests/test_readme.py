@@ -58,6 +58,7 @@ def test_the_first_screen_has_the_two_commands() -> None:
 def test_folders_import_only_what_stands_to_their_left() -> None:
     order = [
         "config",
+        "device",
         "progress",
         "rng",
         "versions",

@@ -86,6 +86,7 @@ def test_fewer_sheets_than_asked_for_are_announced(
 ) -> None:
     cfg = prepared(tmp_path, tokens)
     world = run_alone(lambda world: world)
+    capsys.readouterr()
     cfg.checkpoint.every_steps = 2
     assert len(grid_hooks(cfg, world)) == 1
     assert capsys.readouterr().err == ""

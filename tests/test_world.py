@@ -96,6 +96,7 @@ def test_float64_work_beside_a_gpu_has_one_thread_where_results_must_be_the_same
 ) -> None:
     """A GPU machine without its GPU: what joins the ranks does nothing here."""
     monkeypatch.setattr(world, "_device", lambda ranks: torch.device("cuda", 0))
+    monkeypatch.setattr(world.device, "describe", lambda place: "a GPU")
     for name in ("init_process_group", "barrier", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda **options: None)
     before = torch.get_num_threads()

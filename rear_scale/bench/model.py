@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 from rear_scale.config import ExperimentConfig
+from rear_scale.device import describe, prepare, use_gpu, uses_cuda
 from rear_scale.model import Generator, build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
+from rear_scale.progress import say
 
 
 def use_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one, else the CPU. Raises InputError where there is one that cannot be used."""
+    prepare()
+    found = use_gpu(0) if uses_cuda() else torch.device("cpu")
+    say(f"device: {describe(found)}")
+    return found
 
 
 def synchronize(device: torch.device) -> None:

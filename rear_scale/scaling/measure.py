@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, derive
+from rear_scale.device import prepare, use_gpu, uses_cuda
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.flops import recomputed_flops_per_image, train_flops_per_image
@@ -43,7 +44,8 @@ class Measured:
 
 def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
     """Times updates of a shorter model of the same width on one device, without communication."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare()
+    device = use_gpu(0) if uses_cuda() else torch.device("cpu")
     cfg = _shortened(cfg, device.type)
     world = World(Ranks(0, 0, 1, 1, None, None, "single"), device)
     plan = derive(cfg, 1, None)

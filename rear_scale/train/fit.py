@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from rear_scale.config import ExperimentConfig, InputError, Plan
+from rear_scale.device import uses_cuda
 from rear_scale.model.memory import Memory, memory_per_rank
 from rear_scale.world import Ranks
 
@@ -22,7 +23,7 @@ def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
         return
     train = cfg.train
     what = f"strategy={cfg.strategy.name} train.activation_checkpointing={train.activation_checkpointing}"
-    place = "its GPU" if torch.cuda.is_available() else f"its share of this machine (ranks: {ranks.local_world_size})"
+    place = "its GPU" if uses_cuda() else f"its share of this machine (ranks: {ranks.local_world_size})"
     raise InputError(
         f"train.micro_batch_size={train.micro_batch_size} {what} needs {need.peak / GIB:.1f} GiB per rank by formula "
         f"({in_words(need)}), and {place} has {there / GIB:.1f}. {_way_out(need, there)}, or try it all the same with "
@@ -47,6 +48,6 @@ def _way_out(need: Memory, there: int) -> str:
 
 
 def _bytes_there(ranks: Ranks) -> int:
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.get_device_properties(ranks.local_rank % torch.cuda.device_count()).total_memory
     return psutil.virtual_memory().total // ranks.local_world_size

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from rear_scale.config import ExperimentConfig
 from rear_scale.progress import say
 from rear_scale.train.run_folder import RunFolder
@@ -26,6 +28,7 @@ EXIT_PREEMPTED = 75  # sysexits.h: try again later
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Fewer losses than this say nothing about what is usual.
 _FEWEST_LOSSES = 20
+_DUMP_S = 30.0  # how long a hanging rank may take to write down its last collectives
 
 
 class Preempted(SystemExit):
@@ -111,8 +114,24 @@ class Watchdog:
                 self.run.set_status(
                     "failed", last_step(self.run), f"no progress for {self.timeout_s:.0f} s in {what}; see stacks/"
                 )
+            # NCCL's own watchdog would write it later than this one ends the process.
+            dump_collectives(self.run.path / "collectives" / f"rank_{self.world.rank}")
         finally:
             os._exit(1)
+
+
+def dump_collectives(path: Path) -> None:
+    """Writes the last collectives of this rank, as its process group has recorded them, for `torchfrtrace` to compare the
+    ranks. Writes nothing when they do not come within _DUMP_S seconds: what hangs may hold their lock."""
+    c10d = torch._C._distributed_c10d
+    # Only builds with NCCL have the first one; the other knows gloo's.
+    dump = getattr(c10d, "_dump_nccl_trace", None) or getattr(c10d, "_dump_fr_trace", None)
+    if dump is None:
+        return
+    path.parent.mkdir(exist_ok=True)
+    writer = threading.Thread(target=lambda: path.write_bytes(dump()), daemon=True)
+    writer.start()
+    writer.join(_DUMP_S)
 
 
 class Spikes:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.device import uses_cuda
 from rear_scale.progress import say
 from rear_scale.shards.storage import is_remote
 from rear_scale.train import setup
@@ -147,7 +148,11 @@ def _look(cfg: ExperimentConfig, ranks: Ranks) -> Report:
             path.write_text(report.token)
         except OSError as error:
             report.faults.append(f"run.dir={cfg.run.dir} cannot be written to: {error.strerror}")
-    report.device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    try:
+        report.device = torch.cuda.get_device_name(0) if uses_cuda() else "cpu"
+    except InputError as error:
+        if str(error) not in report.faults:  # the check of the data may have met it first
+            report.faults.append(str(error))
     if report.device != "cpu":
         report.faults += _gpu_faults(ranks)
     return report

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive
+from rear_scale.device import uses_cuda
 from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.progress import Say, say
@@ -45,7 +46,7 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, a rank has too
     little memory, or the attention kernel or fp8 cannot run here."""
     start.check(cfg)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_cuda() else "cpu")
     choose_kernel(cfg.model.kernel, device, cfg.train.precision)
     check_fp8(cfg, device)
     manifest = read_checked(cfg, cfg.data.train)

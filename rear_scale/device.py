@@ -1,0 +1,103 @@
+"""Which device this process computes on, and what has to be set before CUDA starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+import torch
+
+from rear_scale.config import InputError
+
+# Values of CUDA_VISIBLE_DEVICES that hide every GPU; SLURM has set the last one in jobs without GPUs.
+_NO_GPU = ("", "-1", "NoDevFiles")
+_USER_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_RECORDER_SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_WAY_OUT = "Mend that, or set CUDA_VISIBLE_DEVICES= (to nothing) to compute on the CPU"
+
+
+def prepare(env: MutableMapping[str, str] = os.environ) -> None:
+    """Sets how torch uses CUDA in this process. To be called before the first use of CUDA; `cli.run` does.
+
+    What the user has set in the environment stays as it is.
+    """
+    # Blocks of changing sizes (evaluation, sampling and checkpoints between steps) otherwise leave gaps that nothing fits in.
+    if not any(name in env for name in _USER_SETTINGS):
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # The last collectives of this rank, which the watchdog writes down when a rank hangs.
+    if not any(name in env for name in _RECORDER_SETTINGS):
+        env["TORCH_FR_BUFFER_SIZE"] = "2000"
+    # On compute capability 9.0 torch prefers cuDNN's attention. It builds a plan for every new key length, of which decoding
+    # meets 256 (0.44 s each were reported on a B200), and its dropout keeps probabilities in sixteenths: 0.0625 or 0.125
+    # instead of 0.1.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def uses_cuda(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process computes on a GPU.
+
+    Raises InputError where the machine has GPUs that torch cannot use, unless the CPU is asked for (CUDA_VISIBLE_DEVICES
+    hides the GPUs, or DS_ACCELERATOR=cpu): a rank on the CPU would hold back all others, or train for weeks what takes hours.
+    """
+    if _cpu_is_asked_for(env):
+        return False
+    if torch.cuda.is_available():
+        return True
+    count = gpus_of_the_machine()
+    if count:
+        raise InputError(
+            f"the NVIDIA driver shows {count} GPUs, but torch cannot use them: {_why_not(env)}. {_WAY_OUT}"
+        )
+    return False
+
+
+def use_gpu(index: int) -> torch.device:
+    """GPU `index` as the current one of this process. Raises InputError when it does not compute."""
+    try:
+        torch.cuda.set_device(index)
+        torch.ones(1, device=torch.device("cuda", index)).item()
+    except RuntimeError as error:
+        raise InputError(f"GPU {index} cannot be used: {_first_line(error)}. {_WAY_OUT}") from error
+    return torch.device("cuda", index)
+
+
+def describe(device: torch.device, env: Mapping[str, str] = os.environ) -> str:
+    """The device in words: its name and memory, or why it is the CPU."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+    return (
+        "CPU (asked for by CUDA_VISIBLE_DEVICES or DS_ACCELERATOR)" if _cpu_is_asked_for(env) else "CPU (no GPU found)"
+    )
+
+
+def gpus_of_the_machine() -> int:
+    """How many GPUs the NVIDIA driver knows, or has made device files for.
+
+    A container without the device files still sees the driver's list, and one without the driver's libraries may see the
+    files.
+    """
+    return max(len(list(Path(folder).glob(names))) for folder, names in _TRACES)
+
+
+_TRACES = (("/proc/driver/nvidia/gpus", "*"), ("/dev", "nvidia[0-9]*"))
+
+
+def _cpu_is_asked_for(env: Mapping[str, str]) -> bool:
+    # The deepspeed launcher numbers its ranks in CUDA_VISIBLE_DEVICES whatever stood there; its own variable is left alone.
+    return env.get("DS_ACCELERATOR") == "cpu" or env.get("CUDA_VISIBLE_DEVICES", "0").strip() in _NO_GPU
+
+
+def _why_not(env: Mapping[str, str]) -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return _first_line(error)
+    return f"none is visible with CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', '')}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
