@@ -18,12 +18,13 @@ from PIL import Image
 
 from rear_scale import cli
 from rear_scale.config import InputError
+from rear_scale.files import file_sha256
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.crops import center_crop, decode_image
-from rear_scale.shards.record import FORMAT, Manifest, file_sha256, read_index, read_manifest
+from rear_scale.shards.record import FORMAT, Manifest, read_index, read_manifest
 from rear_scale.shards.sources import open_source
 from rear_scale.tokenizer import find_tokenizer
 from rear_scale.weight_file import find_weights

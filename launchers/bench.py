@@ -20,6 +20,7 @@ import torch
 
 from rear_scale import cli
 from rear_scale.device import uses_cuda
+from rear_scale.files import write_text_atomically
 from rear_scale.versions import commit
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     text = json.dumps({"mode": arguments.mode, **found, **machine()}, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+        write_text_atomically(arguments.out, text + "\n")
     print(text)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
+from rear_scale.files import atomic_file, unfinished
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,11 +39,29 @@ def read_training(path: str | Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any] | None) -> None:
     """Writes tensors in one piece, with what `head` says of them."""
-    part = path.with_name(f"{path.name}.part")
     # One entry: the library writes several in no fixed order.
     metadata = None if head is None else {"rear_scale": json.dumps(head)}
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part, metadata=metadata)
-    part.replace(path)
+    save_tensors(path, {name: value.contiguous().cpu() for name, value in tensors.items()}, metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file of contiguous CPU tensors, complete or not at all. Raises OSError as `atomic_file` does."""
+    with atomic_file(path) as temporary:
+        # The library writes under a name of its own beside the file, where a kill would leave it.
+        folder = unfinished(path)
+        folder.mkdir()
+        try:
+            save_file(tensors, folder / "tensors", metadata=metadata)
+            (folder / "tensors").replace(temporary)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def read_weights(path: str | Path, kind: str, field: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

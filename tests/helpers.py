@@ -20,8 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rear_scale.config import ExperimentConfig, load
+from rear_scale.files import file_sha256
 from rear_scale.shards import writer
-from rear_scale.shards.record import Manifest, file_sha256, write_manifest
+from rear_scale.shards.record import Manifest, write_manifest
 from rear_scale.world import Ranks, end_with_parent, free_port, joined
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,11 +25,11 @@ from rear_scale.evaluate.reference import check_reference
 from rear_scale.evaluate.sources import open_image_set
 from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
+from rear_scale.files import file_sha256
 from rear_scale.interop.npz import write_samples
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.crops import center_crop
 from rear_scale.shards.images import write_images
-from rear_scale.shards.record import file_sha256
 from rear_scale.world import World
 
 

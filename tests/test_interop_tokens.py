@@ -11,6 +11,7 @@ from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_TOKENS, ROOT, write_token_s
 from omegaconf import OmegaConf
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import file_sha256
 from rear_scale.interop import tokens
 from rear_scale.interop.tokens import Crops
 from rear_scale.shards import record, writer
@@ -56,7 +57,7 @@ def test_the_codebook_comes_along_with_the_weights(tmp_path: Path) -> None:
     tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "back", cfg, ONE)
     manifest = record.read_manifest(tmp_path / "back")
     assert np.array_equal(record.read_codebook(tmp_path / "back", manifest), tokenizer.codes.numpy())
-    assert manifest.tokenizer_sha256 == record.file_sha256(tmp_path / "weights")
+    assert manifest.tokenizer_sha256 == file_sha256(tmp_path / "weights")
 
 
 def test_a_killed_import_continues_with_the_next_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from rear_scale import config
 from rear_scale.config import DataConfig, ExperimentConfig, InputError
+from rear_scale.files import file_sha256
 from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, center_crop, cut, decode_image
 from rear_scale.shards.images import open_images, write_images
@@ -120,7 +121,7 @@ def test_tokens_labels_and_manifest_are_those_of_the_images(tmp_path: Path) -> N
         32,
     )
     assert (manifest.label_counts, manifest.class_names) == ([36, 36, 35], ["a", "b", "c"])
-    assert manifest.tokenizer_sha256 == record.file_sha256(tmp_path / "weights")
+    assert manifest.tokenizer_sha256 == file_sha256(tmp_path / "weights")
     assert np.array_equal(record.read_codebook(tmp_path / "out", manifest), tokenizer.codebook.numpy())
 
 

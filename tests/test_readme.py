@@ -61,6 +61,7 @@ def test_folders_import_only_what_stands_to_their_left() -> None:
         "device",
         "progress",
         "rng",
+        "files",
         "versions",
         "weight_file",
         "world",

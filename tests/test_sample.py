@@ -15,7 +15,9 @@ from helpers import NUM_CLASSES, run_alone, run_ranks, tiny_config
 from PIL import Image
 from scipy.stats import chisquare
 
+from rear_scale import files as atomic_files
 from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
+from rear_scale.files import file_sha256
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.convert import convert
@@ -25,7 +27,7 @@ from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
-from rear_scale.shards.record import file_sha256, read_manifest, write_manifest
+from rear_scale.shards.record import read_manifest, write_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
@@ -308,8 +310,10 @@ def killed(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    (tmp_path / "unit.npy.part").symlink_to("/dev/full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(atomic_files, "unfinished", lambda path: tmp_path / "full")
+    monkeypatch.setattr(atomic_files, "_create", lambda path: 0o666)
     with pytest.raises(OSError, match="No space left") as raised:
         files.save(tmp_path / "unit.npy", np.zeros(100_000))
     assert raised.value.errno == errno.ENOSPC

@@ -15,10 +15,11 @@ from helpers import CODEBOOK_SIZE, NUM_CLASSES, NUM_TOKENS, write_token_shards
 from PIL import Image
 
 from rear_scale.config import InputError
+from rear_scale.files import unfinished
 from rear_scale.shards import writer
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.reader import BatchOrder, check_fits, open_tokens
-from rear_scale.shards.record import BLOCK_SAMPLES, SHARD_SAMPLES, read_codebook, read_manifest, unfinished
+from rear_scale.shards.record import BLOCK_SAMPLES, SHARD_SAMPLES, read_codebook, read_manifest
 
 
 def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:

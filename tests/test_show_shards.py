@@ -14,6 +14,7 @@ from helpers import ROOT, write_token_shards
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import file_sha256
 from rear_scale.shards import record
 from rear_scale.shards.images import write_images
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -29,7 +30,7 @@ def test_token_shards_are_summed_up_and_drawn(tmp_path: Path, capsys: pytest.Cap
     tokenizer.codes.normal_()
     tokenizer.save(tmp_path / "weights")
     manifest = record.read_manifest(folder)
-    sha256 = record.file_sha256(tmp_path / "weights")
+    sha256 = file_sha256(tmp_path / "weights")
     for name, weights in (("compact", sha256), ("compact", "0" * 64)):
         values = {**manifest.as_dict(), "tokenizer": name, "tokenizer_sha256": weights}
         record.write_manifest(folder, record.manifest_from(values))

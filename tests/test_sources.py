@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from rear_scale import cli
 from rear_scale.config import InputError, from_dict, load, to_dict, to_yaml
+from rear_scale.files import file_sha256
 from rear_scale.interop import official
 from rear_scale.model import build_model
 from rear_scale.parallel import sources
@@ -26,7 +27,6 @@ from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.convert import convert
 from rear_scale.parallel.sources import load_generator_weights, open_source, write_portable
 from rear_scale.sample.job import load_generator
-from rear_scale.shards.record import file_sha256
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import discover

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from rear_scale.bench import reference
 from rear_scale.config import DataConfig, InputError
+from rear_scale.files import file_sha256, write_text_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.reader import TokenSet, open_set
-from rear_scale.shards.record import Manifest, file_sha256, read_manifest, write_manifest, write_text_atomically
+from rear_scale.shards.record import Manifest, read_manifest, write_manifest
 
 _TOKENS, _CODES, _CLASSES = 256, 1024, 1000
 _BATCH = 256  # samples

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from rear_scale.config import InputError, derive, load
+from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
-from rear_scale.shards.record import write_text_atomically
 from rear_scale.world import end_with_parent, free_port
 
 FOLDER = Path("runs/demo")  # relative to the current directory, as configs/demo.yaml has it

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.demo.stages import FOLDER, MODELS, run_folder, samples_file
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.files import write_text_atomically
 
 # name in summary.json -> (what the report calls it, digits)
 SCORES = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.features import Extractor
 from rear_scale.evaluate.npz import StoredArray, open_array
 from rear_scale.evaluate.sources import ImageSet
+from rear_scale.files import atomic_file, write_text_atomically
 from rear_scale.progress import progress
-from rear_scale.shards.record import unfinished, write_text_atomically
 from rear_scale.world import World
 
 
@@ -162,12 +161,8 @@ def _features(
 
 
 def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    part = unfinished(path)
-    with open(part, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:

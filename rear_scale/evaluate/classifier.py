@@ -18,9 +18,9 @@ from rear_scale import rng
 from rear_scale.config import ClassifierConfig
 from rear_scale.evaluate.metrics import nearest_distances
 from rear_scale.evaluate.sources import ImageSet
+from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
-from rear_scale.shards.record import file_sha256
 from rear_scale.tokenizer.training import to_unit_range
 from rear_scale.weight_file import read_weights, write_weights
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.sources import ImageSet
+from rear_scale.files import write_text_atomically
 from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.shards.record import write_text_atomically
 from rear_scale.train.run_folder import provenance
 from rear_scale.world import World
 

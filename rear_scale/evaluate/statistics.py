@@ -19,7 +19,7 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.npz import array_names, open_array
 from rear_scale.evaluate.sources import AS_STORED, crop_rule
-from rear_scale.shards.record import unfinished
+from rear_scale.files import atomic_file
 
 _FORMAT = "rear_scale statistics 1"
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -139,11 +139,9 @@ def write_statistics(
     arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
     for kind, found in moments.items():
         arrays[KINDS[kind].mean], arrays[KINDS[kind].covariance] = found.mean.numpy(), found.covariance.numpy()
-    part = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             buffer = io.BytesIO()
             np.save(buffer, array)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", _TIME), buffer.getvalue())
-    part.replace(path)

@@ -12,6 +12,7 @@ from typing import Any
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.generated import generated_images
 from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.files import write_text_atomically
 from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.job import check_trained_on, load_generator
@@ -100,9 +101,7 @@ def _write(path: Path, line: dict[str, Any]) -> None:
     lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     # A resumed run comes through the same steps again.
     lines = [other for other in lines if other["step"] < line["step"]] + [line]
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(item) + "\n" for item in lines))
-    part.replace(path)
+    write_text_atomically(path, "".join(json.dumps(item) + "\n" for item in lines))
 
 
 def training_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
-from rear_scale.shards.record import file_sha256
+from rear_scale.files import file_sha256
 from rear_scale.weight_file import read_state
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rear_scale.files import atomic_file
+
 # A fixed time in the archive: the same images give the same bytes.
 _TIME = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = 30  # bytes
@@ -20,10 +22,12 @@ _LOCAL_HEADER = 30  # bytes
 def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_size: int, labels: np.ndarray) -> None:
     """Writes `arr_0` (uint8 [count, S, S, 3]) from a stream of blocks (uint8 [n, S, S, 3]), and `label` (int64 [count]).
 
-    Written under another name and renamed when complete.
+    The file appears when it is complete.
     """
-    part = path.with_name(f"{path.name}.part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_file(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         # 50,000 images of 256 pixels pass 4 GiB, which a zip member must announce before it is written.
         with archive.open(zipfile.ZipInfo("arr_0.npy", _TIME), "w", force_zip64=True) as member:
             shape = (count, image_size, image_size, 3)
@@ -38,7 +42,6 @@ def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_si
         buffer = io.BytesIO()
         np.save(buffer, labels.astype(np.int64))
         archive.writestr(zipfile.ZipInfo("label.npy", _TIME), buffer.getvalue())
-    part.replace(path)
 
 
 def open_samples(path: Path) -> np.ndarray:

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
+from rear_scale.files import atomic_file
 from rear_scale.model.generator import Shape
 from rear_scale.model.transformer import SPARE_POSITIONS
-from rear_scale.weight_file import find_weights, read_state
+from rear_scale.weight_file import find_weights, read_state, save_tensors
 
 _SHOWN = 3
 # (codes, tokens) -> width of a code, for files without heads: MaskGIT-VQGAN, TiTok-B64, AliTok.
@@ -127,13 +127,12 @@ def load(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_
 
 def write(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes a file that the released loaders read: .safetensors, or .bin and .pth by torch."""
-    part = path.with_name(f"{path.name}.part")
     plain = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
     if path.suffix == ".safetensors":
-        save_file(plain, part)
+        save_tensors(path, plain)
     else:
-        torch.save(plain, part)
-    part.replace(path)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            torch.save(plain, file)
 
 
 def merged_positions(weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import atomic_file, file_sha256
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.blocks import open_blocks
-from rear_scale.shards.record import SHARD_SAMPLES, Manifest, file_sha256, read_manifest, write_manifest
+from rear_scale.shards.record import SHARD_SAMPLES, Manifest, read_manifest, write_manifest
 from rear_scale.shards.sources import names_by_id, read_class_map
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.weight_file import find_weights
@@ -82,12 +83,10 @@ def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map:
 
 def export_jsonl(folder: Path, path: Path) -> None:
     """Writes the sequences of packed shards as jsonl, a block in memory at a time. Raises InputError for damaged shards."""
-    part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w") as lines:
+    with atomic_file(path) as temporary, open(temporary, "w") as lines:
         for _, label, tokens in _sequences(folder):
             lines.write(json.dumps({"class_id": label, "tokens": tokens.tolist()}) + "\n")
-    part.replace(path)
 
 
 def export_alitok(folder: Path, cache: Path) -> None:
@@ -98,7 +97,8 @@ def export_alitok(folder: Path, cache: Path) -> None:
         crops = list(islice(sequences, manifest.crops_per_image))
         name = manifest.class_names[crops[0][1]]
         (cache / name).mkdir(parents=True, exist_ok=True)
-        np.savez(cache / name / f"{number:08d}.npz", codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
+        with atomic_file(cache / name / f"{number:08d}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
 
 
 def _sequences(folder: Path) -> Iterator[Sequence]:
@@ -231,7 +231,9 @@ def _finish(
         counts[: len(shard.label_counts)] += shard.label_counts
     codebook_sha256, weights_sha256 = None, ""
     if tokenizer.weights is not None:
-        np.save(out / "codebook.npy", open_tokenizer(tokenizer, torch.device("cpu")).codebook.detach().float().numpy())
+        codebook = open_tokenizer(tokenizer, torch.device("cpu")).codebook.detach().float().numpy()
+        with atomic_file(out / "codebook.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, codebook)
         codebook_sha256 = file_sha256(out / "codebook.npy")
         weights_sha256 = file_sha256(find_weights(tokenizer.weights))
     manifest = Manifest(

@@ -11,7 +11,6 @@ whole.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rear_scale.config import CheckpointConfig, InputError
+from rear_scale.files import file_sha256, sync, write_text_atomically
 from rear_scale.parallel.strategy import Kind, Strategy
-from rear_scale.shards.record import file_sha256, write_text_atomically
+from rear_scale.weight_file import save_tensors
 from rear_scale.world import World
 
 FORMAT = "rear_scale checkpoint 1"
@@ -160,8 +159,7 @@ class Writer:
     def _write(self) -> None:
         path = _hidden(self.root / _folder_name(self.meta["step"])) / self.file
         try:
-            save_file(self.mine, path)
-            sync(path)
+            save_tensors(path, self.mine)
             _verify(path, self.mine)
             self.meta["part"] = {
                 "file": self.file,
@@ -178,11 +176,8 @@ class Writer:
         files = [{name: item[name] for name in ("file", "size", "sha256")} for item in parts]
         index = {key: item["file"] for item in parts for key in item["keys"]}
         meta = {name: value for name, value in self.meta.items() if name != "part"}
-        (part / "meta.json").write_text(
-            json.dumps({"format": FORMAT, **meta, "files": files, "index": index}, indent=1)
-        )
-        sync(part / "meta.json")
-        sync(part)
+        text = json.dumps({"format": FORMAT, **meta, "files": files, "index": index}, indent=1)
+        write_text_atomically(part / "meta.json", text)
         _remove(final)  # the same step, saved again after a resume from before it
         part.replace(final)
         sync(self.root)
@@ -337,12 +332,3 @@ def _fault(path: Path, rank: int, world_size: int) -> str | None:
     except (InputError, OSError, KeyError, TypeError, SafetensorError) as error:
         return str(error)
     return None
-
-
-def sync(path: Path) -> None:
-    """Down to the disk, so that a rename never shows a file whose bytes are not there yet."""
-    handle = os.open(path, os.O_RDONLY)  # of folders too
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

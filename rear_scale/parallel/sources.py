@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.values import leaves
+from rear_scale.files import atomic_folder, file_sha256, write_text_atomically
 from rear_scale.interop import official, published
 from rear_scale.model import Generator, meta_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.strategy import Kind
-from rear_scale.shards.record import file_sha256
-from rear_scale.weight_file import find_weights, write_tensors
+from rear_scale.weight_file import find_weights, save_tensors, write_tensors
 from rear_scale.world import discover
 
 _CONSOLIDATED = "generator"
@@ -212,16 +211,13 @@ def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor
 
 def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """A checkpoint folder of whole tensors (kind -> name -> tensor), complete when it becomes visible."""
-    part = folder.with_name(f"{folder.name}.tmp")
-    part.mkdir(parents=True)
     keyed = {
         f"{kind}/{name}": value.float().contiguous() for kind, named in tensors.items() for name, value in named.items()
     }
-    file = part / "part-00000.safetensors"
-    save_file(keyed, file)
-    files = [{"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}]
-    meta = {"format": checkpoint.FORMAT, "step": step, **meta, "files": files, "index": dict.fromkeys(keyed, file.name)}
-    (part / "meta.json").write_text(json.dumps(meta, indent=1))
-    for written in part.iterdir():
-        checkpoint.sync(written)
-    part.replace(folder)
+    with atomic_folder(folder) as temporary:
+        file = temporary / "part-00000.safetensors"
+        save_tensors(file, keyed)
+        files = [{"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}]
+        index = dict.fromkeys(keyed, file.name)
+        meta = {"format": checkpoint.FORMAT, "step": step, **meta, "files": files, "index": index}
+        write_text_atomically(temporary / "meta.json", json.dumps(meta, indent=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.files import write_text_atomically
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import tarfile
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import atomic_file
 from rear_scale.interop.npz import open_samples, write_samples
 from rear_scale.progress import progress
 from rear_scale.sample.grid import contact_sheet
@@ -117,7 +117,8 @@ def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.nda
             yield some(slice(start, start + _WRITE_BLOCK))
 
     columns = min(len(np.unique(labels)), _GRID_COLUMNS)
-    Image.fromarray(contact_sheet(some(slice(columns * _GRID_ROWS)), columns)).save(output.with_suffix(".png"))
+    with atomic_file(output.with_suffix(".png")) as temporary:
+        Image.fromarray(contact_sheet(some(slice(columns * _GRID_ROWS)), columns)).save(temporary, format="PNG")
     write_samples(output, blocks(), count, image_size, labels)
 
 
@@ -169,22 +170,19 @@ def _write_pngs(folder: Path, images: np.ndarray, ids: range) -> None:
     for number in ids:
         path = folder / f"{number:06d}.png"
         if not path.exists():
-            part = path.with_suffix(".part")
-            part.write_bytes(_png(images[number]))
-            part.replace(path)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(_png(images[number]))
 
 
 def _write_shard(path: Path, images: np.ndarray, labels: np.ndarray, ids: range) -> None:
     if path.exists():
         return
-    part = path.with_suffix(".part")
-    with tarfile.open(part, "w") as tar:
+    with atomic_file(path) as temporary, tarfile.open(temporary, "w") as tar:
         for number in ids:
             for suffix, data in (("cls", str(labels[number]).encode()), ("png", _png(images[number]))):
                 member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    part.replace(path)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -195,12 +193,8 @@ def _png(image: np.ndarray) -> bytes:
 
 def save(path: Path, values: np.ndarray) -> None:
     """np.save, complete or not at all."""
-    part = path.with_name(f"{path.name}.part")
     data = io.BytesIO()
     np.save(data, values)
     # Not np.save itself: of a full disk it says how many items it wrote, and not that there is no room.
-    with open(part, "wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())  # a unit that is there counts as made, after a power cut too
-    part.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.getbuffer())

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.files import write_text_atomically
 from rear_scale.model import Generator, empty_model
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import load_generator_weights
@@ -32,7 +33,7 @@ from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies, written_over
 from rear_scale.sample.quantise import to_uint8
-from rear_scale.shards.record import Manifest, write_text_atomically
+from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance

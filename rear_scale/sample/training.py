@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.files import atomic_file
 from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.decode import Decoder
@@ -78,9 +79,8 @@ class SampleGrids:
             images[ids] = make_images(decoder, tokenizer, ids, cfg, device)
         file = Path(cfg.run.dir) / FOLDER / f"step_{step:08d}.png"
         file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix(".part")
-        Image.fromarray(contact_sheet(images, self.columns)).save(part, format="PNG")
-        part.replace(file)
+        with atomic_file(file) as temporary:
+            Image.fromarray(contact_sheet(images, self.columns)).save(temporary, format="PNG")
         say(f"{file}: {len(images)} samples, classes {', '.join(map(str, labels_of(cfg, np.arange(self.columns))))}")
         log_image(step, "samples", file)
 

@@ -19,7 +19,8 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rear_scale.config import InputError
-from rear_scale.shards.record import Manifest, TarShard, block_checksum, file_sha256
+from rear_scale.files import file_sha256
+from rear_scale.shards.record import Manifest, TarShard, block_checksum
 from rear_scale.shards.storage import address, is_remote, open_remote
 from rear_scale.shards.tar_index import scan
 

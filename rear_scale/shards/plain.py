@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import atomic_file, file_sha256, write_text_atomically
 from rear_scale.progress import progress
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
-from rear_scale.shards.record import Manifest, TarShard, file_sha256, manifest_from, write_text_atomically
+from rear_scale.shards.record import Manifest, TarShard, manifest_from
 from rear_scale.shards.tar_index import TarSample, read_member, scan
 
 FORMAT = "rear_scale plain shards 1"
@@ -84,9 +85,8 @@ def _build(
             found = np.bincount(rows[:, 3], minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
-            part = place / f"{tar.name}.offsets.part.npy"
-            np.save(part, rows)
-            part.replace(place / f"{tar.name}.offsets.npy")
+            with atomic_file(place / f"{tar.name}.offsets.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, rows)
             shards.append(TarShard(tar.name, len(rows), tar.stat().st_size, file_sha256(tar)))
             bar.update()
     samples = int(counts.sum())

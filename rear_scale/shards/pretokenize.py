@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig
+from rear_scale.files import atomic_file, file_sha256
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.crops import CROPS, BadImage, cut, decode_image
-from rear_scale.shards.record import Manifest, file_sha256, read_manifest, write_manifest
+from rear_scale.shards.record import Manifest, read_manifest, write_manifest
 from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
@@ -202,7 +203,8 @@ def _finish(
     shards: list[writer.FinishedShard],
 ) -> None:
     codebook = tokenizer.codebook.float().cpu().numpy()
-    np.save(out / "codebook.npy", codebook)
+    with atomic_file(out / "codebook.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, codebook)
     classes = len(source.class_names) if source.class_names else max(len(shard.label_counts) for shard in shards)
     label_counts = np.zeros(max(classes, *(len(shard.label_counts) for shard in shards)), dtype=np.int64)
     for shard in shards:

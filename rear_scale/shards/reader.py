@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import DataConfig, InputError, TokenizerConfig
+from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
 from rear_scale.shards.order import BatchOrder, LaneOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
@@ -205,7 +206,7 @@ def open_tokens(
     places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
     unpacked = _complete(places, manifest)
     if unpacked is None:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.mkdir(parents=True, exist_ok=True)
         with open(root / f"{whole.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             unpacked = _complete(places, manifest)
@@ -251,8 +252,7 @@ def _complete(places: list[Path], manifest: Manifest) -> Path | None:
 def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float | None) -> Path:
     """Writes the memory maps and returns their folder. max_skipped_share: null = any damage is an error."""
     manifest = files.manifest
-    part = whole.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove_leftovers(whole.parent, of=whole.name)
     needed = 2 * manifest.num_samples * (manifest.num_tokens + 1)
     free = shutil.disk_usage(whole.parent).free
     if free < needed * 1.05:
@@ -260,11 +260,26 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float |
             f"data.cache_dir={whole.parent} has {free / 2**30:.1f} GiB free, but the unpacked shards of {files.folder} take "
             f"{needed / 2**30:.1f} GiB. Set data.cache_dir to a node-local folder with more space, or data.mode=stream"
         )
-    part.mkdir()
-    lost: list[tuple[int, int]] = []  # first sample and end of every block that could not be read
+    with temporary_folder(whole) as temporary:
+        lost, errors = _write_maps(files, temporary, say, max_skipped_share)
+        unpacked = whole
+        if lost:
+            _replace_lost(temporary, manifest, lost)
+            (temporary / "skipped.json").write_text(json.dumps(errors))
+            unpacked = whole.with_name(f"{whole.name}-skipped")
+        publish_folder(temporary, unpacked)
+    return unpacked
+
+
+def _write_maps(
+    files: BlockFiles, folder: Path, say: Say, max_skipped_share: float | None
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """Writes all tokens and labels. Returns first sample and end of every block that could not be read, and the errors."""
+    manifest = files.manifest
+    lost: list[tuple[int, int]] = []
     errors: list[str] = []
     written = 0
-    with open(part / "tokens.u16", "wb") as tokens_file, open(part / "labels.u16", "wb") as labels_file:
+    with open(folder / "tokens.u16", "wb") as tokens_file, open(folder / "labels.u16", "wb") as labels_file:
         for shard in range(len(manifest.shards)):
             say(f"unpacking shard {shard + 1} of {len(manifest.shards)} of {files.folder}")
             for block in range(files.count(shard)):
@@ -277,24 +292,15 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float |
                     tokens, labels = np.zeros((length, manifest.num_tokens), np.uint16), np.zeros(length, np.uint16)
                     lost.append((written, written + length))
                     errors.append(str(error))
-                tokens.tofile(tokens_file)
-                labels.tofile(labels_file)
+                # Not tofile: of a full disk it says how many items it wrote, and not that there is no room.
+                tokens_file.write(np.ascontiguousarray(tokens).data)
+                labels_file.write(np.ascontiguousarray(labels).data)
                 written += length
             if max_skipped_share is None:
                 files.check_rest(shard)
-        if lost:
-            _check_lost(sum(end - first for first, end in lost), written, max_skipped_share, errors[0])
-        for file in (tokens_file, labels_file):
-            file.flush()
-            os.fsync(file.fileno())
-    unpacked = whole
     if lost:
-        _replace_lost(part, manifest, lost)
-        (part / "skipped.json").write_text(json.dumps(errors))
-        unpacked = whole.with_name(f"{whole.name}-skipped")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    part.replace(unpacked)
-    return unpacked
+        _check_lost(sum(end - first for first, end in lost), written, max_skipped_share, errors[0])
+    return lost, errors
 
 
 def _replace_lost(part: Path, manifest: Manifest, lost: list[tuple[int, int]]) -> None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
-import socket
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +21,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rear_scale.config import InputError
+from rear_scale.files import atomic_file, file_sha256, write_text_atomically
 from rear_scale.shards.storage import is_remote, read_remote
 
 BLOCK_SAMPLES = 4096
@@ -164,25 +162,6 @@ def write_index(folder: str | Path, values: dict[str, Any]) -> None:
     write_text_atomically(Path(folder) / "index.json", json.dumps(values, indent=1) + "\n")
 
 
-def unfinished(path: Path) -> Path:
-    """A name beside a file, to write it under before it is renamed, that no other writer has.
-
-    Process numbers alone repeat on other machines, and in every container.
-    """
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.part")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    part = unfinished(path)
-    part.write_text(text)
-    part.replace(path)
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
     assert manifest.codebook_sha256 is not None, "the manifest has no codebook"
@@ -215,12 +194,15 @@ def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
 def write_tar(folder: Path, index: int, samples: Iterable[dict[str, str | bytes]], count: int) -> TarShard:
     """Writes WebDataset samples (`__key__` and bytes per extension) as one tar shard that stands for `count` items.
 
-    Written under another name and renamed when complete; the bytes depend on the samples alone.
+    The shard appears when it is complete; its bytes depend on the samples alone.
     """
     path = folder / shard_name(index)
-    part = path.with_suffix(".part")
-    with webdataset.TarWriter(str(part), mtime=0, user="root", group="root", mode=0o444) as tar:
+    with (
+        atomic_file(path) as temporary,
+        # A stream, because TarWriter expands URLs in a name.
+        open(temporary, "wb") as stream,
+        webdataset.TarWriter(stream, mtime=0, user="root", group="root", mode=0o444) as tar,
+    ):
         for sample in samples:
             tar.write(sample)
-    part.replace(path)
     return TarShard(path.name, count, path.stat().st_size, file_sha256(path))

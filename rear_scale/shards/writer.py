@@ -14,16 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from rear_scale.config import InputError
+from rear_scale.files import file_sha256, write_text_atomically
 from rear_scale.shards.record import (
     BLOCK_SAMPLES,
     SHARD_SAMPLES,
     TarShard,
     block_checksum,
     block_key,
-    file_sha256,
     shard_name,
     write_tar,
-    write_text_atomically,
 )
 
 

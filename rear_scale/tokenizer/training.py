@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
 from rear_scale.config.values import leaves
+from rear_scale.files import atomic_file
 from rear_scale.progress import progress
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
@@ -145,7 +146,6 @@ class _TrainingRun:
 
     def save(self, path: Path) -> None:
         self.check_finite()
-        part = path.with_name(f"{path.name}.part")
         state = {
             "settings": self.settings,
             "step": self.step,
@@ -153,8 +153,8 @@ class _TrainingRun:
             "tracker": self.tracker.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, part)
-        part.replace(path)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
 
     def resume(self, path: Path) -> None:
         """Takes up the progress of an earlier call with the same settings, if there is any."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rear_scale import config
 from rear_scale.config import InputError
+from rear_scale.files import write_text_atomically
 
 _EXIT_INPUT_ERROR = 2
 
@@ -59,9 +60,7 @@ def close(folder: str | Path, code: int) -> None:
     if read_status(folder)[0] == "running":
         values = {"state": "failed", "step": last_step(folder), "reason": f"its ranks ended with code {code}, unsaid"}
         path = Path(folder) / "status.json"
-        part = path.with_name("status.json.requeue.part")
-        part.write_text(json.dumps(values) + "\n")
-        part.replace(path)
+        write_text_atomically(path, json.dumps(values) + "\n")
 
 
 def _run_dir(arguments: list[str]) -> str:

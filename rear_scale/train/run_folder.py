@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from rear_scale.config import ExperimentConfig, to_yaml
-from rear_scale.shards.record import write_text_atomically
+from rear_scale.files import write_text_atomically
 from rear_scale.versions import commit, versions
 from rear_scale.world import World, locked
 
