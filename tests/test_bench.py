@@ -13,6 +13,7 @@ from helpers import command_line, environment, launch
 from rear_scale import config
 from rear_scale.bench import data, reference, sample, scaling
 from rear_scale.config import InputError
+from rear_scale.sample.beside import Beside
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -111,12 +112,15 @@ def test_sampling_is_timed_beside_the_plain_samplers_which_draw_the_same() -> No
     assert found["latency_per_step_ms"] == pytest.approx(1e3 * 5 / rates["distinct_classes"] / 36)
 
 
-def test_sampling_with_a_tokenizer_decodes_beside_it(tmp_path: Path) -> None:
+def test_sampling_with_a_tokenizer_decodes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     CompactTokenizer(24, 128, 16, 32).save(tmp_path / "tokenizer")
     weights = f"tokenizer.weights={tmp_path / 'tokenizer'}"
+    workers = []
+    monkeypatch.setattr(sample, "Beside", lambda device: workers.append(Beside(device)) or workers[-1])
     found = sampling(weights)
     assert found["decoding_included"]
+    assert len(workers) == 1
     # A step's figures are of tokens alone.
     assert found["latency_per_step_ms"] == pytest.approx(
         1e3 * 5 / found["variants"]["tokens_alone"]["images_per_s"] / 36

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,11 @@ from test_sample import prepared
 from rear_scale.analysis import token_prediction
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate import job, reconstruction, sources, training
-from rear_scale.evaluate.blocks import Part
+from rear_scale.evaluate.blocks import Part, extract
 from rear_scale.evaluate.dinov2 import DinoV2
 from rear_scale.evaluate.inception import Inception
 from rear_scale.evaluate.job import Evaluation
-from rear_scale.evaluate.sources import open_image_set
+from rear_scale.evaluate.sources import Generation, ImageSet, open_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
 from rear_scale.evaluate.training import TrainingScores, check_training_scores, is_due
 from rear_scale.parallel.checkpoint import Checkpoint
@@ -116,6 +117,70 @@ def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp
     assert written["inception"]["inception_score"]["value"] == pytest.approx(
         generated["inception"]["inception_score"]["value"], rel=1e-6
     )
+
+
+class _Planned:
+    """A generated set of three blocks that notes what happens, and when; `fails` names what raises at block 1."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.events, self.drawn = fails, [], [threading.Event() for _ in range(3)]
+        blocks = [np.arange(start, start + 4) for start in (0, 4, 8)]
+        generation = Generation(self.draw, self.decode)
+        self.images = ImageSet("planned", "planned", 8, 8, blocks, self.read, generation=generation)
+
+    def note(self, what: str, block: int) -> None:
+        self.events.append((what, block, threading.current_thread() is threading.main_thread()))
+        if (what, block) == (self.fails, 1):
+            raise InputError(f"{what} of block 1")
+
+    def draw(self, numbers: np.ndarray) -> torch.Tensor:
+        self.note("draw", numbers[0] // 4)
+        self.drawn[numbers[0] // 4].set()
+        return torch.from_numpy(numbers)
+
+    def decode(self, tokens: torch.Tensor, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.note("decode", numbers[0] // 4)
+        # The tokens of the next block are drawn meanwhile; after the last one there is none.
+        if numbers[0] < 8 and not self.fails:
+            assert self.drawn[numbers[0] // 4 + 1].wait(10)
+        pixels = np.random.default_rng(numbers[0]).integers(0, 256, (4, 8, 8, 3), np.uint8)
+        return pixels + tokens.numpy()[:, None, None, None].astype(np.uint8), numbers
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError("a generated block is read in two halves")
+
+
+class _Pixels:
+    identity = "pixels"
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"pool": images.reshape(len(images), -1).astype(np.float32)}
+
+
+def _extracted(world: World, planned: _Planned, cache: Path) -> np.ndarray:
+    (found,) = extract(planned.images, [_Pixels()], cache, 3, world)
+    return found.rows("pool")[:]
+
+
+def test_a_block_is_drawn_while_the_one_before_is_decoded_and_seen(tmp_path: Path) -> None:
+    planned = _Planned()
+    found = run_alone(_extracted, planned, tmp_path)
+    expected = [
+        np.random.default_rng(start).integers(0, 256, (4, 192), np.uint8)
+        + np.arange(start, start + 4, dtype=np.uint8)[:, None]
+        for start in (0, 4, 8)
+    ]
+    assert np.array_equal(found, np.concatenate(expected))
+    assert sorted(planned.events) == sorted(
+        (what, block, what == "draw") for block in range(3) for what in ("draw", "decode")
+    )
+
+
+@pytest.mark.parametrize(("fails", "left"), [("draw", 1), ("decode", 1)])
+def test_an_evaluation_that_fails_keeps_the_blocks_before(tmp_path: Path, fails: str, left: int) -> None:
+    with pytest.raises(InputError, match=f"{fails} of block 1"):
+        run_alone(_extracted, _Planned(fails), tmp_path)
+    assert len(list(tmp_path.rglob("block_*.npz"))) == left
 
 
 def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_config
+from torch import Tensor
 
 from rear_scale.bench.model import drawn_model
 from rear_scale.config import GuidanceConfig, SampleConfig
 from rear_scale.sample import graphs
 from rear_scale.sample.batch import Batch
+from rear_scale.sample.beside import Beside, wait_for_workers
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.graphs import GraphedSteps
+from rear_scale.sample.graphs import CudaGraph, GraphedSteps
+
+CPU = torch.device("cpu")
 
 # Ids and classes of batches: three shapes of them, with 3, 3, 2, 1, 1, 3 classes that are filled up to 4, 4, 2, 1, 1, 4 and
 # the null class.
@@ -96,6 +104,122 @@ def test_what_cannot_be_recorded_is_drawn_step_by_step(
     )
 
 
+def test_nothing_else_runs_while_steps_are_recorded(tmp_path: Path, tokens: Path) -> None:
+    """As the sampling job does it: the images of a batch are decoded beside the drawing of the next one."""
+    running = threading.Event()
+    found: list[bool] = []
+
+    class Watching(Replayed):
+        def record(self, work: Callable[[], None]) -> None:
+            found.append(running.is_set())
+            super().record(work)
+
+    def decode(tokens: Tensor) -> None:
+        running.set()
+        time.sleep(0.3)
+        running.clear()
+
+    model = drawn_model(tiny_config(tmp_path, tokens), CPU, with_heads=False).eval()
+    decoder = Decoder(model, SampleConfig(batch_size=4))
+    decoder.graphed = GraphedSteps(decoder._draw_steps, Watching)
+    ids = torch.arange(4)
+    with Beside(CPU) as beside:
+        for _ in range(2):
+            beside.run(decode, decoder.generate(ids, ids))
+    assert found
+    assert not any(found)
+
+
+def test_a_worker_that_has_ended_is_not_waited_for() -> None:
+    def fails() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError), Beside(CPU) as beside:  # noqa: PT011
+        beside.run(fails)
+    wait_for_workers()
+    with Beside(CPU) as beside:
+        beside.run(fails)
+        with pytest.raises(ValueError):  # noqa: PT011
+            wait_for_workers()
+        beside.last = None
+
+
+class Cuda:
+    """What a recording uses of torch.cuda. `fails` says where a recording ends: in its work, before torch has told the
+    allocator ("end"), or after it ("instantiate")."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str | None) -> None:
+        self.fails, self.calls = fails, []
+        self.stream, self.recording = "main", False
+        self.default_generators = [self]
+        device = types.SimpleNamespace(device_index=0)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "default_generators", [self])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: device)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", "main"))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: self.calls.append("release"), raising=False)
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, pool: object, capture_error_mode: str):
+        """In the order of torch.cuda.graph and CUDAGraph::capture_end."""
+        assert capture_error_mode == "thread_local"
+        self.stream, self.recording = "capture", True
+        error = None
+        try:
+            yield
+        except RuntimeError as raised:
+            error = raised
+        if self.fails == "end":
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.recording = False
+        if self.fails == "instantiate":
+            raise RuntimeError("CUDA error: out of memory")
+        self.stream = "main"
+        if error is not None:
+            raise error
+
+    def end(self, index: int, pool: object) -> None:
+        if not self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording = False
+        self.calls.append("end")
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def clone_state(self) -> str:
+        return "numbers before"
+
+    def graphsafe_set_state(self, numbers: str) -> None:
+        self.calls.append(numbers)
+
+
+@pytest.mark.parametrize(
+    ("fails", "calls"),
+    [
+        (None, []),
+        ("work", ["reset", "numbers before"]),
+        ("end", ["end", "release", "reset", "numbers before"]),
+        ("instantiate", ["reset", "numbers before"]),
+    ],
+)
+def test_a_recording_that_fails_leaves_stream_allocator_and_generator_as_before(
+    monkeypatch: pytest.MonkeyPatch, fails: str | None, calls: list[str]
+) -> None:
+    cuda = Cuda(monkeypatch, fails)
+
+    def work() -> None:
+        if fails in ("work", "end"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graph = CudaGraph((0, 1))
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        graph.record(work)
+    assert (cuda.stream, cuda.recording, cuda.calls) == ("main", False, calls)
+
+
 def test_few_shapes_are_kept(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_SHAPES", 1)
     monkeypatch.setattr(Replayed, "made", 0)
@@ -114,6 +238,34 @@ def test_a_batch_takes_over_only_what_has_its_shape(tmp_path: Path, tokens: Path
     assert two.shape != three.shape
     with pytest.raises(AssertionError):
         two.fill(three)
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_after_a_recording_that_failed(tmp_path: Path, tokens: Path) -> None:
+    device = torch.device("cuda")
+    model = drawn_model(tiny_config(tmp_path, tokens), device, with_heads=False).eval()
+    decoder, plain = (Decoder(model, SampleConfig(batch_size=4)) for _ in range(2))
+    plain.graphed.usable = False
+
+    def draw(batch: Batch, steps: range) -> None:
+        decoder._draw_steps(batch, steps)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # as a library does when it is first used
+
+    decoder.graphed.draw = draw
+    stream = torch.cuda.current_stream()
+    check(decoder, plain, device)
+    assert not decoder.graphed.usable
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device=device).isfinite().all()  # the generator is not in a recording any more
+    # Memory that another stream uses comes back only when the allocator knows of no recording.
+    before = torch.cuda.memory_allocated()
+    borrowed = torch.empty(2**20, device=device)
+    borrowed.record_stream(torch.cuda.Stream())
+    del borrowed
+    torch.cuda.synchronize()
+    torch.empty(1, device=device)
+    assert torch.cuda.memory_allocated() <= before + 512
 
 
 @pytest.mark.gpu

@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     distinct, one, few = ids % classes, torch.zeros_like(ids), ids[:_UNCACHED_BATCH]
     plain = partial(_plain, cfg, decoder, dict(model.named_parameters()))
     decode = _image_decoder(cfg, device)
-    ours = partial(_ours, decoder, decode)
+    worker = Beside(device)
+    ours = partial(_ours, decoder, decode, worker)
     variants: dict[str, tuple[int, Callable[[], object]]] = {
         "distinct_classes": (_images(B, decode), lambda: ours(distinct, ids)),
         "one_class": (_images(B, decode), lambda: ours(one, ids)),
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     same = None
     if not reason:
         same = (decoder.generate(distinct, ids) == plain(distinct, ids, cached=True)).all(1).float().mean().item()
-    rates = _interleaved(variants, arguments.rounds, device)
+    with worker:
+        rates = _interleaved(variants, arguments.rounds, device)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     step_s = B / medians.get("tokens_alone", medians["distinct_classes"]) / N
     result = {
@@ -184,13 +186,15 @@ def _step_figures(cfg: ExperimentConfig, decoder: Decoder, device: torch.device,
     }
 
 
-def _ours(decoder: Decoder, decode: Callable[[Tensor], Tensor] | None, labels: Tensor, ids: Tensor) -> None:
+def _ours(
+    decoder: Decoder, decode: Callable[[Tensor], Tensor] | None, worker: Beside, labels: Tensor, ids: Tensor
+) -> None:
     if decode is None:
         decoder.generate(labels, ids)
         return
-    with Beside(ids.device) as beside:
-        for _ in range(_PIPELINED):
-            beside.run(decode, decoder.generate(labels, ids))
+    for _ in range(_PIPELINED):
+        worker.run(decode, decoder.generate(labels, ids))
+    worker.wait()
 
 
 def _images(batch: int, decode: Callable[[Tensor], Tensor] | None) -> int:

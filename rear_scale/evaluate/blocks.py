@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from rear_scale.evaluate.npz import StoredArray, open_array
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.files import atomic_file, write_text_atomically
 from rear_scale.progress import progress
+from rear_scale.sample.beside import Beside
 from rear_scale.world import World
 
 
@@ -96,7 +97,8 @@ def extract(
     world: World,
     part: Part | None = None,
 ) -> list[FeatureBlocks]:
-    """The features of each extractor, whose missing blocks are computed; the images of a block are read once for all.
+    """The features of each extractor, whose missing blocks are computed; the images of a block are read once for all, while
+    the features of the block before are computed.
 
     All ranks must call this; each computes some blocks. With a part, only that share of the blocks is computed.
     Raises InputError for images that cannot be read, and for features that are not finite.
@@ -112,16 +114,33 @@ def extract(
     missing = world.from_main(_missing(found, part) if world.is_main else None)
     description = f"features of {images.name}"
     total = sum(len(images.blocks[number]) for number in missing)
-    with progress(description, total, "image", show=world.is_main and bool(missing)) as bar:
+
+    def write(number: int, pixels: np.ndarray, labels: np.ndarray | None) -> None:
+        for blocks, extractor in zip(found, extractors, strict=True):
+            if not is_whole(blocks.path(number)):
+                _write_block(blocks.path(number), _features(extractor, pixels, labels, batch_size))
+
+    with (
+        progress(description, total, "image", show=world.is_main and bool(missing)) as bar,
+        Beside(world.device) as beside,
+    ):
         for place, number in enumerate(missing):
             if place % world.size == world.rank:
-                pixels, labels = images.read(images.blocks[number])
-                for blocks, extractor in zip(found, extractors, strict=True):
-                    if not is_whole(blocks.path(number)):
-                        _write_block(blocks.path(number), _features(extractor, pixels, labels, batch_size))
+                _read_and(write, images, number, beside)
             bar.update(len(images.blocks[number]))
     world.barrier()
     return found
+
+
+def _read_and(
+    write: Callable[[int, np.ndarray, np.ndarray | None], None], images: ImageSet, number: int, beside: Beside
+) -> None:
+    """Reads a block and starts `write` on it beside what comes next; of generated images, their decoding too."""
+    generation, ids = images.generation, images.blocks[number]
+    if generation is None:
+        beside.run(write, number, *images.read(ids))
+    else:
+        beside.run(lambda tokens: write(number, *generation.decode(tokens, ids)), generation.draw(ids))
 
 
 def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.evaluate.sources import ImageSet
+from rear_scale.evaluate.sources import Generation, ImageSet
 from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import job_identity, labels_of, make_images, units_of
+from rear_scale.sample.job import decode_images, job_identity, labels_of, make_tokens, units_of
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
 
@@ -25,11 +26,19 @@ def generated_images(
     """
     decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
 
+    def draw(numbers: np.ndarray) -> Tensor:
+        return make_tokens(decoder, numbers, cfg, world.device)
+
+    def decode(tokens: Tensor, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return decode_images(tokenizer, tokens, cfg)[: len(numbers)], labels_of(cfg, numbers)
+
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return make_images(decoder, tokenizer, numbers, cfg, world.device), labels_of(cfg, numbers)
+        return decode(draw(numbers), numbers)
 
     size = cfg.tokenizer.image_size
     name = f"{cfg.run.name}, step {checkpoint.step}"
     identity = f"generated {job_identity(cfg, checkpoint)}"
     blocks = units_of(cfg)
-    return ImageSet(name, identity, size, size, blocks, read, quantiser=cfg.sample.quantiser)
+    return ImageSet(
+        name, identity, size, size, blocks, read, quantiser=cfg.sample.quantiser, generation=Generation(draw, decode)
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
@@ -30,6 +31,14 @@ Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
+class Generation:
+    """The two halves of reading a block of generated images: one block is decoded while the tokens of the next are drawn."""
+
+    draw: Callable[[np.ndarray], Tensor]  # the numbers of a block -> token ids of as many images or more, on the device
+    decode: Callable[[Tensor, np.ndarray], tuple[np.ndarray, np.ndarray]]  # these and the numbers -> as Read
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images to score, wherever they lie or come from."""
 
@@ -41,6 +50,7 @@ class ImageSet:
     read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
     preprocessing: str = AS_STORED
     quantiser: str | None = None  # the rule that made them uint8; null = they came so
+    generation: Generation | None = None  # of images that are stored nowhere
 
     @property
     def count(self) -> int:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+_workers: WeakSet[Beside] = WeakSet()  # those of this process
+
+
+def wait_for_workers() -> None:
+    """Returns when no worker of this process computes anything. Raises what the last work of one raised."""
+    for worker in list(_workers):
+        worker.wait()
 
 
 class Beside:
@@ -17,16 +27,25 @@ class Beside:
         # A new thread would take as many threads as there are cores, and its kernels might round otherwise.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self.last: Future[None] | None = None
+        _workers.add(self)
 
     def __enter__(self) -> Beside:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.pool.shutdown()  # what was begun is finished, whatever happened here
+        _workers.discard(self)
         if self.last is not None and error[0] is None:
             self.last.result()
 
-    def run(self, finish: Callable[..., None], *arguments: int | Tensor) -> None:
+    def wait(self) -> None:
+        """Returns when the last work is done, on the device too. Raises what it raised."""
+        if self.last is not None:
+            self.last.result()
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def run(self, finish: Callable[..., object], *arguments: Any) -> None:
         """Starts when the last one is done. Raises what that one raised."""
         if self.last is not None:
             self.last.result()
@@ -36,7 +55,7 @@ class Beside:
         return None if self.stream is None else torch.cuda.current_stream().record_event()
 
     def _on_stream(
-        self, finish: Callable[..., None], arguments: tuple[int | Tensor, ...], drawn: torch.cuda.Event | None
+        self, finish: Callable[..., object], arguments: tuple[Any, ...], drawn: torch.cuda.Event | None
     ) -> None:
         if self.stream is None or drawn is None:
             finish(*arguments)

@@ -7,6 +7,7 @@ many hundreds of images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from rear_scale.progress import say
 from rear_scale.sample.batch import Batch
+from rear_scale.sample.beside import wait_for_workers
 
 _STEPS = 32  # of one graph, as many as AdaLN's tables hold: long graphs take long to instantiate
 _SHAPES = 4  # of batches whose graphs are kept, each with memory of its own
@@ -34,9 +36,28 @@ class CudaGraph:
         self.graph, self.pool = torch.cuda.CUDAGraph(), pool
 
     def record(self, work: Callable[[], None]) -> None:
-        # Only this thread is held to what a recording allows: another may be decoding the images of the batch before.
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
+        """Raises RuntimeError for work that cannot be recorded; stream, allocator and generator are then as before."""
+        stream = torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device_index]
+        numbers = generator.clone_state()
+        try:
+            # thread_local: NCCL's watchdog asks for the state of events at any time, which would end a recording that holds
+            # all threads.
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError:
+            self._clean_up(stream, generator, numbers)
+            raise
+
+    def _clean_up(self, stream: torch.cuda.Stream, generator: torch.Generator, numbers: torch.Generator) -> None:
+        # When the end of a recording fails, torch leaves all this as it is during one: capture_end raises before it comes to
+        # the allocator and the generator, and torch.cuda.graph before it comes to the stream (2.11 to 2.14).
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # it has come to the allocator
+            torch._C._cuda_endAllocateToPool(stream.device_index, self.pool)
+            torch._C._cuda_releasePool(stream.device_index, self.pool)
+        self.graph.reset()
+        generator.graphsafe_set_state(numbers)
 
     def replay(self) -> None:
         self.graph.replay()
@@ -75,8 +96,11 @@ class GraphedSteps:
         return static
 
     def _record(self, batch: Batch) -> tuple[Batch, list[Graph]] | None:
-        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        graphs = []
+        # A synchronisation of another thread while it works would end the recording, and the first use of a library (cuDNN in
+        # the first decoding) brings some.
+        wait_for_workers()
+        pool = torch.cuda.graph_pool_handle() if self.new_graph is CudaGraph else None
+        graphs: list[Graph] = []
         try:
             for start in range(0, batch.num_tokens, _STEPS):
                 steps = range(start, min(start + _STEPS, batch.num_tokens))
@@ -84,6 +108,7 @@ class GraphedSteps:
                 graphs[-1].record(lambda steps=steps: self.draw(batch, steps))
         except RuntimeError as error:
             self.usable = False
+            graphs.clear()  # before the next batch asks for memory
             say(f"warning: no CUDA graphs, kernels are started one by one ({str(error).splitlines()[0]})")
             return None
         return batch, graphs

@@ -245,10 +245,11 @@ def make_images(
     decoder: Decoder, tokenizer: Tokenizer, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device
 ) -> np.ndarray:
     """Images (uint8 [B, S, S, 3]) of the image ids of a unit."""
-    return _decoded(tokenizer, make_tokens(decoder, ids, cfg, device), cfg)[: len(ids)]
+    return decode_images(tokenizer, make_tokens(decoder, ids, cfg, device), cfg)[: len(ids)]
 
 
-def _decoded(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -> np.ndarray:
+def decode_images(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -> np.ndarray:
+    """Images (uint8 [B, S, S, 3]) of token ids (int64 [B, N])."""
     with torch.inference_mode():
         return to_uint8(tokenizer.decode(tokens), cfg.sample.quantiser)
 
@@ -270,7 +271,7 @@ def _make_unit(
 def _finish_unit(job: _Job, number: int, tokens: Tensor, near_ties: Tensor) -> None:
     count = len(near_ties)
     # The full batch is decoded: a short one would round otherwise.
-    images = None if job.tokenizer is None else _decoded(job.tokenizer, tokens, job.cfg)[:count]
+    images = None if job.tokenizer is None else decode_images(job.tokenizer, tokens, job.cfg)[:count]
     job.parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
 
 
