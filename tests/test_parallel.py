@@ -12,14 +12,15 @@ import torch
 from helpers import run_alone, run_ranks, tiny_config
 
 from rear_scale import config
-from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError
+from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, settled
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
-from rear_scale.shards.reader import BatchOrder, open_tokens
+from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
+from rear_scale.train.setup import data_order
 from rear_scale.world import World
 
 QUIET = ["model.dropout=0", "model.attn_dropout=0"]
@@ -66,7 +67,7 @@ def run_steps(
     tokens = open_tokens(cfg.data.train, cfg.data.cache_dir)
     codebook = torch.from_numpy(read_codebook(cfg.data.train, tokens.manifest))
     objective = Objective(cfg, strategy.plan, codebook, world.device)
-    order = BatchOrder(len(tokens), cfg.train.global_batch_size, 0)
+    order = data_order(settled(cfg, None), tokens, objective)
     results = []
     for step in range(first, last + 1):
         loss = 0.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import TIMES, metrics, run_alone, tiny_config, write_token_shards
 
-from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.objective import Objective
+from rear_scale.config import ExperimentConfig, InputError, groups_by_class, settled
+from rear_scale.objective import MicroBatch, Objective
 from rear_scale.parallel import checkpoint
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
@@ -154,6 +154,81 @@ def test_another_micro_batch_keeps_the_trajectory(tmp_path: Path, tokens: Path) 
         losses[size] = [line["loss"] for line in metrics(path / "run")]
     assert losses[6] == pytest.approx(losses[12], rel=1e-5)
     assert losses[3] == pytest.approx(losses[12], rel=1e-5)
+
+
+def _losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder / "run")]
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_grouped_batches_train_alike_and_resume_exactly(
+    tmp_path: Path, tokens: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = ["strategy=single", "model.dropout=0", "model.attn_dropout=0", "train.total_steps=5", f"data.mode={mode}"]
+    forms = {
+        "drawn": "data.group_by_class=false",
+        "grouped": "data.group_by_class=true",
+        "resumed": "data.group_by_class=true",
+    }
+    seen: dict[str, list[MicroBatch]] = {name: [] for name in forms}
+    micro_batch = Objective.micro_batch
+    for name, form in forms.items():
+        path = folder(tmp_path, name)
+
+        def noted(self, *arguments, name=name):
+            seen[name].append(micro_batch(self, *arguments))
+            return seen[name][-1]
+
+        monkeypatch.setattr(Objective, "micro_batch", noted)
+        if name == "resumed":
+            run_alone(run, tiny_config(path, tokens, *still, form, "train.stop_at_step=2"))
+        # Without a word on the second command, the checkpoint's choice stands.
+        run_alone(run, tiny_config(path, tokens, *still, *([form] if name != "resumed" else [])))
+    losses = {name: _losses(tmp_path / name) for name in forms}
+    assert losses["grouped"] == pytest.approx(losses["drawn"], rel=1e-5)
+    assert losses["resumed"] == losses["grouped"]
+    distinct = {name: sum(len(batch.classes.unique()) for batch in batches[:10]) for name, batches in seen.items()}
+    assert distinct["grouped"] < distinct["drawn"]
+    for step in range(5):
+        ids = {name: torch.cat([batch.ids for batch in seen[name][2 * step : 2 * step + 2]]) for name in seen}
+        assert sorted(ids["grouped"].tolist()) == sorted(ids["drawn"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), True),
+        (("data.mode=stream",), False),
+        (("model.modulation=per_sample",), False),
+        (("model.conditioning=in_context",), False),
+        (("model.architecture=alitok",), False),
+        (("data.group_by_class=false",), False),
+        (("data.mode=stream", "data.group_by_class=true"), True),
+    ],
+)
+def test_new_runs_group_where_modulation_is_per_class(
+    tmp_path: Path, tokens: Path, overrides: tuple[str, ...], expected: bool
+) -> None:
+    cfg = tiny_config(tmp_path, tokens, *overrides)
+    assert settled(cfg, None).data.group_by_class is expected
+    assert groups_by_class(cfg) is expected
+
+
+def test_a_run_from_before_grouping_goes_on_as_it_began(tmp_path: Path, tokens: Path) -> None:
+    """Its checkpoint's config lacks the field."""
+    still = ["strategy=single", "train.total_steps=4", "checkpoint.every_steps=2"]
+    run_alone(run, tiny_config(folder(tmp_path, "whole"), tokens, *still, "data.group_by_class=false"))
+    old = folder(tmp_path, "old")
+    run_alone(run, tiny_config(old, tokens, *still, "data.group_by_class=false", "train.stop_at_step=2"))
+    (meta_file,) = (old / "run/checkpoints").glob("step_00000002/meta.json")
+    meta = json.loads(meta_file.read_text())
+    del meta["config"]["data"]["group_by_class"]
+    meta_file.write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="data.group_by_class=True, but .* was trained with data.group_by_class=False"):
+        run_alone(run, tiny_config(old, tokens, *still, "data.group_by_class=true"))
+    run_alone(run, tiny_config(old, tokens, *still))
+    assert _losses(old) == _losses(tmp_path / "whole")
+    assert checkpoint.find(old / "run").meta["config"]["data"]["group_by_class"] is False
 
 
 def test_the_twin_without_regularization_has_no_such_terms(tmp_path: Path, tokens: Path) -> None:

@@ -8,7 +8,7 @@ Every rule that a user can break raises InputError with the field, its value, th
 """
 
 from rear_scale.config.load import CONFIG_DIR, check_override, figure_overrides, find_config, from_dict, load
-from rear_scale.config.plan import Plan, check_resumable, derive
+from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled
 from rear_scale.config.schema import (
     CheckpointConfig,
     ClassifierConfig,
@@ -54,7 +54,9 @@ __all__ = [
     "figure_overrides",
     "find_config",
     "from_dict",
+    "groups_by_class",
     "load",
+    "settled",
     "to_dict",
     "to_yaml",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rear_scale.config.schema import ExperimentConfig, InputError, TrainConfig, UnknownLength
@@ -102,7 +102,9 @@ _FREE_ON_RESUME = (
 )  # fmt: skip
 
 
+# What a checkpoint from before a field was trained with: the field's default, except where the program had no choice yet.
 _DEFAULTS = to_dict(ExperimentConfig())
+_DEFAULTS["data"]["group_by_class"] = False
 
 
 def _completed(defaults: Any, values: Any) -> Any:
@@ -111,13 +113,29 @@ def _completed(defaults: Any, values: Any) -> Any:
     return {**defaults, **{key: _completed(defaults.get(key), value) for key, value in values.items()}}
 
 
+def groups_by_class(cfg: ExperimentConfig) -> bool:
+    """Whether a new run hands out each global batch in the order of classes."""
+    if cfg.data.group_by_class is not None:
+        return cfg.data.group_by_class
+    adaln = cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln"
+    return adaln and cfg.model.modulation != "per_sample" and cfg.data.mode == "resident"
+
+
+def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentConfig:
+    """The config with data.group_by_class set: where it leaves the choice open, to that of the checkpoint whose config's
+    values are `saved`, or to that of a new run (None)."""
+    if cfg.data.group_by_class is not None:
+        return cfg
+    grouped = groups_by_class(cfg) if saved is None else _completed(_DEFAULTS, saved)["data"]["group_by_class"]
+    return replace(cfg, data=replace(cfg.data, group_by_class=grouped))
+
+
 def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:
     """Raises InputError for the first field that would change the run and is not in resume.allow.
 
     `saved` are the values of the checkpoint's config, `source` its name.
     """
-    # A field that came after the checkpoint had its default then.
-    before = leaves({**_DEFAULTS, **{key: _completed(_DEFAULTS.get(key), value) for key, value in saved.items()}})
+    before = leaves(_completed(_DEFAULTS, saved))
     now = leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
         allowed = key.startswith(_FREE_ON_RESUME) or any(

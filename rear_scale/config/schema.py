@@ -74,6 +74,10 @@ class DataConfig:
     max_skipped_share: float = 0.01  # samples that on_error=skip may lose before it is an error all the same
     lanes: int = 512  # of stream: shuffled runs through the set that are read side by side, whatever the ranks
     buffer_samples: int = 4096  # of stream: samples of a lane that are shuffled together
+    # Each global batch is handed out in the order of classes, so that a micro-batch has few of them and AdaLN little work: the
+    # same samples per update. null: as the checkpoint says, and in a new run true where AdaLN runs once per class and
+    # data.mode=resident (in mode stream every rank would read all lanes)
+    group_by_class: bool | None = None
     assumed_images: int | None = None  # images of one epoch, used where data.train is not there (a dry run)
 
 

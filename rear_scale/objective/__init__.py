@@ -67,12 +67,16 @@ class Objective:
 
     def micro_batch(self, tokens: Tensor, labels: Tensor, ids: Tensor, epochs: Tensor) -> MicroBatch:
         """Drops labels (int64 [B]) and finds the distinct classes. On the CPU, ahead of the step: no device waits for it."""
-        bits = rng.random_bits(self.cfg.run.seed, rng.Purpose.LABEL_DROP, ids, epochs, 1)[:, 0]
-        dropped = rng.as_uniform(bits) < self.cfg.objective.class_dropout
-        classes, rows = labels.where(~dropped, torch.tensor(self.cfg.model.num_classes)), None
+        classes, rows = self.classes(labels, ids, epochs), None
         if self.cfg.model.modulation == "per_class":
             classes, rows = classes.unique(return_inverse=True)
         return MicroBatch(tokens, ids, epochs, classes, rows)
+
+    def classes(self, labels: Tensor, ids: Tensor, epochs: Tensor) -> Tensor:
+        """int64 [B]: what labels (int64 [B]) are after label dropout."""
+        bits = rng.random_bits(self.cfg.run.seed, rng.Purpose.LABEL_DROP, ids, epochs, 1)[:, 0]
+        dropped = rng.as_uniform(bits) < self.cfg.objective.class_dropout
+        return labels.where(~dropped, torch.tensor(self.cfg.model.num_classes))
 
     def noise_max(self, step: int) -> float:
         """f(t) of Eq. 5 at a step (from 1)."""

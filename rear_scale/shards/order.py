@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -112,3 +113,46 @@ class LaneOrder(BatchOrder):
         order, starts = self._lines[epoch]
         shard = torch.searchsorted(starts, places, right=True) - 1
         return self._firsts[order[shard]] + places - starts[shard]
+
+
+def group_by_class(classes: Tensor, null_class: int) -> Tensor:
+    """int64 [B]: the places of a global batch in the order of their classes (int64 [B]), equal ones in their old order.
+
+    Images of null_class are spread evenly, so that every part of the batch has its share of them: together they would be
+    one class to the rank that holds them, and their modulation cost nothing where that of the others is waited for.
+    """
+    is_null = classes == null_class
+    null_places = is_null.nonzero()[:, 0]
+    places = torch.empty_like(classes)
+    spread = torch.zeros_like(is_null)
+    # In the middle of as many equal parts as there are such images.
+    spread[(2 * torch.arange(len(null_places)) + 1) * len(classes) // max(1, 2 * len(null_places))] = True
+    places[spread] = null_places
+    others = (~is_null).nonzero()[:, 0]
+    places[~spread] = others[classes[others].argsort(stable=True)]
+    return places
+
+
+@dataclass
+class GroupedOrder:
+    """Another order within each global batch of an order: images of one class stand together over ranks and micro-steps.
+
+    A function of the batch's own samples alone, whatever the ranks and micro-steps.
+    """
+
+    order: BatchOrder
+    classes_of: Callable[[Tensor, Tensor], Tensor]  # sample ids and epochs (int64 [B]) to class ids, int64 [B]
+    null_class: int
+
+    def global_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """As every order's."""
+        ids, epochs = self.order.global_batch(step)
+        places = group_by_class(self.classes_of(ids, epochs), self.null_class)
+        return ids[places], epochs[places]
+
+    def rank_batches(self, step: int, rank: int, world_size: int, micro_steps: int) -> list[tuple[Tensor, Tensor]]:
+        """As every order's."""
+        size = self.order.global_batch_size
+        own = slice(rank * size // world_size, (rank + 1) * size // world_size)
+        ids, epochs = (part[own] for part in self.global_batch(step))
+        return list(zip(ids.chunk(micro_steps), epochs.chunk(micro_steps), strict=True))

@@ -27,13 +27,14 @@ from torch import Tensor
 from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
-from rear_scale.shards.order import BatchOrder, LaneOrder
+from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
 from rear_scale.shards.record import Manifest, read_manifest
 from rear_scale.shards.storage import is_remote
 
 __all__ = [
     "BatchOrder",
+    "GroupedOrder",
     "LaneOrder",
     "ResidentSet",
     "StreamSet",
@@ -68,6 +69,10 @@ class TokenSet(ABC):
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """int64 tokens [b, N] and labels [b] of the sample ids (int64 [b]), on the CPU."""
 
+    @abstractmethod
+    def labels_of(self, ids: Tensor) -> Tensor:
+        """int64 labels [B] of the sample ids (int64 [B]) of a global batch, on the CPU."""
+
 
 @dataclass(frozen=True)
 class ResidentSet(TokenSet):
@@ -84,6 +89,9 @@ class ResidentSet(TokenSet):
         index = ids.numpy()
         return _as_int64(self.tokens[index], self.labels[index])
 
+    def labels_of(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.labels[ids.numpy()].astype(np.int64))
+
 
 class StreamSet(TokenSet):
     """Samples that are read block by block when they are asked for."""
@@ -94,10 +102,12 @@ class StreamSet(TokenSet):
         self.firsts = np.concatenate([[0], np.cumsum(sizes)])
         self.kept: OrderedDict[tuple[int, int], Block] = OrderedDict()  # the block used longest ago comes first
         self.lost: set[tuple[int, int]] = set()
-        # For every lane of one rank, the blocks that a buffer of neighbours may touch.
-        lanes = -(-data.lanes // world_size) + 1
+        self.capacity = self._samples_of_lanes(-(-data.lanes // world_size))
+
+    def _samples_of_lanes(self, lanes: int) -> int:
+        """Samples of the blocks that the buffers of so many lanes may touch."""
         size = self.manifest.block_samples
-        self.capacity = lanes * size * (-(-data.buffer_samples // size) + 1)
+        return (lanes + 1) * size * (-(-self.data.buffer_samples // size) + 1)
 
     def order(self, global_batch_size: int, seed: int) -> LaneOrder:
         return LaneOrder(
@@ -126,6 +136,11 @@ class StreamSet(TokenSet):
             rows = places[group] % len(found[1])  # a substitute for a lost block may be shorter than it
             tokens[group], labels[group] = found[0][rows], found[1][rows]
         return _as_int64(tokens, labels)
+
+    def labels_of(self, ids: Tensor) -> Tensor:
+        # Labels lie in the blocks: a rank that asks for those of a whole batch reads every lane.
+        self.capacity = self._samples_of_lanes(self.data.lanes)
+        return self.rows(ids)[1]
 
     def _block(self, shard: int, block: int) -> Block:
         key = shard, block

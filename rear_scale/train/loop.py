@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale import rng
-from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, to_dict
+from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, settled, to_dict
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.recompute import prepare_blocks
@@ -29,6 +29,7 @@ from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
 from rear_scale.train.run_folder import RunFolder
+from rear_scale.train.setup import data_order
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
 from rear_scale.versions import commit, versions
 from rear_scale.world import World
@@ -55,6 +56,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
     with ExitStack() as stack:
         stack.enter_context(world.alone(*run.lock))
         found = checkpoint.newest(run.checkpoints, world, report=say)
+        cfg = settled(cfg, found.meta["config"] if found else None)
         if found is None and cfg.train.init_from is not None:
             found = start.take_over(cfg, tokens, run, world)
         done = found.step if found else 0
@@ -386,7 +388,7 @@ class _Prefetcher:
         first: int,
         data_offset: int,
     ) -> None:
-        self.order = tokens.order(cfg.train.global_batch_size, cfg.run.seed)
+        self.order = data_order(cfg, tokens, objective)
         self.plan, self.world, self.tokens, self.objective = plan, world, tokens, objective
         self.steps = range(first + data_offset, plan.last_step + data_offset + 1)
         self.ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)

@@ -11,8 +11,17 @@ from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.device import uses_cuda
 from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
+from rear_scale.objective import Objective
 from rear_scale.progress import Say, say
-from rear_scale.shards.reader import TokenSet, check_fits, open_manifest, open_set, open_tokens
+from rear_scale.shards.reader import (
+    BatchOrder,
+    GroupedOrder,
+    TokenSet,
+    check_fits,
+    open_manifest,
+    open_set,
+    open_tokens,
+)
 from rear_scale.shards.record import Manifest, read_codebook
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.train import fit, start
@@ -55,6 +64,18 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     plan = derive(cfg, ranks.world_size, manifest.num_images)
     fit.check(cfg, plan, ranks)
     return Data(cfg, plan, manifest, codebook_of(cfg, manifest))
+
+
+def data_order(cfg: ExperimentConfig, tokens: TokenSet, objective: Objective) -> BatchOrder | GroupedOrder:
+    """Which samples each step, rank and micro-step of a run trains on. cfg: as `settled` returns it."""
+    order = tokens.order(cfg.train.global_batch_size, cfg.run.seed)
+    if not cfg.data.group_by_class:
+        return order
+    return GroupedOrder(
+        order,
+        lambda ids, epochs: objective.classes(tokens.labels_of(ids), ids, epochs),
+        cfg.model.num_classes,
+    )
 
 
 def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
