@@ -8,6 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec 9>.venv.lock
 flock 9
 
+# Neither other packages nor another standard library than the interpreter's own.
+unset PYTHONHOME PYTHONPATH
+export PYTHONNOUSERSITE=1
+
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3 python3.11 python3.12 python3.13 python; do
@@ -42,6 +46,31 @@ rm -f .venv/installed
 echo "Installing pinned packages into .venv (a few minutes the first time)" >&2
 log=.venv/install.log
 : >"$log"
+
+# Of pip's own settings (pip.conf, PIP_* variables), only where packages come from is kept: others (user, target, prefix,
+# no-deps, constraint ...) would put packages beside .venv or choose other versions.
+kept=$(.venv/bin/python - <<'PYTHON'
+import ast, os, shlex, subprocess, sys
+
+SOURCES = ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy",
+           "timeout", "default-timeout", "retries", "cache-dir", "keyring-provider")
+# "user = true" would list the settings of the user alone.
+every = {**os.environ, "PIP_USER": "0", "PIP_GLOBAL": "0", "PIP_SITE": "0"}
+command = [sys.executable, "-m", "pip", "config", "list"]
+listed = subprocess.run(command, env=every, capture_output=True, text=True).stdout
+for section in ("global", "install", ":env:"):  # as pip reads them: later ones win
+    for line in listed.splitlines():
+        key, _, value = line.partition("=")
+        name = key.removeprefix(f"{section}.")
+        if name in SOURCES:
+            text = ast.literal_eval(value).strip().replace("\n", " ")
+            print(f"export PIP_{name.upper().replace('-', '_')}={shlex.quote(text)}")
+PYTHON
+)
+unset "${!PIP_@}"
+eval "$kept"
+export PIP_CONFIG_FILE=/dev/null
+
 install() {
     .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@" >>"$log" 2>&1 || {
         tail -n 30 "$log" >&2

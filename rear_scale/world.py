@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
+import math
 import os
 import re
 import socket
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MOST_NODES = 65_536  # as many as SLURM itself takes
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
             local_rank=_whole(env, "SLURM_LOCALID"),
             world_size=world_size,
             local_world_size=_slurm_local_tasks(env, world_size),
-            master_addr=env.get("MASTER_ADDR") or _first_slurm_host(env),
+            master_addr=env.get("MASTER_ADDR") or slurm_nodes(env)[0],
             # Any fixed function of the job will do: every task must find the same port without asking. Below those that
             # a machine hands out itself, from 32,768 or in some containers from 16,000; a job has the next thirty, too.
             master_port=_whole(
@@ -119,29 +121,57 @@ def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
     return per_node[min(_whole(env, "SLURM_NODEID", default=0), len(per_node) - 1)]
 
 
-def _first_slurm_host(env: Mapping[str, str]) -> str:
-    return slurm_nodes(env)[0]
-
-
 def node_name(env: Mapping[str, str] = os.environ) -> str:
     """This machine's, as sbatch --exclude knows it."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def slurm_nodes(env: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of the nodes of this job step, in the order of their ranks. Raises InputError where SLURM says none."""
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    if nodes and not re.search(r"[\[,]", nodes):
-        return [nodes]
+    """The names of the nodes of this job step, in the order of their ranks. Raises InputError where SLURM says none.
+
+    SLURM's own `scontrol show hostnames` is not called, because containers rarely have it.
+    """
+    variable = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if env.get(name)), None)
+    text = env[variable] if variable else ""
     try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout.split()
-        return [names[0], *names[1:]]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        return _expand_nodes(text)
+    except ValueError as error:
         raise InputError(
-            f"SLURM_JOB_NODELIST={nodes}: scontrol cannot expand it ({error}). Set MASTER_ADDR to the first node's name"
-        ) from error
+            f"{variable or 'SLURM_JOB_NODELIST'}={text[:200]} is not a list of nodes such as node[01-02],gpu7: {error}. "
+            "Set MASTER_ADDR to the name of the first node"
+        ) from None
+
+
+def _expand_nodes(text: str) -> list[str]:
+    """The names that a list such as "gpu-[1-2]-[01-03],login" stands for. Raises ValueError with what is wrong in it."""
+    names: list[str] = []
+    # Commas inside brackets do not part names.
+    for item in re.findall(r"(?:\[[^]]*\]|[^,\[])+|\[.*", text):
+        # Of "a[1,3-4]b" the parts "a", "1,3-4", "b": every second one was in brackets.
+        parts = re.split(r"\[([^][]*)\]", item.strip())
+        choices = [_numbers(part) if index % 2 else [part] for index, part in enumerate(parts)]
+        if any(set(part) & set("[]") for part in parts[::2]):
+            raise ValueError("its brackets do not match")
+        if len(names) + math.prod(map(len, choices)) > _MOST_NODES:
+            raise ValueError(f"more than {_MOST_NODES:,} nodes")
+        names += map("".join, itertools.product(*choices))
+    if not names or not all(names):
+        raise ValueError("a name is missing")
+    return names
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of "1,03-05", as wide as they are written."""
+    numbers: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip(), re.ASCII)
+        if match is None:
+            raise ValueError(f"[{text[:50]}] holds something else than numbers and ranges")
+        first, last = match[1], match[2] or match[1]
+        if not 0 <= int(last) - int(first) < _MOST_NODES:
+            raise ValueError(f"{part} is no range of up to {_MOST_NODES:,} numbers")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers
 
 
 @dataclass(frozen=True)

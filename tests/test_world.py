@@ -11,7 +11,7 @@ from helpers import run_ranks
 
 from rear_scale import world
 from rear_scale.config import InputError
-from rear_scale.world import World, discover, joined, locked
+from rear_scale.world import World, discover, joined, locked, slurm_nodes
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
@@ -51,6 +51,35 @@ def test_srun_variables_are_read() -> None:
     ports = {discover({**SRUN, "SLURM_JOB_ID": str(job)}).master_port for job in range(0, 100_000, 7)}
     assert 10_000 <= min(ports) < max(ports) < 15_984
     assert discover({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6(x2)"}).local_world_size == 6
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("node01", "node01"),
+        ("127.0.0.1,127.0.0.2", "127.0.0.1 127.0.0.2"),
+        ("node[01-03]", "node01 node02 node03"),
+        ("a[3,7-8],b01", "a3 a7 a8 b01"),
+        ("gpu-[1-2]-[01-03]", "gpu-1-01 gpu-1-02 gpu-1-03 gpu-2-01 gpu-2-02 gpu-2-03"),
+        ("n[9-11].cluster.org,login", "n9.cluster.org n10.cluster.org n11.cluster.org login"),
+        ("r[1,3]n[098-100]-ib", "r1n098-ib r1n099-ib r1n100-ib r3n098-ib r3n099-ib r3n100-ib"),
+        ("[1-2]x", "1x 2x"),
+        ("cn-[0001,0005],cn-x", "cn-0001 cn-0005 cn-x"),
+    ],
+)
+def test_a_list_of_nodes_is_expanded_without_slurm(monkeypatch: pytest.MonkeyPatch, nodes: str, expected: str) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm_nodes({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "others"}) == expected.split()
+    assert discover({**SRUN, "SLURM_STEP_NODELIST": nodes}).master_addr == expected.split()[0]
+
+
+@pytest.mark.parametrize(
+    "nodes", ["", ",", "a,,b[", "node[1-", "node]1[", "node[a-b]", "node[3-1]", "n[1-999999999]", "n[0-299][0-299]", "n[]",
+              "n[1-2-3]", "n[[1-2]]", "n[１-２]"],
+)  # fmt: skip
+def test_a_list_of_nodes_that_is_none_is_named(nodes: str) -> None:
+    with pytest.raises(InputError, match=r"SLURM_(STEP|JOB)_NODELIST=.* is not a list of nodes .*Set MASTER_ADDR"):
+        slurm_nodes({"SLURM_STEP_NODELIST": nodes})
 
 
 def test_plain_python_in_a_batch_script_is_one_process() -> None:
