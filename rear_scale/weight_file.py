@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rear_scale import untrusted
 from rear_scale.config import InputError
 from rear_scale.files import atomic_file, unfinished
+from rear_scale.untrusted import FLOATS, StoredTensor, shown
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_LARGEST_SIZE = 65_536  # of an architecture in the head of a file of ours
 
 
 def write_weights(
@@ -33,8 +39,8 @@ def write_weights(
 
 def read_training(path: str | Path) -> dict[str, Any]:
     """What a file that `read_weights` reads says of its training; empty when it says nothing."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["rear_scale"]).get("training", {})
+    training = read_head(path, "tokenizer.weights").own.get("training", {})
+    return training if isinstance(training, dict) else {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any] | None) -> None:
@@ -64,23 +70,92 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
-def read_weights(path: str | Path, kind: str, field: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Architecture and state dict of a file. `field` is the config key that names it in errors.
+def read_weights(
+    path: str | Path, kind: str, sizes: Collection[str], field: str
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Architecture (the sizes of those names) and state dict of a file. `field` is the config key that names it in errors.
 
     Raises InputError when the file is missing, damaged or of another kind.
     """
+    head = read_head(path, field)
+    if head.own.get("kind") != kind:
+        raise InputError(f"{field}={path} is not a {kind} of ours. Remove it and make it again, or name another file")
+    architecture = head.own.get("architecture")
+    if (
+        not isinstance(architecture, dict)
+        or architecture.keys() != set(sizes)
+        or not all(untrusted.is_count(size) and 0 < size <= _LARGEST_SIZE for size in architecture.values())
+    ):
+        raise InputError(
+            f"{field}={path}: its head says architecture={shown(architecture)}, but {', '.join(sizes)} are wanted, each a whole "
+            f"number from 1 to {_LARGEST_SIZE:,}. Make the file again"
+        )
     try:
         with safe_open(path, "pt") as file:
-            head = json.loads((file.metadata() or {}).get("rear_scale", "{}"))
-            if head.get("kind") != kind:
-                raise InputError(
-                    f"{field}={path} is not a {kind} of ours. Remove it and make it again, or name another file"
-                )
-            return head["architecture"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"not found: {field}={path}. Make it first, or set the right path") from None
+            return architecture, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{field}={path} cannot be read ({error}). Remove it and make it again") from error
+
+
+def fill(model: Model, state: Mapping[str, Tensor], path: str | Path, field: str) -> Model:
+    """A model that was built without memory (on the meta device), with the weights of a file that `read_weights` read.
+
+    Raises InputError when they are not this model's: sizes in the head of a file are checked before anything of them is
+    allocated.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found != expected:
+        raise InputError(
+            f"{field}={path} does not hold what its head says: {_difference(found, expected)}. Make the file again"
+        )
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a safetensors file says before its values."""
+
+    own: dict[str, Any]  # what a file of ours says of itself; empty for others
+    tensors: dict[str, StoredTensor]
+
+
+def read_head(path: str | Path, field: str) -> Head:
+    """The head of a safetensors file of weights, within bounds. `field` names the file in errors.
+
+    Raises InputError when the file is missing or none, and for values that are no weights (whole numbers, bool, complex,
+    8 bits).
+    """
+    try:
+        metadata, tensors = untrusted.safetensors_head(path)
+        own = untrusted.parse_json(metadata.get("rear_scale", "{}"))
+        if not isinstance(own, dict):
+            raise ValueError(f"it says {shown(own)} of itself, not an object")
+    except FileNotFoundError:
+        raise InputError(f"not found: {field}={path}. Make it first, or set the right path") from None
+    except (ValueError, OSError) as error:
+        raise InputError(_unreadable(path, field, error)) from error
+    for name, stored in tensors.items():
+        _check_kind(name, stored.dtype in FLOATS, stored.dtype, math.prod(stored.shape), path, field)
+    return Head(own, tensors)
+
+
+def _unreadable(path: str | Path, field: str, error: Exception) -> str:
+    reason = _first_line(error)
+    # Such a reason says by itself what the file is, and what to do.
+    if reason.startswith("is "):
+        return f"{field}={path} {reason}"
+    return f"{field}={path} cannot be read ({reason}). Is it whole? Download it again, or make it again"
+
+
+def _check_kind(name: str, is_float: bool, dtype: str, values: int, path: str | Path, field: str) -> None:
+    # Networks count their batches in single whole numbers.
+    if not is_float and not (values == 1 and dtype in ("I64", "int64")):
+        raise InputError(
+            f"{field}={path}: {shown(name)} holds {dtype}, but weights are floats of 16, 32 or 64 bits. Use the file "
+            "before it was quantized or converted"
+        )
 
 
 def find_weights(path: str | Path) -> Path:
@@ -115,9 +190,13 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
 
     Raises InputError when the file cannot be read, holds anything but tensors by name, or is a pickle that needs more.
     """
+    if file.suffix == ".safetensors":
+        read_head(file, field)
     try:
+        untrusted.check_file(file)
         if file.suffix == ".safetensors":
             return load_file(file)
+        _check_archive(file)
         # weights_only: a pickle may run any code, and these come from elsewhere.
         # mmap: read when used, and once for all processes of a machine; files from before torch 1.6 cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -127,12 +206,43 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
             "Use a safetensors file, or one that was saved from state_dict()"
         ) from None
     except Exception as error:  # whatever damaged bytes lead the readers to
-        raise InputError(
-            f"{field}={file} cannot be read ({_first_line(error)}). Is it whole? Download it again"
-        ) from None
+        raise InputError(_unreadable(file, field, error)) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{field}={file} does not hold tensors by name. Use a file that was saved from state_dict()")
+    _check_state(state, file, field)
     return dict(state)
+
+
+def _check_archive(file: Path) -> None:
+    """Raises ValueError for a zip whose members unpack to more than there is: torch writes them as they are."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"its member {shown(packed[0])} is compressed, which torch.save does not do")
+
+
+def _check_state(state: Mapping[Any, Any], file: Path, field: str) -> None:
+    """Raises InputError for names that are no text, and for tensors that are no plain weights or larger than the file."""
+    size = file.stat().st_size
+    for name, value in state.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise InputError(
+                f"{field}={file}: a tensor has the name {shown(name)}. Use a file that was saved from state_dict()"
+            )
+        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+            raise InputError(
+                f"{field}={file}: {name} is no plain tensor ({value.layout}, on {value.device}). Use a file that was saved from "
+                "state_dict() of a plain model"
+            )
+        if value.nbytes > value.untyped_storage().nbytes() or value.nbytes > size:
+            raise InputError(
+                f"{field}={file}: {name} would have {value.nbytes:,} bytes, more than are stored for it. Use a file that was "
+                "saved from state_dict()"
+            )
+        dtype = str(value.dtype).removeprefix("torch.")
+        is_float = value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        _check_kind(name, is_float, dtype, value.numel(), file, field)
 
 
 def _what(error: BaseException) -> str:

@@ -59,6 +59,7 @@ def test_folders_import_only_what_stands_to_their_left() -> None:
     order = [
         "config",
         "device",
+        "untrusted",
         "progress",
         "rng",
         "files",

@@ -22,7 +22,7 @@ from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
 from rear_scale.tokenizer.training import to_unit_range
-from rear_scale.weight_file import read_weights, write_weights
+from rear_scale.weight_file import fill, read_weights, write_weights
 
 _KIND = "classifier"
 NUM_FEATURES = 64
@@ -54,10 +54,11 @@ class Classifier(nn.Module):
 
     @classmethod
     def from_file(cls, path: str) -> Self:
-        architecture, state = read_weights(path, _KIND, "evaluate.classifier.weights")
-        classifier = cls(**architecture)
-        classifier.load_state_dict(state)
-        return classifier
+        field = "evaluate.classifier.weights"
+        architecture, state = read_weights(path, _KIND, ("image_size", "num_classes"), field)
+        with torch.device("meta"):
+            classifier = cls(**architecture)
+        return fill(classifier, state, path, field)
 
 
 class ClassifierFeatures:

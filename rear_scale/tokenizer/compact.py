@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.tokenizer.base import Tokenizer, nearest_code
-from rear_scale.weight_file import read_weights, write_weights
+from rear_scale.weight_file import fill, read_weights, write_weights
 
 _KIND = "compact tokenizer"
 _STRIDE = 4  # pixels of one token's side
@@ -109,10 +109,11 @@ class CompactTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str) -> Self:
-        architecture, state = read_weights(path, _KIND, "tokenizer.weights")
-        tokenizer = cls(**architecture)
-        tokenizer.load_state_dict(state)
-        return tokenizer
+        sizes = ("image_size", "codebook_size", "codebook_dim", "channels")
+        architecture, state = read_weights(path, _KIND, sizes, "tokenizer.weights")
+        with torch.device("meta"):
+            tokenizer = cls(**architecture)
+        return fill(tokenizer, state, path, "tokenizer.weights")
 
     @classmethod
     @torch.no_grad()

@@ -1,0 +1,259 @@
+"""Readers of small heads and manifests that arrive with weights and data: strict, and bounded in time and memory.
+
+All of them raise ValueError with a short reason; callers put the file, the field and a way out around it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+MOST_JSON = 64 << 20  # bytes: a manifest of 100,000 shards has half of it
+_MOST_CONTAINERS = 1 << 20  # lists and objects of one JSON file
+_DEEPEST = 64  # levels of nesting
+_MOST_DIGITS = 20  # of a whole number: 64 bits
+_MOST_HEAD = 32 << 20  # bytes of the head of a safetensors file; 10,000 tensors take 2 MiB
+_MOST_DIMENSIONS = 8
+_MOST_NPY_HEAD = 10_000  # bytes, as numpy has it
+
+# dtype of a safetensors head -> bytes of a value
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
+               "I8": 1, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the head of a safetensors file describes it."""
+
+    dtype: str  # as safetensors writes it: F32, BF16, ...
+    shape: tuple[int, ...]
+
+
+def mistaken_for(data: bytes) -> str | None:
+    """What the first bytes of a file show it to be where downloads go wrong, with a way out; None for anything else."""
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not data:
+        return "is empty. Download or copy it again"
+    if start.startswith(b"version https://git-lfs.github.com/spec/") or start.startswith(b"version https://hawser"):
+        return "is a git-lfs pointer, not the file that it stands for. Run git lfs pull in its folder, or download the file"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "is an HTML page that was saved in place of the file. Download the file itself"
+    if start.startswith(b"<?xml"):
+        what = "an HTML page" if b"<html" in start else "an XML text, such as a server's refusal,"
+        return f"is {what} that was saved in place of the file. Download the file itself"
+    return None
+
+
+def check_file(path: str | Path) -> None:
+    """Raises ValueError for a path that is no regular file, and for a file that is not what its name says (see
+    `mistaken_for`); OSError when it cannot be read."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("is no regular file. Name the file itself")
+    with open(path, "rb") as file:
+        found = mistaken_for(file.read(512))
+    if found is not None:
+        raise ValueError(found)
+
+
+def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
+    """A whole regular file of at most `most` bytes. Raises ValueError for another, OSError when it cannot be read."""
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("no regular file")
+    if found.st_size > most:
+        raise ValueError(f"{found.st_size:,} bytes, more than the {most:,} that such a file may have")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
+    """The values of a JSON file. Raises ValueError as `parse_json`, OSError when it cannot be read."""
+    return parse_json(read_bytes(path, most), most)
+
+
+def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
+    """The values of a JSON text.
+
+    Raises ValueError for what JSON does not have (NaN, a key twice, half a surrogate pair) and for what no file of ours
+    needs: more than `most` bytes, 64 levels of nesting, a million lists or 20 digits.
+    """
+    if len(text) > most:
+        raise ValueError(f"{len(text):,} bytes, more than the {most:,} that such a file may have")
+    if isinstance(text, bytes):
+        if found := mistaken_for(text):
+            raise ValueError(f"the file {found.split('. ')[0]}")
+        text = text.decode()
+    if text.count("[") + text.count("{") > _MOST_CONTAINERS:
+        raise ValueError(f"more than {_MOST_CONTAINERS:,} lists and objects")
+    try:
+        values = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_number, parse_int=_whole, parse_float=_finite
+        )
+    except RecursionError:
+        raise ValueError(f"more than {_DEEPEST} levels of nesting") from None
+    _check_values(values)
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} stands there twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text) if len(text) <= 1000 else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is beyond 64 bits")
+    return value
+
+
+def _check_values(values: Any) -> None:
+    level = [values]
+    for _ in range(_DEEPEST + 1):
+        following: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                following += value.keys()
+                following += value.values()
+            elif isinstance(value, list):
+                following += value
+            elif isinstance(value, str) and not value.isascii():
+                _check_text(value)
+        level = following
+        if not level:
+            return
+    raise ValueError(f"more than {_DEEPEST} levels of nesting")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text with half a surrogate pair, which is no character") from None
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value out of a file for a message: on one line, cut to `most` characters."""
+    if isinstance(value, (dict, list, tuple)) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value):,} values"
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def safetensors_head(path: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Metadata and tensors of a safetensors file, by its head alone.
+
+    Raises ValueError when the head is not one, is larger than 32 MiB, or describes other bytes than the file has; OSError
+    when the file cannot be read.
+    """
+    check_file(path)
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= size - 8:
+            raise ValueError(f"its head would have {length:,} bytes, but the file has {size:,}")
+        if length > _MOST_HEAD:
+            raise ValueError(f"its head of {length:,} bytes is larger than the {_MOST_HEAD:,} that are read")
+        head = parse_json(file.read(length), _MOST_HEAD)
+    if not isinstance(head, dict):
+        raise ValueError(f"its head is {shown(head)}, not an object")
+    metadata = head.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ does not hold texts by name")
+    return metadata, {name: _stored(name, entry, size - 8 - length) for name, entry in head.items()}
+
+
+def _stored(name: str, entry: Any, size: int) -> StoredTensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shown(name)} is not described by dtype, shape and data_offsets")
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"{shown(name)} has dtype {shown(dtype)}")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
+        raise ValueError(f"{shown(name)} has shape {shown(shape)}")
+    if (
+        not isinstance(place, list)
+        or len(place) != 2
+        or not all(map(is_count, place))
+        or not place[0] <= place[1] <= size
+    ):
+        raise ValueError(f"{shown(name)} lies at {shown(place)} of {size:,} bytes")
+    # Types of less than a byte are the library's affair, and refused as weights.
+    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != place[1] - place[0]:
+        raise ValueError(f"{shown(name)} of {dtype} {shape} does not take {place[1] - place[0]:,} bytes")
+    return StoredTensor(dtype, tuple(shape))
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value out of JSON is a whole number of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and all(letter in "0123456789abcdef" for letter in value)
+
+
+def npy_head(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is stored by columns, and dtype of the .npy array that begins here; reads up to its values.
+
+    Raises ValueError for another file, Python objects, named fields and sizes below 0.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f".npy version {version} is not read")
+    first = version == (1, 0)
+    prefix = file.read(2 if first else 4)
+    length = int.from_bytes(prefix, "little")
+    # Before it is read: out of a compressed member, 4 GiB of it may come from a few MiB.
+    if length > _MOST_NPY_HEAD:
+        raise ValueError(f"its head of {length:,} bytes is larger than the {_MOST_NPY_HEAD:,} that are read")
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    try:
+        shape, by_columns, dtype = read(io.BytesIO(prefix + file.read(length)))
+    except (RecursionError, MemoryError, TypeError, SyntaxError, KeyError, UnicodeError) as error:
+        raise ValueError(f"its head cannot be read ({type(error).__name__})") from None
+    if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
+        raise ValueError(f"it holds {shown(str(dtype))}, not plain numbers")
+    if len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
+        raise ValueError(f"its shape is {shown(shape)}")
+    return shape, by_columns, dtype
+
+
+def npy_array(data: bytes, kinds: str = "iuf", shape: Collection[int] | None = None) -> np.ndarray:
+    """The array of an .npy file in memory, of one of the numpy kinds and, if given, of that shape.
+
+    Raises ValueError for any other content; nothing larger than `data` is allocated.
+    """
+    file = io.BytesIO(data)
+    found, by_columns, dtype = npy_head(file)
+    if dtype.kind not in kinds:
+        raise ValueError(f"it holds {dtype}, not numbers")
+    if shape is not None and found != tuple(shape):
+        raise ValueError(f"it has shape {list(found)}, not {list(shape)}")
+    if math.prod(found) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"its head says {dtype} {list(found)}, which its {len(data) - file.tell():,} bytes are not")
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    return flat.reshape(found, order="F" if by_columns else "C")
