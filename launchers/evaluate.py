@@ -78,7 +78,7 @@ def main() -> None:
         )
     for path in args.also:
         other = open_source(path)
-        cfg = config.from_dict(other.meta["config"], str(other.path), args.overrides)
+        cfg = config.from_file(other.meta["config"], str(other.path), args.overrides)
         # One evaluation scores all: what another run's config says of its own is not what is done.
         checkpoints.append((replace(cfg, evaluate=command.cfg.evaluate), other))
     subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
@@ -180,9 +180,15 @@ def _score(
 
 def _token_scores(subject: Subject, opener: Opener, world: World) -> _Scores | None:
     data = subject.cfg.data
-    if not all((Path(folder) / "index.json").exists() for folder in (data.train, data.val) if folder is not None):
+    folders = [folder for folder in (data.train, data.val) if folder is not None]
+    if data.train is None and world.is_main:
+        say(
+            "data.train is not set: the config that came with the weights names a command or a remote place, which is taken from "
+            "the command line alone"
+        )
+    if not folders or not all((Path(folder) / "index.json").exists() for folder in folders):
         if world.is_main:
-            say(f"no token shards at {data.train}: token predictions are left out")
+            say(f"no token shards at {', '.join(folders) or 'data.train'}: token predictions are left out")
         return None
     return token_prediction.score_tokens(subject.cfg, opener.model(subject), world)
 

@@ -24,7 +24,8 @@ def main() -> None:
     if command.args.out is not None:
         check_output(command.args.out)
     if command.args.dry_run:
-        cli.show_paths(command, inputs=("tokenizer.weights",), outputs=())
+        tied = () if command.cfg.model.tie_codebook is None else ("data.train",)
+        cli.show_paths(command, inputs=("tokenizer.weights", *tied), outputs=())
         return
     output = command.args.out or default_output(command.cfg, command.checkpoint)
     with joined(command.ranks, same_for_any_world=True) as world:

@@ -19,6 +19,7 @@ from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.progress import say
+from rear_scale.shards.storage import is_remote, not_checked
 
 EXIT_INPUT_ERROR = 2
 _RANK_0_SPEAKS_FIRST_S = 10.0
@@ -93,7 +94,7 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     figure = getattr(args, "figure", None)
     overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
     found = open_source(args.checkpoint, args.config, overrides)
-    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
+    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
     return CheckpointCommand(cfg, args, world.discover(), found)
 
@@ -186,9 +187,14 @@ def show_paths(
             value = getattr(value, part, None)
         if value is None:
             print(f"not set: {name}")
+        elif is_remote(value):
+            print(not_checked(name, value))
         elif name in inputs and not Path(value).exists():
             print(f"not found: {name}={value}")
         else:
             print(f"{name}: {value}{' (exists)' if Path(value).exists() else ''}")
     for name, path in given:
+        if is_remote(path):
+            print(not_checked(name, str(path)))
+            continue
         print(f"{name}: {path} (exists)" if Path(path).exists() else f"not found: {name}={path}")

@@ -245,8 +245,8 @@ def test_a_node_takes_checksums_once(run: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda meta: [], "has format None"),
         (lambda meta: {**meta, "config": None}, "has no config"),
         (lambda meta: {name: value for name, value in meta.items() if name != "files"}, "has no files"),
-        (lambda meta: {**meta, "files": [{"file": "part-00000.safetensors"}]}, "a file lacks 'size'"),
-        (lambda meta: {**meta, "files": []}, "but meta.json says None"),
+        (lambda meta: {**meta, "files": [{"file": "part-00000.safetensors"}]}, "without file, size and sha256"),
+        (lambda meta: {**meta, "files": []}, "which is none of its files"),
     ],
 )
 def test_a_meta_file_that_is_not_whole_is_named(run: Path, change, expected: str) -> None:

@@ -7,7 +7,8 @@ is spent.
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """
 
-from rear_scale.config.load import CONFIG_DIR, check_override, figure_overrides, find_config, from_dict, load
+from rear_scale.config.arrived import is_remote
+from rear_scale.config.load import CONFIG_DIR, check_override, figure_overrides, find_config, from_dict, from_file, load
 from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -55,6 +56,8 @@ __all__ = [
     "find_config",
     "from_dict",
     "groups_by_class",
+    "from_file",
+    "is_remote",
     "load",
     "settled",
     "to_dict",

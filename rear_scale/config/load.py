@@ -16,6 +16,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from rear_scale.config import arrived
 from rear_scale.config.schema import ExperimentConfig, InputError
 from rear_scale.config.validate import suggest, validate
 from rear_scale.config.values import leaves
@@ -34,7 +35,11 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     path = find_config(config)
     parsed = [check_override(text) for text in overrides]
     values, composed = _compose(path, {item.key_or_group: item.value() for item in parsed if _group_file(item)})
-    return _typed(_overridden(values, parsed, composed), parsed, str(path))
+    cfg = _typed(_overridden(values, parsed, composed), parsed, str(path))
+    # Null only in the config of a checkpoint: where the set was remote.
+    if cfg.data.train is None:
+        raise InputError(f"data.train is null in {path} or on the command line. Set it to a folder: data.train=PATH")
+    return cfg
 
 
 def figure_overrides(name: str) -> list[str]:
@@ -57,6 +62,26 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
     """
     parsed = [check_override(text) for text in overrides]
     return _typed(_overridden(OmegaConf.create(values), parsed, set()), parsed, source)
+
+
+def from_file(values: Any, source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+    """The validated config of values that came with a file (see arrived.py), with the user's overrides applied in order.
+
+    `source` is the file. Raises InputError as `load` does, and for values that no such config may hold.
+    """
+    found = arrived.taken(values, source)
+    try:
+        return from_dict(found, source, overrides)
+    except InputError as error:
+        if source in str(error):
+            raise
+        # The file is named where it is the file that is wrong, not the command line.
+        try:
+            from_dict(found, source)
+        except InputError as own:
+            if str(own) == str(error):
+                raise InputError(f"{source}: {error}") from None
+        raise
 
 
 def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +86,8 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
             f"{rule}, nor of the number of ranks. Use train.global_batch_size={near}, or another number of ranks"
         )
     per_rank = train.global_batch_size // world_size
-    fitting = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    fitting = sorted({*small, *(per_rank // size for size in small)})
     below = max(size for size in fitting if size <= max(train.micro_batch_size, 1))
     above = min((size for size in fitting if size >= train.micro_batch_size), default=below)
     choices = " or ".join(str(size) for size in sorted({below, above}))

@@ -66,7 +66,7 @@ class TokenizerConfig:
 
 @dataclass
 class DataConfig:
-    train: str = "???"  # folder of token shards
+    train: str | None = "???"  # folder of token shards; null = a checkpoint's was remote and is not taken from its file
     val: str | None = None  # folder of token shards
     mode: str = "resident"  # resident: unpacked once per node, shuffled globally; stream: read while training
     cache_dir: str | None = None  # node-local folder of the unpacked set; null = the system's temporary folder

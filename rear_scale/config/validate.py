@@ -19,6 +19,30 @@ QUANTISERS = ("trunc255", "round")
 COPIES = ("png", "tar")
 NEIGHBOUR_MODES = ("exact", "adm_fp16")
 _LARGEST_SEED = 2**63 - 1
+# Far above what anybody trains: a config, which may come with a file, costs bounded time and memory before it is refused.
+_LARGEST = {
+    "model.depth": 1024,
+    "model.width": 131_072,
+    "model.mlp_width": 1_048_576,
+    "tokenizer.image_size": 65_536,
+    "tokenizer.num_tokens": 65_536,
+    "tokenizer.codebook_dim": 65_536,
+    "objective.heads.hidden": 1_048_576,
+    "train.total_steps": 99_999_999,  # folders of checkpoints have eight digits
+    "train.global_batch_size": 2**31,
+    "train.micro_batch_size": 1_048_576,
+    "data.lanes": 1_048_576,
+    "data.buffer_samples": 2**31,
+    "guard.spike_window": 1_048_576,
+    "sample.num_images": 100_000_000,
+    "sample.batch_size": 1_048_576,
+    "evaluate.batch_size": 1_048_576,
+    "evaluate.bootstrap": 100_000,
+    "evaluate.replace_draws": 100_000,
+    "pretokenize.batch_size": 1_048_576,
+    "pretokenize.samples_per_shard": 16_777_216,
+    "cluster.gpus": 1_048_576,
+}
 
 
 def suggest(wrong: str, known: list[str]) -> str:
@@ -36,6 +60,7 @@ def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
 def validate(cfg: ExperimentConfig) -> None:
     """Checks every rule that needs no other machine, file or process. Raises InputError at the first that is broken."""
     _validate_seeds(cfg)
+    _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_objective(cfg)
     _validate_training(cfg)
@@ -48,6 +73,13 @@ def _validate_seeds(cfg: ExperimentConfig) -> None:
         if name.endswith(".seed") and isinstance(value, int):
             # Draws take 64 bits of it without sign: seeds beyond would be others of these under another name.
             _require(0 <= value <= _LARGEST_SEED, name, value, "must lie between 0 and 2^63 - 1", f"Set {name}=0")
+
+
+def _validate_sizes(cfg: ExperimentConfig) -> None:
+    values = leaves(to_dict(cfg))
+    for name, largest in _LARGEST.items():
+        value = values[name]
+        _require(value is None or value <= largest, name, value, f"is above {largest:,}", "Use a smaller one")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from rear_scale.config import CheckpointConfig, InputError
 from rear_scale.files import file_sha256, sync, write_text_atomically
+from rear_scale.parallel.meta import FORMAT, read_meta
 from rear_scale.parallel.strategy import Kind, Strategy
 from rear_scale.weight_file import save_tensors
 from rear_scale.world import World
-
-FORMAT = "rear_scale checkpoint 1"
 
 # Room for the names and meta.json.
 _SPACE_MARGIN = 1.02
@@ -244,20 +243,7 @@ def newest(root: Path, world: World, report: Callable[[str], None]) -> Checkpoin
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises InputError when the folder is not a complete checkpoint of ours."""
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"not found: {path / 'meta.json'}. A checkpoint folder is named step_XXXXXXXX and lies in RUN/checkpoints"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path / 'meta.json'} is not valid JSON ({error}). Use another checkpoint") from error
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise InputError(
-            f"{path} has format {found!r}, but {FORMAT!r} is wanted. Use a version of rear_scale that reads it"
-        )
-    return Checkpoint(path, meta)
+    return Checkpoint(path, read_meta(path))
 
 
 def find(path: Path) -> Checkpoint:

@@ -39,7 +39,7 @@ def convert(
         say(f"{source} -> {out} (portable, with optimizer state)")
         return
     found = open_source(source, config_name, overrides)
-    cfg = config.from_dict(found.meta["config"], source=str(found.path), overrides=overrides)
+    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
     if ema and (form == "portable" or "index" not in found.meta or not found.has("ema")):
         raise InputError(

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rear_scale import config
@@ -22,8 +23,10 @@ from rear_scale.interop import official, published
 from rear_scale.model import Generator, meta_model
 from rear_scale.parallel import checkpoint
 from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.meta import stored_tensors
 from rear_scale.parallel.strategy import Kind
-from rear_scale.weight_file import find_weights, save_tensors, write_tensors
+from rear_scale.untrusted import is_count, shown
+from rear_scale.weight_file import find_weights, read_head, save_tensors, write_tensors
 from rear_scale.world import discover
 
 _CONSOLIDATED = "generator"
@@ -94,7 +97,7 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
     if config_name is not None:
         cfg = load_config(config_name, overrides)
     elif head:
-        cfg = config.from_dict(head["config"], source=str(path))
+        cfg = config.from_file(head["config"], source=str(path))
     else:
         cfg = published.config_of_weights(tensors, str(path), overrides)
     meta: dict[str, Any] = {
@@ -104,7 +107,7 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         "tokenizer_sha256": head.get("tokenizer_sha256", ""),
         "files": [{"file": path.name, "sha256": file_sha256(find_weights(path))}],
     }
-    _check_fits(tensors, cfg, str(path))
+    _check_fits({name: tuple(value.shape) for name, value in tensors.items()}, cfg, str(path))
     return WeightFile(path, meta, tensors)
 
 
@@ -121,15 +124,9 @@ def _intact(folder: Path) -> Checkpoint:
     """
     found = checkpoint.open_checkpoint(folder)
     takes_checksums = discover().local_rank == 0
-    for name, kind in (("step", int), ("config", dict), ("files", list), ("index", dict)):
-        if not isinstance(found.meta.get(name), kind):
-            raise InputError(f"{folder / 'meta.json'} has no {name}: it is not whole. {_another(folder)}")
-    try:
-        listed = {item["file"]: (item["size"], item["sha256"]) for item in found.meta["files"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'meta.json'}: a file lacks {error}. {_another(folder)}") from error
-    for name in sorted(listed.keys() | set(found.meta["index"].values())):
-        file, (size, sha256) = folder / name, listed.get(name, (None, None))
+    listed = {item["file"]: (item["size"], item["sha256"]) for item in found.meta["files"]}
+    for name, (size, sha256) in sorted(listed.items()):
+        file = folder / name
         if not file.is_file():
             raise InputError(f"not found: {file}, which meta.json lists. {_another(folder)}")
         if file.stat().st_size != size:
@@ -139,6 +136,10 @@ def _intact(folder: Path) -> Checkpoint:
             )
         if takes_checksums and file_sha256(file) != sha256:
             raise InputError(f"{file} does not match its checksum in meta.json: it is damaged. {_another(folder)}")
+    stored = stored_tensors(folder, found.meta)
+    cfg = config.from_file(found.meta["config"], source=str(folder / "meta.json"))
+    shapes = {key.removeprefix("param/"): one.shape for key, one in stored.items() if key.startswith("param/")}
+    _check_fits(shapes, cfg, str(folder))
     return found
 
 
@@ -179,8 +180,17 @@ def load_generator_weights(found: Checkpoint, model: Generator) -> None:
         own[name].copy_(weight)
 
 
-def _check_fits(tensors: dict[str, Tensor], cfg: ExperimentConfig, source: str) -> None:
-    official.check_fits(tensors, meta_model(cfg), source, heads_optional=True)
+def _check_fits(shapes: Mapping[str, tuple[int, ...]], cfg: ExperimentConfig, source: str) -> None:
+    """Raises InputError when a source's tensors are not those of its config's model. Only their shapes are looked at, and
+    the depth comes first: a model, even without memory, takes time for every block."""
+    blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.") and name.count(".") > 1})
+    if cfg.model.depth > blocks:
+        raise InputError(
+            f"{source} holds {blocks} blocks, but its config says model.depth={cfg.model.depth}. Use the file of this model, or "
+            "the config of this file"
+        )
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    official.check_fits(weights, meta_model(cfg), source, heads_optional=True)
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> ExperimentConfig:
@@ -194,12 +204,16 @@ def _own_head(path: Path) -> dict[str, Any]:
     """What a consolidated file of ours says of itself; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, "pt") as file:
-            head = json.loads((file.metadata() or {}).get("rear_scale", "{}"))
-    except (SafetensorError, json.JSONDecodeError):
+    head = read_head(path, "--checkpoint").own
+    if head.get("kind") != _CONSOLIDATED:
         return {}
-    return head if head.get("kind") == _CONSOLIDATED else {}
+    step, made_by = head.get("step"), head.get("tokenizer_sha256")
+    if not is_count(step) or not isinstance(made_by, str) or "config" not in head:
+        raise InputError(
+            f"--checkpoint {path}: its head says step={shown(step)} and tokenizer_sha256={shown(made_by)}, or has no config. "
+            "Make the file again with launchers/convert.py"
+        )
+    return head
 
 
 def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor]) -> None:

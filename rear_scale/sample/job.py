@@ -59,7 +59,15 @@ def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.
 
 def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
     """float32 [K, Z], of a model whose weights do not hold its embeddings; None for the others."""
-    return None if cfg.model.tie_codebook is None else codebook_of(cfg, read_checked(cfg, cfg.data.train))
+    if cfg.model.tie_codebook is None:
+        return None
+    if cfg.data.train is None:
+        raise InputError(
+            f"data.train is not set, but model.tie_codebook={cfg.model.tie_codebook} needs the codebook beside the training "
+            "tokens: the config that came with the weights names a command or a remote place, which is taken from the command "
+            "line alone. Set data.train=FOLDER there, or the same pipe: or URL"
+        )
+    return codebook_of(cfg, read_checked(cfg, cfg.data.train))
 
 
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:

@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import BinaryIO
 
 from webdataset import gopen
 
-from rear_scale.config import InputError
+from rear_scale.config import InputError, is_remote
+
+__all__ = ["address", "is_remote", "not_checked", "open_remote", "read_remote"]
 
 
-def is_remote(folder: str | Path) -> bool:
-    return str(folder).startswith("pipe:") or "://" in str(folder)
+def not_checked(name: str, folder: str) -> str:
+    """What a dry run says of a remote folder: it runs no command and opens no connection."""
+    return f"not checked in a dry run: {name}={folder}"
 
 
 def address(folder: str, file: str) -> str:

@@ -1,4 +1,5 @@
-"""What a training run would be: the resolved config and the numbers that follow from it. Builds no weights."""
+"""What a training run would be: the resolved config and the numbers that follow from it. Builds no weights, runs no
+command and opens nothing remote."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength,
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.model.memory import memory_per_rank
 from rear_scale.shards.plain import plain_tars
-from rear_scale.shards.storage import is_remote
+from rear_scale.shards.storage import is_remote, not_checked
 from rear_scale.train import fit
 from rear_scale.train.setup import read_checked
 from rear_scale.world import Ranks
@@ -36,7 +37,10 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
     for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
         if folder is None:
             continue
-        if not is_remote(folder) and not (Path(folder) / "index.json").exists():
+        if is_remote(folder):
+            lines.append(not_checked(name, folder))
+            continue
+        if not (Path(folder) / "index.json").exists():
             tars = len(plain_tars(folder))
             lines.append(
                 f"{name}: {tars} plain WebDataset shards, indexed when training starts"
@@ -57,7 +61,7 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
 
 
 def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
-    if not is_remote(cfg.data.train) and not (Path(cfg.data.train) / "index.json").exists():
+    if is_remote(cfg.data.train) or not (Path(cfg.data.train) / "index.json").exists():
         return None
     try:
         return read_checked(cfg, cfg.data.train).num_images

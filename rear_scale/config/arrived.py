@@ -1,0 +1,97 @@
+"""A config that arrives with weights (a checkpoint's meta.json, the head of a weight file) is data, not instructions.
+
+It says what the model is and which local files were used. It interpolates nothing, and it names no command, no remote place
+and no folder elsewhere to write to: where such a value stands, it is not taken, and a command that needs it asks for the
+field by name.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePosixPath
+from typing import Any
+
+from rear_scale.config.schema import InputError, RunConfig
+
+_DEEPEST = 8  # levels of sections; ours have four
+_LONGEST_TEXT = 4096  # characters, as a path has at most
+_LARGEST = 2**63  # whole numbers have 64 bits
+_MOST_VALUES = 200_000  # of a list, such as sample.labels
+_REMOTE_FIELDS = ("train", "val")  # of data: the only ones that may name a command or a remote place
+
+
+def is_remote(folder: object) -> bool:
+    """Whether a folder of shards is a URL or a `pipe:` command."""
+    return str(folder).startswith("pipe:") or "://" in str(folder)
+
+
+def taken(values: Any, source: str) -> dict[str, Any]:
+    """The values of a config out of a file that may be used: plain, without commands, remote places and places to write.
+
+    Raises InputError, naming the file and the field, when it is no config, or holds an interpolation or values that no
+    config of ours has.
+    """
+    _check_values(values, "config", source)
+    found = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    data, run, wandb, train = (found.get(name) for name in ("data", "run", "wandb", "train"))
+    if isinstance(data, dict):
+        remote = [name for name in _REMOTE_FIELDS if is_remote(data.get(name, ""))]
+        data.update(dict.fromkeys(remote))
+        if "val" in remote and isinstance(train, dict):
+            train["val_every"] = None  # which needs data.val, and is over
+    if isinstance(run, dict) and not _is_inside(run.get("dir")):
+        # Below the current folder, as for a run that sets nothing.
+        name = run.get("name")
+        run["dir"] = f"runs/{name if _is_name(name) else RunConfig.name}"
+    if isinstance(wandb, dict) and "mode" in wandb:
+        wandb["mode"] = "disabled"
+    return found
+
+
+def _is_inside(folder: Any) -> bool:
+    """Whether a folder lies below the current one, by its name."""
+    return (
+        isinstance(folder, str)
+        and folder != ""
+        and not folder.startswith("/")
+        and ".." not in PurePosixPath(folder).parts
+    )
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
+
+
+def _check_values(values: Any, key: str, source: str, depth: int = 0) -> None:
+    if isinstance(values, dict) and depth < _DEEPEST:
+        for name, value in values.items():
+            if not isinstance(name, str) or not name.isprintable():
+                raise _refusal(f"{key} has the key {name!a:.60}, which is no name", source)
+            _check_values(value, name if depth == 0 else f"{key}.{name}", source, depth + 1)
+        return
+    if depth == 0:
+        raise _refusal(f"the config is {values!a:.60}, not sections by name", source)
+    if isinstance(values, list) and depth < _DEEPEST and len(values) <= _MOST_VALUES:
+        for value in values:
+            _check_values(value, key, source, depth + 1)
+    elif isinstance(values, str):
+        _check_text(values, key, source)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise _refusal(f"{key}={values} is not finite", source)
+    elif isinstance(values, int) and not -_LARGEST <= values < _LARGEST:
+        raise _refusal(f"{key} is a number beyond 64 bits", source)
+    elif not isinstance(values, (int, float, type(None))):
+        raise _refusal(f"{key} is nested too deeply or too long", source)
+
+
+def _check_text(text: str, key: str, source: str) -> None:
+    if "${" in text:
+        raise _refusal(
+            f"{key}={text!a:.80} refers to something else, which a config that comes with weights must not", source
+        )
+    if len(text) > _LONGEST_TEXT or not text.isprintable():
+        raise _refusal(f"{key}={text!a:.60} is no text of one line with at most {_LONGEST_TEXT} characters", source)
+
+
+def _refusal(what: str, source: str) -> InputError:
+    return InputError(f"{source}: {what}. Use another file, or mend its config")
