@@ -68,6 +68,7 @@ class TrainingScores:
         model = load_generator(cfg, checkpoint, world.device)
         samples = generated_images(cfg, checkpoint, model, tokenizer, world)
         scores = self.evaluation.score(samples)
+        world.barrier()  # the others may still be reading the features that are removed here
         if world.is_main:
             line = {"step": step, "images_seen": step * cfg.train.global_batch_size, **_named(scores, samples.count)}
             _write(run / FILE, line)
