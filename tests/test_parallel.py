@@ -313,13 +313,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """What is written is the state at `begin`, and nothing is visible before `finish`."""
     may_write = threading.Event()
-    write = checkpoint.save_file
+    write = checkpoint.save_tensors
 
     def slowly(*arguments: Any) -> None:
         assert may_write.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    monkeypatch.setattr(checkpoint, "save_tensors", slowly)
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
@@ -343,10 +343,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_part_that_reads_back_wrong_is_no_checkpoint(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.save_file
+    write = checkpoint.save_tensors
 
-    def damaged(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        write(tensors, path)
+    def damaged(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write(path, tensors)
         data = bytearray(path.read_bytes())
         data[-3] ^= 4
         path.write_bytes(data)
@@ -354,7 +354,7 @@ def test_a_part_that_reads_back_wrong_is_no_checkpoint(
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
         checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
-        monkeypatch.setattr(checkpoint, "save_file", damaged)
+        monkeypatch.setattr(checkpoint, "save_tensors", damaged)
         with pytest.raises(
             OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
         ):
@@ -381,7 +381,7 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
         def full(*arguments: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_file", full)
+        monkeypatch.setattr(checkpoint, "save_tensors", full)
         assert writer.begin(2, strategy, {"optimizer_step": 2}) is None
         path, problem = writer.finish()
         assert path is None

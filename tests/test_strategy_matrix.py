@@ -1,17 +1,32 @@
-"""Every strategy against one process: losses over accumulation and recomputation, and resuming each under each."""
+"""Every strategy against one process: losses over accumulation and recomputation, and all that happens at one step."""
 
 from __future__ import annotations
 
 import itertools
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import run_alone, run_ranks, tiny_config
+import torch
+from helpers import metrics, run_alone, run_ranks, tiny_config, write_token_shards
+from test_evaluate import _Small
+from test_evaluate_jobs import reference
 from test_parallel import QUIET, TWO_RANKS, build, run_steps
 
+from rear_scale.config import ExperimentConfig
 from rear_scale.config.validate import RECOMPUTE_POLICIES
+from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.training import TrainingScores
+from rear_scale.parallel import checkpoint
+from rear_scale.sample.training import FOLDER, grid_hooks
+from rear_scale.shards.reader import TokenSet
+from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.train import setup
+from rear_scale.train.loop import Hooks, train
+from rear_scale.train.validation import Validation
 from rear_scale.world import World
 
 STEPS = 20
@@ -74,3 +89,69 @@ def test_losses_of_every_strategy_and_some_policies(tmp_path: Path, tokens: Path
 @pytest.mark.timeout(7200)
 def test_losses_of_every_strategy_and_policy(tmp_path: Path, tokens: Path) -> None:
     _check_losses(tmp_path, tokens, everything=True)
+
+
+def _everything_at_once(world: World, cfgs: list[ExperimentConfig]) -> None:
+    for cfg in cfgs:
+        data = setup.check_data(cfg, world.ranks)
+        tokens, codebook = data.open(world)
+        scores = TrainingScores(cfg, world)
+        scores.evaluation = Evaluation(cfg, Path(cfg.run.dir) / "features", world)
+        scores.evaluation.networks = [_Small()]
+        hooks = Hooks(on_checkpoint=[*grid_hooks(cfg, world), scores])
+        hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
+        # A look at the model from outside, as an analysis would take one.
+        hooks.on_step.append(partial(_look, tokens))
+        train(cfg, data.plan, world, tokens, codebook, hooks)
+
+
+@torch.no_grad()
+def _look(tokens: TokenSet, step: int, model: torch.nn.Module) -> None:
+    truth, labels = tokens.rows(torch.arange(2))
+    model(truth, labels, None)
+
+
+def _check_everything_at_once(folder: Path, tokens: Path, world_sizes: dict[int, tuple[str, ...]]) -> None:
+    """Validation, a sheet, scores and a checkpoint at each step, the last included."""
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(16, 32, 8, 16)
+    tokenizer.codes.normal_()
+    tokenizer.save(folder / "weights")
+    val, images = write_token_shards(folder / "val", 9, seed=5), reference(folder)
+    expected: list[dict[str, float]] = []
+    for world_size, names in world_sizes.items():
+        cfgs = []
+        for name in names:
+            (folder / name).mkdir()
+            cfgs.append(
+                tiny_config(
+                    folder / name, tokens, *QUIET, f"strategy={name}", f"data.val={val}", "train.val_every=1",
+                    "checkpoint.every_steps=1", "train.total_steps=2", "optim.ema_decay=0.5",
+                    f"tokenizer.weights={folder / 'weights'}", "sample.grid_every_images=12", "sample.batch_size=5",
+                    "evaluate.training={every_images: 12, num_images: 5}", f"evaluate.reference={images}",
+                    *(["train.micro_batch_size=3"] if world_size == 4 else []),
+                )
+            )  # fmt: skip
+        run_ranks(world_size, _everything_at_once, cfgs)
+        for name in names:
+            run = folder / name / "run"
+            values = [{key: line[key] for key in ("loss", "grad_norm")} for line in metrics(run)]
+            values += [{key: line[key] for key in line if key.startswith("val_")} for line in metrics(run)]
+            expected = expected or values
+            assert values == [pytest.approx(line, rel=1e-5) for line in expected], name
+            assert [line["step"] for line in metrics(run) if "val_loss" in line] == [1, 2], name
+            lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in lines] == [1, 2], name
+            assert len(list((run / FOLDER).iterdir())) == 2, name
+            found = checkpoint.find(run)
+            assert found.step == 2, name
+            assert {key.split("/")[0] for key in found.meta["index"]} == {"param", "exp_avg", "exp_avg_sq", "ema"}, name
+
+
+def test_validation_sheets_scores_and_checkpoints_at_one_step(tmp_path: Path, tokens: Path) -> None:
+    _check_everything_at_once(tmp_path, tokens, {1: ("single",), 2: TWO_RANKS})
+
+
+@pytest.mark.long
+def test_validation_sheets_scores_and_checkpoints_at_one_step_with_replicas(tmp_path: Path, tokens: Path) -> None:
+    _check_everything_at_once(tmp_path, tokens, {1: ("single",), 4: ("hsdp", "fsdp2")})

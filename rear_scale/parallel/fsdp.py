@@ -4,6 +4,7 @@ of ranks and replicate over the groups (hsdp)."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.distributed.tensor import Shard
 
 from rear_scale.model.memory import shard_dimension
 from rear_scale.parallel.communication import fsdp_units
-from rear_scale.parallel.strategy import Compute
+from rear_scale.parallel.strategy import Compute, Kind
 from rear_scale.parallel.torch_strategy import TorchStrategy
 
 # The output of a linear layer on [B, S, D] is a view; nothing here changes one in place.
@@ -44,6 +45,26 @@ class FSDPStrategy(TorchStrategy):
         shape = (strategy.replicas, self.world.size // strategy.replicas)
         # Neighbouring ranks shard: they are the ones on one machine.
         return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def evaluate(self, compute: Compute) -> Tensor:
+        statistics = super().evaluate(compute)
+        # The root keeps its weights whole after a forward pass, for a backward pass that does not come here.
+        self._shard_weights()
+        return statistics
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        self._shard_weights()  # whoever has called the model
+        return super().tensors(kind)
+
+    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        self._shard_weights()
+        super().load_tensors(kind, read, optimizer_step)
+
+    def _shard_weights(self) -> None:
+        """Frees gathered weights: the optimizer's states belong to the sharded ones, which `parameters` then gives."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
         last = micro_step == self.plan.accumulation - 1
