@@ -20,6 +20,7 @@ from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
+from rear_scale.train import requeue
 from rear_scale.train.setup import data_order
 from rear_scale.world import World
 
@@ -97,7 +98,7 @@ def everything(strategy: Strategy) -> dict[str, np.ndarray]:
 def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tuple[list, dict[str, np.ndarray]]:
     strategy = build(world, cfg)
     losses = run_steps(world, cfg, strategy, 1, 3)
-    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3}, CheckpointConfig(keep_last=2))
+    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig(keep_last=2))
     return losses + run_steps(world, cfg, strategy, 4, 6), everything(strategy)
 
 
@@ -267,7 +268,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         strategy = small_strategy(world, tmp_path, tokens)
         assert checkpoint.newest(root, world, print) is None
         for step in (1, 2, 3, 4):
-            checkpoint.save(root, step, strategy, world, {"optimizer_step": step}, CheckpointConfig())
+            checkpoint.save(root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig())
         assert sorted(path.name for path in root.iterdir()) == [
             "latest",
             "step_00000002",
@@ -275,7 +276,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
             "step_00000004",
         ]
         assert (root / "latest").read_text() == "step_00000004\n"
-        # Half-written ones are no checkpoints, and the next save clears them.
+        # Half-written ones are no checkpoints, and the next start or save clears them.
         (root / "step_00000009.tmp").mkdir()
         assert checkpoint.newest(root, world, print).step == 4
         reports: list[str] = []
@@ -289,9 +290,90 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         assert "step_00000003 is damaged" in reports[1]
         (root / "step_00000002/meta.json").unlink()
         assert checkpoint.newest(root, world, reports.append) is None
-        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4}, CheckpointConfig())
+        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4, "config": {}}, CheckpointConfig())
         assert checkpoint.newest(root, world, print).step == 4
-        assert not (root / "step_00000009.tmp").exists()
+        (root / "step_00000003.old.tmp").mkdir()
+        checkpoint.clear(root)
+        assert sorted(path.name for path in root.iterdir() if "step" in path.name) == [
+            "step_00000002.damaged",
+            "step_00000003.damaged",
+            "step_00000004",
+            "step_00000004.damaged",
+        ]
+
+    run_alone(scenario)
+
+
+def damage(folder: Path) -> None:
+    file = folder / "part-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    ("saved", "damaged", "keep_last", "written", "kept"),
+    [
+        ([8, 10], [10], 1, [9], [8, 9]),  # the one that was resumed from stays, and the one just written
+        ([8, 10, 12], [10, 12], 2, [9, 10, 11], [8, 10, 11]),
+        ([4, 6, 8], [6], 3, [9, 10], [8, 9, 10]),  # damaged, and older than the one that was resumed from
+        ([4, 6, 8], [4, 6], 3, [9], [8, 9]),
+        ([4, 5, 6, 8], [5, 6], 3, [9], [4, 8, 9]),
+        ([2], [2], 1, [1, 2], [2]),
+    ],
+)
+def test_damaged_checkpoints_count_for_nothing(
+    tmp_path: Path,
+    tokens: Path,
+    saved: list[int],
+    damaged: list[int],
+    keep_last: int,
+    written: list[int],
+    kept: list[int],
+) -> None:
+    root = tmp_path / "checkpoints"
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        for step in saved:
+            checkpoint.save(
+                root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig(keep_last=9)
+            )
+        for step in damaged:
+            damage(root / f"step_{step:08d}")
+        resumed = checkpoint.newest(root, world, print)
+        writer = checkpoint.Writer(root, world, CheckpointConfig(keep_last=keep_last), resumed)
+        for step in written:
+            assert writer.begin(step, strategy, {"optimizer_step": step, "config": {}}) is None
+            assert writer.finish()[1] is None
+            assert checkpoint.newest(root, world, pytest.fail).step == step
+        assert requeue.last_step(tmp_path) == written[-1]
+
+    run_alone(scenario)
+    names = {path.name for path in root.iterdir()}
+    assert sorted(int(name[5:]) for name in names if name[5:].isdecimal()) == kept
+    assert {name for name in names if name.endswith(".damaged")} == {f"step_{step:08d}.damaged" for step in damaged}
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("x"), OSError(errno.EDQUOT, "Quota exceeded")])
+@pytest.mark.parametrize("part", ["save_tensors", "write_text_atomically", "_remove"])
+def test_whatever_stops_a_checkpoint_training_goes_on(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise error
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
+        monkeypatch.setattr(checkpoint, part, stop)
+        assert writer.begin(1, strategy, {"optimizer_step": 1, "config": {}}) is None
+        path, problem = writer.finish()
+        assert path is None
+        assert problem.startswith("rank 0: ")
+        assert str(error) in problem
+        assert not list((tmp_path / "checkpoints").iterdir())
+        monkeypatch.undo()
+        assert writer.begin(2, strategy, {"optimizer_step": 2, "config": {}}) is None
+        assert writer.finish()[1] is None
 
     run_alone(scenario)
 
@@ -301,7 +383,9 @@ def test_every_nth_checkpoint_stays(tmp_path: Path, tokens: Path) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
         for step in range(1, 8):
             config = CheckpointConfig(keep_last=2, keep_every=3)
-            checkpoint.save(tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step}, config)
+            checkpoint.save(
+                tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step, "config": {}}, config
+            )
 
     run_alone(scenario)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
@@ -325,7 +409,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         strategy = small_strategy(world, tmp_path, tokens)
         before = everything(strategy)
         writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
-        assert writer.begin(1, strategy, {"optimizer_step": 1}) is None
+        assert writer.begin(1, strategy, {"optimizer_step": 1, "config": {}}) is None
         run_steps(world, strategy.cfg, strategy, 2, 3)
         assert writer.state == checkpoint.Writer.WRITING
         assert checkpoint.newest(tmp_path / "checkpoints", world, print) is None
@@ -353,12 +437,16 @@ def test_a_part_that_reads_back_wrong_is_no_checkpoint(
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        checkpoint.save(
+            tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig()
+        )
         monkeypatch.setattr(checkpoint, "save_tensors", damaged)
         with pytest.raises(
             OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
         ):
-            checkpoint.save(tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2}, CheckpointConfig())
+            checkpoint.save(
+                tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2, "config": {}}, CheckpointConfig()
+            )
 
     run_alone(scenario)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
@@ -371,18 +459,20 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        checkpoint.save(root, 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        checkpoint.save(root, 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig())
         writer = checkpoint.Writer(root, world, CheckpointConfig())
         usage = shutil.disk_usage(root)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        assert "has 0.0 MiB free, but a checkpoint takes " in writer.begin(2, strategy, {"optimizer_step": 2})
+        assert "has 0.0 MiB free, but a checkpoint takes " in writer.begin(
+            2, strategy, {"optimizer_step": 2, "config": {}}
+        )
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
         def full(*arguments: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(checkpoint, "save_tensors", full)
-        assert writer.begin(2, strategy, {"optimizer_step": 2}) is None
+        assert writer.begin(2, strategy, {"optimizer_step": 2, "config": {}}) is None
         path, problem = writer.finish()
         assert path is None
         assert "part-00000.safetensors: [Errno 28] No space left on device" in problem
@@ -394,7 +484,9 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
 def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, tokens: Path) -> None:
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        path = checkpoint.save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1}, CheckpointConfig())
+        path = checkpoint.save(
+            tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig()
+        )
         found = checkpoint.find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]

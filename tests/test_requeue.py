@@ -11,9 +11,23 @@ from helpers import ROOT
 from rear_scale.train.requeue import close, read_status, verdict
 
 
+def write_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoints/step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "part-00000.safetensors").write_bytes(b"1234")
+    (path / "meta.json").write_text(json.dumps({"files": [{"file": "part-00000.safetensors", "size": 4}]}))
+    return path
+
+
 def run_folder(folder: Path, state: str | None, step: int, reason: str = "") -> Path:
-    (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
-    (folder / f"checkpoints/step_{step + 1:08d}.part").mkdir()  # unfinished: counts for nothing
+    saved = write_checkpoint(folder, step)
+    # What counts for nothing: unfinished, set aside, cut short, without its list of files, and with a list that is none.
+    (saved.parent / f"step_{step + 1:08d}.tmp").mkdir()
+    write_checkpoint(folder, step + 2).rename(saved.parent / f"step_{step + 2:08d}.damaged")
+    (write_checkpoint(folder, step + 3) / "part-00000.safetensors").write_bytes(b"1")
+    (write_checkpoint(folder, step + 4) / "meta.json").unlink()
+    for number, text in enumerate(("", "[]", '{"files": 3}', '{"files": [{}]}'), start=step + 5):
+        (write_checkpoint(folder, number) / "meta.json").write_text(text)
     if state is not None:
         (folder / "status.json").write_text(json.dumps({"state": state, "step": step, "reason": reason}))
     return folder
@@ -75,6 +89,11 @@ def test_a_batch_script_can_ask(tmp_path: Path) -> None:
     assert found.stdout == f"20 {folder}\n"
     assert ask("end", "10", folder, "75").stdout == "again\n"
     assert ask("end", "20", folder, "75").stdout == "leave\n"
+    # 30 was the newest at the start and was found damaged: what was saved since counts from 10 on, or from 20.
+    assert ask("end", "30,10", folder, "75").stdout == "again\n"
+    assert ask("end", "30,20,10", folder, "75").stdout == "leave\n"
+    write_checkpoint(folder, 10)
+    assert ask("begin", "--config", "rear_xl.yaml", f"run.dir={folder}").stdout == f"20,10 {folder}\n"
     wrong = ask("begin", "--config", "rear_xl.yaml", "optim.lrr=1")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: optim.lrr is not a config key")

@@ -211,7 +211,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = 5000
-    keep_last: int = 3  # older checkpoints are deleted
+    keep_last: int = 3  # intact ones; older are deleted, but for the one that the run was resumed from
     keep_every: int | None = None  # steps; checkpoints at multiples of it are never deleted
 
 

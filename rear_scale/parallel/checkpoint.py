@@ -3,6 +3,7 @@
     <run>/checkpoints/step_00000100/part-00000.safetensors ...   keys param/NAME, exp_avg/NAME, exp_avg_sq/NAME
     <run>/checkpoints/step_00000100/meta.json                    step, config, data, files with checksums; written last
     <run>/checkpoints/latest                                     the name of the newest
+    <run>/checkpoints/step_00000090.damaged                      one whose files have changed since: set aside, and not counted
 
 A checkpoint is written under another name, read back, and renamed when it is complete, so each one that is visible is
 whole.
@@ -23,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rear_scale.config import CheckpointConfig, InputError
-from rear_scale.files import file_sha256, sync, write_text_atomically
+from rear_scale.files import file_sha256, remove_leftovers, sync, write_text_atomically
 from rear_scale.parallel.meta import FORMAT, read_meta
 from rear_scale.parallel.strategy import Kind, Strategy
+from rear_scale.progress import say
 from rear_scale.weight_file import save_tensors
 from rear_scale.world import World
 
@@ -85,8 +87,12 @@ class Writer:
 
     IDLE, WRITING, WRITTEN, FAILED = range(4)
 
-    def __init__(self, root: Path, world: World, config: CheckpointConfig) -> None:
+    def __init__(self, root: Path, world: World, config: CheckpointConfig, resumed: Checkpoint | None = None) -> None:
+        """resumed: the checkpoint that the run goes on from, which stays for as long as this writer is in use."""
         self.root, self.world, self.config = root, world, config
+        self.resumed = resumed.path if resumed else None
+        self.intact = {self.resumed} if self.resumed else set()  # on rank 0: known to be, by their checksums
+        self.damaged: dict[Path, str] = {}  # on rank 0: found by the thread, to be set aside
         self.thread: threading.Thread | None = None
         self.error: str | None = None
         self.meta: dict[str, Any] = {}
@@ -130,8 +136,8 @@ class Writer:
             try:
                 if problem is None:
                     self._publish(final, [part for _, part in written])
-            except OSError as error:
-                problem = f"rank 0: {error}"
+            except Exception as error:  # whatever it is, training goes on
+                problem = f"rank 0: {_what(error)}"
             if problem is not None:
                 shutil.rmtree(_hidden(final), ignore_errors=True)
         problem = self.world.from_main(problem)
@@ -143,9 +149,7 @@ class Writer:
         problem = None
         if self.world.is_main:
             try:
-                # Left behind by a killed run.
-                for leftover in self.root.glob("step_*.tmp"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                clear(self.root)
                 part.mkdir(parents=True)
                 free = shutil.disk_usage(self.root).free
                 if free < needed * _SPACE_MARGIN:
@@ -166,9 +170,23 @@ class Writer:
                 "sha256": file_sha256(path),
                 "keys": list(self.mine),
             }
-        except (OSError, SafetensorError) as error:
-            self.error = f"{path}: {error}"
+            if self.world.is_main:
+                self._look_at_older()
+        except Exception as error:  # whatever it is, training goes on
+            self.error = f"{path}: {_what(error)}"
         self.mine = {}
+
+    def _look_at_older(self) -> None:
+        """Takes the checksums, once, of those that checkpoint.keep_last counts beside the new one."""
+        wanted = self.config.keep_last - 1
+        for path in reversed(_folders(self.root)):
+            if wanted == 0 or _step_of(path) >= self.meta["step"]:
+                continue
+            if path not in self.intact and (fault := _fault(path, 0, 1)):
+                self.damaged[path] = fault
+                continue
+            self.intact.add(path)
+            wanted -= 1
 
     def _publish(self, final: Path, parts: list[dict[str, Any]]) -> None:
         part = _hidden(final)
@@ -181,8 +199,18 @@ class Writer:
         part.replace(final)
         sync(self.root)
         write_text_atomically(self.root / "latest", f"{final.name}\n")
-        for old in _folders(self.root)[: -self.config.keep_last]:
-            if self.config.keep_every is None or _step_of(old) % self.config.keep_every:
+        self.intact.add(final)
+        for path, fault in self.damaged.items():
+            say(_set_aside(path, fault))
+        self.damaged = {}
+        self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Removes what checkpoint.keep_last and keep_every do not keep. Intact ones alone count."""
+        visible = _folders(self.root)
+        oldest_kept = [path for path in visible if path in self.intact][-self.config.keep_last :][0]
+        for old in visible[: visible.index(oldest_kept)]:
+            if old != self.resumed and (self.config.keep_every is None or _step_of(old) % self.config.keep_every):
                 _remove(old)
 
 
@@ -227,9 +255,9 @@ def _verify(path: Path, expected: dict[str, Tensor]) -> None:
 
 
 def newest(root: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint of a run, or None when it has none. All ranks must call this.
+    """The newest intact checkpoint of a run, or None when it has none. All ranks must call this, with the run locked.
 
-    A damaged one is named through `report` on rank 0 and passed over.
+    A damaged one is passed over: renamed to step_XXXXXXXX.damaged and named through `report` on rank 0.
     """
     for path in reversed(world.from_main(_folders(root) if world.is_main else None)):
         # The ranks share the reading out among themselves, and learn of each other's findings.
@@ -237,7 +265,7 @@ def newest(root: Path, world: World, report: Callable[[str], None]) -> Checkpoin
         if not faults:
             return open_checkpoint(path)
         if world.is_main:
-            report(f"{path} is damaged and passed over: {faults[0]}")
+            report(_set_aside(path, faults[0]))
     return None
 
 
@@ -302,6 +330,30 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def clear(root: Path) -> None:
+    """Removes what a killed run was writing or removing. For the process that has locked the run, while it writes none."""
+    for leftover in root.glob("step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(root)
+
+
+def _set_aside(path: Path, fault: str) -> str:
+    """Renames a damaged checkpoint, so that nothing counts it any more. Returns what to say."""
+    said = f"{path} is damaged and passed over: {fault}"
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f".{n}" for n in range(2, 1000))))
+    try:
+        aside = path.replace(next(name for name in names if not name.exists()))
+    except OSError as error:
+        return f"{said}. It could not be renamed ({error})"
+    return f"{said}. It is kept as {aside.name}: remove it, or rename it back if it is whole after all"
+
+
+def _what(error: Exception) -> str:
+    return (
+        str(error) if isinstance(error, OSError | SafetensorError | InputError) else f"{type(error).__name__}: {error}"
+    )
+
+
 def _fault(path: Path, rank: int, world_size: int) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files, or None."""
     try:
@@ -315,6 +367,6 @@ def _fault(path: Path, rank: int, world_size: int) -> str | None:
                 return f"{file.name} does not match its checksum"
             with safe_open(file, "pt"):
                 pass
-    except (InputError, OSError, KeyError, TypeError, SafetensorError) as error:
-        return str(error)
+    except Exception as error:  # corrupt files make the readers raise all kinds of exceptions
+        return _what(error)
     return None

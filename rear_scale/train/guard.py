@@ -21,6 +21,7 @@ import torch
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.progress import say
+from rear_scale.train import requeue
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World
 
@@ -155,8 +156,8 @@ class Spikes:
 
 
 def last_step(run: RunFolder) -> int:
-    """The step of the newest checkpoint folder: what a failed run can be resumed from."""
-    return max((int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_????????")), default=0)
+    """The step of the newest intact checkpoint: what a failed run can be resumed from."""
+    return requeue.last_step(run.path)
 
 
 def shard_positions(ids: list[int], shards: list[Any], folder: str | Path) -> str:

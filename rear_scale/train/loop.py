@@ -55,6 +55,8 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
     run = RunFolder(cfg.run.dir)
     with ExitStack() as stack:
         stack.enter_context(world.alone(*run.lock))
+        if world.is_main:
+            checkpoint.clear(run.checkpoints)
         found = checkpoint.newest(run.checkpoints, world, report=say)
         cfg = settled(cfg, found.meta["config"] if found else None)
         if found is None and cfg.train.init_from is not None:
@@ -115,7 +117,7 @@ class _Run:
         # Steps of data that a rewind has passed over.
         self.data_offset = meta.get("data_offset", 0)
         self.objective = Objective(cfg, plan, codebook, world.device)
-        self.writer = checkpoint.Writer(run.checkpoints, world, cfg.checkpoint)
+        self.writer = checkpoint.Writer(run.checkpoints, world, cfg.checkpoint, found)
         if world.is_main:
             run.cut_metrics(self.first - 1)
             run.set_status("running", self.first - 1, "")

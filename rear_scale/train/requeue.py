@@ -1,7 +1,7 @@
 """Whether a job that has ended goes on by itself: asked by launchers/slurm/train.sbatch on the first node of a job.
 
-    python -m rear_scale.train.requeue begin --config rear_xl.yaml ...    prints "STEP FOLDER" of the run
-    python -m rear_scale.train.requeue end STEP FOLDER CODE               prints "again" or "leave", and why to stderr
+    python -m rear_scale.train.requeue begin --config rear_xl.yaml ...    prints "STEPS FOLDER" of the run, as in "8,4 runs/x"
+    python -m rear_scale.train.requeue end STEPS FOLDER CODE              prints "again" or "leave", and why to stderr
 
 It imports no torch, so the answer is there within a second.
 """
@@ -21,9 +21,23 @@ _EXIT_INPUT_ERROR = 2
 
 
 def last_step(folder: str | Path) -> int:
-    """The step of the newest checkpoint of a run folder, 0 without one."""
-    names = [path.name.removeprefix("step_") for path in Path(folder).glob("checkpoints/step_????????")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    """The step of the newest intact checkpoint of a run folder, 0 without one."""
+    return max(saved_steps(folder), default=0)
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """The steps of the checkpoints whose files are there in their sizes, newest first. Checksums are not taken."""
+    folders = Path(folder).glob("checkpoints/step_????????")
+    steps = [int(path.name[5:]) for path in folders if path.name[5:].isdecimal() and _is_whole(path)]
+    return sorted(steps, reverse=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        files = json.loads((checkpoint / "meta.json").read_text())["files"]
+        return all((checkpoint / item["file"]).stat().st_size == item["size"] for item in files)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def verdict(folder: str | Path, step_before: int, code: int) -> tuple[bool, str]:
@@ -85,11 +99,12 @@ def main() -> None:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(_EXIT_INPUT_ERROR)
-        print(last_step(folder), folder)
+        print(",".join(map(str, saved_steps(folder))) or 0, folder)
         return
-    step, folder, code = int(arguments[0]), arguments[1], int(arguments[2])
+    steps, folder, code = [int(step) for step in arguments[0].split(",")], arguments[1], int(arguments[2])
     close(folder, code)
-    again, why = verdict(folder, step, code)
+    # Of the steps at the start, one that was found damaged since is set aside: what was resumed from is an earlier one.
+    again, why = verdict(folder, max({*steps} & {*saved_steps(folder)}, default=0), code)
     print(why, file=sys.stderr)
     print("again" if again else "leave")
 
