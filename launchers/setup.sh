@@ -6,7 +6,33 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # One set-up at a time: a second caller waits, then finds the environment ready.
 exec 9>.venv.lock
-flock 9
+if ! refusal=$(flock 9 2>&1); then
+    # No locks here (Lustre without -o flock, some NFS), or no flock: a file that one process alone can make takes their place.
+    holder=.venv.lock.holder
+    started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
+    until (set -o noclobber && echo "$HOSTNAME $$ $(started $$)" >"$holder") 2>/dev/null; do
+        if [ ! -e "$holder" ]; then
+            if [ -n "${failed:-}" ]; then
+                echo "error: no file can be made in $PWD, so its set-up cannot be locked ($refusal)" >&2
+                exit 1
+            fi
+            failed=1 # or another process has just removed it
+            continue
+        fi
+        failed=
+        read -r host pid start <"$holder" || true
+        if [ "${host:-}" = "$HOSTNAME" ] && [ "$(started "${pid:-0}")" != "${start:-}" ]; then
+            rm -f "$holder"
+            continue
+        fi
+        if [ -z "${waits:-}" ]; then
+            waits=1
+            echo "waiting for a set-up by process ${pid:-?} on ${host:-?}. If it is gone: rm '$PWD/$holder'" >&2
+        fi
+        sleep 1
+    done
+    trap 'rm -f "$holder"' EXIT
+fi
 
 # Neither other packages nor another standard library than the interpreter's own.
 unset PYTHONHOME PYTHONPATH

@@ -2,7 +2,7 @@
 
 The path of the data, in the order in which the modules may import each other:
 
-    config, rng, files, world -> tokenizer -> shards -> model -> interop -> objective -> parallel -> train
+    config, rng, files, locks, world -> tokenizer -> shards -> model -> interop -> objective -> parallel -> train
         -> sample -> evaluate -> analysis -> scaling -> report -> bench, demo
 """
 

@@ -7,7 +7,6 @@ The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything e
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import itertools
 import math
 import os
@@ -25,6 +24,7 @@ import torch.distributed as dist
 
 from rear_scale import device
 from rear_scale.config import InputError
+from rear_scale.locks import locked
 from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -247,29 +247,6 @@ class World:
         with ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(locked(lock, refusal)))
             yield
-
-
-@contextmanager
-def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Holds a lock file, which is made with its folder and goes at the end. Raises InputError(refusal) when it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        lock = open(path, "w")  # noqa: SIM115 - open for as long as the block runs
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise InputError(refusal) from None
-        except OSError:
-            break  # a file system without locks
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            break
-        lock.close()  # its last holder has removed the file since it was opened here
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.close()
 
 
 @contextmanager

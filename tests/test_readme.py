@@ -63,6 +63,7 @@ def test_folders_import_only_what_stands_to_their_left() -> None:
         "progress",
         "rng",
         "files",
+        "locks",
         "versions",
         "weight_file",
         "world",

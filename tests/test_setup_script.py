@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,49 @@ def test_packages_go_into_the_environment(tmp_path: Path, pip_conf: str, env: di
         given = {name for name in variables if name.startswith("PIP_")}
         assert given - _SOURCES == {"PIP_CONFIG_FILE"}  # this machine's own pip.conf may name sources
         assert not {"PYTHONPATH", "PYTHONHOME"} & set(variables)
+
+
+_NO_LOCKS = "#!/bin/sh\necho 'flock: 9: No locks available' >&2\nexit 71\n"
+
+
+def without_locks(folder: Path) -> str:
+    """A PATH whose flock does what it does on a file system without locks."""
+    (folder / "bin").mkdir()
+    (folder / "bin/flock").write_text(_NO_LOCKS)
+    (folder / "bin/flock").chmod(0o755)
+    return f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("holder", [None, "{host} 4194305 17", "{host} {pid} 17"])
+def test_a_file_takes_the_place_of_locks(tmp_path: Path, holder: str | None) -> None:
+    """Also one that a set-up has left which was killed."""
+    if holder is not None:
+        text = holder.format(host=socket.gethostname(), pid=os.getpid())
+        (tmp_path / ".venv.lock.holder").write_text(f"{text}\n")
+    assert len(set_up(tmp_path, PATH=without_locks(tmp_path))) == 5
+    assert not (tmp_path / ".venv.lock.holder").exists()
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_set_up_that_goes_on_is_waited_for(tmp_path: Path, host: str) -> None:
+    path = without_locks(tmp_path)
+    holder, said = tmp_path / ".venv.lock.holder", tmp_path / "said"
+    start = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+    holder.write_text(f"{socket.gethostname() if host == 'here' else host} {os.getpid()} {start}\n")
+    (tmp_path / "launchers").mkdir()
+    shutil.copy(ROOT / "launchers/setup.sh", tmp_path / "launchers")
+    with (
+        open(said, "w") as output,
+        subprocess.Popen(
+            ["bash", tmp_path / "launchers/setup.sh"], env={**os.environ, "PATH": path}, stderr=output
+        ) as process,
+    ):
+        while "If it is gone: rm '" not in said.read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert f"waiting for a set-up by process {os.getpid()} on " in said.read_text()
+        process.kill()
+    assert holder.exists()
 
 
 def test_where_packages_come_from_is_kept(tmp_path: Path) -> None:

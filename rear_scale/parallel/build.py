@@ -5,7 +5,6 @@ Left to torch, ranks wait without end for a lock file that a killed build has le
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import signal
@@ -20,6 +19,7 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from rear_scale.config import InputError
+from rear_scale.locks import locked
 from rear_scale.progress import say
 from rear_scale.world import end_with_parent
 
@@ -38,9 +38,7 @@ def built(name: str, code: str, wanted_by: str, timeout_s: float = BUILD_TIMEOUT
     # Ours alone: whoever holds the lock of this folder knows that nobody else is building in it.
     folder = root / "rear_scale" / f"python{platform.python_version()}_torch{torch.__version__}"
     before = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".building", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process that holds it, however that ends
+    with locked(folder / ".building"):
         (folder / name / "lock").unlink(missing_ok=True)
         # ninja is beside python, where an environment that is not activated hides it.
         programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))

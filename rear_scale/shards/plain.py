@@ -6,7 +6,6 @@ Beside the tars lie, once indexed, `NAME.tar.offsets.npy` (int64 [n, 4]: first b
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ import numpy as np
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.files import atomic_file, file_sha256, write_text_atomically
+from rear_scale.locks import locked
 from rear_scale.progress import progress
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
 from rear_scale.shards.record import Manifest, TarShard, manifest_from
@@ -49,9 +49,10 @@ def index_plain(
     tars = plain_tars(folder)
     state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
     made_from = json.loads(json.dumps([state, tokenizer.num_tokens, tokenizer.codebook_size, on_error]))
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / ".offsets.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    found = _read_index(place, made_from)
+    if found is not None:
+        return found  # also where nothing can be written
+    with locked(place / ".offsets.lock"):
         found = _read_index(place, made_from)
         if found is None:
             found = _build(Path(folder), tars, tokenizer, place, on_error, max_skipped_share)

@@ -9,7 +9,6 @@ pass through them. In both, any step of any epoch is reached in constant time, w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
+from rear_scale.locks import locked
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
 from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
@@ -221,9 +221,7 @@ def open_tokens(
     places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
     unpacked = _complete(places, manifest)
     if unpacked is None:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"{whole.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(root / f"{whole.name}.lock"):
             unpacked = _complete(places, manifest)
             if unpacked is None:
                 index = index_folder(folder, root) if manifest.layout == "plain" else None

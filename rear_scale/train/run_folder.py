@@ -24,8 +24,9 @@ import torch
 
 from rear_scale.config import ExperimentConfig, to_yaml
 from rear_scale.files import write_text_atomically
+from rear_scale.locks import locked
 from rear_scale.versions import commit, versions
-from rear_scale.world import World, locked
+from rear_scale.world import World
 
 
 class RunFolder:

@@ -1,0 +1,186 @@
+"""One process at a time: lock files, on file systems without locks too."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rear_scale.config import InputError
+from rear_scale.files import is_running, start_time
+from rear_scale.progress import say
+
+_POLL_S = 0.5
+_UNREADABLE_S = 10.0  # a record that says nothing for so long was left by a process that ended while it wrote it
+
+
+@contextmanager
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Holds a lock file, which is made with its folder and goes at the end. Released by the kernel when the process dies.
+
+    Where the file system has no locks (Lustre without -o flock, some NFS), a file PATH.holder that one process alone can make
+    says who holds it; it is taken over when that process is gone. refusal: raise InputError with it when another process
+    holds the lock; None = wait. Raises InputError too where no lock file can be made.
+    """
+    handle = _take(path, refusal)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if _read(_holder(path)) == _record():
+                _holder(path).unlink()
+        os.close(handle)
+
+
+def _take(path: Path, refusal: str | None) -> int:
+    while True:
+        handle = _open(path)
+        try:
+            if _flock(path, handle, refusal):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            return os.open(path, os.O_RDONLY)  # a colleague's, left by a killed process, in a folder of the group
+    except OSError as error:
+        raise InputError(
+            f"{path.parent} cannot be locked against other processes: {path} cannot be opened ({error.strerror}). Get the right "
+            "to write there, or write elsewhere"
+        ) from None
+
+
+def _flock(path: Path, handle: int, refusal: str | None) -> bool:
+    """Takes the lock of an open file. False when its last holder has removed the file since it was opened here."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+    except BlockingIOError:
+        raise InputError(refusal) from None
+    except OSError as error:
+        if error.errno == errno.EBADF:  # NFS, of a file that is open for reading alone
+            raise InputError(
+                f"{path} belongs to another user, and its lock cannot be taken. If no process uses {path.parent}, remove it: "
+                f"rm {shlex.quote(str(path))}"
+            ) from None
+        _hold(_holder(path), refusal, error)
+        return True
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _holder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
+
+
+def _hold(holder: Path, refusal: str | None, missing: OSError) -> None:
+    """Makes the file that says who holds a lock, when no other process does any more."""
+    waiting_since: float | None = None
+    empty_since = time.monotonic()
+    while True:
+        try:
+            handle = os.open(holder, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise InputError(
+                f"{holder.parent} has no locks ({missing.strerror}), and {holder} cannot be made in their place "
+                f"({error.strerror}). Get the right to write there, or write elsewhere"
+            ) from None
+        else:
+            try:
+                with open(handle, "w") as file:
+                    file.write(json.dumps(_record()))
+            except BaseException:
+                holder.unlink(missing_ok=True)
+                raise
+            return
+        record = _read(holder)
+        if record is not None:
+            empty_since = time.monotonic()
+            if _is_gone(record):
+                _take_away(holder, record)
+                continue
+        elif time.monotonic() - empty_since < _UNREADABLE_S:
+            time.sleep(0.05)  # it is being written, or was removed
+            continue
+        if refusal is not None:
+            raise InputError(f"{refusal}. {_said(holder, record)}")
+        if waiting_since is None:
+            waiting_since = time.monotonic()
+            say(f"waiting: {_said(holder, record)}")
+        time.sleep(_POLL_S)
+
+
+def _record() -> dict[str, Any]:
+    """Which process this is, in words that mean the same on every machine."""
+    record = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
+    with suppress(OSError):
+        record["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        record["pids"] = os.readlink("/proc/self/ns/pid")  # a container counts its processes by itself
+    if "SLURM_JOB_ID" in os.environ:
+        job = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
+        record["job"] = " ".join(os.environ.get(name, "") for name in job)
+        record["restarts"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return record
+
+
+def _read(holder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(holder.read_text())
+        return record if isinstance(record["pid"], int) and isinstance(record["start"], int) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _is_gone(record: dict[str, Any]) -> bool:
+    own = _record()
+    if (record.get("boot"), record.get("pids")) == (own.get("boot"), own.get("pids")):
+        return record.get("host") == own["host"] and not is_running(record["pid"], record["start"])
+    if "job" in own and record.get("job") == own["job"] and record.get("restarts", 0) < own["restarts"]:
+        return True  # this job, which has ended before it was requeued
+    # The same machine, started again since. Many machines may be called localhost.
+    return (
+        record.get("host") == own["host"]
+        and record.get("boot") != own.get("boot")
+        and not own["host"].startswith("localhost")
+    )
+
+
+def _take_away(holder: Path, record: dict[str, Any]) -> None:
+    """Removes the file of a process that is gone, unless another one has just done so and made its own."""
+    aside = holder.with_name(f"{holder.name}.{secrets.token_hex(4)}")
+    with suppress(OSError):
+        holder.rename(aside)
+        if _read(aside) == record:
+            aside.unlink()
+        else:
+            aside.rename(holder)
+
+
+def _said(holder: Path, record: dict[str, Any] | None) -> str:
+    if record is None:
+        return f"{holder} does not say who holds it. If nobody does, remove it: rm {shlex.quote(str(holder))}"
+    return (
+        f"{holder} is held by process {record['pid']} on {record.get('host')}. If that process is gone, remove the file: "
+        f"rm {shlex.quote(str(holder))}"
+    )
