@@ -24,10 +24,12 @@ from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.progress import progress
 from rear_scale.shards import writer
-from rear_scale.shards.crops import BadImage, center_crop, decode_image
+from rear_scale.shards.classes import read_class_map
+from rear_scale.shards.crops import EXIF, BadImage, center_crop
 from rear_scale.shards.images import FORMAT, IMAGES_PER_SHARD, png, write_image_manifest, write_image_shard
+from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
 from rear_scale.shards.record import read_index
-from rear_scale.shards.sources import FolderSource, SourceImage, read_class_map
+from rear_scale.shards.sources import FolderSource, SourceImage
 
 
 def main() -> None:
@@ -36,23 +38,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON")
+    parser.add_argument("--exif", choices=EXIF, default="ignore", help="with --size: whether images are turned first")
     parser.add_argument("--max-bad-share", type=float, default=0.1, help="more unreadable files are an error")
     prepare(**vars(parser.parse_args()))
 
 
-def prepare(images: Path, out: Path, size: int | None, class_map: Path | None, max_bad_share: float) -> None:
+def prepare(
+    images: Path, out: Path, size: int | None, class_map: Path | None, max_bad_share: float, exif: str = "ignore"
+) -> None:
     """Raises InputError when `images` is no folder of class folders, or too many files cannot be read."""
     if size is not None and size < 1:
         raise InputError(f"--size={size} must be above 0. Use the tokenizer's image size, such as 256")
     if not images.is_dir():
         raise InputError(f"not found: --images {images}. Name a folder of class folders")
-    if (out / "index.json").exists():
-        found = sum(shard["samples"] for shard in read_index(out, FORMAT)["shards"])
-        print(f"{out} is complete: {found} images")
-        return
+    if exif != "ignore" and size is None:
+        raise InputError(
+            f"--exif {exif} needs --size: without, files go in as they are. Set pretokenize.exif later instead"
+        )
     source = FolderSource(images, read_class_map(class_map) if class_map else None)
+    source.say_notes()
+    inputs: Inputs = {**source.inputs, "--size": size, "--exif": exif}
+    if (out / "index.json").exists():
+        index = read_index(out, FORMAT)
+        check_same_inputs(index.get("inputs"), inputs, out, "--out")
+        print(f"{out} is complete: {sum(shard['samples'] for shard in index['shards'])} images")
+        return
     out.mkdir(parents=True, exist_ok=True)
-    made_from = f"{source.fingerprint} {size}"
+    made_from = fingerprint(inputs)
     finished = []
     with (
         progress(f"prepare {out}", len(source), "image") as bar,
@@ -61,7 +73,7 @@ def prepare(images: Path, out: Path, size: int | None, class_map: Path | None, m
         for index, start, end in writer.shard_ranges(len(source), IMAGES_PER_SHARD):
             found = writer.finished_shard(out, index, source=made_from)
             if found is None:
-                entries = list(pool.map(partial(entry, size=size), source.read(start, end)))
+                entries = list(pool.map(partial(entry, size=size, exif=exif), source.read(start, end)))
                 files = [item for item in entries if len(item) == 3]
                 skipped = [item for item in entries if len(item) == 2]
                 counts = np.bincount(np.array([label for *_, label in files], dtype=np.int64))
@@ -76,21 +88,21 @@ def prepare(images: Path, out: Path, size: int | None, class_map: Path | None, m
     for shard in finished:
         label_counts[: len(shard.label_counts)] += shard.label_counts
     shards = [shard.shard for shard in finished]
-    write_image_manifest(out, size, source.class_names, label_counts.tolist(), shards)
+    write_image_manifest(out, size, source.class_names, label_counts.tolist(), shards, inputs)
     writer.remove_records(out)
     left_out = f", {len(skipped)} left out (see {out / 'skipped.txt'})" if skipped else ""
     print(f"{out}: {label_counts.sum()} images of {len(source.class_names)} classes in {len(shards)} shards{left_out}")
 
 
-def entry(image: SourceImage, size: int | None) -> tuple[str, bytes, int] | tuple[str, str]:
+def entry(image: SourceImage, size: int | None, exif: str) -> tuple[str, bytes, int] | tuple[str, str]:
     """Extension, bytes and class id of an image to store, or its name and why it cannot be read."""
     try:
-        decoded = decode_image(image.data)
+        decoded = image.decode(exif)
+        if size is None:
+            return image.name.rpartition(".")[2].lower(), image.data, image.label
+        return "png", png(Image.fromarray(center_crop(decoded, size)), size), image.label
     except BadImage as error:
         return image.name, str(error)
-    if size is None:
-        return image.name.rpartition(".")[2].lower(), image.data, image.label
-    return "png", png(Image.fromarray(center_crop(decoded, size)), size), image.label
 
 
 if __name__ == "__main__":

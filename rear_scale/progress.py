@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from tqdm import tqdm
@@ -43,6 +44,12 @@ class _Lines:
 def say(line: str) -> None:
     """A line for the user, on stderr and at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(line: str) -> None:
+    """As `say`, but only the first time in this process."""
+    say(line)
 
 
 Say = Callable[[str], None]

@@ -91,6 +91,7 @@ class PretokenizeConfig:
     compile: bool = False  # torch.compile the encoder
     samples_per_shard: int = 32_768  # sequences of one tar shard: also the unit of work of a rank
     class_map: str | None = None  # file with class ids by name; null = position among the sorted folder names
+    exif: str = "ignore"  # ignore: pixels as stored; apply: turned as the camera noted beside them
     max_bad_share: float = 0.1  # images that cannot be read are skipped; a larger share of them is an error
 
 
@@ -309,6 +310,7 @@ class EvaluateConfig:
     replace_rate: float = 0.1  # share of context tokens replaced for the noisy correct token ratio
     replace_draws: int = 16  # fixed replacement draws that it averages over
     batch_size: int = 100  # images or sequences per forward pass
+    exif: str = "ignore"  # of image files: ignore: pixels as stored; apply: turned as the camera noted beside them
 
 
 @dataclass

@@ -444,6 +444,8 @@ def _validate_data(cfg: ExperimentConfig) -> None:
     _share("data.max_skipped_share", data.max_skipped_share)
     _positive(cfg, "data.lanes", "data.buffer_samples")
     _one_of("pretokenize.crops", pretokenize.crops, ("center", "flip", "ten"))
+    _one_of("pretokenize.exif", pretokenize.exif, ("ignore", "apply"))
+    _one_of("evaluate.exif", cfg.evaluate.exif, ("ignore", "apply"))
     _one_of("pretokenize.precision", pretokenize.precision, PRECISIONS)
     _share("pretokenize.max_bad_share", pretokenize.max_bad_share)
     _require(

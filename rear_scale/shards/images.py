@@ -9,21 +9,23 @@ index.json           shards with their counts, image size, class names
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.shards.crops import BadImage, decode_image
-from rear_scale.shards.record import TarShard, read_index, tar_samples, write_index, write_tar
+from rear_scale.shards.classes import class_id
+from rear_scale.shards.crops import EXTENSIONS, BadImage, decode_image
+from rear_scale.shards.inputs import Inputs
+from rear_scale.shards.record import TarShard, read_index, write_index, write_tar
+from rear_scale.shards.tar_index import TarSample, read_place, scan
 
 FORMAT = "rear_scale image shards 1"
 IMAGES_PER_SHARD = 1000
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 @dataclass(frozen=True)
@@ -80,27 +82,32 @@ class ImageShards:
             raise InputError(
                 f"not found: {path}, which {self.folder / 'index.json'} lists. Copy the shard folder again"
             )
-        count = 0
-        try:
-            for count, sample in enumerate(tar_samples(path), start=1):
-                if start < count <= end:
-                    yield self._decode(sample), int(sample["cls"])
-                if count == end:
-                    return
-        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, BadImage) as error:
-            raise InputError(f"{path}, image {count}: {error}. Copy the shard again") from error
-        raise InputError(f"{path} holds {count} images, but index.json says {shard.samples}. Copy the shard again")
+        samples = scan(path)
+        if len(samples) != shard.samples:
+            raise InputError(
+                f"{path} holds {len(samples)} images, but index.json says {shard.samples}. Copy the shard again"
+            )
+        with open(path, "rb") as file:
+            for number, sample in enumerate(samples[start:end], start=start + 1):
+                try:
+                    yield self._decode(file, sample)
+                except (OSError, KeyError, ValueError, BadImage) as error:
+                    raise InputError(f"{path}, image {number}: {error}. Copy the shard again") from error
 
-    def _decode(self, sample: dict[str, bytes]) -> np.ndarray:
-        extension = next((name for name in EXTENSIONS if name in sample), None)
-        if extension is None:
-            raise ValueError(f"sample {sample['__key__']} has no {', '.join(EXTENSIONS)}")
-        pixels = np.asarray(decode_image(sample[extension], deep=False))
+    def _decode(self, file: BinaryIO, sample: TarSample) -> tuple[np.ndarray, int]:
+        extension = next((name for name in EXTENSIONS if name in sample.members), None)
+        if extension is None or "cls" not in sample.members:
+            raise ValueError(f"sample {sample.key} has no {', '.join(EXTENSIONS)}, or no cls")
+        text = read_place(file, sample.members["cls"]).decode(errors="replace")
+        label = class_id(text)
+        if label is None:
+            raise ValueError(f"sample {sample.key} has cls {text[:40]!r}, which is no class id")
+        pixels = np.asarray(decode_image(read_place(file, sample.members[extension]), deep=False))
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"sample {sample['__key__']} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
+                f"sample {sample.key} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
             )
-        return pixels
+        return pixels, label
 
 
 def open_images(folder: str | Path) -> ImageShards:
@@ -152,9 +159,14 @@ def write_image_shard(folder: Path, index: int, files: list[tuple[str, bytes, in
 
 
 def write_image_manifest(
-    folder: Path, image_size: int | None, class_names: list[str], label_counts: list[int], shards: list[TarShard]
+    folder: Path,
+    image_size: int | None,
+    class_names: list[str],
+    label_counts: list[int],
+    shards: list[TarShard],
+    inputs: Inputs | None = None,
 ) -> None:
-    """image_size: pixels of the side of every image, or null where they differ."""
+    """image_size: pixels of the side of every image, or None where they differ. inputs: what the images were made from."""
     write_index(
         folder,
         {
@@ -163,6 +175,7 @@ def write_image_manifest(
             "class_names": class_names,
             "label_counts": label_counts,
             "shards": [shard.as_dict() for shard in shards],
+            **({} if inputs is None else {"inputs": inputs}),
         },
     )
 

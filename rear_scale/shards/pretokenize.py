@@ -21,13 +21,14 @@ from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig
 from rear_scale.files import atomic_file, file_sha256
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
-from rear_scale.shards.crops import CROPS, BadImage, cut, decode_image
+from rear_scale.shards.crops import CROPS, BadImage, cut
+from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
 from rear_scale.shards.record import Manifest, read_manifest, write_manifest
 from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.weight_file import find_weights
-from rear_scale.world import World
+from rear_scale.world import World, discover
 
 # One image decoded: its crops (uint8 [n, S, S, 3]), or why there are none.
 Prepared = tuple[SourceImage, np.ndarray | str]
@@ -39,6 +40,8 @@ def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
         if getattr(cfg.pretokenize, name) is None:
             raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
     source = open_source(cfg.pretokenize.images, cfg.pretokenize.class_map)
+    if discover().rank == 0:
+        source.say_notes()
     check_size(source, cfg.tokenizer.image_size)
     return source
 
@@ -54,12 +57,14 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
     weights_sha256 = file_sha256(find_weights(cfg.tokenizer.weights))
     made_from = _made_from(cfg, source, weights_sha256)
+    # Times may differ between copies on several nodes: those of rank 0 count.
+    inputs: Inputs = world.from_main(_inputs(cfg, source, weights_sha256))
     if len(set(world.gather(made_from))) > 1:
         raise InputError(
             f"the ranks see different images in {source.folder}, weights or settings. Wait until all files are there, and give "
             "every node the same"
         )
-    if _is_done(out, source, weights_sha256, made_from):
+    if _is_done(out, made_from, inputs):
         if world.is_main:
             say(f"{out} is complete")
         return
@@ -71,10 +76,11 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     total = sum(end - start for _, start, end in mine)
     with progress(f"pretokenize {out}", total, "image", show=world.is_main) as bar:
         for index, start, end in mine:
-            found = writer.finished_shard(out, index, source=made_from)
+            found = writer.finished_shard(out, index, source=fingerprint(inputs))
             if found is None:
                 images = _prepared(source, start, end, cfg.tokenizer.image_size, job)
-                found = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made_from, bar.update)
+                made = fingerprint(inputs)
+                found = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made, bar.update)
             else:
                 bar.total -= end - start  # an earlier run's work is no measure of this one's rate
             finished[index] = found
@@ -85,7 +91,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
         writer.write_skipped(out, skipped)
     writer.check_skipped(skipped, len(source), job.max_bad_share, source.folder, out / "skipped.txt")
     if world.is_main:
-        _finish(out, cfg, source, tokenizer, weights_sha256, made_from, shards)
+        _finish(out, cfg, source, tokenizer, weights_sha256, made_from, inputs, shards)
     world.barrier()
 
 
@@ -154,7 +160,7 @@ def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: P
 
     def prepare(image: SourceImage) -> np.ndarray | str:
         try:
-            return cut(decode_image(image.data), image_size, job.crops)
+            return cut(image.decode(job.exif), image_size, job.crops)
         except BadImage as error:
             return str(error)
 
@@ -174,22 +180,33 @@ def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: P
 
 
 def _made_from(cfg: ExperimentConfig, source: ImageSource, weights_sha256: str) -> str:
+    """A hash of what the tokens depend on, the same wherever the images lie."""
     job = cfg.pretokenize
     settings = [job.crops, job.precision, job.compile, job.batch_size, job.samples_per_shard, cfg.tokenizer.image_size]
-    text = json.dumps([source.fingerprint, weights_sha256, cfg.tokenizer.name, *settings])
+    exif = [] if job.exif == "ignore" else [job.exif]  # without, it is the hash of versions that had no such setting
+    text = json.dumps([source.fingerprint, weights_sha256, cfg.tokenizer.name, *settings, *exif])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_done(out: Path, source: ImageSource, weights_sha256: str, made_from: str) -> bool:
+def _inputs(cfg: ExperimentConfig, source: ImageSource, weights_sha256: str) -> Inputs:
+    """What a finished output must have been made from to be left as it is."""
+    names = ("crops", "precision", "compile", "batch_size", "samples_per_shard", "exif")
+    return {
+        **source.inputs,
+        "tokenizer.name": cfg.tokenizer.name,
+        "tokenizer.image_size": cfg.tokenizer.image_size,
+        "tokenizer.weights": f"sha256 {weights_sha256[:16]}",
+        **{f"pretokenize.{name}": getattr(cfg.pretokenize, name) for name in names},
+    }
+
+
+def _is_done(out: Path, made_from: str, inputs: Inputs) -> bool:
     if not (out / "index.json").exists():
         return False
     manifest = read_manifest(out)
-    if manifest.made_from != made_from:
-        raise InputError(
-            f"pretokenize.out={out} already holds {manifest.num_samples} samples made by tokenizer weights "
-            f"{manifest.tokenizer_sha256[:12]} with pretokenize.crops={manifest.crops}; images, weights or settings are now "
-            f"others ({len(source)} images, weights {weights_sha256[:12]}). Remove it or set another folder"
-        )
+    # Earlier versions recorded a hash of names and sizes alone.
+    if manifest.inputs is not None or manifest.made_from != made_from:
+        check_same_inputs(manifest.inputs, inputs, out, "pretokenize.out")
     return True
 
 
@@ -200,6 +217,7 @@ def _finish(
     tokenizer: Tokenizer,
     weights_sha256: str,
     made_from: str,
+    inputs: Inputs,
     shards: list[writer.FinishedShard],
 ) -> None:
     codebook = tokenizer.codebook.float().cpu().numpy()
@@ -226,6 +244,7 @@ def _finish(
         samples_per_shard=cfg.pretokenize.samples_per_shard,
         num_skipped=sum(len(shard.skipped) for shard in shards),
         made_from=made_from,
+        inputs=inputs,
     )
     write_manifest(out, manifest)
     writer.remove_records(out)

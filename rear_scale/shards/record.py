@@ -11,14 +11,13 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rear_scale.config import InputError
 from rear_scale.files import atomic_file, file_sha256, write_text_atomically
@@ -62,6 +61,9 @@ class Manifest:
     block_samples: int = BLOCK_SAMPLES  # at most, of one block
     num_skipped: int = 0  # images that could not be read; skipped.txt names them
     made_from: str = ""  # a hash of images, weights and settings: what the tokens depend on
+    inputs: dict[str, Any] | None = (
+        None  # images, weights and settings in words, with times; None before they were recorded
+    )
     layout: str = "packed"  # packed: blocks; plain: one sample per key, as webdataset writes them
     format: str = FORMAT
 
@@ -73,10 +75,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """A hash of the content: shards, order and codebook, wherever the folder lies."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        content = {name: value for name, value in self.as_dict().items() if name != "inputs"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "shards": [shard.as_dict() for shard in self.shards]}
+        values = {**vars(self), "shards": [shard.as_dict() for shard in self.shards]}
+        return values if self.inputs is not None else {name: values[name] for name in values if name != "inputs"}
 
 
 def shard_name(index: int) -> str:
@@ -180,15 +184,6 @@ def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
 def block_checksum(tokens: bytes, labels: bytes) -> int:
     """CRC-32 of the two members of a block."""
     return zlib.crc32(labels, zlib.crc32(tokens))
-
-
-def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """WebDataset samples (undecoded: `__key__` and one bytes value per extension) of one tar file, in file order.
-
-    The stages of webdataset are called on an open file, because its own opener expands braces and URLs in the name.
-    """
-    with open(path, "rb") as stream:
-        yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
 
 
 def write_tar(folder: Path, index: int, samples: Iterable[dict[str, str | bytes]], count: int) -> TarShard:

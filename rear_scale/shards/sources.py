@@ -4,44 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import psutil
+from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.shards.crops import BadImage, center_crop, decode_image
-from rear_scale.shards.images import EXTENSIONS, FORMAT
+from rear_scale.progress import say_once
+from rear_scale.shards.classes import class_id, folder_ids, id_notes, names_by_id, read_class_map
+from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, decode_image
+from rear_scale.shards.images import FORMAT
+from rear_scale.shards.inputs import Inputs, listing_hash
 from rear_scale.shards.record import read_index
-from rear_scale.shards.tar_index import TarSample, read_member, scan
+from rear_scale.shards.tar_index import TarSample, read_place, scan, tar_shards
+from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, OUTSIDE, LeftOut, is_utf8, shown, walk
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    name: str  # the file, or shard and key
-    data: bytes  # of the image file
+    name: str  # the file, or shard and key, as text
+    data: bytes  # of the image file; empty where it cannot be read
     label: int
+    problem: str | None = None  # why it cannot be read
+
+    def decode(self, exif: str = "ignore") -> Image.Image:
+        """As `decode_image`."""
+        if self.problem is not None:
+            raise BadImage(self.problem)
+        return decode_image(self.data, exif=exif)
 
 
 class ImageSource(ABC):
     """Images in a fixed order, each with its class id."""
 
     folder: Path
-    image_size: int | None = None  # pixels where all are square and of one size, else null
-    class_names: list[str] | None = None  # by class id; null where the source does not name its classes
+    image_size: int | None = None  # pixels where all are square and of one size, else None
+    class_names: list[str] | None = None  # by class id; None where the source does not name its classes
     fingerprint: str  # of what is in it and in which order, wherever it lies
+    inputs: Inputs  # the same with times of change: what a finished output is compared by
+    left_out: LeftOut
+    notes: list[str]  # what the user should know of its class ids
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, start: int, end: int) -> Iterator[SourceImage]:
-        """Yields the images start .. end - 1. Raises InputError for a damaged tar file or a missing class, not for an
-        image that cannot be decoded: nothing is decoded here."""
+        """Yields the images start .. end - 1, those that cannot be read with their problem; nothing is decoded here.
+
+        Raises InputError for a damaged tar file, and for a class that the class map lacks."""
+
+    def say_notes(self) -> None:
+        """Tells the user, once in a process, what is left out and how classes are numbered."""
+        self.left_out.say(self.folder)
+        for note in self.notes:
+            say_once(f"note: {shown(self.folder)}: {note}")
 
 
 def open_source(folder: str | Path, class_map: str | None = None) -> ImageSource:
@@ -53,7 +76,7 @@ def open_source(folder: str | Path, class_map: str | None = None) -> ImageSource
     if not folder.is_dir():
         raise InputError(f"not found: {folder}. It is a folder of class folders, or of tar shards")
     ids = read_class_map(class_map) if class_map else None
-    tars = sorted(folder.glob("*.tar"))
+    tars = tar_shards(folder)
     return TarSource(folder, tars, ids) if tars else FolderSource(folder, ids)
 
 
@@ -81,7 +104,7 @@ def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[t
     crops, skipped = [], []
     for image in source.read(0, len(source)):
         try:
-            crops.append(center_crop(decode_image(image.data), image_size))
+            crops.append(center_crop(image.decode(), image_size))
         except BadImage as error:
             skipped.append((image.name, str(error)))
     if not crops:
@@ -89,89 +112,56 @@ def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[t
     return np.stack(crops), skipped
 
 
-def read_class_map(path: str | Path) -> dict[str, int]:
-    """Class ids by name: a JSON object {name: id}, or lines of a name and an id; a line without one has its position.
-
-    Raises InputError for a file that is missing or holds anything else.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        raise InputError(f"not found: the class map {path}. Set it to a JSON or text file") from None
-    try:
-        if text.lstrip().startswith("{"):
-            ids = {str(name): int(number) for name, number in json.loads(text).items()}
-        else:
-            lines = [line.split() for line in text.splitlines() if line.strip()]
-            # Anything but a number after the name is a description, as in ImageNet's lists.
-            ids = {
-                words[0]: int(words[1]) if len(words) == 2 and words[1].isdigit() else position
-                for position, words in enumerate(lines)
-            }
-            if len(ids) != len(lines):
-                raise ValueError("a name comes twice")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"the class map {path} cannot be read ({error}). Use lines such as: n01440764 0") from error
-    if not ids or not all(0 <= number < 65_536 for number in ids.values()):
-        raise InputError(f"the class map {path} has no class, or ids outside 0..65535. Use lines such as: n01440764 0")
-    return ids
-
-
-def names_by_id(ids: dict[str, int]) -> list[str]:
-    """The name of each class id, up to the largest; where several share an id, the first in the map."""
-    names = {number: name for name, number in reversed(ids.items())}
-    return [names.get(number, str(number)) for number in range(max(names) + 1)]
-
-
 class FolderSource(ImageSource):
     """FOLDER/CLASS/**/FILE: classes and files by sorted name."""
 
     def __init__(self, folder: Path, ids: dict[str, int] | None) -> None:
         self.folder = folder
-        classes = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not classes:
-            raise InputError(f"{folder} holds neither class folders nor tar shards. Give each class a folder of images")
-        if ids is None:
-            ids = {name: position for position, name in enumerate(classes)}
-        if unknown := [name for name in classes if name not in ids]:
+        found = walk(folder, EXTENSIONS)
+        self.left_out = found.left_out
+        if found.dangling:
             raise InputError(
-                f"{len(unknown)} of {len(classes)} folders of {folder} are not in the class map, {unknown[0]} among them. "
-                "Add them, or move them away"
+                f"{shown(folder / found.dangling[0])} is a link that leads nowhere, and may be a class. Remove it, or bring its "
+                "folder back"
             )
-        self.class_names = names_by_id(ids)
-        self.files = [(file, ids[name]) for name in classes for file in _image_files(folder, name)]
+        if not found.folders:
+            raise InputError(f"{folder} holds neither class folders nor tar shards. Give each class a folder of images")
+        self.files = [file for file in found.files if "/" in file.name]
+        for file in found.files:
+            if "/" not in file.name:
+                self.left_out.add(OUTSIDE, file.name)
+        classes = [file.name.partition("/")[0] for file in self.files]
+        counts = Counter(classes)
+        self.ids = folder_ids(folder, found.folders, counts, ids)
+        self.class_names = names_by_id(self.ids)
         if not self.files:
             raise InputError(
                 f"{folder} holds class folders without a {', '.join(EXTENSIONS)} file. Is it the right one?"
             )
-        listing = "\n".join(f"{name}\t{label}\t{(folder / name).stat().st_size}" for name, label in self.files)
-        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+        self.labels = [self.ids[name] for name in classes]
+        self.notes = id_notes(found.folders, counts, self.ids, mapped=ids is not None)
+        listing = "\n".join(
+            f"{file.name}\t{label}\t{file.size}" for file, label in zip(self.files, self.labels, strict=True)
+        )
+        self.fingerprint = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+        stamps = ((file.name, file.size, file.mtime_ns) for file in self.files)
+        self.inputs = {
+            "images": f"{len(self.files)} files ({listing_hash(stamps)})",
+            "classes": f"{len(self.class_names)} ({listing_hash(sorted(self.ids.items()))})",
+        }
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, start: int, end: int) -> Iterator[SourceImage]:
-        for name, label in self.files[start:end]:
-            try:
-                data = (self.folder / name).read_bytes()
-            except OSError:
-                data = b""  # an unreadable file is a bad image like any other
-            yield SourceImage(name, data, label)
-
-
-def _image_files(folder: Path, class_name: str) -> list[str]:
-    """Paths of the image files below a class folder, relative to `folder`, sorted."""
-    found = []
-    for parent, folders, files in os.walk(folder / class_name, followlinks=True):
-        folders.sort()
-        found += [
-            os.path.relpath(os.path.join(parent, name), folder)
-            for name in files
-            if name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith(".")
-        ]
-    return sorted(found)
+        for file, label in zip(self.files[start:end], self.labels[start:end], strict=True):
+            data, problem = b"", file.problem
+            if problem is None:
+                try:
+                    data = (self.folder / file.name).read_bytes()
+                except (OSError, MemoryError) as error:
+                    problem = getattr(error, "strerror", None) or type(error).__name__
+            yield SourceImage(shown(file.name), data, label, problem)
 
 
 class TarSource(ImageSource):
@@ -180,16 +170,22 @@ class TarSource(ImageSource):
     def __init__(self, folder: Path, tars: list[Path], ids: dict[str, int] | None) -> None:
         self.folder, self.ids = folder, ids
         self.own_names: list[str] | None = None
+        self.left_out, self.notes = LeftOut(), []
         if (folder / "index.json").exists():
             index = read_index(folder, FORMAT)
-            tars = [folder / shard["file"] for shard in index["shards"]]
-            counts = [shard["samples"] for shard in index["shards"]]
-            self.image_size = index["image_size"]
-            self.class_names = self.own_names = index["class_names"]
-            described = index
+            try:
+                tars = [folder / shard["file"] for shard in index["shards"]]
+                counts = [shard["samples"] for shard in index["shards"]]
+                self.image_size = index["image_size"]
+                self.class_names = self.own_names = index["class_names"]
+            except (KeyError, TypeError) as error:
+                raise InputError(f"{folder / 'index.json'} lacks a field ({error}). Make the shards again") from error
+            described = {name: value for name, value in index.items() if name != "inputs"}
         else:
-            counts = [len(scan(tar)) for tar in tars]
+            counts = [len(scan(tar, self.left_out)) for tar in tars]
             described = [(tar.name, tar.stat().st_size, count) for tar, count in zip(tars, counts, strict=True)]
+        for file in walk(folder, EXTENSIONS).files:
+            self.left_out.add(BESIDE_TARS, file.name)
         if ids is not None:
             self.class_names = names_by_id(ids)
         self.tars = list(zip(tars, counts, strict=True))
@@ -197,6 +193,11 @@ class TarSource(ImageSource):
             raise InputError(f"{folder} holds {len(tars)} tar shards without an image. Make or copy them again")
         text = json.dumps([described, ids], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        classes = "numbers alone" if self.class_names is None else f"{len(self.class_names)} names"
+        self.inputs = {
+            "images": f"{sum(counts)} in {len(tars)} tars ({listing_hash(map(_stamp, tars))})",
+            "classes": f"{classes} ({listing_hash([self.class_names, sorted((ids or {}).items())])})",
+        }
 
     def __len__(self) -> int:
         return sum(count for _, count in self.tars)
@@ -208,31 +209,47 @@ class TarSource(ImageSource):
                 samples = scan(tar)
                 if len(samples) != count:
                     raise InputError(f"{tar} holds {len(samples)} images, not {count}. Copy the shard folder again")
-                for sample in samples[max(start - first, 0) : end - first]:
-                    yield self._image(tar, sample)
+                with open(tar, "rb") as file:
+                    for sample in samples[max(start - first, 0) : end - first]:
+                        yield self._image(tar, file, sample)
             first += count
 
-    def _image(self, tar: Path, sample: TarSample) -> SourceImage:
-        name = f"{tar.name}/{sample.key}"
-        place = next((sample.members[kind] for kind in EXTENSIONS if kind in sample.members), None)
-        if place is None or "cls" not in sample.members:
-            raise InputError(
-                f"{tar}, byte {sample.first_byte}: sample {sample.key} has {', '.join(sample.members)}, but an image "
-                f"({', '.join(EXTENSIONS)}) and cls are wanted. Make the shards with both"
+    def _image(self, tar: Path, file: BinaryIO, sample: TarSample) -> SourceImage:
+        name = shown(f"{tar.name}/{sample.key}")
+        images = [extension for extension in EXTENSIONS if extension in sample.members]
+        if len(images) != 1 or "cls" not in sample.members:
+            has = ", ".join(map(shown, sample.members))
+            return SourceImage(
+                name, b"", 0, f"it has {has}, but one image ({', '.join(EXTENSIONS)}) and cls are wanted"
             )
-        text = read_member(tar, sample.members["cls"]).decode(errors="replace").strip()
+        text = read_place(file, sample.members["cls"]).decode(errors="replace").strip()
         label = self._label(text)
-        if label is None or not 0 <= label < 65_536:
-            raise InputError(
-                f"{tar}, byte {sample.members['cls'][0]}: cls is {text!r}, which is no class id. "
-                "Name a class map that lists it"
-            )
-        return SourceImage(name, read_member(tar, place), label)
+        if label is None:
+            where = f"{tar}, byte {sample.members['cls'][0]}: cls is {shown(text[:40])!r}, which is"
+            if self.ids is not None:
+                # As a folder that the map lacks: its images must not be missing unnoticed.
+                raise InputError(f"{where} not in the class map. Add it")
+            return SourceImage(name, b"", 0, f"{where.partition(': ')[2]} no class id. Name a class map that lists it")
+        if not is_utf8(sample.key):
+            return SourceImage(name, b"", label, NOT_UTF8)
+        try:
+            return SourceImage(f"{tar.name}/{sample.key}", read_place(file, sample.members[images[0]]), label)
+        except (OSError, MemoryError) as error:
+            return SourceImage(name, b"", label, getattr(error, "strerror", None) or type(error).__name__)
 
     def _label(self, text: str) -> int | None:
+        number = class_id(text)
         if self.ids is None:
-            return int(text) if text.isdigit() else None
+            return number
         # Where a manifest names the classes, the map speaks of those names.
-        if self.own_names and text.isdigit() and int(text) < len(self.own_names):
-            text = self.own_names[int(text)]
+        if self.own_names and number is not None and number < len(self.own_names):
+            text = self.own_names[number]
         return self.ids.get(text)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"not found: {shown(path)} ({error.strerror}). Copy the shard folder again") from error
+    return path.name, status.st_size, status.st_mtime_ns

@@ -24,6 +24,7 @@ from rear_scale.shards.record import (
     shard_name,
     write_tar,
 )
+from rear_scale.shards.walk import shown
 
 
 class FinishedShard(NamedTuple):
@@ -90,7 +91,8 @@ def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     # One of an earlier, stopped run may be there.
     (folder / "skipped.txt").unlink(missing_ok=True)
     if skipped:
-        write_text_atomically(folder / "skipped.txt", "".join(f"{name}\t{reason}\n" for name, reason in skipped))
+        lines = (f"{shown(name)}\t{shown(reason)}\n" for name, reason in skipped)
+        write_text_atomically(folder / "skipped.txt", "".join(lines))
 
 
 def check_skipped(skipped: Sequence[tuple[str, str]], total: int, limit: float, source: Path, listing: Path) -> None:
