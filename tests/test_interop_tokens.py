@@ -85,7 +85,7 @@ def test_a_killed_import_continues_with_the_next_shard(tmp_path: Path, monkeypat
     assert one == other
     tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "killed", TOKENIZER, crops)
     assert len(calls) == 7
-    with pytest.raises(InputError, match="already holds other token shards"):
+    with pytest.raises(InputError, match="is finished, but of other inputs: crops ten"):
         tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "killed", TOKENIZER, ONE)
 
 

@@ -80,7 +80,10 @@ class Evaluation:
         self.small_sets: dict[str, ImageSet] = {}  # the references of a classifier, which fit in memory
         self.nearest: NearestPixels | None = None
         if self.classifier is not None:
-            self.small_sets = {name: open_image_set(path, world) for name, path in cfg.evaluate.reference.items()}
+            self.small_sets = {
+                name: open_image_set(path, world, exif=cfg.evaluate.exif)
+                for name, path in cfg.evaluate.reference.items()
+            }
             self.nearest = NearestPixels(self.small_sets)
         self.references: dict[int, list[Reference]] = {}  # by size of the samples
 
@@ -109,7 +112,7 @@ class Evaluation:
         batch_size = self.cfg.evaluate.batch_size
         found = [extract(samples, self.extractors(), self.cache, batch_size, self.world, part)]
         for name, path in self.cfg.evaluate.reference.items() if self.networks else ():
-            _, images = read_reference(name, path, self.networks, samples.height, self.world)
+            _, images = read_reference(name, path, self.networks, samples.height, self.world, self.cfg.evaluate.exif)
             if images is not None:
                 found.append(extract(images, self.networks, self.cache, batch_size, self.world, part))
         self.world.barrier()

@@ -59,7 +59,7 @@ def score_reconstruction(
     lpips = None
     if cfg.evaluate.vgg_weights is not None or cfg.evaluate.lpips_weights is not None:
         lpips = LpipsDistance(cfg.evaluate.vgg_weights, cfg.evaluate.lpips_weights, world.device)
-    originals = open_image_set(images, world, tokenizer.image_size)
+    originals = open_image_set(images, world, tokenizer.image_size, cfg.evaluate.exif)
     if (originals.height, originals.width) != (tokenizer.image_size, tokenizer.image_size):
         raise InputError(
             f"{images} holds images of {originals.width}x{originals.height}, but {cfg.tokenizer.name} takes "

@@ -119,7 +119,7 @@ def open_reference(
 
     size: of the samples, to which image files are cropped. Raises InputError for files that cannot be read or do not fit.
     """
-    stored, images = read_reference(name, path, networks, size, world)
+    stored, images = read_reference(name, path, networks, size, world, cfg.exif)
     identities, sizes = _kinds(networks)
     found = extract(images, networks, cache, cfg.batch_size, world) if images else []
     blocks = {kind: part for network, part in zip(networks, found, strict=False) for kind in network.sizes}
@@ -138,17 +138,17 @@ def open_reference(
 
 
 def read_reference(
-    name: str, path: str, networks: Sequence[FeatureNetwork], size: int, world: World
+    name: str, path: str, networks: Sequence[FeatureNetwork], size: int, world: World, exif: str
 ) -> tuple[Mapping[str, Moments], ImageSet | None]:
     """Stored statistics by kind of features, and the images (null for statistics alone). All ranks must call this.
 
     Raises InputError for a file with neither, and for one that does not fit the networks.
     """
     if not Path(path).is_file() or is_tar(Path(path)):
-        return {}, open_image_set(path, world, size)
+        return {}, open_image_set(path, world, size, exif)
     stored = read_statistics(Path(path), *_kinds(networks))
     if "arr_0" in array_names(path):
-        return stored, open_image_set(path, world, size)
+        return stored, open_image_set(path, world, size, exif)
     if not stored:
         raise InputError(
             f"evaluate.reference.{name}={path} has neither arr_0 nor statistics of the features in use "

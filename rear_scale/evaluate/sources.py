@@ -7,23 +7,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
-from rear_scale.shards.crops import BadImage, center_crop, decode_image
+from rear_scale.shards.classes import class_id
+from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, decode_image
 from rear_scale.shards.images import ImageShards, open_images
+from rear_scale.shards.tar_index import check_not_compressed, members, read_place, scan, tar_shards
+from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, File, LeftOut, extension_of, is_utf8, shown, walk
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 AS_STORED = "as stored"  # preprocessing of images that are taken as they are
 
@@ -50,6 +51,7 @@ class ImageSet:
     read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
     preprocessing: str = AS_STORED
     quantiser: str | None = None  # the rule that made them uint8; null = they came so
+    class_names: Sequence[str] | None = None  # by class id; None where the set has no classes, or does not name them
     generation: Generation | None = None  # of images that are stored nowhere
 
     @property
@@ -63,8 +65,9 @@ def consecutive_blocks(count: int) -> list[np.ndarray]:
 
 def check_image_set(path: Path) -> None:
     """Raises InputError, before anything is spent, when there is nothing at the path, or a file that holds no images."""
+    check_not_compressed(path)
     if is_tar(path):
-        _members(path)
+        members(path)
     elif path.is_file():
         read_samples(path)
     elif not path.is_dir():
@@ -76,25 +79,34 @@ def is_tar(path: Path) -> bool:
     return path.suffix == ".tar" and path.is_file()
 
 
-def open_image_set(path: str | Path, world: World, size: int | None = None) -> ImageSet:
+def open_image_set(path: str | Path, world: World, size: int | None = None, exif: str = "ignore") -> ImageSet:
     """The images at a path: an .npz, a tar shard, or a folder of image shards, plain tar shards, or image files.
 
-    size: image files and plain tar shards are brought to it as ADM does (halved, scaled and cropped about the centre); null
-    = they are taken as they are and must share one size. All ranks must call this.
-    Raises InputError when there are no images, or none that can be read.
+    size: image files and plain tar shards are brought to it as ADM does (halved, scaled and cropped about the centre); None
+    = they are taken as they are and must share one size. exif: "apply" turns them first as the camera noted beside the
+    pixels. All ranks must call this; rank 0 says what is left out.
+    Raises InputError when there are no images, or one that cannot be read: of a smaller set, scores are others.
     """
     check_image_set(Path(path))
     path = Path(os.path.abspath(path))  # "." has no name
-    if is_tar(path):
-        return _from_files(path, _members(path), size)
-    if path.is_file():
+    if path.is_file() and not is_tar(path):
         return from_npz(path, world)
     if (path / "index.json").is_file():
         return from_shards(path.name, open_images(path))
-    if tars := sorted(path.glob("*.tar")):
-        return _from_files(path, [found for tar in tars for found in _members(tar)], size)
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _EXTENSIONS)
-    return _from_files(path, [_File(file, 0, None, _class_of(file, path)) for file in found], size)
+    left_out = LeftOut()
+    if is_tar(path):
+        files = _in_tar(path, left_out)
+    elif tars := tar_shards(path):
+        files = [found for tar in tars for found in _in_tar(tar, left_out)]
+        for file in walk(path, EXTENSIONS).files:
+            left_out.add(BESIDE_TARS, file.name)
+    else:
+        listing = walk(path, EXTENSIONS)
+        left_out = listing.left_out
+        files = [_File.of(path, file) for file in listing.files]
+    if world.is_main:
+        left_out.say(path)
+    return _from_files(path, files, size, exif)
 
 
 def from_npz(path: Path, world: World) -> ImageSet:
@@ -137,7 +149,8 @@ def from_shards(name: str, shards: ImageShards) -> ImageSet:
         return next(shards.batches(len(numbers), int(numbers[0]), int(numbers[-1]) + 1))
 
     identity = hashlib.sha256("".join(shard.sha256 for shard in shards.shards).encode()).hexdigest()
-    return ImageSet(name, identity, shards.image_size, shards.image_size, consecutive_blocks(len(shards)), read)
+    blocks = consecutive_blocks(len(shards))
+    return ImageSet(name, identity, shards.image_size, shards.image_size, blocks, read, class_names=shards.class_names)
 
 
 @dataclass(frozen=True)
@@ -146,65 +159,85 @@ class _File:
 
     path: Path
     offset: int
-    size: int | None  # bytes; null = the whole file
+    size: int | None  # bytes; None = the whole file
     label: int | str | None
+    stamp: str  # size and time of change of the file or the tar
+    problem: str | None = None  # why it cannot be read
+
+    @classmethod
+    def of(cls, folder: Path, file: File) -> Self:
+        """A file in a folder; the sub-folder it lies in names its class."""
+        label = file.name.rpartition("/")[0] or None
+        return cls(folder / file.name, 0, None, label, f"{file.size} {file.mtime_ns}", file.problem)
 
     def data(self) -> bytes:
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
+            if self.size is None:
+                return file.read()
+            return read_place(file, (self.offset, self.size))
 
 
-def _members(tar: Path) -> list[_File]:
+def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
     """The images of a tar in its order, with the class id of a `.cls` beside them."""
-    try:
-        # Not unpacked on the way: members are read from the file itself.
-        with tarfile.open(tar, "r:") as archive:
-            members = [member for member in archive if member.isfile()]
-    except (tarfile.TarError, OSError) as error:
-        with suppress(OSError):
-            if tarfile.is_tarfile(tar):
+    found: list[_File] = []
+    samples = scan(tar, left_out)
+    stamp = _stamp(tar)
+    with open(tar, "rb") as file:
+        for sample in samples:
+            of_sample = [name for name in sample.members if name in EXTENSIONS]
+            if len(of_sample) > 1:
                 raise InputError(
-                    f"{tar} is compressed, but images are read from within it. Unpack it to a plain .tar"
-                ) from error
-        raise InputError(f"{tar} cannot be read ({error}). Copy the shard again") from error
-    classes: dict[str, int] = {}
-    for member in members:
-        if member.name.endswith(".cls"):
-            text = _File(tar, member.offset_data, member.size, None).data()
-            if not text.strip().isdigit():
-                raise InputError(
-                    f"{tar}: {member.name} holds {text[:20]!r}, which is no class id. Write whole numbers there"
+                    f"{shown(tar)}: the key {shown(sample.key)} has several images ({', '.join(of_sample)}), and which is meant "
+                    "is not said. Keep one of them"
                 )
-            classes[member.name.removesuffix(".cls")] = int(text)
-    return [
-        _File(tar, member.offset_data, member.size, classes.get(member.name.rsplit(".", 1)[0]))
-        for member in members
-        if Path(member.name).suffix.lower() in _EXTENSIONS
-    ]
+            # Without an image of its own, a key is the part that several names share up to their first dot.
+            chosen = of_sample or [name for name in sample.members if extension_of(f"_.{name}") in EXTENSIONS]
+            classes = {
+                name.removesuffix("cls"): _class_id(tar, sample.key, read_place(file, place))
+                for name, place in sample.members.items()
+                if name.rpartition(".")[2] == "cls"
+            }
+            for name, place in sample.members.items():
+                if name in chosen:
+                    label = classes.get(name.removesuffix(name.rpartition(".")[2]))
+                    problem = None if is_utf8(sample.key + name) else NOT_UTF8
+                    found.append(_File(tar, *place, label, stamp, problem))
+                elif not chosen or name.rpartition(".")[2] != "cls":
+                    left_out.add_format(f"{sample.key}.{name}")
+    return found
 
 
-def _class_of(file: Path, folder: Path) -> str | None:
-    """The sub-folder an image lies in, which names its class."""
-    return None if file.parent == folder else file.parent.relative_to(folder).as_posix()
+def _class_id(tar: Path, key: str, content: bytes) -> int:
+    label = class_id(content.decode(errors="replace"))
+    if label is None:
+        raise InputError(
+            f"{shown(tar)}: {shown(key)}.cls holds {content[:20]!r}, which is no class id. Write whole numbers there"
+        )
+    return label
 
 
-def _from_files(path: Path, files: list[_File], size: int | None) -> ImageSet:
+def _from_files(path: Path, files: list[_File], size: int | None, exif: str) -> ImageSet:
     """path: their folder, or the tar shard that they are all in."""
     if not files:
         raise InputError(
-            f"{path} holds no images ({', '.join(_EXTENSIONS)}, or tar shards of them). Name another folder"
+            f"{path} holds no images ({', '.join(EXTENSIONS)}, or tar shards of them). Name another folder"
         )
-    labels = _class_ids([file.label for file in files])
+    bad = [file for file in files if file.problem is not None]
+    if bad:
+        raise InputError(
+            f"{shown(bad[0].path)} (byte {bad[0].offset}): {bad[0].problem}, as for {len(bad)} of {len(files)} images. Remove "
+            "the image or make it again"
+        )
+    labels, class_names = _class_ids([file.label for file in files])
     if size is None:
-        height, width = _decode(files[0], None).shape[:2]
+        height, width = _decode(files[0], None, exif).shape[:2]
     else:
         height = width = size
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         pixels = np.empty((len(numbers), height, width, 3), np.uint8)
         for row, number in enumerate(numbers):
-            image = _decode(files[number], size)
+            image = _decode(files[number], size, exif)
             if image.shape != pixels.shape[1:]:
                 raise InputError(
                     f"{files[number].path}: image {number} is {image.shape[1]}x{image.shape[0]}, but the first one is "
@@ -215,9 +248,10 @@ def _from_files(path: Path, files: list[_File], size: int | None) -> ImageSet:
 
     # Names, sizes and times instead of the content: a training set is too large to hash for every evaluation.
     folder = path if path.is_dir() else path.parent
-    listing = [f"{file.path.relative_to(folder)} {file.offset} {_stamp(file.path)}" for file in files]
-    preprocessing = AS_STORED if size is None else crop_rule(size)
-    identity = hashlib.sha256("\n".join([preprocessing, *listing]).encode()).hexdigest()
+    listing = [f"{file.path.relative_to(folder)} {file.offset} {file.stamp}" for file in files]
+    preprocessing = preprocessing_rule(size, exif)
+    text = "\n".join([preprocessing, *listing])
+    identity = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return ImageSet(
         path.name,
         identity,
@@ -227,6 +261,7 @@ def _from_files(path: Path, files: list[_File], size: int | None) -> ImageSet:
         read,
         preprocessing,
         _quantiser_beside(path),
+        class_names,
     )
 
 
@@ -235,21 +270,33 @@ def _stamp(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _class_ids(labels: list[int | str | None]) -> np.ndarray | None:
-    """Class ids of the labels; names are numbered in order. Null unless every image has one."""
+def _class_ids(labels: list[int | str | None]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Class ids of the labels and, where these are names, the names, which are numbered in order.
+
+    (None, None) unless every image has a class.
+    """
     if any(label is None for label in labels):
-        return None
+        return None, None
     if all(isinstance(label, int) for label in labels):
-        return np.array(labels)
-    return np.unique(np.array(labels, dtype=str), return_inverse=True)[1]
+        return np.array(labels), None
+    names, ids = np.unique(np.array(labels, dtype=str), return_inverse=True)
+    return ids, names.tolist()
 
 
-def _decode(file: _File, size: int | None) -> np.ndarray:
+def _decode(file: _File, size: int | None, exif: str) -> np.ndarray:
     try:
-        image = decode_image(file.data(), deep=False)
-    except (BadImage, OSError) as error:
-        raise InputError(f"{file.path} (byte {file.offset}): {error}. Remove the image or make it again") from error
-    return np.asarray(image) if size is None else center_crop(image, size)
+        image = decode_image(file.data(), deep=False, exif=exif)
+        return np.asarray(image) if size is None else center_crop(image, size)
+    except (BadImage, OSError, MemoryError) as error:
+        raise InputError(
+            f"{shown(file.path)} (byte {file.offset}): {shown(str(error))}. Remove the image or make it again"
+        ) from error
+
+
+def preprocessing_rule(size: int | None, exif: str) -> str:
+    """What is done to image files, in words: part of what features depend on."""
+    rule = AS_STORED if size is None else crop_rule(size)
+    return rule if exif == "ignore" else f"{rule}, turned as EXIF says"
 
 
 def crop_rule(size: int) -> str:

@@ -18,8 +18,9 @@ import torch
 from rear_scale.config import InputError
 from rear_scale.evaluate.moments import Moments
 from rear_scale.evaluate.npz import array_names, open_array
-from rear_scale.evaluate.sources import AS_STORED, crop_rule
+from rear_scale.evaluate.sources import crop_rule, preprocessing_rule
 from rear_scale.files import atomic_file
+from rear_scale.shards.crops import EXIF
 
 _FORMAT = "rear_scale statistics 1"
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -62,7 +63,8 @@ def images_of(path: str | Path) -> MadeOf | None:
     found = MadeOf(images["count"], images.get("size"), images.get("preprocessing"))
     if found.size is None or found.preprocessing is None:
         return found
-    if found.preprocessing not in (AS_STORED, crop_rule(found.size[0])):
+    known = [preprocessing_rule(size, exif) for size in (None, found.size[0]) for exif in EXIF]
+    if found.preprocessing not in known:
         raise InputError(
             f"{path} was made with other preprocessing of the images ({found.preprocessing}) than the one in use "
             f"({crop_rule(found.size[0])}). Make it again with --write-statistics"

@@ -138,7 +138,7 @@ class Opener:
         All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with.
         """
         if subject.samples is not None:
-            return open_image_set(subject.samples, self.world, size)
+            return open_image_set(subject.samples, self.world, size, subject.cfg.evaluate.exif)
         assert subject.checkpoint is not None
         check_tokenizer(subject.cfg, subject.checkpoint)
         written = default_output(subject.cfg, subject.checkpoint)

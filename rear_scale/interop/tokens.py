@@ -9,8 +9,10 @@ AliTok       CACHE/CLASS/IMAGE.npz with `codes` (integers [n, N]): the n crops o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,11 +26,14 @@ from rear_scale.files import atomic_file, file_sha256
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.blocks import open_blocks
+from rear_scale.shards.classes import folder_ids, id_notes, names_by_id, read_class_map
+from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint, listing_hash
 from rear_scale.shards.record import SHARD_SAMPLES, Manifest, read_manifest, write_manifest
-from rear_scale.shards.sources import names_by_id, read_class_map
+from rear_scale.shards.walk import shown, walk
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.weight_file import find_weights
 
+_MOST_BYTES = 1 << 28  # of the codes of one image: a compressed file can hold any number
 Sequence = tuple[str, int, np.ndarray]  # where it stands, class id, tokens: integers [N]
 
 
@@ -49,24 +54,27 @@ def import_jsonl(path: Path, out: Path, tokenizer: TokenizerConfig, crops: Crops
     if not path.is_file():
         raise InputError(f"not found: {path}. Name a file with a line of class_id and tokens per sequence")
     source = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-    _import(_JsonlFile(path), out, tokenizer, crops, source, [])
+    _import(_JsonlFile(path), out, tokenizer, crops, source, {"tokens": source}, [])
 
 
 def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map: Path | None = None) -> None:
-    """Writes token shards of an AliTok cache; class ids as for class folders. As `import_jsonl` otherwise."""
+    """Writes token shards of an AliTok cache; files and class ids as for class folders. As `import_jsonl` otherwise."""
     if not cache.is_dir():
         raise InputError(f"not found: {cache}. Name a folder of class folders with an .npz per image")
-    classes = sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
-    ids = read_class_map(class_map) if class_map else {name: number for number, name in enumerate(classes)}
-    files = [(path, name) for name in classes for path in sorted((cache / name).rglob("*.npz"))]
-    if not files:
+    listed = walk(cache, ("npz",))
+    found = [file for file in listed.files if "/" in file.name]
+    if not found:
         raise InputError(
             f"{cache} holds no class folders with .npz files. Is it the folder that the codes were cached in?"
         )
-    if unknown := [name for name in classes if name not in ids]:
-        raise InputError(
-            f"{len(unknown)} folders of {cache} are not in the class map, {unknown[0]} among them. Add them"
-        )
+    if bad := next((file for file in found if file.problem), None):
+        raise InputError(f"{shown(cache / bad.name)} cannot be read: {bad.problem}. Make, rename or remove it")
+    counts = Counter(file.name.partition("/")[0] for file in found)
+    ids = folder_ids(cache, listed.folders, counts, read_class_map(class_map) if class_map else None)
+    listed.left_out.say(cache)
+    for note in id_notes(listed.folders, counts, ids, mapped=class_map is not None):
+        say(f"note: {cache}: {note}")
+    files = [(cache / file.name, file.name.partition("/")[0]) for file in found]
     first = _alitok_codes(files[0][0], tokenizer.num_tokens, None)
     count = len(first)
     if count > 1 and count % 2 == 0 and np.array_equal(first[::2], first[1::2]):
@@ -74,11 +82,16 @@ def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map:
             f"note: in {files[0][0]} every second row repeats the one before: with --flip_flag the released script stores the "
             "codes of the plain crops twice and those of the mirrored ones not at all"
         )
-    listing = "\n".join(f"{path.relative_to(cache)} {path.stat().st_size}" for path, _ in files)
+    listing = "\n".join(f"{file.name} {file.size}" for file in found)
     source = hashlib.sha256(f"{listing} {sorted(ids.items())}".encode()).hexdigest()
     crops = Crops({1: "center", 10: "ten"}.get(count, "alitok"), count)
     sequences = _AlitokCache([(path, ids[name]) for path, name in files], tokenizer.num_tokens, count)
-    _import(sequences, out, tokenizer, crops, source, names_by_id(ids))
+    stamps = ((file.name, file.size, file.mtime_ns) for file in found)
+    inputs: Inputs = {
+        "tokens": f"{len(found)} files ({listing_hash(stamps)})",
+        "classes": f"{len(ids)} ({listing_hash(sorted(ids.items()))})",
+    }
+    _import(sequences, out, tokenizer, crops, source, inputs, names_by_id(ids))
 
 
 def export_jsonl(folder: Path, path: Path) -> None:
@@ -124,8 +137,10 @@ class _JsonlFile:
                 where = f"{self.path}, line {number}"
                 try:
                     entry = json.loads(line)
-                    label, tokens = int(entry["class_id"]), np.asarray(entry["tokens"])
-                except (ValueError, KeyError, TypeError) as error:
+                    label, tokens = entry["class_id"], np.asarray(entry["tokens"])
+                    if type(label) is not int:
+                        raise ValueError(f"class_id is {str(label)[:40]!r}, not a whole number")
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     raise InputError(
                         f"{where}: not an object with class_id and tokens ({error}). Repair the file"
                     ) from error
@@ -146,10 +161,13 @@ class _AlitokCache:
 def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
     """Integers [n, N] of one image. Raises InputError for a file of another kind, shape or number of crops."""
     try:
-        with np.load(path) as archive:
-            codes = archive["codes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds no array `codes` ({error}). Make it again") from error
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("codes.npy")
+            if member.file_size > _MOST_BYTES:
+                raise ValueError(f"{member.file_size:,} bytes are more than the crops of one image")
+            codes = np.load(io.BytesIO(archive.read(member)), allow_pickle=False)
+    except Exception as error:  # whatever damaged bytes lead zipfile and numpy to
+        raise InputError(f"{path} holds no array `codes` ({shown(str(error))}). Make it again") from error
     if codes.ndim == 2 and codes.shape[1] == 2 * num_tokens:
         raise InputError(
             f"{path}: rows of {codes.shape[1]} codes join sequences of two images, as the released script writes them without "
@@ -169,20 +187,26 @@ def _import(
     tokenizer: TokenizerConfig,
     crops: Crops,
     source: str,
+    inputs: Inputs,
     class_names: list[str],
 ) -> None:
+    weights_sha256 = "" if tokenizer.weights is None else file_sha256(find_weights(tokenizer.weights))
+    inputs |= {
+        "--tokenizer": f"{tokenizer.name} of {tokenizer.num_tokens} tokens and {tokenizer.codebook_size} codes",
+        "--weights": f"sha256 {weights_sha256[:16]}" if weights_sha256 else None,
+        "crops": f"{crops.name} ({crops.count})",
+    }
     source = f"{source} {tokenizer.name} {tokenizer.num_tokens} {tokenizer.codebook_size} {crops}"
     made_from = hashlib.sha256(source.encode()).hexdigest()
     if (out / "index.json").exists():
-        if read_manifest(out).made_from != made_from:
-            raise InputError(f"{out} already holds other token shards. Remove it, or name another folder")
+        check_same_inputs(read_manifest(out).inputs, inputs, out, "OUT")
         say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)
     # Whole images to a shard, so that an image's crops stay together.
     per_shard = SHARD_SAMPLES // crops.count * crops.count
     finished: list[writer.FinishedShard] = []
-    while (found := writer.finished_shard(out, len(finished), made_from)) is not None:
+    while (found := writer.finished_shard(out, len(finished), fingerprint(inputs))) is not None:
         finished.append(found)
     lines = _checked(sequences.read(sum(shard.shard.samples for shard in finished)), tokenizer)
     with progress(f"import {out}", 0, "sequence") as bar:
@@ -190,10 +214,12 @@ def _import(
         while part := list(islice(lines, per_shard)):
             tokens = np.stack([row for _, row in part])
             labels = np.array([label for label, _ in part], dtype=np.int64)
-            shard = writer.write_shard(out, len(finished), tokens, labels, made_from, samples_per_shard=per_shard)
+            shard = writer.write_shard(
+                out, len(finished), tokens, labels, fingerprint(inputs), samples_per_shard=per_shard
+            )
             finished.append(writer.FinishedShard(shard, np.bincount(labels), []))
             bar.update(len(part))
-    _finish(out, tokenizer, crops, made_from, finished, per_shard, class_names)
+    _finish(out, tokenizer, crops, made_from, inputs, weights_sha256, finished, per_shard, class_names)
 
 
 def _checked(sequences: Iterable[Sequence], tokenizer: TokenizerConfig) -> Iterator[tuple[int, np.ndarray]]:
@@ -217,6 +243,8 @@ def _finish(
     tokenizer: TokenizerConfig,
     crops: Crops,
     made_from: str,
+    inputs: Inputs,
+    weights_sha256: str,
     finished: list[writer.FinishedShard],
     per_shard: int,
     class_names: list[str],
@@ -229,13 +257,12 @@ def _finish(
     counts = np.zeros(max(len(class_names), *(len(shard.label_counts) for shard in finished)), dtype=np.int64)
     for shard in finished:
         counts[: len(shard.label_counts)] += shard.label_counts
-    codebook_sha256, weights_sha256 = None, ""
+    codebook_sha256 = None
     if tokenizer.weights is not None:
         codebook = open_tokenizer(tokenizer, torch.device("cpu")).codebook.detach().float().numpy()
         with atomic_file(out / "codebook.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, codebook)
         codebook_sha256 = file_sha256(out / "codebook.npy")
-        weights_sha256 = file_sha256(find_weights(tokenizer.weights))
     manifest = Manifest(
         tokenizer=tokenizer.name,
         tokenizer_sha256=weights_sha256,
@@ -251,6 +278,7 @@ def _finish(
         crops=crops.name,
         samples_per_shard=per_shard,
         made_from=made_from,
+        inputs=inputs,
     )
     write_manifest(out, manifest)
     writer.remove_records(out)

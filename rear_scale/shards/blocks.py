@@ -200,10 +200,11 @@ def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int)
     kind: the place of its extension in PLAIN_KINDS. Raises ValueError for another length or an id out of range.
     """
     extension = PLAIN_KINDS[kind].rpartition(".")[2]
-    if extension == "npy":
-        tokens = np.load(io.BytesIO(content))
-    elif extension == "json":
-        tokens = np.asarray(json.loads(content))
+    if extension in ("npy", "json"):
+        try:
+            tokens = np.load(io.BytesIO(content)) if extension == "npy" else np.asarray(json.loads(content))
+        except Exception as error:  # whatever damaged bytes lead the readers to
+            raise ValueError(str(error) or type(error).__name__) from error
     else:
         width, rest = divmod(len(content), num_tokens)
         if rest or width not in (2, 4, 8):

@@ -133,9 +133,9 @@ def id_notes(classes: Sequence[str], counts: Mapping[str, int], ids: Mapping[str
     """What a user may take the ids for and they are not: numbers as names, and ids of a map without an image."""
     if mapped:
         without = [name for name in ids if not counts.get(name)]
-        return [
-            f"{len(without)} of {len(ids)} classes of the class map have no images, {without[0]} among them"
-        ] * bool(without)
+        if not without:
+            return []
+        return [f"{len(without)} of {len(ids)} classes of the class map have no images, {without[0]} among them"]
     moved = [name for name in classes if name.isdecimal() and int(name[:9]) != ids[name]]
     if not moved:
         return []

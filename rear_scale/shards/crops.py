@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,6 +25,13 @@ _MARGIN = 8  # pixels beside the crop, more than bicubic interpolation reaches
 
 class BadImage(Exception):
     """An image that cannot be decoded. The message is the same wherever and whenever it is read."""
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of _FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @contextmanager
@@ -48,7 +56,7 @@ def decode_image(data: bytes, *, deep: bool = True, exif: str = "ignore") -> Ima
     deep: false refuses more than 8 bits a value, where nothing may be scaled by a rule that nobody has named. exif: one of
     EXIF. Raises BadImage when it is no image, truncated, or takes more memory than there is.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
         image.load()
         if exif == "apply":
             ImageOps.exif_transpose(image, in_place=True)

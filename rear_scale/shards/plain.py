@@ -19,15 +19,19 @@ from rear_scale.files import atomic_file, file_sha256, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import progress
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
+from rear_scale.shards.classes import class_id
 from rear_scale.shards.record import Manifest, TarShard, manifest_from
-from rear_scale.shards.tar_index import TarSample, read_member, scan
+from rear_scale.shards.tar_index import TarSample, read_member, scan, tar_shards
 
 FORMAT = "rear_scale plain shards 1"
 
 
 def plain_tars(folder: str | Path) -> list[Path]:
-    """The tar files of a local folder by sorted name, which is the order of their samples."""
-    return sorted(Path(folder).glob("*.tar"))
+    """The tar files of a local folder by sorted name, which is the order of their samples.
+
+    Raises InputError for a compressed one.
+    """
+    return tar_shards(folder) if Path(folder).is_dir() else []
 
 
 def index_folder(folder: str | Path, cache_root: Path) -> Path:
@@ -136,6 +140,7 @@ def _row(tar: Path, sample: TarSample, tokenizer: TokenizerConfig) -> tuple[int,
     place = sample.members[PLAIN_KINDS[kind]]
     decode_plain(read_member(tar, place), kind, tokenizer.num_tokens, tokenizer.codebook_size)
     text = read_member(tar, sample.members["cls"]).decode(errors="replace").strip()
-    if not text.isdigit() or int(text) >= 65_536:
-        raise ValueError(f"cls is {text!r}, which is no class id")
-    return *place, kind, int(text)
+    label = class_id(text)
+    if label is None:
+        raise ValueError(f"cls is {text[:40]!r}, which is no class id")
+    return *place, kind, label

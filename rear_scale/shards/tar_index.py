@@ -65,9 +65,14 @@ def tar_shards(folder: str | Path) -> list[Path]:
         if (path.suffix == ".tar" or _COMPRESSED.search(path.name)) and not is_hidden(path.name) and not path.is_dir()
     )
     for path in paths:
-        if path.suffix != ".tar":
-            raise InputError(_unreadable(path, "compressed by its name"))
+        check_not_compressed(path)
     return paths
+
+
+def check_not_compressed(path: Path) -> None:
+    """Raises InputError for a tar that is compressed by its name: members are read from within the file."""
+    if _COMPRESSED.search(path.name):
+        raise InputError(_unreadable(path, "compressed"))
 
 
 def members(path: Path, left_out: LeftOut | None = None) -> list[Member]:
