@@ -23,7 +23,7 @@ from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
-from rear_scale.shards.crops import center_crop, decode_image
+from rear_scale.shards.crops import BadImage, center_crop
 from rear_scale.shards.record import FORMAT, Manifest, read_index, read_manifest
 from rear_scale.shards.sources import open_source
 from rear_scale.tokenizer import find_tokenizer
@@ -97,9 +97,14 @@ def stored_images(shards: Path, samples: int) -> np.ndarray:
     """uint8 [n, S, S, 3]; where sizes differ, a thumbnail each."""
     source = open_source(shards)
     size = source.image_size or _THUMBNAIL
-    return np.stack(
-        [center_crop(decode_image(next(source.read(n, n + 1)).data), size) for n in spread(len(source), samples)]
-    )
+    pixels = []
+    for number in spread(len(source), samples):
+        image = next(source.read(number, number + 1))
+        try:
+            pixels.append(center_crop(image.decode(), size))
+        except BadImage as error:
+            raise InputError(f"{shards}: {image.name} cannot be read ({error}). Make the shards again") from error
+    return np.stack(pixels)
 
 
 def decoded_images(shards: Path, manifest: Manifest, weights: Path, samples: int) -> np.ndarray:

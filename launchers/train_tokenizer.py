@@ -30,6 +30,7 @@ def main() -> None:
         )
     source = open_source(tokenizer.training.images)
     check_size(source, tokenizer.image_size)
+    source.left_out.say(source.folder)
     with joined(command.ranks) as world:
         if world.size > 1:
             raise InputError(

@@ -20,6 +20,7 @@ from rear_scale.shards import writer
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.reader import BatchOrder, check_fits, open_tokens
 from rear_scale.shards.record import BLOCK_SAMPLES, SHARD_SAMPLES, read_codebook, read_manifest
+from rear_scale.shards.tar_index import scan
 
 
 def test_webdataset_itself_reads_the_shards(tmp_path: Path) -> None:
@@ -102,6 +103,8 @@ def test_a_folder_name_with_braces_or_spaces_is_no_pattern(tmp_path: Path) -> No
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
+    tokens = write_token_shards(tmp_path / "intact", 50)
+
     def broken(change) -> str:
         folder = write_token_shards(tmp_path / f"set{len(list(tmp_path.iterdir()))}", 50)
         change(folder)
@@ -110,15 +113,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
             open_tokens(folder, str(tmp_path / "cache"))
         return str(caught.value)
 
-    def flip(path: Path) -> None:
+    def flip(path: Path, at: int | None = None) -> None:
         data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[len(data) // 2 if at is None else at] ^= 1
         path.write_bytes(data)
 
     shard = "shard-000000.tar"
     assert "not found" in broken(lambda folder: (folder / shard).unlink())
     assert "is truncated or altered" in broken(lambda folder: (folder / shard).write_bytes(b"x" * 100))
-    assert "checksum" in broken(lambda folder: flip(folder / shard))
+    assert "goes on behind its end mark" in broken(lambda folder: flip(folder / shard))
+    # Behind the 50 labels and the header of their file, where no block has a byte.
+    place = scan(tokens / shard)[0].members["label.npy"]
+    assert "checksum" in broken(lambda folder: flip(folder / shard, sum(place)))
     assert "codebook.npy" in broken(lambda folder: flip(folder / "codebook.npy"))
     assert "codebook.npy" in broken(lambda folder: (folder / "codebook.npy").unlink())
     assert "index.json" in broken(lambda folder: (folder / "index.json").unlink())
@@ -245,6 +251,11 @@ def test_a_set_without_images_is_named(tmp_path: Path) -> None:
 def test_damaged_images_are_named(tmp_path: Path) -> None:
     images = ((Image.fromarray(np.zeros((8, 8, 3), np.uint8)), 0) for _ in range(3))
     folder = write_images(tmp_path / "set", images, 8, ["a"]).folder
+    with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("00000000.png"))
+    with pytest.raises(InputError, match="shard-000000.tar holds 1 images, but index.json says 3"):
+        open_images(folder).load()
+    folder = write_images(tmp_path / "one", [(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), 0)], 8, ["a"]).folder
     with tarfile.open(folder / "shard-000000.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("00000000.png"))
     with pytest.raises(InputError, match="shard-000000.tar, image 1"):

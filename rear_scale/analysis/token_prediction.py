@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from rear_scale.config import ExperimentConfig
 from rear_scale.objective import noise, permutation
 from rear_scale.progress import progress
-from rear_scale.shards.reader import TokenSet, open_manifest, open_set, open_tokens
+from rear_scale.shards.reader import TokenSet, open_set, open_tokens
+from rear_scale.train.setup import read_both
 from rear_scale.world import World
 
 # Sample ids (int64 [B]) to the order in which their tokens are predicted (int64 [B or 1, N])
@@ -82,19 +83,18 @@ def predict_tokens(
 def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[str, dict[str, float]]:
     """Token prediction on data.val, clean and with evaluate.replace_rate replaced, and clean on data.train.
 
-    All ranks must call this.
+    All ranks must call this. Raises InputError for a set that does not fit the model or the other one.
     """
     evaluate = cfg.evaluate
-    sets = {"val": cfg.data.val, "train": cfg.data.train}
     opened: dict[str, TokenSet] = {}
-    for name, folder in sets.items():
-        if folder is not None:
-            manifest = open_manifest(folder, cfg.tokenizer, cfg.data)
+    train, val = read_both(cfg, world.is_main)
+    for name, manifest in (("val", val), ("train", train)):
+        if manifest is not None:
             # A training set that is streamed may be larger than the node; a validation set is not.
             opened[name] = (
                 open_set(cfg.data, manifest, world.size)
                 if name == "train"
-                else open_tokens(folder, cfg.data.cache_dir, manifest=manifest)
+                else open_tokens(cfg.data.val, cfg.data.cache_dir, manifest=manifest)
             )
     orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer.num_tokens)
     noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from rear_scale.model import Generator
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.job import decode_images, job_identity, labels_of, make_tokens, units_of
+from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
 
@@ -40,5 +43,20 @@ def generated_images(
     identity = f"generated {job_identity(cfg, checkpoint)}"
     blocks = units_of(cfg)
     return ImageSet(
-        name, identity, size, size, blocks, read, quantiser=cfg.sample.quantiser, generation=Generation(draw, decode)
+        name,
+        identity,
+        size,
+        size,
+        blocks,
+        read,
+        quantiser=cfg.sample.quantiser,
+        class_names=_class_names(cfg),
+        generation=Generation(draw, decode),
     )
+
+
+def _class_names(cfg: ExperimentConfig) -> list[str] | None:
+    """Those that data.train gives the class ids; None where the shards are not here."""
+    if not (Path(cfg.data.train) / "index.json").is_file():
+        return None
+    return read_manifest(cfg.data.train).class_names

@@ -22,6 +22,8 @@ from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.evaluate.statistics import is_ours, write_statistics
 from rear_scale.evaluate.weights import DINOV2_VITL14, INCEPTION, check_weight_file
 from rear_scale.progress import say
+from rear_scale.shards.classes import check_same_classes
+from rear_scale.shards.images import open_images
 from rear_scale.world import World
 
 
@@ -84,6 +86,8 @@ class Evaluation:
                 name: open_image_set(path, world, exif=cfg.evaluate.exif)
                 for name, path in cfg.evaluate.reference.items()
             }
+            for name, images in self.small_sets.items():
+                check_class_names(cfg, f"evaluate.reference.{name}", images)
             self.nearest = NearestPixels(self.small_sets)
         self.references: dict[int, list[Reference]] = {}  # by size of the samples
 
@@ -91,6 +95,7 @@ class Evaluation:
         """All scores of a set of images against every reference."""
         if self.classifier is not None:
             _check_sizes(samples, self.small_sets)
+            check_class_names(self.cfg, samples.name, samples)
         # Before the samples: a reference that does not fit fails before 50,000 images are made.
         references = self._references_for(samples) if self.networks else []
         # All networks at once: a generated set is then generated once.
@@ -255,6 +260,16 @@ def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> N
         reference.notes.append(note)
         if world.is_main:
             say(f"warning: {note}")
+
+
+def check_class_names(cfg: ExperimentConfig, what: str, images: ImageSet) -> None:
+    """Raises InputError when a set numbers its classes otherwise than the images that the classifier was trained on."""
+    trained_on = cfg.evaluate.classifier
+    # The images may be gone once the classifier is there.
+    if trained_on is None or images.class_names is None or not (Path(trained_on.images) / "index.json").is_file():
+        return
+    names = open_images(trained_on.images).class_names
+    check_same_classes(f"evaluate.classifier.images={trained_on.images}", names, what, images.class_names)
 
 
 def _check_sizes(samples: ImageSet, references: dict[str, ImageSet]) -> None:

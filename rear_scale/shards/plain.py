@@ -52,6 +52,9 @@ def index_plain(
     """
     tars = plain_tars(folder)
     state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
+    codebook = Path(folder) / "codebook.npy"
+    if codebook.is_file():
+        state.append([codebook.name, codebook.stat().st_size, codebook.stat().st_mtime_ns])
     made_from = json.loads(json.dumps([state, tokenizer.num_tokens, tokenizer.codebook_size, on_error]))
     found = _read_index(place, made_from)
     if found is not None:

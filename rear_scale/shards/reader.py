@@ -27,6 +27,7 @@ from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
 from rear_scale.locks import locked
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
+from rear_scale.shards.classes import check_same_classes
 from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
 from rear_scale.shards.record import Manifest, read_manifest
@@ -39,6 +40,7 @@ __all__ = [
     "ResidentSet",
     "StreamSet",
     "TokenSet",
+    "check_agree",
     "check_fits",
     "open_manifest",
     "open_set",
@@ -344,6 +346,26 @@ def _check_lost(lost: int, total: int, max_skipped_share: float | None, first: s
             f"{lost} of {total} samples cannot be read, more than data.max_skipped_share={max_skipped_share}; the first "
             f"error is: {first}. Repair the shards, or allow more"
         )
+
+
+def check_agree(train: Manifest, val: Manifest, data: DataConfig) -> str | None:
+    """Raises InputError, naming both values, when data.val was made by another tokenizer than data.train, or gives an id to
+    another class. A line for the user where one of the two cannot be compared, else None."""
+    one, other = f"data.train={data.train}", f"data.val={data.val}"
+    way_out = "Make both with the same tokenizer and weights"
+    if train.tokenizer != val.tokenizer:
+        raise InputError(f"{one} was made by tokenizer {train.tokenizer}, but {other} by {val.tokenizer}. {way_out}")
+    for what, first, second in (
+        ("tokenizer weights", train.tokenizer_sha256, val.tokenizer_sha256),
+        ("a codebook", train.codebook_sha256, val.codebook_sha256),
+    ):
+        # Empty or zero where the maker is not known.
+        if first and second and first.strip("0") and second.strip("0") and first != second:
+            raise InputError(
+                f"{one} has {what} of sha256 {first[:12]}, but {other} of {second[:12]}: equal tokens stand for other images. "
+                f"{way_out}"
+            )
+    return check_same_classes(one, train.class_names, other, val.class_names)
 
 
 def check_fits(

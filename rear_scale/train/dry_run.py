@@ -9,6 +9,8 @@ from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength,
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.model.memory import memory_per_rank
 from rear_scale.shards.plain import plain_tars
+from rear_scale.shards.reader import check_agree
+from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
 from rear_scale.train import fit
 from rear_scale.train.setup import read_checked
@@ -34,6 +36,7 @@ def _world_size(cfg: ExperimentConfig, ranks: Ranks) -> int:
 
 def _data_lines(cfg: ExperimentConfig) -> list[str]:
     lines = []
+    found: list[Manifest] = []
     for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
         if folder is None:
             continue
@@ -49,12 +52,15 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             )
             continue
         manifest = read_checked(cfg, folder)
+        found.append(manifest)
         crops = manifest.crops_per_image
         passes = f" ({crops} crops each: one pass over them is {crops} epochs)" if crops > 1 else ""
         lines.append(
             f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images"
             f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
+    if len(found) == 2 and (note := check_agree(*found, cfg.data)):
+        lines.append(note)
     if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
         lines.append(f"not found: train.init_from={cfg.train.init_from}")
     return lines

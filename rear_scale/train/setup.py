@@ -12,11 +12,12 @@ from rear_scale.device import uses_cuda
 from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.objective import Objective
-from rear_scale.progress import Say, say
+from rear_scale.progress import Say, say, say_once
 from rear_scale.shards.reader import (
     BatchOrder,
     GroupedOrder,
     TokenSet,
+    check_agree,
     check_fits,
     open_manifest,
     open_set,
@@ -58,9 +59,7 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     device = torch.device("cuda" if uses_cuda() else "cpu")
     choose_kernel(cfg.model.kernel, device, cfg.train.precision)
     check_fp8(cfg, device)
-    manifest = read_checked(cfg, cfg.data.train)
-    if cfg.data.val is not None:
-        read_checked(cfg, cfg.data.val)
+    manifest, _ = read_both(cfg, ranks.rank == 0)
     plan = derive(cfg, ranks.world_size, manifest.num_images)
     fit.check(cfg, plan, ranks)
     return Data(cfg, plan, manifest, codebook_of(cfg, manifest))
@@ -88,6 +87,19 @@ def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
             f"{cfg.tokenizer.name}, or put its codebook (float32 [K, D]) beside the shards before their first use"
         )
     return open_tokenizer(cfg.tokenizer, torch.device("cpu")).codebook.detach().clone()
+
+
+def read_both(cfg: ExperimentConfig, is_main: bool) -> tuple[Manifest, Manifest | None]:
+    """The manifests of data.train and, where it is set, data.val. Raises InputError when one does not fit the config, or
+    the two do not agree on tokens and classes."""
+    train = read_checked(cfg, cfg.data.train)
+    if cfg.data.val is None:
+        return train, None
+    val = read_checked(cfg, cfg.data.val)
+    note = check_agree(train, val, cfg.data)
+    if note and is_main:
+        say_once(note)
+    return train, val
 
 
 def read_checked(cfg: ExperimentConfig, folder: str) -> Manifest:
