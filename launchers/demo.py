@@ -20,7 +20,7 @@ from rear_scale.world import locked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="training seeds 0 .. N-1 of each model (default 1)"
     )

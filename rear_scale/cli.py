@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, get_type_hints
 
 from rear_scale import config, device, world
 from rear_scale.config import ExperimentConfig, InputError
@@ -44,11 +45,22 @@ class CheckpointCommand(Command):
     checkpoint: Checkpoint
 
 
+class Parser(argparse.ArgumentParser):
+    """Says of --section.field what it is without the dashes."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError, or ends the process as argparse does."""
+        found = re.search(r"unrecognized arguments:.* --?((\w+)[\w.]*)", message)
+        if found and found[2] in get_type_hints(ExperimentConfig):
+            raise InputError(f"{message}. Values of the config are set without dashes: {found[1]}=VALUE")
+        super().error(message)
+
+
 def make_parser(
     description: str, *, from_checkpoint: bool = False, config: str = "a file in configs/, or a path"
 ) -> argparse.ArgumentParser:
     """--config NAME.yaml, --checkpoint PATH if wanted, overrides, --dry-run; launchers add what is theirs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,7 +90,7 @@ def parse(parser: argparse.ArgumentParser) -> Command:
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
-    command = Command(load_config(args.config, args.overrides), args, world.discover())
+    command = Command(config.with_home(load_config(args.config, args.overrides)), args, world.discover())
     # Where both are there, the file of the current folder is meant.
     path, known = Path(args.config), config.CONFIG_DIR / args.config
     if command.ranks.rank == 0 and path.is_file() and known.is_file() and not path.samefile(known):
@@ -96,7 +108,7 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     found = open_source(args.checkpoint, args.config, overrides)
     cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
-    return CheckpointCommand(cfg, args, world.discover(), found)
+    return CheckpointCommand(config.with_home(cfg), args, world.discover(), found)
 
 
 def parse_source(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -112,7 +124,8 @@ def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Comman
     args = parser.parse_intermixed_args()
     if args.checkpoint is not None:
         return parse_checkpoint(parser)
-    return Command(load_config(args.config or default_config, args.overrides), args, world.discover())
+    cfg = config.with_home(load_config(args.config or default_config, args.overrides))
+    return Command(cfg, args, world.discover())
 
 
 def run(main: Callable[[], None]) -> None:

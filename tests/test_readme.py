@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 from rear_scale import config
-from rear_scale.config.load import _check_key
+from rear_scale.config.overrides import field_type
 
 TEXTS = [
     ROOT / "README.md",
@@ -42,7 +42,7 @@ def test_every_option_of_the_readme_exists() -> None:
     assert len(options) > 5
     for option in options:
         if option.split(".")[1] not in ("py", "sh", "yaml", "sbatch"):
-            _check_key(option)
+            field_type(option)
     groups = {path.name for path in config.CONFIG_DIR.iterdir() if path.is_dir()}
     for group, value in re.findall(r"\b(\w+)=(\w+)", text):
         if group in groups:

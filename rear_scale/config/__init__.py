@@ -8,7 +8,9 @@ Every rule that a user can break raises InputError with the field, its value, th
 """
 
 from rear_scale.config.arrived import is_remote
-from rear_scale.config.load import CONFIG_DIR, check_override, figure_overrides, find_config, from_dict, from_file, load
+from rear_scale.config.bounds import check_yaml
+from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
+from rear_scale.config.overrides import CONFIG_DIR, check_override, split
 from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -28,7 +30,7 @@ from rear_scale.config.schema import (
     TokenizerTrainingConfig,
     UnknownLength,
 )
-from rear_scale.config.values import to_dict, to_yaml
+from rear_scale.config.values import to_dict, to_yaml, with_home
 
 __all__ = [
     "CONFIG_DIR",
@@ -51,6 +53,7 @@ __all__ = [
     "UnknownLength",
     "check_override",
     "check_resumable",
+    "check_yaml",
     "derive",
     "figure_overrides",
     "find_config",
@@ -60,6 +63,8 @@ __all__ = [
     "is_remote",
     "load",
     "settled",
+    "split",
     "to_dict",
     "to_yaml",
+    "with_home",
 ]

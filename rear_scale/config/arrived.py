@@ -53,7 +53,7 @@ def _is_inside(folder: Any) -> bool:
     return (
         isinstance(folder, str)
         and folder != ""
-        and not folder.startswith("/")
+        and not folder.startswith(("/", "~"))  # a leading ~/ is the home folder
         and ".." not in PurePosixPath(folder).parts
     )
 

@@ -5,23 +5,31 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from rear_scale.config import arrived
+from rear_scale.config.bounds import MOST_DIGITS, check_yaml
+from rear_scale.config.overrides import (
+    CONFIG_DIR,
+    LONGEST_TEXT,
+    Override,
+    check_override,
+    entry_type,
+    field_type,
+    shown,
+    strip_optional,
+    type_name,
+)
 from rear_scale.config.schema import ExperimentConfig, InputError
 from rear_scale.config.validate import suggest, validate
-from rear_scale.config.values import leaves
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+from rear_scale.config.values import leaves, to_dict
 
 # The decode head of reAR sits at three quarters of the depth, whatever the depth (section 4.1).
 OmegaConf.register_new_resolver("three_quarters_of", lambda depth: int(depth) * 3 // 4, replace=True)
@@ -34,7 +42,7 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     """
     path = find_config(config)
     parsed = [check_override(text) for text in overrides]
-    values, composed = _compose(path, {item.key_or_group: item.value() for item in parsed if _group_file(item)})
+    values, composed = _compose(path, {item.key: item.value for item in parsed if item.is_group})
     cfg = _typed(_overridden(values, parsed, composed), parsed, str(path))
     # Null only in the config of a checkpoint: where the set was remote.
     if cfg.data.train is None:
@@ -91,6 +99,7 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
     # In quotes: the folder may have any name.
     search = [] if ours else ["hydra.searchpath=['file://{}']".format(str(CONFIG_DIR).replace("'", "\\'"))]
     groups = dict(groups)
+    check_yaml(_text_of(path), str(path))
     while True:
         GlobalHydra.instance().clear()
         try:
@@ -112,58 +121,98 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
             ) from None
         except yaml.MarkedYAMLError as error:
             place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise InputError(f"{path} is not valid YAML ({place}{error.problem}). Correct it") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8") from error
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-            raise InputError(f"{path}: {_one_line(error)}") from error
+            raise InputError(f"{path} is not valid YAML ({place}{_one_line(error.problem)}). Correct it") from error
+        except Exception as error:
+            # Hydra reads a defaults list of wrong types without checks, so its errors are of all kinds.
+            raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from error
         else:
             return OmegaConf.create(OmegaConf.to_container(values, resolve=False)), set(groups)
 
 
-def _group_file(override: Override) -> Path | None:
-    """The file of a choice such as strategy=ddp; None when the override sets a value."""
-    path = CONFIG_DIR / override.key_or_group / f"{override.value()}.yaml"
-    return path if (CONFIG_DIR / override.key_or_group).is_dir() and path.is_file() else None
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _overridden(values: DictConfig, overrides: list[Override], composed: set[str]) -> dict[str, Any]:
     """Values with overrides in their order. composed: groups that the values have the chosen file of already, so that what
     their own file says of it stays where the choice says nothing."""
     for override in overrides:
-        key, value, group = override.key_or_group, override.value(), _group_file(override)
-        if group is not None:
-            OmegaConf.update(values, key, OmegaConf.load(group), merge=key in composed, force_add=True)
-        else:
-            OmegaConf.update(values, key, value, merge=isinstance(value, dict), force_add=True)
+        key, value = override.key, override.value
+        try:
+            if override.is_group:
+                group = OmegaConf.load(CONFIG_DIR / key / f"{value}.yaml")
+                OmegaConf.update(values, key, group, merge=key in composed, force_add=True)
+            else:
+                OmegaConf.update(values, key, value, merge=isinstance(value, dict), force_add=True)
+        except OmegaConfBaseException as error:
+            raise InputError(
+                f"{key}={shown(str(value))} cannot be set: {_one_line(error)}. Keys of the config stand in braces whole, as in "
+                "${run.name}"
+            ) from None
     return OmegaConf.to_container(values, resolve=False)
 
 
 def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> ExperimentConfig:
-    _keep_one_length(values, {key for item in overrides for key in leaves({item.key_or_group: item.value()})})
+    _keep_one_length(values, {key for item in overrides for key in leaves({item.key: item.value})})
     _name_reference(values)
-    for key, value in leaves(values).items():
-        _check_section(key, value, _check_key(key), source)
+    _check_values(values, ExperimentConfig, "", source)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), values)
         cfg = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise InputError(_wrong_value(error, values, source)) from None
+    for key, value in leaves(to_dict(cfg)).items():
+        # It would be taken for a key of the config when this one is saved and read again.
+        if isinstance(value, str) and "${" in value:
+            raise InputError(
+                f"{key}={value} in {source} has a ${{, which no name or path of a run may have. Rename it, or link to it"
+            )
     validate(cfg)
     return cfg
 
 
-def _check_section(key: str, value: Any, kind: Any, source: str) -> None:
-    optional = _strip_optional(kind) is not kind
-    if (
-        dataclasses.is_dataclass(_strip_optional(kind))
-        and not isinstance(value, dict)
-        and not (optional and value is None)
-    ):
+def _check_values(values: dict[Any, Any], kind: Any, section: str, source: str) -> None:
+    """Raises InputError for the first unknown key, and for values that the schema would take for something else."""
+    for name, value in values.items():
+        if not isinstance(name, str) or ("." in name and dataclasses.is_dataclass(kind)):
+            raise InputError(
+                f"{shown(str(name))}{f' in {section}' if section else ''} of {source} is not a config key. Sections are nested, "
+                "one level of indentation each"
+            )
+        _check_value(f"{section}.{name}" if section else name, value, entry_type(kind, name, section), source)
+
+
+def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
+    plain = strip_optional(kind)
+    if isinstance(value, dict) and (dataclasses.is_dataclass(plain) or get_origin(plain) is dict):
+        _check_values(value, plain, key, source)
+    elif dataclasses.is_dataclass(plain) and not (value is None and plain is not kind):
         raise InputError(
-            f"{key}={'null' if value is None else value} in {source} is a single value, but {key} is a section. "
+            f"{key}={'null' if value is None else shown(str(value))} in {source} is a single value, but {key} is a section. "
             f"Set its fields: {key}.FIELD=VALUE"
         )
+    elif isinstance(value, list) and get_origin(plain) is list:
+        for i, item in enumerate(value):
+            _check_value(f"{key}[{i}]", item, get_args(plain)[0], source)
+    elif isinstance(value, str):
+        if len(value) > LONGEST_TEXT or not value.isprintable():
+            raise InputError(
+                f"{key}={shown(value)} in {source} is too long, or has control characters. Write another value"
+            )
+    elif plain is str and isinstance(value, (bool, int, float)):
+        raise InputError(
+            f"{key}={value} in {source} is read as {'true or false' if isinstance(value, bool) else 'a number'}, but it is a "
+            f"text. Put it in quotes there, as it is meant: {key.split('.')[-1]}: 'TEXT'"
+        )
+    elif plain in (int, float) and isinstance(value, bool):
+        raise InputError(f"{key}={value} in {source} is of the wrong type: it takes {type_name(kind)}. Write a number")
+    elif plain in (int, float) and isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        raise InputError(f"{key} in {source} is a number of more than {MOST_DIGITS} digits. Write a smaller one")
 
 
 def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: str) -> str:
@@ -176,7 +225,10 @@ def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: 
         value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else None
     if isinstance(error, InterpolationResolutionError):
         return f"{key}={value} refers to what is not there ({_one_line(error)}). {way_out}"
-    return f"{key}={value} is of the wrong type: it takes {_type_name(key)}. {way_out}"
+    kind = field_type(re.sub(r"\[.*?\]", "", key))
+    if key.endswith("]"):
+        (kind,) = get_args(strip_optional(kind))
+    return f"{key}={value} is of the wrong type: it takes {type_name(kind)}. {way_out}"
 
 
 def find_config(config: str) -> Path:
@@ -193,71 +245,8 @@ def find_config(config: str) -> Path:
     )
 
 
-def check_override(text: str) -> Override:
-    """The parsed override, after its key was looked up in the schema or among the groups. Raises InputError."""
-    try:
-        (override,) = OverridesParser.create().parse_overrides([text])
-    except HydraException as error:
-        raise InputError(f"override '{text}': {_one_line(error)}; the form is section.field=value") from None
-    if override.is_add() or override.is_delete() or override.package is not None or "=" not in text:
-        raise InputError(f"override '{text}': the form is section.field=value")
-    key, value = override.key_or_group, override.value()
-    if (CONFIG_DIR / key).is_dir():
-        choices = sorted(p.stem for p in (CONFIG_DIR / key).glob("*.yaml"))
-        if value not in choices:
-            raise InputError(
-                f"{key}={value} is not one of {', '.join(choices)}{suggest(str(value), choices)}. "
-                f"Single fields are set by {key}.FIELD=VALUE"
-            )
-        return override
-    _check_key(key)
-    return override
-
-
-def _check_key(key: str) -> Any:
-    """The type of a field. Raises InputError when there is none of that name."""
-    kind: Any = ExperimentConfig
-    done: list[str] = []
-    for part in key.split("."):
-        kind = _strip_optional(kind)
-        if not dataclasses.is_dataclass(kind):
-            if done and getattr(kind, "__origin__", None) is dict:
-                return get_args(kind)[1]
-            raise InputError(
-                f"{key}: {'.'.join(done)} is a single value and has no field {part}. Use {'.'.join(done)}=VALUE"
-            )
-        hints = get_type_hints(kind)
-        if part not in hints:
-            known = [".".join([*done, name]) for name in hints]
-            wrong = ".".join([*done, part])
-            raise InputError(f"{wrong} is not a config key{suggest(wrong, known)}. Known here: {', '.join(known)}")
-        kind = hints[part]
-        done.append(part)
-    return kind
-
-
-def _strip_optional(kind: Any) -> Any:
-    options = [arg for arg in get_args(kind) if arg is not type(None)]
-    return options[0] if type(None) in get_args(kind) and len(options) == 1 else kind
-
-
-def _type_name(key: str) -> str:
-    """In words, the type of a field or of one element of a list field."""
-    kind = _check_key(re.sub(r"\[.*?\]", "", key))
-    if key.endswith("]"):
-        (kind,) = get_args(_strip_optional(kind))
-    plain = _strip_optional(kind)
-    if getattr(plain, "__origin__", None) is list:
-        many = {int: "whole numbers", float: "numbers", str: "texts"}
-        text = f"a list of {many[get_args(plain)[0]]}"
-    else:
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        text = words.get(plain, "a section")
-    return text if plain is kind else f"{text} or null"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".")
+def _one_line(error: Exception | str) -> str:
+    return shown(" ".join(str(error).split("\n")[0].split()).rstrip("."))
 
 
 def _name_reference(values: dict[str, Any]) -> None:

@@ -85,6 +85,8 @@ def _validate_sizes(cfg: ExperimentConfig) -> None:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         way_out = f"Use one of them{suggest(value, list(choices))}"
+        if all(part in choices for part in value.split(",")):
+            way_out = "One run takes one value: start a run for each of a sweep"
         _require(False, name, value, f"is not one of {', '.join(choices)}", way_out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,6 +18,25 @@ def to_dict(cfg: ExperimentConfig) -> dict[str, Any]:
 
 def to_yaml(cfg: ExperimentConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+
+
+def with_home(cfg: ExperimentConfig) -> ExperimentConfig:
+    """The config itself, after a leading ~/ of its texts was replaced by the user's home folder.
+
+    A shell leaves it to the command in words such as run.dir=~/runs/x.
+    """
+
+    def replaced(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                setattr(value, field.name, replaced(getattr(value, field.name)))
+        elif isinstance(value, dict):
+            return {name: replaced(inner) for name, inner in value.items()}
+        elif isinstance(value, str) and value.startswith("~/"):
+            return os.path.expanduser(value)
+        return value
+
+    return replaced(cfg)
 
 
 def leaves(values: dict[str, Any]) -> dict[str, Any]:

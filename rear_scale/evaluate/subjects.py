@@ -120,7 +120,7 @@ def _settings(sweeps: Sequence[str]) -> list[list[str]]:
             raise InputError(
                 f"--sweep {text}: the form is sample.FIELD=VALUE,VALUE,..., as in sample.guidance.scale=4.0,6.9"
             )
-        choices.append([f"{field}={value}" for value in values.split(",")])
+        choices.append([f"{field}={value}" for value in config.split(values, f"--sweep {field}")])
     return [list(setting) for setting in itertools.product(*choices)]
 
 

@@ -31,7 +31,7 @@ def make(
     """
     parsed = [check_override(text) for text in overrides]
     # train={micro_batch_size: 16} says what train.micro_batch_size=16 says.
-    keys = {key for one in parsed for key in leaves({one.key_or_group: one.value()})}
+    keys = {key for one in parsed for key in leaves({one.key: one.value})}
     fixed = frozenset(key for key in _KEPT if key in keys or (key == "strategy" and "strategy.name" in keys))
     cluster = open_cluster(cfg)
     model = meta_model(cfg)

@@ -139,7 +139,7 @@ def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice)
 def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[str]:
     settings = choice.settings
     ours = {text.split("=")[0] for text in settings} | {"strategy.name", "cluster.gpus", "cluster.gpu"}
-    own = [text for text in overrides if text.split("=")[0] not in ours]
+    own = [text for text in overrides if text.split("=")[0].lstrip("+") not in ours]
     # Ours last: one of theirs may set a whole section.
     return [*own, *settings, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
 

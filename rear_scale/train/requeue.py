@@ -83,12 +83,12 @@ def _run_dir(arguments: list[str]) -> str:
     parser.add_argument("overrides", nargs="*")
     args, _ = parser.parse_known_intermixed_args(arguments)
     try:
-        return config.load(args.config, args.overrides).run.dir
+        return config.with_home(config.load(args.config, args.overrides)).run.dir
     except InputError:
         # Perhaps a YAML of the released trainers: reading those imports torch.
         from rear_scale.parallel.sources import load_config
 
-        return load_config(args.config, args.overrides).run.dir
+        return config.with_home(load_config(args.config, args.overrides)).run.dir
 
 
 def main() -> None:

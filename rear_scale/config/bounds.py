@@ -1,0 +1,66 @@
+"""Limits of a config file, so that a damaged or hostile one ends in an error at once and not in a full memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from rear_scale.config.schema import InputError
+
+MOST_CHARACTERS = 1 << 20
+MOST_VALUES = 200_000  # a config has some 150, and sample.labels may list an id per image
+DEEPEST = 30  # levels of nesting; a config has 4
+MOST_DIGITS = 30  # of a whole number; the rules of single fields are narrower
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def check_yaml(text: str, source: str) -> None:
+    """Raises InputError for a YAML text that is too long, too deep, or too large once its aliases are written out.
+
+    In time proportional to its length: no value is built. A text that is no YAML passes, for the reader to say where.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(
+            f"{source} has {len(text):,} characters, a config at most {MOST_CHARACTERS:,}. Is it a config?"
+        )
+    try:
+        _check_events(yaml.parse(text, Loader=_LOADER), source)
+    except yaml.YAMLError:
+        return
+
+
+def _check_events(events: Iterator[yaml.Event], source: str) -> None:
+    anchored: dict[str, tuple[int, int]] = {}  # number of values and levels below an anchor
+    open_nodes: list[list[Any]] = []  # [anchor, values, levels] of each collection that is not closed
+
+    def add(anchor: str | None, values: int, levels: int) -> None:
+        if anchor is not None:
+            anchored[anchor] = (values, levels)
+        if open_nodes:
+            open_nodes[-1][1] += values
+            open_nodes[-1][2] = max(open_nodes[-1][2], levels + 1)
+        if values > MOST_VALUES or (open_nodes and open_nodes[-1][1] > MOST_VALUES):
+            raise InputError(
+                f"{source} holds more than {MOST_VALUES:,} values when its aliases (*NAME) are written out. Is it a config?"
+            )
+        if len(open_nodes) + levels > DEEPEST:
+            raise InputError(f"{source} is nested more than {DEEPEST} levels deep. Is it a config?")
+
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _, _ in open_nodes):
+                raise InputError(
+                    f"{source}: the alias *{event.anchor} stands within what it names. Write the value out"
+                )
+            add(None, *anchored.get(event.anchor, (1, 0)))
+        elif isinstance(event, yaml.ScalarEvent):
+            add(event.anchor, 1, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1, 0])
+            if len(open_nodes) > DEEPEST:
+                raise InputError(f"{source} is nested more than {DEEPEST} levels deep. Is it a config?")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            add(*open_nodes.pop())
