@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,19 +20,57 @@ def attention(dropout: float = 0.0) -> Attention:
     return Attention(48, 3, dropout, 0.0, norm=torch.nn.LayerNorm)
 
 
-def test_the_kernel_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernel("auto", CPU, "fp32") == "sdpa"
+def flash_attn(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str | None, capability: tuple[int, int]) -> None:
+    """An installed flash-attn package of that text, or none, and a GPU of that compute capability."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    if text is not None:
+        (folder / "flash_attn").mkdir()
+        (folder / "flash_attn/__init__.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_flash_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flash_attn(monkeypatch, tmp_path, "", (8, 0))
+    lines: list[str] = []
+    assert choose_kernel("auto", GPU, "bf16", lines.append) == choose_kernel("flash", GPU, "bf16") == "flash"
+    assert choose_kernel("auto", GPU, "fp32", lines.append) == choose_kernel("sdpa", GPU, "bf16") == "sdpa"
+    assert choose_kernel("auto", CPU, "bf16", lines.append) == "sdpa"
+    assert lines == []
     with pytest.raises(
-        InputError, match=r"model\.kernel=flash cannot run: .*CUDA device; it needs train\.precision=bf16"
+        InputError, match=r"model\.kernel=flash cannot run: it needs a CUDA device; it needs train\.precision=bf16"
     ):
         choose_kernel("flash", CPU, "fp32")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert choose_kernel("auto", GPU, "bf16") == choose_kernel("flash", GPU, "bf16") == "flash"
-    assert choose_kernel("auto", GPU, "fp32") == choose_kernel("sdpa", GPU, "bf16") == "sdpa"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_kernel("auto", GPU, "bf16") == "sdpa"
-    with pytest.raises(InputError, match="the flash-attn package is not installed"):
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "reason"),
+    [
+        (None, (9, 0), "the flash-attn package is not installed"),
+        ("", (7, 5), "flash-attn needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
+        ("import flash_attn_2_cuda", (9, 0), "the flash-attn package cannot be imported (No module named"),
+        ("raise ImportError('undefined symbol: _ZN3c10\\nmore')", (9, 0), "(undefined symbol: _ZN3c10)"),
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", (9, 0), "(libcudart.so.12: cannot open"),
+        (
+            "import torch; torch.ops.flash_attn.fwd_of_another_version",
+            (10, 0),
+            "the flash-attn package cannot be imported",
+        ),
+    ],
+)
+def test_flash_that_cannot_run_is_passed_over_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, capability: tuple[int, int], reason: str
+) -> None:
+    flash_attn(monkeypatch, tmp_path, text, capability)
+    lines: list[str] = []
+    assert choose_kernel("auto", GPU, "bf16", lines.append) == "sdpa"
+    assert len(lines) == (text is not None)  # what nobody has installed needs no word
+    assert all(line.startswith("model.kernel=auto: sdpa, because ") and reason in line for line in lines)
+    assert "\n" not in "".join(lines)
+    with pytest.raises(InputError) as refused:
         choose_kernel("flash", GPU, "bf16")
+    assert reason in str(refused.value)
 
 
 def test_every_attention_of_a_model_uses_the_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

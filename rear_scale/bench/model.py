@@ -37,6 +37,6 @@ def drawn_model(cfg: ExperimentConfig, device: torch.device, *, with_heads: bool
         for name, weight in model.named_parameters():
             if "adaLN_modulation" in name and weight.ndim > 1:
                 weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-    use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision))
+    use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision, say))
     low = cfg.train.precision == "bf16" and not with_heads
     return model.to(device, torch.bfloat16 if low else torch.float32)

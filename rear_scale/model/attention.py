@@ -5,6 +5,7 @@ in cached decoding, the caller's; everything else is shared."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Protocol
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError
+from rear_scale.progress import Say
 
+_FLASH_CAPABILITY = (8, 0)  # what the package's kernels are built for
 # (query, key, value), each [B, H, S, K] -> [B, H, S, K]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -42,25 +45,47 @@ def flash(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "flash": flash}
 
 
-def choose_kernel(name: str, device: torch.device, precision: str) -> str:
+def choose_kernel(name: str, device: torch.device, precision: str, report: Say | None = None) -> str:
     """The kernel's name for model.kernel (auto, sdpa or flash): once per run.
 
-    auto: flash where the package is installed and can run, sdpa elsewhere. Raises InputError when flash is demanded and
-    cannot run here.
+    auto: flash where the package is installed and can run, sdpa elsewhere; `report` gets a line where it is installed in
+    vain. Raises InputError when flash is demanded and cannot run here.
     """
-    installed = importlib.util.find_spec("flash_attn") is not None
-    lacking = [
+    if name == "sdpa":
+        return name
+    elsewhere = [
         reason
         for reason, absent in (
-            ("the flash-attn package is not installed", not installed),
             ("it needs a CUDA device", device.type != "cuda"),
             ("it needs train.precision=bf16", precision != "bf16"),
         )
         if absent
     ]
-    if name == "flash" and lacking:
-        raise InputError(f"model.kernel=flash cannot run: {'; '.join(lacking)}. Use model.kernel=sdpa or auto")
-    return "sdpa" if name == "sdpa" or lacking else "flash"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    lacking = [] if installed else ["the flash-attn package is not installed"]
+    if installed and not elsewhere:
+        lacking = _flash_faults(device)
+        if lacking and name == "auto" and report is not None:
+            report(f"model.kernel=auto: sdpa, because {'; '.join(lacking)}")
+    if name == "flash" and (lacking or elsewhere):
+        reasons = "; ".join([*lacking, *elsewhere])
+        raise InputError(f"model.kernel=flash cannot run: {reasons}. Use model.kernel=sdpa or auto")
+    return "sdpa" if lacking or elsewhere else "flash"
+
+
+def _flash_faults(device: torch.device) -> list[str]:
+    """Why the installed flash-attn package cannot run on a GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLASH_CAPABILITY:
+        has, least = (".".join(map(str, version)) for version in (capability, _FLASH_CAPABILITY))
+        return [f"flash-attn needs a GPU of compute capability {least} or more, and this one has {has}"]
+    try:
+        # Its extension is built for one version of torch and of CUDA, and fails with others when it is loaded.
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return [f"the flash-attn package cannot be imported ({first})"]
+    return []
 
 
 def use_kernel(model: nn.Module, name: str) -> None:

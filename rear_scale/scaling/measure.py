@@ -19,6 +19,7 @@ from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
 from rear_scale.parallel import open_strategy
+from rear_scale.progress import say
 from rear_scale.scaling.cost import step_time
 from rear_scale.scaling.devices import Cluster, cluster_of
 from rear_scale.world import Ranks, World
@@ -56,7 +57,7 @@ def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
     modelled = step_time(cfg, cluster_of(1, cluster.gpu, cluster.device), 1, model).total_s
     flops = cfg.train.micro_batch_size * (train_flops_per_image(cfg) + recomputed_flops_per_image(cfg))
     check_fp8(cfg, device)
-    use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision))
+    use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision, say))
     codebook = torch.randn(cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim)
     model.set_codebook(codebook)
     prepare_blocks(model, cfg)

@@ -345,7 +345,7 @@ def _build(
 ) -> Strategy:
     """The strategy around a model with its first or its saved weights."""
     model = build_model(cfg)
-    kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision)
+    kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision, say if world.is_main else None)
     use_kernel(model, kernel)
     model.set_codebook(codebook)
     if world.is_main:
