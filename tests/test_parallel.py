@@ -510,3 +510,32 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="has format None"):
         checkpoint.find(tmp_path)
+
+
+def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
+    """Whether fsdp2 gives the bits of the same model in bfloat16, and the largest difference to it with float32 weights."""
+    strategy = build(world, cfg)
+    plain = [build_model(cfg) for _ in range(2)]
+    for model in plain:
+        model.init_weights(0)
+    plain[0].bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, cfg.tokenizer.codebook_size, (3, cfg.tokenizer.num_tokens), generator=generator)
+    logits = []
+    with torch.no_grad():
+        for model in (strategy.engine, *plain):
+            logits.append(model.eval()(tokens, torch.arange(3), None)["logits"].float())
+    sharded, rounded, exact = logits
+    return torch.equal(sharded, rounded), (sharded - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp2_in_bf16_keeps_the_angles_of_positions(tmp_path: Path, tokens: Path, reshard: bool) -> None:
+    """AliTok's rotary table is no weight and stays in float32, as it does under autocast and DeepSpeed."""
+    cfg = tiny_config(
+        tmp_path, tokens, *QUIET, "model.architecture=alitok", "model.embed_dropout=0", "tokenizer.num_tokens=21",
+        "model.width=64", "strategy=fsdp2", "train.precision=bf16", f"strategy.reshard_after_forward={reshard}",
+    )  # fmt: skip
+    for same, difference in run_ranks(2, _in_bf16, cfg):
+        assert same
+        assert difference < 0.01
