@@ -518,6 +518,10 @@ def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
     plain = [build_model(cfg) for _ in range(2)]
     for model in plain:
         model.init_weights(0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "adaLN" in name:
+                    weight.fill_(0.01)
     plain[0].bfloat16()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, cfg.tokenizer.codebook_size, (3, cfg.tokenizer.num_tokens), generator=generator)
@@ -529,13 +533,19 @@ def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
     return torch.equal(sharded, rounded), (sharded - exact).abs().max().item()
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_fsdp2_in_bf16_keeps_the_angles_of_positions(tmp_path: Path, tokens: Path, reshard: bool) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.architecture=alitok", "tokenizer.num_tokens=21", "model.width=64"),
+        ("model.architecture=alitok", "tokenizer.num_tokens=21", "strategy.reshard_after_forward=false"),
+        ("objective.heads.form=released", "objective.heads.positions=all"),
+        ("model.conditioning=in_context", "train.activation_checkpointing=full"),
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_fsdp2_in_bf16_computes_as_the_model_in_bf16(tmp_path: Path, tokens: Path, overrides: tuple[str, ...]) -> None:
     """AliTok's rotary table is no weight and stays in float32, as it does under autocast and DeepSpeed."""
-    cfg = tiny_config(
-        tmp_path, tokens, *QUIET, "model.architecture=alitok", "model.embed_dropout=0", "tokenizer.num_tokens=21",
-        "model.width=64", "strategy=fsdp2", "train.precision=bf16", f"strategy.reshard_after_forward={reshard}",
-    )  # fmt: skip
+    cfg = tiny_config(tmp_path, tokens, *QUIET, "strategy=fsdp2", "train.precision=bf16", *overrides)
     for same, difference in run_ranks(2, _in_bf16, cfg):
         assert same
         assert difference < 0.01

@@ -100,7 +100,7 @@ _FREE_ON_RESUME = (
     "train.stop_at_step", "train.log_every", "optim.backend", "checkpoint.", "resume.", "guard.", "profile.", "wandb.",
     "model.kernel", "train.init_from", "run.name", "run.dir", "data.train", "data.val", "data.cache_dir",
     "data.on_error", "data.max_skipped_share", "data.assumed_images", "tokenizer.weights", "tokenizer.training",
-    "pretokenize.", "sample.", "evaluate.", "cluster.", "train.check_memory",
+    "tokenizer.precision", "pretokenize.", "sample.", "evaluate.", "cluster.", "train.check_memory",
 )  # fmt: skip
 
 

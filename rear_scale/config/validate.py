@@ -137,6 +137,7 @@ def _validate_model(cfg: ExperimentConfig) -> None:
             f"gives heads of width {head_width}, but the rotary grid needs a multiple of 4",
             "Use another width or number of heads",
         )
+    _one_of("tokenizer.precision", cfg.tokenizer.precision, PRECISIONS)
     # Shards hold uint16.
     _require(
         cfg.tokenizer.codebook_size <= 65_536,

@@ -20,7 +20,7 @@ from rear_scale.evaluate.reference import open_reference
 from rear_scale.evaluate.scores import network_scores
 from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.sample.quantise import to_uint8
-from rear_scale.tokenizer import open_tokenizer, weights_sha256
+from rear_scale.tokenizer import decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
 
@@ -66,7 +66,8 @@ def score_reconstruction(
             f"{tokenizer.image_size} squared. Name a folder of image files, which are cropped, or another tokenizer"
         )
     sha256 = world.on_main(lambda: weights_sha256(cfg.tokenizer))
-    extractor = ReconstructionFeatures(tokenizer, network, lpips, cfg.sample.quantiser, sha256)
+    decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))
+    extractor = ReconstructionFeatures(tokenizer, network, lpips, cfg.sample.quantiser, decoder)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
     sets = {"originals": str(images), **cfg.evaluate.reference}
     references = [

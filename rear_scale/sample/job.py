@@ -34,7 +34,7 @@ from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies, written_over
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import Manifest
-from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer, weights_sha256
+from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
@@ -84,7 +84,7 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
         "codebook": None if codebook is None else hashlib.sha256(codebook.numpy().tobytes()).hexdigest(),
         "order": [cfg.sample.order or permuted.order, permuted.prefix],
-        "tokenizer": weights_sha256(cfg.tokenizer),
+        "tokenizer": decoder_identity(cfg.tokenizer),
         "sample": {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES},
         "precision": cfg.train.precision,
     }

@@ -29,6 +29,12 @@ def weights_sha256(cfg: TokenizerConfig) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def decoder_identity(cfg: TokenizerConfig) -> str | None:
+    """What the images of given tokens depend on: weights_sha256, and the precision where it is not float32."""
+    sha256 = weights_sha256(cfg)
+    return sha256 if cfg.precision == "fp32" or sha256 is None else f"{sha256} in {cfg.precision}"
+
+
 def find_tokenizer(name: str) -> type[Tokenizer]:
     """The class of tokenizer.name. Raises InputError for an unknown one, and for one whose images are not decoded here."""
     if name in TOKENS_ONLY:
@@ -65,4 +71,10 @@ def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
         raise InputError(
             f"tokenizer.codebook_dim={cfg.codebook_dim}, but {cfg.weights} has {found}. Set tokenizer.codebook_dim={found}"
         )
-    return tokenizer.to(device).eval().requires_grad_(False)
+    tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        # The layout in which tensor cores convolve; cuDNN would copy weights and images into it in every call.
+        tokenizer = tokenizer.to(memory_format=torch.channels_last)
+    if cfg.precision == "bf16":
+        tokenizer.decode_in_bfloat16()
+    return tokenizer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import TokenizerConfig
 from rear_scale.tokenizer import vit
-from rear_scale.tokenizer.base import Tokenizer, nearest_code
+from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
 from rear_scale.tokenizer.maskgit_vqgan import Codebook, check_fixed_size
 from rear_scale.weight_file import load_published
 
@@ -112,9 +112,12 @@ class AliTok(Tokenizer):
         """float [B, D, 1, N] before quantisation, of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images, self.latent_tokens)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode_part(self, images: Tensor) -> Tensor:
         latents = self.latents(images).flatten(2).transpose(1, 2)
         return nearest_code(latents.flatten(0, 1), self.codebook).view(len(images), -1)
 
-    def decode(self, ids: Tensor) -> Tensor:
-        return self.decoder(self.codebook[ids])
+    def decode_part(self, ids: Tensor) -> Tensor:
+        return in_own_precision(self.decoder, self.codebook[ids])
+
+    def largest_tensor(self, image_size: int) -> int:
+        return 4 * _DECODER_WIDTH * (_REGISTERS + self.num_tokens)  # inside a feed-forward

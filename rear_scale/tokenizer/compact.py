@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.tokenizer.base import Tokenizer, nearest_code
+from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
 from rear_scale.weight_file import fill, read_weights, write_weights
 
 _KIND = "compact tokenizer"
@@ -82,11 +82,14 @@ class CompactTokenizer(Tokenizer):
     def codebook(self) -> Tensor:
         return self.codes
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode_part(self, images: Tensor) -> Tensor:
         return self.nearest(self.latents(images)).view(len(images), self.num_tokens)
 
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode_part(self, ids: Tensor) -> Tensor:
         return self.pixels(self.codes[ids.flatten()], len(ids)).clamp(0, 1)
+
+    def largest_tensor(self, image_size: int) -> int:
+        return self.channels // 2 * image_size**2
 
     def latents(self, images: Tensor) -> Tensor:
         """Continuous latents float [B * N, D], in raster order."""
@@ -95,7 +98,7 @@ class CompactTokenizer(Tokenizer):
     def pixels(self, latents: Tensor, batch: int) -> Tensor:
         """Images float [B, 3, S, S], not clamped, of latents [B * N, D]."""
         grid = latents.view(batch, self.side, self.side, -1).permute(0, 3, 1, 2)
-        return (self.decoder(grid) + 1) / 2
+        return (in_own_precision(self.decoder, grid) + 1) / 2
 
     def nearest(self, latents: Tensor) -> Tensor:
         """int64 [L]: the code at the smallest Euclidean distance of each latent (float [L, D])."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.tokenizer.base import Tokenizer, nearest_code
+from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
 from rear_scale.weight_file import load_published
 
 _GROUPS = 32
@@ -159,17 +159,20 @@ class MaskgitVqgan(Tokenizer):
         """float [B, D, h, h] before quantisation, of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode_part(self, images: Tensor) -> Tensor:
         latents = self.latents(images).permute(0, 2, 3, 1)
         return nearest_code(latents.flatten(0, 2), self.codebook).view(len(images), -1)
 
     def pixels(self, ids: Tensor) -> Tensor:
         """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N], N a square number)."""
         side = int(ids.shape[1] ** 0.5)
-        return self.decoder(self.codebook[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2))
+        return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2))
 
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode_part(self, ids: Tensor) -> Tensor:
         return self.pixels(ids).clamp(0, 1)
+
+    def largest_tensor(self, image_size: int) -> int:
+        return self.encoder.conv_in.out_channels * image_size**2
 
 
 def check_fixed_size(name: str, cfg: TokenizerConfig, image_size: int) -> None:

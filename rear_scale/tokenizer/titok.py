@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rear_scale.config import TokenizerConfig
 from rear_scale.tokenizer import vit
-from rear_scale.tokenizer.base import Tokenizer, nearest_code
+from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
 from rear_scale.tokenizer.maskgit_vqgan import Codebook, Decoder, check_fixed_size
 from rear_scale.weight_file import load_published
 
@@ -90,6 +90,7 @@ class TiTok(Tokenizer):
         "(or model.safetensors of yucornetto/tokenizer_titok_b64_imagenet)"
     )
     unit_codebook: ClassVar[bool] = True
+    decoding: ClassVar[tuple[str, ...]] = ("decoder", "pixel_decoder")
     image_size = _IMAGE_SIZE
 
     def __init__(self, codebook_size: int = 4096, codebook_dim: int = 12, num_tokens: int = 64) -> None:
@@ -124,13 +125,13 @@ class TiTok(Tokenizer):
         """float [B, D, 1, N] before normalisation and quantisation, of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images, self.latent_tokens)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode_part(self, images: Tensor) -> Tensor:
         latents = self.latents(images).float().flatten(2).transpose(1, 2)
         return nearest_code(F.normalize(latents, dim=2).flatten(0, 1), self.codebook).view(len(images), -1)
 
     def logits(self, ids: Tensor) -> Tensor:
         """float [B, V, h, h] over the pixel decoder's codes, of token ids (int64 [B, N])."""
-        return self.decoder(self.codebook[ids])
+        return in_own_precision(self.decoder, self.codebook[ids])
 
     def soft_embeddings(self, logits: Tensor) -> Tensor:
         """float [B, 256, h, h]: the pixel decoder's codes, each mixed by its probability."""
@@ -138,10 +139,13 @@ class TiTok(Tokenizer):
 
     def pixels(self, ids: Tensor) -> Tensor:
         """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N])."""
-        return self.pixel_decoder(self.soft_embeddings(self.logits(ids)))
+        return in_own_precision(self.pixel_decoder, self.soft_embeddings(self.logits(ids)))
 
-    def decode(self, ids: Tensor) -> Tensor:
+    def decode_part(self, ids: Tensor) -> Tensor:
         return self.pixels(ids).clamp(0, 1)
+
+    def largest_tensor(self, image_size: int) -> int:
+        return self.pixel_decoder.conv_out.in_channels * image_size**2
 
 
 def own_name(published: str) -> str:
