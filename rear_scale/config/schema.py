@@ -61,10 +61,8 @@ class TokenizerConfig:
     num_tokens: int = 256  # N, tokens of one image
     codebook_size: int = 1024  # K
     codebook_dim: int = 256  # width of one code
-    precision: str = (
-        "fp32"  # fp32 | bf16, of decoding (README: by how much images differ); encoding has pretokenize.precision
-    )
     training: TokenizerTrainingConfig | None = None  # null = the weights come from elsewhere
+    precision: str = "fp32"  # fp32 | bf16, of decoding (README: the error of images); encoding has its own
 
 
 @dataclass
