@@ -23,7 +23,7 @@ from rear_scale.config.validate import suggest
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_TEXT = 4096  # characters; no path is longer
 _FORM = "the form is section.field=value"
-_NULL = re.compile(r"null|None", re.IGNORECASE)
+_NULL = re.compile(r"null|Null|NULL|None")  # none is a text: a policy, a folder
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _SWEEP = re.compile(r"(?:choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
