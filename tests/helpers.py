@@ -98,6 +98,7 @@ def tiny_config_file(folder: Path, tokens: Path) -> Path:
 defaults:
   - base
   - override objective: rear
+  - override strategy: zero1
   - _self_
 run: {{name: tiny, dir: {folder / "run"}}}
 model: {{depth: 2, width: 32, num_heads: 2, num_classes: {NUM_CLASSES}}}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from helpers import run_ranks, tiny_config, write_token_shards
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config.devices import device_named
 from rear_scale.train import preflight
 from rear_scale.train.preflight import Report
 from rear_scale.world import Ranks, World
@@ -153,6 +154,26 @@ def test_a_node_that_holds_the_others_back_is_named() -> None:
     # Of two nodes neither is the usual one; both on a network that cannot be meant.
     two = {name: {**good, "between": 0.1} for name in ("n0", "n1")}
     assert list(preflight._slow(two, "cuda")) == ["n0", "n1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "within", "between", "unfit"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, 45.0, 40.0, "among its own ranks: 45.000 GB/s, expected 110 or more"),  # PCIe 5
+        ("NVIDIA A100-SXM4-80GB", 79.2, 20.0, 20.0, "among its own ranks: 20.000 GB/s, expected 75 or more"),  # PCIe 4
+        ("NVIDIA A100-SXM4-40GB", 39.4, 180.0, 2.5, "with its neighbours: 2.500 GB/s, expected 4 or more"),  # Ethernet
+        ("NVIDIA H200", 139.8, 300.0, 45.0, None),
+        ("NVIDIA H100 PCIe", 79.1, 45.0, 8.0, None),
+        ("NVIDIA RTX 6000 Ada Generation", 47.4, 15.0, 8.0, None),
+    ],
+)
+def test_what_all_reduce_must_reach_is_in_the_gpus_row(
+    name: str, gib: float, within: float, between: float, unfit: str | None
+) -> None:
+    """All nodes alike, so that none is far below the others."""
+    rates = {node: {"within": within, "between": between, "all": between} for node in ("n0", "n1")}
+    found = preflight._slow(rates, "cuda", device_named(name, gib))
+    assert found == ({} if unfit is None else {node: [f"all-reduce {unfit}"] for node in rates})
 
 
 def measured(world: World, ranks_of_node: int) -> dict:

@@ -35,6 +35,10 @@ CPUS_PER_TASK=$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))
 
 # Threads beyond a task's own cores make every rank slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_TASK}
+# GPUs are numbered as nvidia-smi and task.sh number them.
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}
+# For task.sh, which binds each task to the cores beside its GPU.
+export REAR_SRUN_OPTIONS=${REAR_SRUN_OPTIONS:-}
 # Says which link or library failed, and nothing while all is well.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # After a hang: the last collectives of every rank, so that the late one can be named.
@@ -59,12 +63,11 @@ trap 'ended=1' TERM
 # tasks ARGUMENTS...: python with these arguments, once for every GPU of the job. Rendezvous is by SLURM's own variables, which
 # rear_scale/world.py reads. Every task sees all GPUs of its node, since NCCL's direct copies need that.
 tasks() {
-    # SIGUSR1 before Python has its handler would kill a task. --wait: when one rank fails, the others have a minute to say
-    # what they know before they are ended.
+    # --wait: when one rank fails, the others have a minute to say what they know before they are ended.
     # shellcheck disable=SC2086  # words, not one word
     setsid srun --nodes="$NODES" --ntasks="$((NODES * REAR_TASKS_PER_NODE))" --ntasks-per-node="$REAR_TASKS_PER_NODE" \
         --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=60 "${LOG[@]}" ${REAR_SRUN_OPTIONS:-} \
-        bash -c 'trap "" USR1; exec "$@"' task ${REAR_CONTAINER:-} "$REAR_PYTHON" "$@" &
+        bash launchers/slurm/task.sh ${REAR_CONTAINER:-} "$REAR_PYTHON" "$@" &
     wait_for $!
 }
 

@@ -1,32 +1,12 @@
-"""GPUs and clusters of them, from the table configs/devices/gpus.yaml."""
+"""Clusters of the GPUs of configs/devices/gpus.yaml."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
-import yaml
+from dataclasses import dataclass
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError
+from rear_scale.config.devices import TABLE, Device, devices
 from rear_scale.config.validate import suggest
-
-TABLE = CONFIG_DIR / "devices" / "gpus.yaml"
-
-
-@dataclass(frozen=True)
-class Device:
-    """One kind of GPU: the data sheet's figures."""
-
-    memory_gib: float
-    bf16_tflops: float  # dense
-    fp32_tflops: float
-    memory_gb_per_s: float
-    nvlink_gb_per_s: float  # one direction of one GPU
-    network_gb_per_s: float  # one direction of one GPU
-    gpus_per_node: int
-
-    def fills_machines(self, gpus: int) -> bool:
-        """Whether so many are a part of one machine, or whole machines."""
-        return gpus <= self.gpus_per_node or gpus % self.gpus_per_node == 0
 
 
 @dataclass(frozen=True)
@@ -43,18 +23,6 @@ class Cluster:
     @property
     def nodes(self) -> int:
         return self.gpus // self.per_node
-
-
-def devices() -> dict[str, Device]:
-    """The table by name. Raises InputError for a row with wrong or missing fields."""
-    names = {field.name for field in fields(Device)}
-    found = {}
-    for gpu, row in yaml.safe_load(TABLE.read_text()).items():
-        numbers = isinstance(row, dict) and all(isinstance(value, int | float) and value > 0 for value in row.values())
-        if not numbers or row.keys() != names:
-            raise InputError(f"{gpu} in {TABLE} needs positive numbers for exactly: {', '.join(sorted(names))}")
-        found[gpu] = Device(**row)
-    return found
 
 
 def open_cluster(cfg: ExperimentConfig) -> Cluster:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config.devices import Device, device_named
 from rear_scale.device import uses_cuda
 from rear_scale.progress import say
 from rear_scale.shards.storage import is_remote
@@ -36,7 +37,8 @@ _ANSWER_S = 300.0
 # A shared file system may show another node's file late.
 _VISIBLE_S = 30.0
 _FREE_SHARE = 0.9  # of a GPU's memory: with less, somebody else is on it
-# Bus bandwidth in GB/s below which something is broken (a fabric that fell back to a slow network), not merely slow.
+# Bus bandwidth in GB/s below which something is broken (a fabric that fell back to a slow network), not merely slow; of GPUs in
+# configs/devices/gpus.yaml, their row says it.
 _LEAST_GB_PER_S = {"cuda": 1.0, "cpu": 0.01}
 _BYTES = {"cuda": 128 * 2**20, "cpu": 4 * 2**20}
 # Of the median of all nodes: a node below it holds all others back.
@@ -87,7 +89,7 @@ def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
     if not bad:
         with _Impatience(store, ranks), joined(ranks, timeout_s=_ANSWER_S) as world:
             rates = _measure(world, store)
-            bad = world.from_main(_slow(rates, world.device.type))
+            bad = world.from_main(_slow(rates, world.device.type, _row(world.device)))
     if ranks.rank == 0:
         _show(reports, rates, bad)
     if bad:
@@ -329,9 +331,19 @@ def _bandwidth(world: World, group: dist.ProcessGroup | None) -> float:
     return 2 * (size - 1) / size * values.nbytes / min(times) / 1e9
 
 
-def _slow(rates: dict[str, dict[str, float]], device: str) -> dict[str, list[str]]:
+def _row(device: torch.device) -> Device | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return device_named(found.name, found.total_memory / 2**30)
+
+
+def _slow(rates: dict[str, dict[str, float]], device: str, row: Device | None = None) -> dict[str, list[str]]:
     """Nodes whose all-reduce is far below that of the others, or below what any network gives."""
     bad: dict[str, list[str]] = {}
+    floors = {"within": _LEAST_GB_PER_S[device], "between": _LEAST_GB_PER_S[device]}
+    if row is not None:
+        floors = {"within": row.least_node_gb_per_s, "between": row.least_network_gb_per_s}
     for name, where in (("within", "among its own ranks"), ("between", "with its neighbours")):
         values = {node: rate[name] for node, rate in rates.items() if rate[name] > 0}
         if not values:
@@ -341,8 +353,8 @@ def _slow(rates: dict[str, dict[str, float]], device: str) -> dict[str, list[str
             # Ranks on CPUs share cores with whatever else runs there, which says nothing about the network.
             if device == "cuda" and value < _LEAST_SHARE * usual:
                 _add(bad, node, f"all-reduce {where}: {value:.2f} GB/s, {usual:.2f} on the others")
-            elif value < _LEAST_GB_PER_S[device]:
-                _add(bad, node, f"all-reduce {where}: {value:.3f} GB/s, expected {_LEAST_GB_PER_S[device]} or more")
+            elif value < floors[name]:
+                _add(bad, node, f"all-reduce {where}: {value:.3f} GB/s, expected {floors[name]} or more")
     return bad
 
 

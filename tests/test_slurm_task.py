@@ -1,0 +1,64 @@
+"""launchers/slurm/task.sh binds a task to the cores beside its GPU: with a made-up nvidia-smi, system folder and taskset."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, environment
+
+BUS_IDS = ["00000000:1B:00.0", "00000000:43:00.0", "00000000:C3:00.0"]
+CORES = {"0000:1b:00.0": "0-15,64-79", "0000:43:00.0": "0-15,64-79", "0000:c3:00.0": "32-47"}
+
+
+def run_task(folder: Path, *, gpus: bool = True, refused: bool = False, **env: str) -> tuple[str, str, str]:
+    """What was bound, the task's own output, and its errors."""
+    programs = folder / "bin"
+    programs.mkdir()
+    listing = "\\n".join(BUS_IDS)
+    scripts = {"taskset": f'echo "$@" >> {folder}/bound; exit {int(refused)}'}
+    if gpus:
+        scripts["nvidia-smi"] = f"printf '{listing}\\n'"
+    for name, text in scripts.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    for bus_id, cores in CORES.items():
+        (folder / "pci" / bus_id).mkdir(parents=True)
+        (folder / "pci" / bus_id / "local_cpulist").write_text(cores + "\n")
+    variables = environment(**{"REAR_PCI_DEVICES": str(folder / "pci"), **env})
+    variables["PATH"] = f"{programs}:{variables['PATH']}"
+    command = ["bash", str(ROOT / "launchers/slurm/task.sh"), "bash", "-c", 'echo "$$ $*"', "name", "a b", "c"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    bound = folder / "bound"
+    return bound.read_text() if bound.exists() else "", done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("local", "cores"), [("0", "0-15,64-79"), ("1", "0-15,64-79"), ("2", "32-47"), ("5", "32-47")])
+def test_a_task_is_bound_to_the_cores_of_its_gpu(tmp_path: Path, local: str, cores: str) -> None:
+    bound, output, _ = run_task(tmp_path, SLURM_LOCALID=local)
+    process, *words = output.split(maxsplit=1)
+    assert words == ["a b c\n"]
+    # The task is the process that was bound.
+    assert bound == f"--cpu-list --pid {cores} {process}\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env"),
+    [
+        (False, {"SLURM_LOCALID": "0"}),
+        (True, {}),
+        (True, {"SLURM_LOCALID": "0", "REAR_SRUN_OPTIONS": "--mpi=none --cpu-bind=cores"}),
+        (True, {"SLURM_LOCALID": "0", "REAR_PCI_DEVICES": "/nowhere"}),
+    ],
+)
+def test_a_task_runs_where_nothing_can_or_shall_be_bound(tmp_path: Path, gpus: bool, env: dict[str, str]) -> None:
+    bound, output, error = run_task(tmp_path, gpus=gpus, **env)
+    assert bound == error == ""
+    assert output.endswith("a b c\n")
+
+
+def test_cores_that_are_not_the_tasks_are_said(tmp_path: Path) -> None:
+    _, output, error = run_task(tmp_path, refused=True, SLURM_LOCALID="2")
+    assert error == "note: cores 32-47 of GPU 00000000:c3:00.0 are not this task's\n"
+    assert output.endswith("a b c\n")
