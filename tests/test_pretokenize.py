@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from rear_scale.config import DataConfig, ExperimentConfig, InputError
 from rear_scale.files import file_sha256
 from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, BadImage, center_crop, cut, decode_image
-from rear_scale.shards.images import open_images, write_images
+from rear_scale.shards.images import open_images, png, write_images
 from rear_scale.shards.reader import open_stream, open_tokens
 from rear_scale.shards.sources import load_crops, open_source
 from rear_scale.shards.tar_index import scan
@@ -380,3 +383,143 @@ def test_a_damaged_tar_is_named_with_its_byte(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(InputError, match=rf"shard-000000.tar is {message}"):
             run_alone(write, cfg)
+
+
+def _tars_of(folder: Path, first: int) -> Path:
+    """One ordinary tar whose bytes change with `first` and whose size does not."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    with webdataset.TarWriter(f"{folder}/x.tar", mtime=0) as tar:
+        for number, image in enumerate(pixels):
+            tar.write({"__key__": f"{number}", "png": png(Image.fromarray(image), 16), "cls": str(first + number)})
+    return folder
+
+
+def _folder_of(folder: Path, seed: int) -> Path:
+    """Class folders whose files keep names and sizes whatever the seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "ab"[number % 2] / f"{number}.bmp")
+    return folder
+
+
+def later(folder: Path) -> None:
+    """Moves the times of change of all files by a nanosecond."""
+    for path in folder.rglob("*"):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("make", [_tars_of, _folder_of])
+def test_tokens_of_changed_images_are_not_taken_for_finished(
+    tmp_path: Path, make: Callable[[Path, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = make(tmp_path / "input", 0)
+    cfg = settings(tmp_path, "out", f"pretokenize.images={images}")
+    run_alone(write, cfg)
+    before = files(tmp_path / "out")
+    capsys.readouterr()
+    run_alone(write, cfg)
+    assert "out is complete" in capsys.readouterr().err
+    sizes = [path.stat().st_size for path in sorted(images.rglob("*"))]
+    make(images, 1)
+    later(images)
+    assert sizes == [path.stat().st_size for path in sorted(images.rglob("*"))]
+    with pytest.raises(
+        InputError, match=r"out is finished, but of other inputs: images 4 .* then, 4 .* now. Remove .*out"
+    ):
+        run_alone(write, cfg)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretokenize.crops=flip", "pretokenize.crops center then, flip now"),
+        ("pretokenize.exif=apply", "pretokenize.exif ignore then, apply now"),
+        ("pretokenize.class_map={}/map", "classes 2 .* then, 3 .* now"),
+        ("pretokenize.batch_size=4", "pretokenize.batch_size 8 then, 4 now"),
+    ],
+)
+def test_tokens_of_other_settings_are_not_taken_for_finished(tmp_path: Path, override: str, message: str) -> None:
+    images = _folder_of(tmp_path / "input", 0)
+    (tmp_path / "map").write_text("a 0\nb 2")
+    run_alone(write, settings(tmp_path, "out", f"pretokenize.images={images}"))
+    with pytest.raises(InputError, match=message):
+        run_alone(write, settings(tmp_path, "out", f"pretokenize.images={images}", override.format(tmp_path)))
+
+
+def test_tokens_of_a_version_that_recorded_no_times_are_compared_by_names_and_sizes(tmp_path: Path) -> None:
+    images = _folder_of(tmp_path / "input", 0)
+    cfg = settings(tmp_path, "out", f"pretokenize.images={images}")
+    run_alone(write, cfg)
+    manifest = record.read_manifest(tmp_path / "out")
+    old = dataclasses.replace(manifest, inputs=None)
+    assert old.fingerprint == manifest.fingerprint, "training knows the set again"
+    record.write_manifest(tmp_path / "out", old)
+    assert "inputs" not in (tmp_path / "out/index.json").read_text()
+    run_alone(write, cfg)
+    picture = Image.new("RGB", (16, 17))
+    picture.save(images / "a/9.bmp")
+    with pytest.raises(InputError, match="was made before its inputs were recorded"):
+        run_alone(write, cfg)
+
+
+def test_a_killed_job_does_not_keep_shards_of_changed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = _folder_of(tmp_path / "input", 0)
+    cfg = settings(tmp_path, "out", f"pretokenize.images={images}")
+
+    def killed(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretokenize, "_finish", killed)
+        run_alone(write, cfg)
+    _folder_of(images, 1)
+    later(images)
+    run_alone(write, cfg)
+    run_alone(write, settings(tmp_path, "new", f"pretokenize.images={images}"))
+    assert files(tmp_path / "out") == files(tmp_path / "new")
+
+
+def test_prepared_shards_of_other_inputs_are_not_taken_for_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = _folder_of(tmp_path / "input", 0), tmp_path / "out"
+    (tmp_path / "map").write_text("a 1\nb 0")
+    prepare(images, out, 16, None, 0.1)
+    before = files(out)
+    prepare(images, out, 16, None, 0.1)
+    assert "out is complete: 4 images" in capsys.readouterr().out
+    for arguments, message in (
+        ((images, out, 8, None, 0.1), "--size 16 then, 8 now"),
+        ((images, out, None, None, 0.1), "--size 16 then, None now"),
+        ((images, out, 16, None, 0.1, "apply"), "--exif ignore then, apply now"),
+        ((images, out, 16, tmp_path / "map", 0.1), "classes 2 .* then, 2 .* now"),
+        ((_folder_of(tmp_path / "another", 0), out, 16, None, 0.1), "images 4 files .* then, 4 files"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(*arguments)
+    later(images)
+    with pytest.raises(InputError, match=r"--out=.*out is finished, but of other inputs: images 4 files"):
+        prepare(images, out, 16, None, 0.1)
+    assert files(out) == before
+    with pytest.raises(InputError, match="--exif apply needs --size"):
+        prepare(images, tmp_path / "new", None, None, 0.1, "apply")
+
+
+def test_one_image_that_takes_all_memory_does_not_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = photographs(tmp_path / "photographs")
+    convert = Image.Image.convert
+
+    def fail(image: Image.Image, *arguments, **named):
+        if image.size == (104, 80):
+            raise MemoryError
+        return convert(image, *arguments, **named)
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    run_alone(write, settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_share=0.5"))
+    prepare(images, tmp_path / "shards", 16, None, 0.5)
+    for out in ("out", "shards"):
+        assert "buildings/4.jpg\tMemoryError\n" in (tmp_path / out / "skipped.txt").read_text()
