@@ -6,7 +6,7 @@
 Without --size the files go in as they are, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
 which is what an evaluation compares samples with. The class id is the position among the sorted folder names, or that of
 --class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt. The same command continues after
-a kill and leaves a finished folder as it is.
+a kill and leaves a finished folder as it is; a finished folder of other images or settings is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rear_scale.shards.images import FORMAT, IMAGES_PER_SHARD, png, write_image_
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
 from rear_scale.shards.record import read_index
 from rear_scale.shards.sources import FolderSource, SourceImage
+from rear_scale.shards.walk import shown
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def prepare(
     if (out / "index.json").exists():
         index = read_index(out, FORMAT)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
-        print(f"{out} is complete: {sum(shard['samples'] for shard in index['shards'])} images")
+        print(f"{shown(out)} is complete: {sum(shard['samples'] for shard in index['shards'])} images")
         return
     out.mkdir(parents=True, exist_ok=True)
     made_from = fingerprint(inputs)
@@ -90,8 +91,10 @@ def prepare(
     shards = [shard.shard for shard in finished]
     write_image_manifest(out, size, source.class_names, label_counts.tolist(), shards, inputs)
     writer.remove_records(out)
-    left_out = f", {len(skipped)} left out (see {out / 'skipped.txt'})" if skipped else ""
-    print(f"{out}: {label_counts.sum()} images of {len(source.class_names)} classes in {len(shards)} shards{left_out}")
+    left_out = f", {len(skipped)} left out (see {shown(out / 'skipped.txt')})" if skipped else ""
+    print(
+        f"{shown(out)}: {label_counts.sum()} images of {len(source.class_names)} classes in {len(shards)} shards{left_out}"
+    )
 
 
 def entry(image: SourceImage, size: int | None, exif: str) -> tuple[str, bytes, int] | tuple[str, str]:
