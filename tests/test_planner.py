@@ -99,7 +99,7 @@ def test_a_larger_micro_batch_than_the_one_named_does_not_fit() -> None:
         size = one.cfg.train.micro_batch_size
         if one.fits and size < 2048 // 16:
             larger = replace(one.cfg, train=replace(one.cfg.train, micro_batch_size=2 * size))
-            assert memory_per_rank(larger, 16, one.plan.accumulation // 2, model).peak > limit, one.settings
+            assert memory_per_rank(larger, 16, one.plan.accumulation // 2, model, "cuda").peak > limit, one.settings
             checked += 1
     assert checked > 5
 

@@ -1,7 +1,8 @@
 """Bytes that a model keeps for its backward pass: elements of each kind per position, times their width.
 
-Counted from the graphs that torch builds; where kernels differ, as on a CPU: a GPU's attention writes its output where the
-projection reads it (one element per position and width less), and its RMSNorm keeps no float32 copies.
+Counted from the graphs that torch builds, for each kind of device ("cpu" or "cuda"), because kernels differ. A GPU's attention
+writes its output where the projection reads it, and its RMSNorm keeps its input alone; under autocast it normalises queries
+and keys in float32, and keeps them so.
 """
 
 # B images of a micro-batch, N tokens of an image, S positions, D width, K codes, Z width of a code
@@ -14,13 +15,14 @@ from rear_scale.model import mlp_width
 _FP32 = 4
 
 
-def activation_bytes(cfg: ExperimentConfig) -> int:
+def activation_bytes(cfg: ExperimentConfig, device: str = "cpu") -> int:
     """What one micro-batch has kept when its backward pass begins, heads and logits included.
 
     Every image counts a row of modulation of its own, the most there can be. Under activation checkpointing, a block that
     is computed again comes beside what is kept of the others, when logits and loss are gone.
     """
-    return block_activation_bytes(cfg) + max(_end_bytes(cfg), _again_bytes(cfg)) + head_activation_bytes(cfg)
+    at_the_end = max(_end_bytes(cfg), _again_bytes(cfg, device))
+    return block_activation_bytes(cfg, device) + at_the_end + head_activation_bytes(cfg)
 
 
 def compute_width(cfg: ExperimentConfig) -> int:
@@ -33,14 +35,14 @@ def autocasts(cfg: ExperimentConfig) -> bool:
     return cfg.train.precision == "bf16" and cfg.strategy.name in ("single", "ddp")
 
 
-def one_block_bytes(cfg: ExperimentConfig) -> int:
+def one_block_bytes(cfg: ExperimentConfig, device: str = "cpu") -> int:
     """What one block keeps that computes nothing again."""
-    return _positions(cfg) * _one_block(cfg)
+    return _positions(cfg) * _one_block(cfg, device)
 
 
-def block_activation_bytes(cfg: ExperimentConfig) -> int:
+def block_activation_bytes(cfg: ExperimentConfig, device: str = "cpu") -> int:
     """What all blocks keep together from their forward pass."""
-    one, depth, policy = one_block_bytes(cfg), cfg.model.depth, cfg.train.activation_checkpointing
+    one, depth, policy = one_block_bytes(cfg, device), cfg.model.depth, cfg.train.activation_checkpointing
     boundary = _positions(cfg) * cfg.model.width * _residual_width(cfg)
     if policy == "none":
         return depth * one
@@ -52,9 +54,9 @@ def block_activation_bytes(cfg: ExperimentConfig) -> int:
     return depth * (boundary + _positions(cfg) * _products(cfg))
 
 
-def _again_bytes(cfg: ExperimentConfig) -> int:
+def _again_bytes(cfg: ExperimentConfig, device: str) -> int:
     """What the first block of the backward pass that is computed again holds beyond what is kept of all."""
-    one, depth, policy = one_block_bytes(cfg), cfg.model.depth, cfg.train.activation_checkpointing
+    one, depth, policy = one_block_bytes(cfg, device), cfg.model.depth, cfg.train.activation_checkpointing
     if policy == "none":
         return 0
     if policy == "selective":
@@ -75,20 +77,25 @@ def head_activation_bytes(cfg: ExperimentConfig) -> int:
     return taps * cfg.train.micro_batch_size * tokens * per_token
 
 
-def _one_block(cfg: ExperimentConfig) -> int:
+def _one_block(cfg: ExperimentConfig, device: str) -> int:
     """Bytes per position of a block that keeps everything."""
     D, F, low, residual = cfg.model.width, mlp_width(cfg), compute_width(cfg), _residual_width(cfg)
+    on_gpu = device == "cuda"
+    in_fp32 = _FP32 * 2 * D if on_gpu and autocasts(cfg) else 0  # queries and keys as their norms take them
+    if cfg.model.architecture == "alitok" and on_gpu:
+        # The stream twice; both norms' outputs, qkv, rotated queries and keys, attention.
+        return 2 * residual * D + low * ((8 + autocasts(cfg)) * D + 4 * F) + in_fp32 + _mask_bytes(cfg)
     if cfg.model.architecture == "alitok":
         # Each RMSNorm keeps its input and what it made of it in float32; of queries and keys the inputs are new only where
         # they are not float32 already. Then both norms' outputs, qkv, rotated queries and keys, attention and its copy.
         norms = _FP32 * D * (4 + (2 if low == _FP32 else 4))
         return norms + low * ((9 + autocasts(cfg)) * D + 4 * F) + _mask_bytes(cfg)
-    attention = 3 + 2 + 1 + 1  # qkv, normalised queries and keys, attention, its copy
+    attention = 3 + 2 + 1 + (not on_gpu)  # qkv, normalised queries and keys, attention, its copy
     if cfg.model.conditioning == "adaln":
         # The stream twice, both norms; both scales plus 1, both modulated inputs, both gated outputs, six chunks.
         modulated = 2 + 2 + 2 + 6 + autocasts(cfg)  # and, under autocast, a cast of the condition
-        return D * (4 * residual + low * (modulated + attention)) + low * 2 * F + _mask_bytes(cfg)
-    return D * (2 * residual + low * (2 + attention)) + low * 2 * F + _mask_bytes(cfg)
+        return D * (4 * residual + low * (modulated + attention)) + low * 2 * F + in_fp32 + _mask_bytes(cfg)
+    return D * (2 * residual + low * (2 + attention)) + low * 2 * F + in_fp32 + _mask_bytes(cfg)
 
 
 def _products(cfg: ExperimentConfig) -> int:

@@ -62,7 +62,7 @@ class Memory:
 
 
 def memory_per_rank(
-    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None, device: str = "cpu"
 ) -> Memory:
     """By the usual formulas: weights 2 psi bytes in bf16 and 4 psi in float32, masters 4 psi, moments 8 psi, gradients as wide
     as their sum is kept, each over W where sharded. So in bf16 ddp takes 16 psi, ZeRO-1 4 psi + 12 psi / W in the textbook.
@@ -78,7 +78,8 @@ def memory_per_rank(
       would lose bits in bf16; deferred, they are whole in the width of the weights.
     - ZeRO-3 keeps the float32 bucket of its reduction from step to step.
 
-    `model` gives the shapes; without one, it is built without memory. The allocator's fragments and the runtime's own
+    `model` gives the shapes; without one, it is built without memory. device: the kind of the rank's ("cpu" or "cuda"), on which
+    activations depend. The allocator's fragments and the runtime's own
     memory come on top.
     """
     if model is None:
@@ -87,10 +88,10 @@ def memory_per_rank(
     if cfg.strategy.name in ("single", "ddp"):
         parts = _whole(cfg, world_size, model, moments)
     elif cfg.strategy.name in ("fsdp2", "hsdp"):
-        parts = _fsdp(cfg, world_size, accumulation, model, moments)
+        parts = _fsdp(cfg, world_size, accumulation, model, moments, device)
     else:
         parts = _zero(cfg, world_size, accumulation, model, moments)
-    return Memory(**{**_NOTHING, **parts}, activations=activation_bytes(cfg), first=accumulation == 1)
+    return Memory(**{**_NOTHING, **parts}, activations=activation_bytes(cfg, device), first=accumulation == 1)
 
 
 _NOTHING = {"masters": 0, "gradients": 0, "kept_gradients": 0, "deferred": 0, "buffers": 0, "gathered": 0}
@@ -105,7 +106,9 @@ def _whole(cfg: ExperimentConfig, world_size: int, model: nn.Module, moments: in
     return {"weights": 4 * psi, gradients: 4 * psi, "optimizer": moments * 4 * psi, "gathered": casts}
 
 
-def _fsdp(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module, moments: int) -> dict[str, int]:
+def _fsdp(
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module, moments: int, device: str
+) -> dict[str, int]:
     strategy, width = cfg.strategy, compute_width(cfg)
     ranks = world_size // (strategy.replicas if strategy.name == "hsdp" else 1)
     shard = 4 * (elements_padded(model, ranks) // ranks)
@@ -113,7 +116,7 @@ def _fsdp(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.M
     root = psi - cfg.model.depth * block
     # In the backward pass: gradients of the block before on their way as float32, weights and gradients of this one, weights
     # of the next one. What was kept for the two that are done is gone.
-    freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * one_block_bytes(cfg)
+    freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * one_block_bytes(cfg, device)
     passing = 4 * block + width * block - freed
     blocks = 2 * width * block + max(0, passing)
     if not strategy.reshard_after_forward:

@@ -217,7 +217,7 @@ def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model:
     optimizer holds moments and float32 masters; heads all that the reAR heads add to the other parts; buffers those of
     collectives, and gathered or cast weights.
     """
-    memory = memory_per_rank(cfg, world_size, accumulation, model)
+    memory = memory_per_rank(cfg, world_size, accumulation, model, "cuda")
     heads = {name: module for name, module in model.named_children() if name.endswith("align_mlp")}
     of_heads = sum(elements(module) for module in heads.values()) / elements(model)
     states = {

@@ -78,7 +78,8 @@ def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
 def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     train = cfg.train
     images = plan.last_step * train.global_batch_size
-    memory = memory_per_rank(cfg, plan.world_size, plan.accumulation)
+    # Of a GPU: a config is sized for GPUs, and a dry run is made where there is none.
+    memory = memory_per_rank(cfg, plan.world_size, plan.accumulation, device="cuda")
     lines = [
         f"ranks: {plan.world_size}, strategy {cfg.strategy.name}, {train.precision}",
         f"global batch: {train.global_batch_size:,} images = {train.micro_batch_size} per micro-step "

@@ -18,7 +18,8 @@ def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
     on a CPU), unless train.check_memory is false."""
     if not cfg.train.check_memory:
         return
-    need, there = memory_per_rank(cfg, plan.world_size, plan.accumulation), _bytes_there(ranks)
+    device = "cuda" if uses_cuda() else "cpu"
+    need, there = memory_per_rank(cfg, plan.world_size, plan.accumulation, device=device), _bytes_there(ranks)
     if need.peak <= there:
         return
     train = cfg.train
