@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rear_scale import config
 from rear_scale.config import ClassifierConfig, ExperimentConfig, InputError
 from rear_scale.evaluate import blocks, inception_score, neighbours, sources
 from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
-from rear_scale.evaluate.classifier import ClassifierFeatures, train_classifier
+from rear_scale.evaluate.classifier import ClassifierFeatures, check_same_training, train_classifier
 from rear_scale.evaluate.inception import Inception, resize_tf1
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.moments import Moments
@@ -131,6 +132,11 @@ def test_the_classifier_learns_and_refuses_foreign_files(tmp_path: Path) -> None
     found = ClassifierFeatures(cfg, torch.device("cpu"))(images)
     assert (found["classes"] == labels).mean() > 0.9
     assert found["features"].shape == (60, 64)
+    check_same_training(cfg)
+    for field, value in (("steps", 61), ("lr", 1.0), ("seed", 1), ("images", str(tmp_path / "validation"))):
+        with pytest.raises(InputError, match=rf"evaluate.classifier.{field}=.* was trained with"):
+            check_same_training(dataclasses.replace(cfg, **{field: value}))
+    check_same_training(dataclasses.replace(cfg, images=str(tmp_path / "gone")))
     (tmp_path / "weights").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read"):
         ClassifierFeatures(cfg, torch.device("cpu"))

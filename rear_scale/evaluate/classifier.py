@@ -5,9 +5,10 @@ penultimate layer gives the features of the Fréchet distance and its output the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale import rng
-from rear_scale.config import ClassifierConfig
+from rear_scale.config import ClassifierConfig, InputError
 from rear_scale.evaluate.metrics import nearest_distances
 from rear_scale.evaluate.sources import ImageSet
 from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
 from rear_scale.tokenizer.training import to_unit_range
-from rear_scale.weight_file import fill, read_weights, write_weights
+from rear_scale.weight_file import fill, read_training, read_weights, write_weights
 
 _KIND = "classifier"
 NUM_FEATURES = 64
@@ -49,8 +50,10 @@ class Classifier(nn.Module):
         """Logits [B, C]."""
         return self.output(self.features(images))
 
-    def save(self, path: Path) -> None:
-        write_weights(path, self, _KIND, {"image_size": self.image_size, "num_classes": self.num_classes})
+    def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
+        """training: what it was trained on and how, as `training_settings` gives it."""
+        architecture = {"image_size": self.image_size, "num_classes": self.num_classes}
+        write_weights(path, self, _KIND, architecture, training)
 
     @classmethod
     def from_file(cls, path: str) -> Self:
@@ -95,6 +98,34 @@ class NearestPixels:
         return {name: nearest_distances(flat, torch.from_numpy(pixels)).numpy() for name, pixels in self.pixels.items()}
 
 
+def training_settings(cfg: ClassifierConfig) -> dict[str, Any]:
+    """What the weights depend on, by field. Raises InputError when the images are not there."""
+    shards = open_images(cfg.images)
+    identity = hashlib.sha256("".join(shard.sha256 for shard in shards.shards).encode()).hexdigest()
+    prefix = "evaluate.classifier"
+    return {
+        f"{prefix}.images": identity[:16],
+        **{f"{prefix}.{name}": getattr(cfg, name) for name in ("steps", "batch_size", "lr", "seed")},
+        "class_names": shards.class_names,
+    }
+
+
+def check_same_training(cfg: ClassifierConfig) -> None:
+    """Raises InputError when the weights, which are there, were trained on other images or with other settings.
+
+    A file that does not say so, and images that are gone, are taken as they are.
+    """
+    before = read_training(cfg.weights)
+    if not before or not (Path(cfg.images) / "index.json").is_file():
+        return
+    for field, value in training_settings(cfg).items():
+        if before.get(field) != value:
+            raise InputError(
+                f"{field}={value}, but {cfg.weights} was trained with {before.get(field)}. Set it back, name another "
+                "evaluate.classifier.weights, or remove the file to train anew"
+            )
+
+
 def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:
     """Trains on cfg.images and writes cfg.weights. One process; a second or so per hundred steps on small images."""
     shards = open_images(cfg.images)
@@ -119,4 +150,4 @@ def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:
             bar.update()
     path = Path(cfg.weights)
     path.parent.mkdir(parents=True, exist_ok=True)
-    classifier.save(path)
+    classifier.save(path, training_settings(cfg))

@@ -12,7 +12,7 @@ import numpy as np
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract, feature_folder, is_complete
-from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, train_classifier
+from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, check_same_training, train_classifier
 from rear_scale.evaluate.dinov2 import DinoV2Features
 from rear_scale.evaluate.features import Extractor, FeatureNetwork, InceptionFeatures
 from rear_scale.evaluate.metrics import frechet_distance
@@ -237,7 +237,9 @@ def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures 
     if world.is_main and not Path(classifier.weights).exists():
         train_classifier(classifier, world.device)
     world.barrier()
-    return ClassifierFeatures(classifier, world.device)
+    features = ClassifierFeatures(classifier, world.device)
+    world.on_main(lambda: check_same_training(classifier))
+    return features
 
 
 def _label_counts(blocks: FeatureBlocks) -> dict[str, Any] | None:
