@@ -19,6 +19,7 @@ from rear_scale.evaluate.sources import open_image_set
 from rear_scale.evaluate.statistics import images_of, write_statistics
 from rear_scale.shards import crops
 from rear_scale.shards.crops import BadImage, center_crop, cut, decode_image
+from rear_scale.shards.sources import open_source
 from rear_scale.world import World
 
 
@@ -110,6 +111,17 @@ def test_decompression_bombs_are_bad_images(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImage, match="DecompressionBombError"):
         decode_image(encoded(noise(50, 50)))
+
+
+def test_a_file_too_large_to_be_an_image_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a/0.png", "wb") as file:
+        file.truncate(2 << 30)  # takes no space
+    image = next(open_source(tmp_path).read(0, 1))
+    with pytest.raises(BadImage, match="its 2,147,483,648 bytes are more than an image file may have"):
+        image.decode()
+    with pytest.raises(InputError, match=r"0\.png .byte 0.: its 2,147,483,648 bytes are more"):
+        run_alone(_read, tmp_path, 8, "ignore")
 
 
 def test_postscript_under_the_name_of_an_image_runs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:

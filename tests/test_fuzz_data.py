@@ -11,10 +11,12 @@ import json
 import os
 import random
 import resource
+import struct
 import tarfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,8 +139,27 @@ def try_tar(draw: random.Random, folder: Path) -> str:
     return "read"
 
 
+def with_right_chunks(data: bytes, draw: random.Random) -> bytes:
+    """A PNG whose chunks are damaged under checksums that fit them, sizes of the image among them."""
+    changed, start = bytearray(data[:8]), 8
+    while start < len(data):
+        (length,) = struct.unpack(">I", data[start : start + 4])
+        body = data[start + 4 : start + 8 + length]
+        if draw.random() < 0.4:
+            content = damaged(body[4:], draw) if body[4:] else draw.randbytes(3)
+            if body[:4] == b"IHDR":
+                sizes = struct.pack(">II", *(draw.choice((0, 1, 24, 65_000, 13_000, 1 << 31)) for _ in range(2)))
+                content = draw.choice((sizes + body[12:], content.ljust(13, b"\0")[:13]))
+            body = draw.choice((body[:4], body[:4], b"tRNS", b"PLTE", b"eXIf", b"zTXt", b"iCCP")) + content
+        changed += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        start += 12 + length
+    return bytes(changed)
+
+
 def try_image(draw: random.Random, folder: Path) -> str:
-    data = damaged(draw.choice(IMAGES), draw)
+    data = (
+        with_right_chunks(draw.choice(IMAGES[:4]), draw) if draw.random() < 0.3 else damaged(draw.choice(IMAGES), draw)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         crops = cut(decode_image(data, deep=draw.random() < 0.5, exif=draw.choice(("ignore", "apply"))), 16, "ten")
@@ -258,7 +279,7 @@ def try_plain(draw: random.Random, folder: Path) -> str:
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], str], int, int]] = {
     "tar": (try_tar, 120, 3000),
-    "image": (try_image, 250, 6000),
+    "image": (try_image, 250, 8000),
     "class map": (try_class_map, 300, 3000),
     "jsonl": (try_jsonl, 200, 2000),
     "alitok": (try_alitok, 200, 2000),

@@ -276,6 +276,14 @@ def header(name: bytes = b"a.png", size: bytes = b"00000000010\0", kind: bytes =
         (header(kind=b"x", size=b"00000001000\0") + b"11 size=-5\n".ljust(512, b"\0") + header(), "a size of -5"),
         (header(kind=b"g", size=b"00000001000\0") + b"10 path=x\n".ljust(512, b"\0") + header(), "names all members"),
         (header(kind=b"L", size=b"00000001000\0") + b"x".ljust(512, b"\0"), "a member's header is missing"),
+        (
+            2 * (header(kind=b"L", size=b"00000000005\0") + b"a.png".ljust(512, b"\0")) + header(),
+            "the member before it is missing",
+        ),
+        (
+            header(kind=b"L", size=b"00000000005\0") + b"a\0png".ljust(512, b"\0") + header(),
+            "a long name of another form",
+        ),
         (header(name=b"\0"), "is no place inside a folder"),
         (header(kind=b"Z"), "of type b'Z'"),
     ],

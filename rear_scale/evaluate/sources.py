@@ -18,7 +18,7 @@ from torch import Tensor
 from rear_scale.config import InputError
 from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
 from rear_scale.shards.classes import class_id
-from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, decode_image
+from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
 from rear_scale.shards.images import ImageShards, open_images
 from rear_scale.shards.tar_index import check_not_compressed, members, read_place, scan, tar_shards
 from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, File, LeftOut, extension_of, is_utf8, shown, walk
@@ -285,6 +285,7 @@ def _class_ids(labels: list[int | str | None]) -> tuple[np.ndarray | None, list[
 
 def _decode(file: _File, size: int | None, exif: str) -> np.ndarray:
     try:
+        check_bytes(os.path.getsize(file.path) if file.size is None else file.size)
         image = decode_image(file.data(), deep=False, exif=exif)
         return np.asarray(image) if size is None else center_crop(image, size)
     except (BadImage, OSError, MemoryError) as error:

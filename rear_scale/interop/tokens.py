@@ -29,7 +29,7 @@ from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.classes import folder_ids, id_notes, names_by_id, read_class_map
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint, listing_hash
 from rear_scale.shards.record import SHARD_SAMPLES, Manifest, read_manifest, write_manifest
-from rear_scale.shards.walk import shown, walk
+from rear_scale.shards.walk import reason, shown, walk
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.weight_file import find_weights
 
@@ -142,7 +142,7 @@ class _JsonlFile:
                         raise ValueError(f"class_id is {str(label)[:40]!r}, not a whole number")
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     raise InputError(
-                        f"{where}: not an object with class_id and tokens ({error}). Repair the file"
+                        f"{where}: not an object with class_id and tokens ({reason(error)}). Repair the file"
                     ) from error
                 yield where, label, tokens
 
@@ -167,7 +167,7 @@ def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
                 raise ValueError(f"{member.file_size:,} bytes are more than the crops of one image")
             codes = np.load(io.BytesIO(archive.read(member)), allow_pickle=False)
     except Exception as error:  # whatever damaged bytes lead zipfile and numpy to
-        raise InputError(f"{path} holds no array `codes` ({shown(str(error))}). Make it again") from error
+        raise InputError(f"{path} holds no array `codes` ({reason(error)}). Make it again") from error
     if codes.ndim == 2 and codes.shape[1] == 2 * num_tokens:
         raise InputError(
             f"{path}: rows of {codes.shape[1]} codes join sequences of two images, as the released script writes them without "

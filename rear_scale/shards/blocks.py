@@ -23,6 +23,7 @@ from rear_scale.files import file_sha256
 from rear_scale.shards.record import Manifest, TarShard, block_checksum
 from rear_scale.shards.storage import address, is_remote, open_remote
 from rear_scale.shards.tar_index import scan
+from rear_scale.shards.walk import reason
 
 Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
 
@@ -204,7 +205,7 @@ def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int)
         try:
             tokens = np.load(io.BytesIO(content)) if extension == "npy" else np.asarray(json.loads(content))
         except Exception as error:  # whatever damaged bytes lead the readers to
-            raise ValueError(str(error) or type(error).__name__) from error
+            raise ValueError(reason(error)) from error
     else:
         width, rest = divmod(len(content), num_tokens)
         if rest or width not in (2, 4, 8):

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,9 +12,13 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from rear_scale.shards.walk import reason
+
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")  # of the files that are read, in any case
-# What they may hold, whatever their extension says. Not PostScript, which Pillow hands to another program.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+# What they may hold, whatever their extension says. Not PostScript, which Pillow hands to another program, and no format
+# that any bytes may pass for.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_MOST_BYTES = 1 << 30  # of an image file: the whole file is read at once
 EXIF = ("ignore", "apply")  # what is done about the orientation that a camera notes beside the pixels
 CROPS = {"center": 1, "flip": 2, "ten": 10}  # crops of one image, by the name of pretokenize.crops
 _TEN_CROP_SCALE = 1.1  # ten crops are cut from a centre crop this much larger
@@ -34,6 +37,12 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def check_bytes(size: int) -> None:
+    """Raises BadImage for the size (bytes) of a file that is too large to be read as an image."""
+    if size > _MOST_BYTES:
+        raise BadImage(f"its {size:,} bytes are more than an image file may have ({_MOST_BYTES:,})")
+
+
 @contextmanager
 def _bad_image_rule() -> Iterator[None]:
     """Whatever an image leads Pillow to (its plugins raise any error, damaged sizes take any memory) is a BadImage."""
@@ -45,8 +54,8 @@ def _bad_image_rule() -> Iterator[None]:
         # Pillow's message holds the address of an object.
         raise BadImage("not an image of a format that is read") from None
     except Exception as error:
-        text = re.sub(r"0x[0-9a-f]+", "0x...", " ".join(str(error).split()))
-        raise BadImage(f"{type(error).__name__}: {text}" if text else type(error).__name__) from error
+        name, text = type(error).__name__, reason(error)
+        raise BadImage(name if text == name else f"{name}: {text}") from error
 
 
 @_bad_image_rule()

@@ -18,12 +18,14 @@ from PIL import Image
 from rear_scale.config import InputError
 from rear_scale.progress import say_once
 from rear_scale.shards.classes import class_id, folder_ids, id_notes, names_by_id, read_class_map
-from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, decode_image
+from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
 from rear_scale.shards.images import FORMAT
 from rear_scale.shards.inputs import Inputs, listing_hash
 from rear_scale.shards.record import read_index
 from rear_scale.shards.tar_index import TarSample, read_place, scan, tar_shards
-from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, OUTSIDE, LeftOut, is_utf8, shown, walk
+from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, OUTSIDE, LeftOut, is_utf8, reason, shown, walk
+
+_LONGEST_CLASS = 4096  # bytes that are read of a cls member
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ class FolderSource(ImageSource):
             data, problem = b"", file.problem
             if problem is None:
                 try:
+                    check_bytes(file.size)
                     data = (self.folder / file.name).read_bytes()
-                except (OSError, MemoryError) as error:
-                    problem = getattr(error, "strerror", None) or type(error).__name__
+                except (OSError, MemoryError, BadImage) as error:
+                    problem = getattr(error, "strerror", None) or reason(error)
             yield SourceImage(shown(file.name), data, label, problem)
 
 
@@ -222,7 +225,8 @@ class TarSource(ImageSource):
             return SourceImage(
                 name, b"", 0, f"it has {has}, but one image ({', '.join(EXTENSIONS)}) and cls are wanted"
             )
-        text = read_place(file, sample.members["cls"]).decode(errors="replace").strip()
+        offset, size = sample.members["cls"]
+        text = read_place(file, (offset, min(size, _LONGEST_CLASS))).decode(errors="replace").strip()
         label = self._label(text)
         if label is None:
             where = f"{tar}, byte {sample.members['cls'][0]}: cls is {shown(text[:40])!r}, which is"
@@ -232,10 +236,12 @@ class TarSource(ImageSource):
             return SourceImage(name, b"", 0, f"{where.partition(': ')[2]} no class id. Name a class map that lists it")
         if not is_utf8(sample.key):
             return SourceImage(name, b"", label, NOT_UTF8)
+        place = sample.members[images[0]]
         try:
-            return SourceImage(f"{tar.name}/{sample.key}", read_place(file, sample.members[images[0]]), label)
-        except (OSError, MemoryError) as error:
-            return SourceImage(name, b"", label, getattr(error, "strerror", None) or type(error).__name__)
+            check_bytes(place[1])
+            return SourceImage(name, read_place(file, place), label)
+        except (OSError, MemoryError, BadImage) as error:
+            return SourceImage(name, b"", label, getattr(error, "strerror", None) or reason(error))
 
     def _label(self, text: str) -> int | None:
         number = class_id(text)

@@ -236,14 +236,19 @@ class _Reader:
         content = file.read(info.size)
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
             field_name = "path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
-            self.said[field_name] = content.split(b"\0")[0].decode("utf-8", "surrogateescape")
-            return end
-        records = self._pax(position, content)
+            text = content.rstrip(b"\0")
+            if b"\0" in text:
+                raise self._damaged(position, "a long name of another form")
+            records = {field_name: text.decode("utf-8", "surrogateescape")}
+        else:
+            records = self._pax(position, content)
         if info.type == tarfile.XGLTYPE:
             if records.keys() & {"path", "linkpath", "size", "sparse"}:
                 raise self._damaged(position, "one record names all members")
+        elif records.keys() & self.said.keys():
+            raise self._damaged(position, "the header of the member before it is missing")
         else:
-            self.said.update(records)
+            self.said |= records
         return end
 
     def _pax(self, position: int, content: bytes) -> dict[str, str]:

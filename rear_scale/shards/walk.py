@@ -16,6 +16,7 @@ from rear_scale.progress import say_once
 
 # Folders that operating systems and file servers keep for themselves; their spelling varies in case.
 _SYSTEM = frozenset(("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information"))
+_LONGEST = 200  # characters of an error of a library
 _EXTENSIONS_NAMED = 5  # of the formats that are not read
 
 HIDDEN = "hidden or system names"
@@ -45,6 +46,13 @@ def shown(name: str | Path) -> str:
     except UnicodeEncodeError:  # other lone surrogates, as JSON may have
         text = str(name).encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line of bounded length: libraries quote the damaged bytes."""
+    text = re.sub(r"0x[0-9a-f]{6,}", "0x...", shown(" ".join(str(error).split())))
+    name = type(error).__name__
+    return name if not text else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def in_parts(name: str) -> list[str]:
