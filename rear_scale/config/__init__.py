@@ -8,9 +8,9 @@ Every rule that a user can break raises InputError with the field, its value, th
 """
 
 from rear_scale.config.arrived import is_remote
-from rear_scale.config.bounds import check_yaml
+from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
-from rear_scale.config.overrides import CONFIG_DIR, check_override, split
+from rear_scale.config.overrides import CONFIG_DIR, check_override, in_quotes, shown, split
 from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "UnknownLength",
     "check_override",
     "check_resumable",
+    "check_references",
     "check_yaml",
     "derive",
     "figure_overrides",
@@ -60,9 +61,11 @@ __all__ = [
     "from_dict",
     "groups_by_class",
     "from_file",
+    "in_quotes",
     "is_remote",
     "load",
     "settled",
+    "shown",
     "split",
     "to_dict",
     "to_yaml",

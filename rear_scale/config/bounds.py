@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from rear_scale.config.schema import InputError
 MOST_CHARACTERS = 1 << 20
 MOST_VALUES = 200_000  # a config has some 150, and sample.labels may list an id per image
 DEEPEST = 30  # levels of nesting; a config has 4
+MOST_REFERENCES = 4096  # of one value, its references' references included
 MOST_DIGITS = 30  # of a whole number; the rules of single fields are narrower
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -30,6 +32,12 @@ def check_yaml(text: str, source: str) -> None:
         _check_events(yaml.parse(text, Loader=_LOADER), source)
     except yaml.YAMLError:
         return
+
+
+def check_references(texts: Iterable[str], source: str) -> None:
+    """Raises InputError where ${KEY}s, each of which may stand for several others, could multiply beyond bounds."""
+    if math.prod(max(1, text.count("${")) for text in texts) > MOST_REFERENCES:
+        raise InputError(f"{source}: too many values refer to several others (${{KEY}}). Write some of them out")
 
 
 def _check_events(events: Iterator[yaml.Event], source: str) -> None:

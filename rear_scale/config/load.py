@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from rear_scale.config import arrived
-from rear_scale.config.bounds import MOST_DIGITS, check_yaml
+from rear_scale.config.bounds import MOST_DIGITS, check_references, check_yaml
 from rear_scale.config.overrides import (
     CONFIG_DIR,
     LONGEST_TEXT,
@@ -161,6 +161,7 @@ def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> Ex
     _keep_one_length(values, {key for item in overrides for key in leaves({item.key: item.value})})
     _name_reference(values)
     _check_values(values, ExperimentConfig, "", source)
+    check_references((value for value in leaves(values).values() if isinstance(value, str)), source)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), values)
         cfg = OmegaConf.to_object(typed)

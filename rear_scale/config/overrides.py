@@ -203,9 +203,13 @@ def _sweep(key: str, value: str) -> InputError:
 
 
 def quoted(key: str, value: str) -> str:
-    """How an override is written whose value is a text that means something else without quotes."""
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return shlex.quote(f"{key}='{inner}'")
+    """The word of a shell that sets a field to a text which would mean something else without quotes."""
+    return shlex.quote(f"{key}={in_quotes(value)}")
+
+
+def in_quotes(text: str) -> str:
+    """A text as the value of an override that means nothing but the text itself."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def shown(text: str) -> str:
