@@ -62,6 +62,7 @@ def prepare(
     if (out / "index.json").exists():
         index = read_index(out, FORMAT)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
+        writer.remove_records(out)  # a kill may have come between
         print(f"{shown(out)} is complete: {sum(shard['samples'] for shard in index['shards'])} images")
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 from rear_scale.shards.sources import check_size, load_crops, open_source
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.training import check_same_training, train_compact
+from rear_scale.tokenizer.training import check_same_training, remove_progress, train_compact
 from rear_scale.world import joined
 
 
@@ -47,6 +47,7 @@ def main() -> None:
             if path.exists():
                 open_tokenizer(tokenizer, world.device)
                 check_same_training(tokenizer, pixels)
+                remove_progress(path)  # a kill may have come between
                 say(f"{path} is complete")
             else:
                 train_compact(tokenizer, pixels, world.device)

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -129,14 +130,15 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{name}.{_machine()}-{os.getpid()}-{start_time(os.getpid())}-{secrets.token_hex(4)}.part")
 
 
-def remove_leftovers(folder: str | Path, of: str | None = None) -> None:
+def remove_leftovers(folder: str | Path, *locked: str) -> None:
     """Removes what writers that were killed have left in a folder under temporary names; a live writer's stays.
 
-    of: a name that this process has locked, so that all that is left of it goes, also of writers on other machines.
+    locked: names (or patterns) that no other process writes, so that all that is left of them goes, also of writers on other
+    machines, of whom nobody here knows whether they are alive.
     """
     with suppress(OSError):  # no such folder, or one that is not ours
         for entry in list(os.scandir(folder)):
-            if _is_leftover(entry, of):
+            if _is_leftover(entry, locked):
                 with suppress(OSError):
                     shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
@@ -175,11 +177,11 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _is_leftover(entry: os.DirEntry[str], of: str | None) -> bool:
+def _is_leftover(entry: os.DirEntry[str], locked: tuple[str, ...]) -> bool:
     found = re.fullmatch(r"(.+)\.([0-9a-f]{10})-(\d+)-(\d+)-[0-9a-f]{8}\.part", entry.name, re.DOTALL)
     if found is None:
         return False
-    if found[1] == of:
+    if any(fnmatchcase(found[1], pattern) for pattern in locked):
         return True
     if found[2] == _machine():
         return not is_running(int(found[3]), int(found[4]))

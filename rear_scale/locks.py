@@ -61,6 +61,8 @@ def _open(path: Path) -> int:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
+            if not path.exists():
+                raise
             return os.open(path, os.O_RDONLY)  # a colleague's, left by a killed process, in a folder of the group
     except OSError as error:
         raise InputError(

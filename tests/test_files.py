@@ -15,10 +15,11 @@ import pytest
 import torch
 from helpers import write_token_shards
 
-from rear_scale import files
+from rear_scale import files, weight_file
 from rear_scale.evaluate.statistics import write_statistics
 from rear_scale.files import atomic_file, atomic_folder, remove_leftovers, sync, write_text_atomically
 from rear_scale.interop import npz, official
+from rear_scale.parallel.sources import write_portable
 from rear_scale.sample import files as sample_files
 from rear_scale.shards.reader import open_tokens
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -182,7 +183,7 @@ def test_leftovers_of_other_machines_go_when_they_are_old_or_their_name_is_locke
         os.utime(path, (1, 1))
     remove_leftovers(tmp_path)
     assert sorted(path.name[:6] for path in tmp_path.iterdir()) == ["folder", "mine.p", "new.01"]
-    remove_leftovers(tmp_path, of="new")
+    remove_leftovers(tmp_path, "n*w")
     os.utime(folder / "half", (1, 1))
     os.utime(folder, (1, 1))
     remove_leftovers(tmp_path)
@@ -214,3 +215,54 @@ def test_the_files_of_a_zip_are_closed_before_they_are_renamed(tmp_path: Path) -
     WRITERS["samples.npz"](tmp_path / "samples.npz")
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive:
         assert archive.testzip() is None
+
+
+def killed(write: Callable[[], object], monkeypatch: pytest.MonkeyPatch, patched: object, name: str) -> None:
+    """Runs `write` in a process that ends, as by SIGKILL, where it would call a function."""
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(patched, name, lambda *arguments, **named: os._exit(9))
+        try:
+            write()
+        finally:
+            os._exit(1)  # never this process's pytest
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("moment", ["sync", "remove_folder", "publish_folder"])
+def test_a_killed_conversion_does_not_block_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    tensors = {"param": WEIGHTS}
+
+    def write() -> None:
+        write_portable(tmp_path / "out", 3, tensors, {"config": {}})
+
+    killed(write, monkeypatch, files, moment)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("out.")
+    write()
+    assert names(tmp_path) == {"out", "out/meta.json", "out/part-00000.safetensors"}
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("shards", "cache")])
+@pytest.mark.parametrize("moment", ["sync", "_set_mode"])
+def test_what_a_killed_writer_leaves_goes_with_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: str
+) -> None:
+    killed(lambda: WRITERS[name](tmp_path / name), monkeypatch, files, moment)
+    assert len(names(tmp_path)) == 1
+    WRITERS[name](tmp_path / name)
+    assert names(tmp_path) == {name}
+
+
+def test_a_killed_safetensors_writer_leaves_nothing_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(lambda: write_tensors(tmp_path / "file", WEIGHTS, None), monkeypatch, weight_file, "save_file")
+    assert len(names(tmp_path)) == 2
+    write_tensors(tmp_path / "file", WEIGHTS, None)
+    assert names(tmp_path) == {"file"}

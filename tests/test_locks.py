@@ -204,7 +204,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, number: int, flag: int) -> None:
 def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     refusing(monkeypatch, number, os.O_CREAT)
     with (
-        pytest.raises(InputError, match=f"cannot be locked .*{tmp_path}/.lock cannot be opened"),
+        pytest.raises(InputError, match=f"cannot be locked .*{tmp_path}/.lock cannot be opened .{os.strerror(number)}"),
         locked(tmp_path / ".lock", "theirs"),
     ):
         pass

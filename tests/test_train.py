@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -334,3 +335,28 @@ def test_shards_that_do_not_fit_are_refused_before_any_process_group(tmp_path: P
         setup.check_data(tiny_config(tmp_path, tokens, "tokenizer.codebook_size=64"), discover({}))
     with pytest.raises(InputError, match="not found"):
         setup.check_data(tiny_config(tmp_path, tmp_path / "nothing"), discover({}))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "Disk quota exceeded"), MemoryError("no room")])
+def test_checkpoints_that_cannot_be_written_stop_the_last_step_alone(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    cfg = tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=4", "checkpoint.every_steps=1")
+    write = checkpoint.save_tensors
+
+    def failing(path: Path, tensors: dict) -> None:
+        if "step_00000001" not in str(path):
+            raise error
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", failing)
+    with pytest.raises(OSError, match="the checkpoint of the last step was not written: rank 0: ") as raised:
+        run_alone(run, cfg)
+    assert str(error) in str(raised.value)
+    assert raised.value.errno is None  # rear_scale.cli ends with exit code 1 then
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 1)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    monkeypatch.undo()
+    assert run_alone(run, cfg) == 3
+    assert checkpoint.find(tmp_path / "run").step == 4

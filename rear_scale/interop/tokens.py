@@ -200,6 +200,7 @@ def _import(
     made_from = hashlib.sha256(source.encode()).hexdigest()
     if (out / "index.json").exists():
         check_same_inputs(read_manifest(out).inputs, inputs, out, "OUT")
+        writer.remove_records(out)  # a kill may have come between
         say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -334,7 +334,7 @@ def clear(root: Path) -> None:
     """Removes what a killed run was writing or removing. For the process that has locked the run, while it writes none."""
     for leftover in root.glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    remove_leftovers(root)
+    remove_leftovers(root, "*")
 
 
 def _set_aside(path: Path, fault: str) -> str:

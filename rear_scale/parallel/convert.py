@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +12,9 @@ from torch import Tensor
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.files import remove_leftovers
 from rear_scale.interop import accelerate, official
+from rear_scale.locks import locked
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
 from rear_scale.parallel.checkpoint import Checkpoint
@@ -31,8 +36,7 @@ def convert(
     dry_run: bool = False,
 ) -> None:
     """Writes `out` in a form. Raises InputError when the source cannot be read or the form does not exist for it."""
-    if out.exists():
-        raise InputError(f"--out {out} exists. Name another, or remove it first")
+    _check_new(out)
     if form == "portable" and accelerate.is_released_checkpoint(source):
         if not dry_run:
             _portable_of_released(source, config_name, overrides, out)
@@ -58,15 +62,31 @@ def convert(
             f"{found.path}, step {found.step}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} values"
         )
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if form == "portable":
-        kept = ("config", "optimizer_step", "tokenizer_sha256")
-        write_portable(out, found.step, _states(found), {name: found.meta[name] for name in kept if name in found.meta})
-    elif form == "consolidated":
-        write_consolidated(out, found, weights)
-    else:
-        official.write(out, weights)
+    with _alone(out):
+        if form == "portable":
+            kept = ("config", "optimizer_step", "tokenizer_sha256")
+            meta = {name: found.meta[name] for name in kept if name in found.meta}
+            write_portable(out, found.step, _states(found), meta)
+        elif form == "consolidated":
+            write_consolidated(out, found, weights)
+        else:
+            official.write(out, weights)
     say(f"{found.path} -> {out} ({form})")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process writes `out` in the block, and what a killed one has left of it is gone."""
+    refusal = f"--out {out} is being written by another process. Wait for it, or name another"
+    with locked(out.with_name(f".{out.name}.lock"), refusal):
+        _check_new(out)
+        remove_leftovers(out.parent, glob.escape(out.name))
+        yield
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"--out {out} exists. Name another, or remove it first")
 
 
 def _states(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
@@ -105,4 +125,5 @@ def _portable_of_released(source: Path, config_name: str | None, overrides: list
     released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
     weights_folder = source / "unwrapped_model" if (source / "unwrapped_model").is_dir() else source
     values = open_source(weights_folder, config_name, overrides).meta["config"]
-    write_portable(out, released.step, released.tensors, {"config": values, "optimizer_step": released.step})
+    with _alone(out):
+        write_portable(out, released.step, released.tensors, {"config": values, "optimizer_step": released.step})

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import re
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.files import atomic_file
+from rear_scale.files import atomic_file, remove_leftovers
 from rear_scale.interop.npz import open_samples, write_samples
 from rear_scale.progress import progress
 from rear_scale.sample.grid import contact_sheet
@@ -143,8 +144,18 @@ def write_copies(output: Path, kind: str, labels: np.ndarray, world: World) -> N
 
 def written_over(output: Path) -> list[Path]:
     """The files with content that a job would replace or remove: `output`, what goes beside it, and its copies."""
-    beside = [output.with_suffix(suffix) for suffix in (".npz", ".tokens.npy", ".png", ".json")]
-    return [*(path for path in beside if path.is_file() and path.stat().st_size > 0), *_copies(output)]
+    return [*(path for path in _beside(output) if path.is_file() and path.stat().st_size > 0), *_copies(output)]
+
+
+def _beside(output: Path) -> list[Path]:
+    return [output.with_suffix(suffix) for suffix in (".npz", ".tokens.npy", ".png", ".json")]
+
+
+def remove_unfinished(output: Path) -> None:
+    """Removes what a killed job has left of `output`, of what goes beside it and of its copies. Nobody else writes there."""
+    remove_leftovers(output.parent, *(glob.escape(path.name) for path in _beside(output)))
+    for kind in ("png", "tar"):
+        remove_leftovers(_copies_folder(output, kind), "*")
 
 
 def remove_copies(output: Path) -> None:

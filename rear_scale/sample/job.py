@@ -31,7 +31,15 @@ from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
 from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.files import Parts, assemble, check_space, remove_copies, write_copies, written_over
+from rear_scale.sample.files import (
+    Parts,
+    assemble,
+    check_space,
+    remove_copies,
+    remove_unfinished,
+    write_copies,
+    written_over,
+)
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, weights_sha256
@@ -179,6 +187,7 @@ def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None
 
 def _sample(job: _Job) -> None:
     cfg, world = job.cfg, job.world
+    world.on_main(lambda: remove_unfinished(job.output))
     if is_done(job.output, job.identity, job.result):
         if world.is_main:
             job.parts.remove()  # a kill may have come between

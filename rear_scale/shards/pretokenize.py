@@ -66,6 +66,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
         )
     if _is_done(out, made_from, inputs):
         if world.is_main:
+            writer.remove_records(out)  # a kill may have come between
             say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -267,7 +267,7 @@ def _complete(places: list[Path], manifest: Manifest) -> Path | None:
 def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float | None) -> Path:
     """Writes the memory maps and returns their folder. max_skipped_share: null = any damage is an error."""
     manifest = files.manifest
-    remove_leftovers(whole.parent, of=whole.name)
+    remove_leftovers(whole.parent, whole.name)
     needed = 2 * manifest.num_samples * (manifest.num_tokens + 1)
     free = shutil.disk_usage(whole.parent).free
     if free < needed * 1.05:

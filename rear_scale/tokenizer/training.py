@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
 from rear_scale.config.values import leaves
-from rear_scale.files import atomic_file
+from rear_scale.files import atomic_file, remove_leftovers
 from rear_scale.progress import progress
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
@@ -43,7 +44,7 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = training_settings(cfg, images)
     run = _TrainingRun(cfg, training, device, settings)
-    progress_file = path.with_name(f"{path.name}.training")
+    progress_file = _progress_file(path)
     run.resume(progress_file)
     pixels = torch.from_numpy(images)
     with progress("train tokenizer", training.steps, "step", done=run.step) as bar:
@@ -58,8 +59,18 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
     run.check_finite()
     tokenizer = run.tokenizer.eval()
     tokenizer.save(path, settings)
-    progress_file.unlink(missing_ok=True)
+    remove_progress(path)
     return tokenizer
+
+
+def remove_progress(path: Path) -> None:
+    """Removes what lies beside a tokenizer's weights until they are complete. For the process that has locked them."""
+    _progress_file(path).unlink(missing_ok=True)
+    remove_leftovers(path.parent, *(glob.escape(file.name) for file in (path, _progress_file(path))))
+
+
+def _progress_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.training")
 
 
 def training_settings(cfg: TokenizerConfig, images: np.ndarray) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from rear_scale.config import ExperimentConfig, to_yaml
-from rear_scale.files import write_text_atomically
+from rear_scale.files import remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.versions import commit, versions
 from rear_scale.world import World
@@ -56,6 +56,7 @@ class RunFolder:
         return locked(*self.lock)
 
     def start(self, cfg: ExperimentConfig, world: World) -> None:
+        remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl")
         write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
         with open(self.path / "starts.jsonl", "a") as file:
             file.write(json.dumps(provenance(world)) + "\n")
