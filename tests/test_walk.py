@@ -12,10 +12,11 @@ from helpers import run_alone
 from PIL import Image
 
 from rear_scale import progress
-from rear_scale.config import InputError
+from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.evaluate.sources import open_image_set
 from rear_scale.shards import walk as walking
 from rear_scale.shards.crops import EXTENSIONS, BadImage
+from rear_scale.shards.reader import open_manifest
 from rear_scale.shards.sources import open_source
 from rear_scale.shards.tar_index import tar_shards
 from rear_scale.shards.walk import HIDDEN, LEADS_BACK, LEADS_NOWHERE, LeftOut, shown, walk
@@ -262,8 +263,14 @@ def test_images_beside_tars_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "X.TAR.ZST", "x.tar.xz", "x.tbz2"])
 def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=rf"{name} is compressed, but its members are read from within it"):
-        tar_shards(tmp_path)
+    for command in (
+        lambda: tar_shards(tmp_path),
+        lambda: open_source(tmp_path),
+        lambda: open_manifest(str(tmp_path), TokenizerConfig(), DataConfig(train=str(tmp_path))),
+        lambda: run_alone(_count, tmp_path),
+    ):
+        with pytest.raises(InputError, match=rf"{name} is compressed, but its members are read from within it"):
+            command()
     with pytest.raises(InputError, match=rf"{name} is compressed"):
         run_alone(_count, tmp_path / name)
 

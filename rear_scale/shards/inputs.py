@@ -24,17 +24,17 @@ def fingerprint(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_inputs(before: Mapping[str, object] | None, now: Inputs, out: Path, field: str) -> None:
+def check_same_inputs(before: object, now: Inputs, out: Path, field: str) -> None:
     """Raises InputError, naming what differs, when a finished output was made from something else than asked for now.
 
-    before: what its manifest says; None for one of an earlier version, which says nothing. field: what names the output.
+    before: what its manifest says; that of an earlier version says nothing. field: what names the output.
     """
     way_out = f"Remove {out}, or set another {field}"
-    if before is None:
+    if not isinstance(before, Mapping):
         raise InputError(f"{field}={out} was made before its inputs were recorded: they may be others now. {way_out}")
     changed = [
-        f"{name} {before.get(name)} then, {now.get(name)} now"
-        for name in sorted(before.keys() | now.keys())
+        f"{name} {str(before.get(name))[:200]} then, {now.get(name)} now"
+        for name in sorted(map(str, before.keys() | now.keys()))
         if before.get(name) != now.get(name)
     ]
     if changed:
