@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, HeadsConfig
 from rear_scale.model import Generator, build_model
-from rear_scale.model.flops import parameters_by_part, train_flops_per_image
+from rear_scale.model.flops import distinct_classes_per_image, parameters_by_part, train_flops_per_image
+from rear_scale.shards.order import group_by_class
 
 SMALL = [
     "model.depth=3",
@@ -193,3 +194,68 @@ def test_no_heads_cost_nothing() -> None:
     assert train_flops_per_image(small("objective=ar")) < train_flops_per_image(small())
     assert parameters_by_part(small("objective=ar"))["heads"] == 0
     assert HeadsConfig().encode_tap is None
+
+
+def test_flops_count_modulation_once_per_distinct_class() -> None:
+    """The counter runs 5 images of 3 classes; what it counts of each is what AdaLN costs with 3/5 of a row per image."""
+    cfg = small()
+    tokens, classes = batch()
+    distinct, rows = classes.unique(return_inverse=True)
+    counted = []
+    for arguments in ((classes, None), (distinct, rows)):
+        with FlopCounterMode(display=False) as counter:
+            filled(cfg)(tokens, *arguments)
+        counted.append(counter.get_total_flops())
+    saved = 5 * (train_flops_per_image(cfg) - train_flops_per_image(cfg, 3 / 5))
+    assert 3 * (counted[0] - counted[1]) == pytest.approx(saved, abs=5)  # each image rounded
+    assert train_flops_per_image(small("model.conditioning=in_context"), 0.1) == train_flops_per_image(
+        small("model.conditioning=in_context")
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "images", "classes", "dropped", "grouped"),
+    [
+        (2048, 256, 1000, 0.1, True),
+        (2048, 32, 1000, 0.1, True),
+        (2048, 256, 1000, 0.1, False),
+        (4096, 64, 1000, 0.0, True),
+        (512, 16, 100, 0.1, True),
+        (512, 128, 100, 0.5, False),
+        (64, 64, 10, 1.0, True),
+    ],
+)
+def test_distinct_classes_are_those_of_drawn_batches(
+    batch_size: int, images: int, classes: int, dropped: float, grouped: bool
+) -> None:
+    cfg = config.load(
+        "rear_b.yaml",
+        [
+            f"train.global_batch_size={batch_size}", f"train.micro_batch_size={images}", f"model.num_classes={classes}",
+            f"objective.class_dropout={dropped}", f"data.group_by_class={grouped}", "model.modulation=per_class",
+        ],
+    )  # fmt: skip
+    draws, counts = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        labels = torch.randint(classes, (batch_size,), generator=draws)
+        labels[torch.rand(batch_size, generator=draws) < dropped] = classes
+        if grouped:
+            labels = labels[group_by_class(labels, classes)]
+        counts.append(sum(len(part.unique()) for part in labels.split(images)) / batch_size)
+    assert distinct_classes_per_image(cfg) == pytest.approx(sum(counts) / len(counts), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 0.47),  # in micro-batches of 32
+        (("train.micro_batch_size=256",), 0.415),
+        (("data.group_by_class=false",), 1.0),  # too many of 32 to share
+        (("data.group_by_class=false", "model.modulation=per_class"), 0.918),
+        (("model.modulation=per_sample",), 1.0),
+        (("model.conditioning=in_context",), 1.0),
+    ],
+)
+def test_the_planned_share_of_distinct_classes_follows_the_config(overrides: tuple[str, ...], expected: float) -> None:
+    cfg = config.load("rear_b.yaml", ["train.micro_batch_size=32", *overrides])
+    assert distinct_classes_per_image(cfg) == pytest.approx(expected, abs=0.02)

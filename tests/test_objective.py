@@ -132,7 +132,7 @@ def test_labels_are_dropped_at_their_rate_by_sample(tmp_path: Path, tokens: Path
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(classes[~dropped], labels[~dropped])
     part = target.micro_batch(clean[5:9], labels[5:9], ids[5:9], epochs[5:9])
-    assert torch.equal(part.classes[part.rows], classes[5:9])
+    assert torch.equal(part.classes if part.rows is None else part.classes[part.rows], classes[5:9])
     other = objective(tmp_path, tokens, "model.modulation=per_sample").micro_batch(clean, labels, ids, epochs)
     assert other.rows is None
     assert torch.equal(other.classes, classes)
@@ -228,3 +228,30 @@ def test_each_released_form_changes_its_own_term(tmp_path: Path, tokens: Path) -
     )
     assert twice["loss_decode"] == pytest.approx(2 * once["loss_decode"], rel=1e-5)
     assert once["loss_ar"] == paper["loss_ar"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_the_cross_entropy_of_gpus_is_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float
+) -> None:
+    """Parts of 7 rows, the last one shorter; bf16 gradients are rounded once."""
+    monkeypatch.setattr(losses, "_ROWS", 7)
+    draws = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(30, 50, generator=draws)).to(dtype).requires_grad_()
+    targets = torch.randint(50, (30,), generator=draws)
+    found, expected = losses._CrossEntropy.apply(logits, targets), F.cross_entropy(logits.float(), targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(3 * loss, logits)[0] for loss in (found, expected))
+    assert ours.dtype == dtype
+    assert torch.allclose(ours, theirs, rtol=bound, atol=bound * theirs.abs().max().item())
+    again = torch.autograd.grad(3 * losses._CrossEntropy.apply(logits, targets), logits)[0]
+    assert torch.equal(again, ours)
+
+
+def test_the_cross_entropy_of_gpus_keeps_no_second_copy_of_the_logits() -> None:
+    kept: list[torch.Tensor] = []
+    logits = torch.randn(64, 100, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        losses._CrossEntropy.apply(logits, torch.zeros(64, dtype=torch.long))
+    assert sum(tensor.nbytes for tensor in kept if tensor.data_ptr() != logits.data_ptr()) == 64 * (8 + 4)

@@ -32,7 +32,7 @@ def passed(folder: Path, tokens: Path, *overrides: str) -> tuple[dict[str, Tenso
             passes[number] += 1
             return forward(*inputs)
 
-        if not cfg.train.compile:
+        if cfg.train.compile is not True:
             block.forward = count
     prepare_blocks(model, cfg)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from helpers import TIMES, metrics, run_alone, tiny_config, write_token_shards
 from rear_scale.config import ExperimentConfig, InputError, groups_by_class, settled
 from rear_scale.objective import MicroBatch, Objective
 from rear_scale.parallel import checkpoint
-from rear_scale.train import setup
+from rear_scale.train import garbage, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World, discover
@@ -230,6 +231,21 @@ def test_a_run_from_before_grouping_goes_on_as_it_began(tmp_path: Path, tokens: 
     run_alone(run, tiny_config(old, tokens, *still))
     assert _losses(old) == _losses(tmp_path / "whole")
     assert checkpoint.find(old / "run").meta["config"]["data"]["group_by_class"] is False
+
+
+def test_garbage_is_collected_at_fixed_steps_while_training(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "_EVERY_STEPS", 2)
+    collected, enabled = [], []
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(len(enabled)) or collect())
+    hooks = Hooks([lambda step, model: enabled.append(gc.isenabled())])
+    run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=5"), hooks)
+    assert enabled == [False] * 5
+    assert collected == [0, 2, 4]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_twin_without_regularization_has_no_such_terms(tmp_path: Path, tokens: Path) -> None:

@@ -71,7 +71,9 @@ def measure(arguments: argparse.Namespace, cfg: ExperimentConfig, ranks: Ranks) 
 def _run_rank(arguments: argparse.Namespace, images: int, ranks: Ranks, size: int, port: int) -> dict[str, Any] | None:
     """This rank's process in a world of some size; what it prints on rank 0."""
     command = [sys.executable, sys.argv[0], "train", "--config", arguments.config, *arguments.overrides]
-    command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps), "--classes", str(arguments.classes)]
+    command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
+    if arguments.classes is not None:
+        command += ["--classes", str(arguments.classes)]
     command += ["--global-batch", str(images)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     place = {

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +27,18 @@ from rear_scale import config
 from rear_scale.bench import reference, scaling
 from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError, Plan
-from rear_scale.model.flops import train_flops_per_image
+from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
-from rear_scale.objective import MicroBatch, Objective, Task
+from rear_scale.objective import MicroBatch, Objective, Task, shared_classes
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress
 from rear_scale.world import World, discover, joined
 
 _LEARNING_RATE = 1e-4
+# The papers' global batch, on the ranks of one machine: the share of distinct classes that is timed by default.
+_DATA_BATCH, _DATA_RANKS = 2048, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; medians count (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="updates of a turn (default: 1)")
-    parser.add_argument("--classes", type=int, default=7, help="distinct classes of a micro-batch (default: 7)")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        help="distinct classes of a micro-batch (default: as many per image as a rank has of a global batch of 2,048 in the "
+        "order of classes on 8 ranks: 7 of 16)",
+    )
     parser.add_argument(
         "--global-batch",
         type=int,
@@ -57,6 +65,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     On rank 0; None on the others.
     """
+    if arguments.classes is not None and arguments.classes < 1:
+        raise InputError(
+            f"--classes {arguments.classes} must be at least 1. Leave it out for the share of the data order"
+        )
     ranks = discover()
     if ranks.launcher == "slurm":
         return scaling.measure(arguments, config.load(arguments.config, arguments.overrides), ranks)
@@ -85,12 +97,12 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim, generator=torch.Generator().manual_seed(1)
     )
     objective = Objective(cfg, plan, codebook, world.device)
-    batch = _batch(cfg, world, arguments.classes)
+    batch = _batch(cfg, world, arguments.classes or _classes_of_the_data_order(cfg))
     task = objective.task(batch, 1)
     strategy = open_strategy(cfg, plan, world)
     model = drawn_model(cfg, torch.device("cpu"), with_heads=True)
     weights = {name: w.detach().clone().to(world.device).requires_grad_() for name, w in model.named_parameters()}
-    prepare_blocks(model, cfg)
+    prepare_blocks(model, cfg, world.device)
     strategy.build(model)
     variants: dict[str, Callable[[], float]] = {"ours": lambda: _our_step(strategy, objective, batch, task, plan)}
     if compared:
@@ -116,7 +128,8 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         "ratio": medians["ours"] / medians["reference"] if compared else None,
         "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
         "losses_of_the_first_step": losses,
-        "flops_per_s": train_flops_per_image(cfg) * medians["ours"],
+        "distinct_classes": len(batch.classes.unique()),
+        "flops_per_s": train_flops_per_image(cfg, len(batch.classes) / len(batch.ids)) * medians["ours"],
         "world_size": world.size,
         "strategy": cfg.strategy.name,
         "global_batch_size": cfg.train.global_batch_size,
@@ -125,6 +138,16 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         "config": arguments.config,
         "overrides": arguments.overrides,
     }
+
+
+def _classes_of_the_data_order(cfg: ExperimentConfig) -> int:
+    grouped = replace(
+        cfg,
+        data=replace(cfg.data, group_by_class=True),
+        model=replace(cfg.model, modulation="per_class"),
+        train=replace(cfg.train, global_batch_size=_DATA_BATCH, micro_batch_size=_DATA_BATCH // _DATA_RANKS),
+    )
+    return max(1, round(distinct_classes_per_image(grouped) * cfg.train.micro_batch_size))
 
 
 def _meet(world: World) -> None:
@@ -140,7 +163,7 @@ def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:
     tokens = torch.randint(cfg.tokenizer.codebook_size, (B, N), generator=draws)
     labels = torch.arange(B) % min(distinct, B, cfg.model.num_classes)
     ids = torch.arange(B) + B * world.rank
-    classes, rows = (labels, None) if cfg.model.modulation == "per_sample" else labels.unique(return_inverse=True)
+    classes, rows = shared_classes(labels, cfg.model.modulation)
     return MicroBatch(tokens, ids, torch.zeros_like(ids), classes, rows).to(world.device)
 
 

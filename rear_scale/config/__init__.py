@@ -11,7 +11,7 @@ from rear_scale.config.arrived import is_remote
 from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
 from rear_scale.config.overrides import CONFIG_DIR, check_override, in_quotes, shown, split
-from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled
+from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
 from rear_scale.config.schema import (
     CheckpointConfig,
     ClassifierConfig,
@@ -69,5 +69,6 @@ __all__ = [
     "split",
     "to_dict",
     "to_yaml",
+    "wants_compile",
     "with_home",
 ]

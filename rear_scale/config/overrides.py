@@ -258,5 +258,6 @@ def type_name(kind: Any) -> str:
         text = f"a list of {many[get_args(plain)[0]]}"
     else:
         words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        words[bool | str] = "true, false or auto"
         text = words.get(plain, "a section")
     return text if plain is kind else f"{text} or null"

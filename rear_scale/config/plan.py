@@ -123,13 +123,30 @@ def groups_by_class(cfg: ExperimentConfig) -> bool:
     return adaln and cfg.model.modulation != "per_sample" and cfg.data.mode == "resident"
 
 
+def wants_compile(cfg: ExperimentConfig, device: str) -> bool:
+    """Whether blocks are to be compiled on a device ("cuda" or "cpu"): on GPUs, where single operations wait for memory, except
+    under what compilation does not work with."""
+    if cfg.train.compile != "auto":
+        return bool(cfg.train.compile)
+    works = cfg.strategy.name != "zero3" and cfg.train.activation_checkpointing != "selective"
+    return device == "cuda" and works
+
+
 def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentConfig:
-    """The config with data.group_by_class set: where it leaves the choice open, to that of the checkpoint whose config's
-    values are `saved`, or to that of a new run (None)."""
-    if cfg.data.group_by_class is not None:
-        return cfg
-    grouped = groups_by_class(cfg) if saved is None else _completed(_DEFAULTS, saved)["data"]["group_by_class"]
-    return replace(cfg, data=replace(cfg.data, group_by_class=grouped))
+    """The config with the choices that it leaves open as the checkpoint has them whose config's values are `saved`, so that a
+    run goes on as it began; in a new run (None), with data.group_by_class as its rule says."""
+    if saved is None:
+        return replace(cfg, data=replace(cfg.data, group_by_class=groups_by_class(cfg)))
+    before = _completed(_DEFAULTS, saved)
+    grouped, modulation = before["data"]["group_by_class"], before["model"]["modulation"]
+    compiled = before["train"]["compile"]
+    if cfg.data.group_by_class is None:
+        cfg = replace(cfg, data=replace(cfg.data, group_by_class=grouped))
+    if cfg.model.modulation == "auto":
+        cfg = replace(cfg, model=replace(cfg.model, modulation=modulation))
+    if cfg.train.compile == "auto":
+        cfg = replace(cfg, train=replace(cfg.train, compile=compiled))
+    return cfg
 
 
 def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:

@@ -34,7 +34,9 @@ class ModelConfig:
     conditioning: str = "adaln"  # adaln: class and position modulate every block; in_context: the class token alone
     tie_codebook: str | None = None  # input | output | both: code embeddings are a projection of the frozen codebook
     kernel: str = "auto"  # of attention: flash (the flash-attn package), sdpa (torch), auto = flash where it can run
-    modulation: str = "per_class"  # per_class: AdaLN once per (class, position) of a batch; per_sample: once per image
+    # per_class: AdaLN once per (class, position) of a micro-batch; per_sample: once per image; auto: what is less work for the
+    # distinct classes of each micro-batch (in a run that began with another value, that one)
+    modulation: str = "auto"
 
 
 @dataclass
@@ -204,7 +206,9 @@ class TrainConfig:
     # each n-th block) | selective (all but matrix products and attention)
     activation_checkpointing: str = "none"
     recompute_every_n: int = 2  # n of every_n
-    compile: bool = False  # torch.compile of each block
+    # true or false: torch.compile of each block; auto: on GPUs where it works, not on CPUs (in a run that began with another
+    # value, that one)
+    compile: bool | str = "auto"
     check_memory: bool = True  # refuse to start where a rank needs more memory by formula than there is; false = try it
     log_every: int = 10  # steps
     val_every: int | None = None  # steps between validations on data.val; null = none

@@ -122,7 +122,7 @@ def _validate_model(cfg: ExperimentConfig) -> None:
     for name in ("dropout", "attn_dropout", "embed_dropout"):
         value = getattr(model, name)
         _require(0 <= value < 1, f"model.{name}", value, "must lie in [0, 1)", "The papers use 0.1")
-    _one_of("model.modulation", model.modulation, ("per_class", "per_sample"))
+    _one_of("model.modulation", model.modulation, ("auto", "per_class", "per_sample"))
     _one_of("model.architecture", model.architecture, ("rar", "alitok"))
     _one_of("model.conditioning", model.conditioning, ("adaln", "in_context"))
     _one_of("model.kernel", model.kernel, ("auto", "flash", "sdpa"))
@@ -335,7 +335,14 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
     )
     if cfg.train.fp8:
         _validate_fp8(cfg)
-    if cfg.train.compile:
+    _require(
+        cfg.train.compile in (True, False, "auto"),
+        "train.compile",
+        repr(cfg.train.compile),
+        "is neither true, false nor auto",
+        "Use train.compile=auto",
+    )
+    if cfg.train.compile is True:
         _require(
             strategy.name != "zero3",
             "train.compile",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, groups_by_class
 from rear_scale.model import meta_model, mlp_width
+from rear_scale.model.modulation import worth_sharing
 
 
 def parameters_by_part(cfg: ExperimentConfig, model: nn.Module | None = None) -> dict[str, int]:
@@ -47,15 +48,34 @@ def _part(name: str) -> str:
     return "positions"  # cls_token and the position and timestep tables
 
 
-def train_flops_per_image(cfg: ExperimentConfig) -> int:
-    """Floating-point operations of forward and backward for one image, with modulation computed once per image.
+def distinct_classes_per_image(cfg: ExperimentConfig) -> float:
+    """Rows of modulation per image of a micro-batch, expected for equally frequent classes: 1 where each image has its own."""
+    train, model, dropped = cfg.train, cfg.model, cfg.objective.class_dropout
+    if not _modulated(cfg) or model.modulation == "per_sample":
+        return 1.0
+    batch, images, classes = train.global_batch_size, train.micro_batch_size, model.num_classes
+    labelled = (batch if groups_by_class(cfg) else images) * (1 - dropped)
+    present = classes * (1 - (1 - 1 / classes) ** labelled)
+    if groups_by_class(cfg):
+        parts = batch / images
+        # A class that is cut by the end of a micro-batch counts on both sides; images without one are in every micro-batch.
+        cut = (parts - 1) * (1 - present / labelled) if labelled else 0.0
+        distinct = (present + cut + parts * min(1.0, images * dropped)) / batch
+    else:
+        distinct = (present + 1 - (1 - dropped) ** images) / images
+    shared = model.modulation == "per_class" or worth_sharing(distinct, 1.0)
+    return min(1.0, distinct) if shared else 1.0
+
+
+def train_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
+    """Floating-point operations of forward and backward for one image, with modulation computed `distinct` times per image.
 
     A product of [m, k] and [k, n] counts 2 m k n; attention counts the causal half, S (S + 1) / 2 pairs of positions;
     the backward pass counts twice the forward; recomputation under activation checkpointing is not counted.
     """
     D, N, K, Z = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim
-    adaln = cfg.model.architecture != "alitok" and cfg.model.conditioning == "adaln"
-    S, block = _positions(cfg), _block_forward(cfg)
+    adaln = distinct * _modulated(cfg)
+    S, block = _positions(cfg), _block_forward(cfg, distinct)
     tied = cfg.model.tie_codebook
     output = 2 * N * (2 * D * D * adaln + D * K) + 2 * K * Z * D * {None: 0, "both": 2}.get(tied, 1)
     heads = cfg.objective.heads
@@ -64,25 +84,29 @@ def train_flops_per_image(cfg: ExperimentConfig) -> int:
     inner = heads.hidden * heads.hidden if heads.form == "released" else 0
     head = 2 * (N if every else N - 1) * (heads.hidden * (D + Z) + inner)
     # An encode head that counts the last token has it run through the blocks before it.
-    last = (heads.encode_tap or 0) * (block // S) if every and heads.encode_tap is not None else 0
-    return 3 * (cfg.model.depth * block + output + len(taps) * head + last)
+    last = (heads.encode_tap or 0) * (block / S) if every and heads.encode_tap is not None else 0
+    return round(3 * (cfg.model.depth * block + output + len(taps) * head + last))
 
 
-def recomputed_flops_per_image(cfg: ExperimentConfig) -> int:
+def recomputed_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
     """What activation checkpointing computes again in the backward pass of one image. Matrix products and attention alone."""
     depth, policy = cfg.model.depth, cfg.train.activation_checkpointing
     blocks = {"full": depth, "every_n": -(-depth // cfg.train.recompute_every_n)}.get(policy, 0)
-    return blocks * _block_forward(cfg)
+    return round(blocks * _block_forward(cfg, distinct))
 
 
 def _positions(cfg: ExperimentConfig) -> int:
     return cfg.tokenizer.num_tokens + (cfg.model.architecture != "alitok")
 
 
-def _block_forward(cfg: ExperimentConfig) -> int:
+def _modulated(cfg: ExperimentConfig) -> bool:
+    return cfg.model.architecture != "alitok" and cfg.model.conditioning == "adaln"
+
+
+def _block_forward(cfg: ExperimentConfig, distinct: float) -> float:
     D, S = cfg.model.width, _positions(cfg)
     alitok = cfg.model.architecture == "alitok"
-    adaln = not alitok and cfg.model.conditioning == "adaln"
+    adaln = distinct * _modulated(cfg)
     return 2 * S * (4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg) + 6 * D * D * adaln) + 2 * S * (S + 1) * D
 
 

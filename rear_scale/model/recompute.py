@@ -15,7 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rear_scale.config import ExperimentConfig
+from rear_scale.model.compiled import compiled_block, compiles_blocks
 from rear_scale.model.fp8 import use_fp8
+
+_CPU = torch.device("cpu")
 
 # Products and attention: nearly all of the arithmetic. The rest (norms, modulation, GELU, dropout) is cheap to repeat and
 # makes up most of the memory.
@@ -38,9 +41,9 @@ _KEPT = {
 _KEPT_BY_NAME = ("flash_attn::_flash_attn_forward",)
 
 
-def prepare_blocks(model: nn.Module, cfg: ExperimentConfig) -> None:
+def prepare_blocks(model: nn.Module, cfg: ExperimentConfig, device: torch.device = _CPU) -> None:
     """Applies train.fp8, train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model
-    over."""
+    over. device: where it will run, which decides train.compile=auto."""
     train = cfg.train
     if train.fp8:
         use_fp8(model)
@@ -51,10 +54,10 @@ def prepare_blocks(model: nn.Module, cfg: ExperimentConfig) -> None:
     }
     if train.activation_checkpointing == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    compiled = compiles_blocks(cfg, device)
     for number, block in enumerate(model.blocks):
-        if train.compile:
-            # The forward pass alone: the hooks of engines around it stay outside the graph.
-            block.forward = torch.compile(block.forward)
+        if compiled:
+            block.forward = compiled_block(block.forward)
         if recomputed(cfg, number):
             block.forward = partial(_checkpointed, block.forward, settings)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rear_scale.config import HeadsConfig
 from rear_scale.model.attention import Attend, Attention
 from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
+from rear_scale.model.modulation import rows_of
 
 # The released tables are longer than any sequence; the rows beyond N + 2 are never used and never trained.
 SPARE_POSITIONS = 1024
@@ -66,7 +67,7 @@ class Block(PlainBlock):
         rows None: U = B, in order.
         """
         modulation = self.modulation(condition)
-        return self.modulated(x, modulation if rows is None else modulation.index_select(0, rows))
+        return self.modulated(x, modulation if rows is None else rows_of(modulation, rows))
 
     def modulation(self, condition: Tensor) -> Tensor:
         """[..., 6 D] of condition [..., D], already through SiLU: the blocks share that."""
@@ -88,7 +89,7 @@ class FinalModulation(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
         modulation = self.modulation(condition)
-        return self.modulated(x, modulation if rows is None else modulation.index_select(0, rows))
+        return self.modulated(x, modulation if rows is None else rows_of(modulation, rows))
 
     def modulation(self, condition: Tensor) -> Tensor:
         return self.adaLN_modulation[1](condition)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.model.modulation import worth_sharing
 from rear_scale.objective import losses, noise, permutation, schedules
 
 
@@ -46,6 +47,19 @@ class Task:
     replaced: Tensor | None  # bool [B, N], which tokens of the context were drawn anew; None = none
 
 
+def shared_classes(classes: Tensor, modulation: str) -> tuple[Tensor, Tensor | None]:
+    """Distinct classes int64 [U] and the row of each image int64 [B], of classes int64 [B]; or these as they are, and None.
+
+    modulation: auto shares a class's modulation where that is less work (`worth_sharing`), per_class always, per_sample never.
+    """
+    if modulation == "per_sample":
+        return classes, None
+    distinct, rows = classes.unique(return_inverse=True)
+    if modulation == "auto" and not worth_sharing(len(distinct), len(classes)):
+        return classes, None
+    return distinct, rows
+
+
 # The order of the packed statistics that `Objective.loss` returns.
 STATISTICS = ("loss", "loss_ar", "loss_encode", "loss_decode", "accuracy")
 
@@ -67,9 +81,8 @@ class Objective:
 
     def micro_batch(self, tokens: Tensor, labels: Tensor, ids: Tensor, epochs: Tensor) -> MicroBatch:
         """Drops labels (int64 [B]) and finds the distinct classes. On the CPU, ahead of the step: no device waits for it."""
-        classes, rows = self.classes(labels, ids, epochs), None
-        if self.cfg.model.modulation == "per_class":
-            classes, rows = classes.unique(return_inverse=True)
+        classes = self.classes(labels, ids, epochs)
+        classes, rows = shared_classes(classes, self.cfg.model.modulation)
         return MicroBatch(tokens, ids, epochs, classes, rows)
 
     def classes(self, labels: Tensor, ids: Tensor, epochs: Tensor) -> Tensor:

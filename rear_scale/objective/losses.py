@@ -4,8 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_ROWS = 8192  # whose probabilities are there at one time
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,9 +18,39 @@ def next_token(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: [B, N, K], logits[:, t] predicts tokens[:, t]; tokens: int64 [B, N].
     """
-    flat = logits.flatten(0, 1).float()
-    accuracy = (flat.detach().argmax(1) == tokens.flatten()).float().mean()
-    return F.cross_entropy(flat, tokens.flatten()), accuracy
+    flat, targets = logits.flatten(0, 1), tokens.flatten()
+    if flat.is_cuda:
+        return _CrossEntropy.apply(flat, targets), _accuracy(flat, targets)
+    flat = flat.float()
+    return F.cross_entropy(flat, targets), _accuracy(flat, targets)
+
+
+def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == targets).float().mean()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy in float32 of logits [M, K] and targets int64 [M], which keeps the logits in their own precision and one
+    number per row: no copy in float32 and none of the probabilities, each 268 MB for 256 images of 256 tokens and 1,024 codes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(_ROWS)])
+        ctx.save_for_backward(logits, targets, normalizers)
+        return (normalizers - logits.gather(1, targets[:, None])[:, 0]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normalizers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        scale = arriving / len(logits)
+        parts = (tensor.split(_ROWS) for tensor in (gradient, logits, targets[:, None], normalizers[:, None]))
+        for out, part, target, normalizer in zip(*parts, strict=True):
+            probabilities = (part.float() - normalizer).exp_()
+            probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
+            out.copy_(probabilities.mul_(scale))
+        return gradient, None
 
 
 def embedding_distance(

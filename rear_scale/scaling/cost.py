@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, wants_compile
 from rear_scale.model.activations import block_activation_bytes, compute_width
-from rear_scale.model.flops import recomputed_flops_per_image, train_flops_per_image
+from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
 from rear_scale.model.memory import elements
 from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.scaling.devices import Cluster
@@ -82,11 +82,12 @@ def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
     device, B, width = cluster.device, cfg.train.micro_batch_size, compute_width(cfg)
     # Without tensor cores there is little between the data sheet and what products reach.
     rate = (device.bf16_tflops * PRODUCTS if width == 2 else device.fp32_tflops) * 1e12
-    flops = B * (train_flops_per_image(cfg) + recomputed_flops_per_image(cfg))
+    distinct = distinct_classes_per_image(cfg)
+    flops = B * (train_flops_per_image(cfg, distinct) + recomputed_flops_per_image(cfg, distinct))
     bandwidth = MEMORY * device.memory_gb_per_s * 1e9
     kept, again = _kept_bytes(cfg)
     passed = (_PASSES_FORWARD + _PASSES_BACKWARD) * kept + _PASSES_FORWARD * again
-    if cfg.train.compile:
+    if wants_compile(cfg, "cuda"):
         passed *= _COMPILED
     # Read forth and back, written as gradients and added to those of the micro-steps before.
     passed += psi * (3 * width + 2 * 4)

@@ -60,7 +60,7 @@ def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
     use_kernel(model, choose_kernel(cfg.model.kernel, device, cfg.train.precision, say))
     codebook = torch.randn(cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim)
     model.set_codebook(codebook)
-    prepare_blocks(model, cfg)
+    prepare_blocks(model, cfg, device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     objective = Objective(cfg, plan, codebook, device)
@@ -95,7 +95,8 @@ def _shortened(cfg: ExperimentConfig, device: str) -> ExperimentConfig:
     }
     return replace(
         cfg,
-        model=replace(cfg.model, depth=depth),
+        # One row of modulation per image, in the measured step as in the modelled one.
+        model=replace(cfg.model, depth=depth, modulation="per_sample"),
         objective=replace(cfg.objective, heads=replace(heads, **taps)),
         strategy=replace(cfg.strategy, name="single", cpu_offload=False, reshard_after_forward=True),
         optim=replace(cfg.optim, backend="auto"),

@@ -27,6 +27,7 @@ from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress, say
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
+from rear_scale.train.garbage import CollectAtSteps
 from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.setup import data_order
@@ -131,7 +132,7 @@ class _Run:
         batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
         bar = progress(cfg.run.name, plan.last_step, "step", done=self.first - 1, show=world.is_main)
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
-        with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler:
+        with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler, CollectAtSteps() as garbage:
             clock = telemetry.clock
             for step in range(self.first, plan.last_step + 1):
                 self.watchdog.beat("waiting for data", step)
@@ -188,6 +189,7 @@ class _Run:
                     self._save(step, meeting)
                 bar.update()
                 profiler.stepped(step)
+                garbage.stepped(step)
                 if meeting.stop_ranks and step < plan.last_step:
                     self._preempt(step, meeting)
         return None
@@ -355,7 +357,7 @@ def _build(
     else:
         # Before the engine takes over: the copies that it makes are right from the start.
         checkpoint.load_weights(found, model)
-    prepare_blocks(model, cfg)
+    prepare_blocks(model, cfg, world.device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     if found is not None:

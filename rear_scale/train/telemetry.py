@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rear_scale.config import ExperimentConfig, Plan
-from rear_scale.model.flops import train_flops_per_image
+from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.objective import STATISTICS
 from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.wandb_sink import WandbSink, open_sink
@@ -98,7 +98,7 @@ class Telemetry:
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World, run: RunFolder) -> None:
         self.cfg, self.plan, self.world, self.run = cfg, plan, world, run
-        self.flops_per_image = train_flops_per_image(cfg)
+        self.flops_per_image = train_flops_per_image(cfg, distinct_classes_per_image(cfg))
         self.hosts = world.gather(socket.gethostname())
         self.clock = Clock(world.device)
         self.steps = 0
