@@ -202,9 +202,16 @@ class World:
         dist.all_reduce(packed)
         return packed.cpu()
 
-    def table(self, values: Sequence[float]) -> torch.Tensor:
-        """float64 [W, n] on the CPU of every rank: the n values of each rank, in rank order."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def table(self, values: Sequence[float], computed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """float64 [W, n] on the CPU of every rank: the n values of each rank, in rank order.
+
+        computed: more values, each of one element, that a device may still be working on: it is waited for once, at the end.
+        """
+        known = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cuda":
+            known = known.pin_memory()  # from where the copy does not wait
+        parts = [part.detach().reshape(1).to(self.device, torch.float64) for part in computed]
+        mine = torch.cat([known.to(self.device, non_blocking=True), *parts])
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows).cpu()

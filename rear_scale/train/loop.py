@@ -149,9 +149,9 @@ class _Run:
                         statistics += strategy.forward_backward(compute, micro_step) / plan.accumulation
                 self.watchdog.beat("gradient norm", step)
                 with clock("optimizer"):
-                    grad_norm = strategy.grad_norm().item()
+                    norm = strategy.grad_norm()
                 self.watchdog.beat("meeting of the ranks", step)
-                meeting = _Meeting(world, statistics[0].item(), grad_norm, self.stop.received is not None, self.writer)
+                meeting = _Meeting(world, statistics[0], norm, self.stop.received is not None, self.writer)
 
                 if not meeting.finite:
                     self._stop_unless_skipped(step, meeting, micro_batches)
@@ -176,7 +176,7 @@ class _Run:
                 validated = self._validate(step)
                 if validated or telemetry.due(step):
                     extra = {"skipped_updates": self.skips, **validated}
-                    metrics = telemetry.log(step, statistics, grad_norm, lr, objective.noise_max(step), extra)
+                    metrics = telemetry.log(step, statistics, meeting.grad_norm, lr, objective.noise_max(step), extra)
                     bar.set_postfix(
                         loss=f"{metrics['loss'] or float('nan'):.4f}",
                         images_per_s=f"{metrics['images_per_s']:.0f}",
@@ -313,16 +313,17 @@ class _Run:
 class _Meeting:
     """What all ranks learn of each other before an update: one small collective."""
 
-    def __init__(self, world: World, loss: float, grad_norm: float, stop: bool, writer: checkpoint.Writer) -> None:
-        self.rows = world.table([loss, stop, writer.state])
-        self.grad_norm = grad_norm
-        losses, stops, states = self.rows.T
+    def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: checkpoint.Writer) -> None:
+        # Loss and norm stay on the device until all ranks have sent theirs: the one time that a step waits for it.
+        self.rows = world.table([stop, writer.state], [loss, grad_norm])
+        stops, states, losses, norms = self.rows.T
+        self.grad_norm = norms[world.rank].item()
         self.loss = losses.mean().item()
         self.bad_ranks = (~losses.isfinite()).nonzero()[:, 0].tolist()
         self.stop_ranks = stops.nonzero()[:, 0].tolist()
         self.all_written = bool((states >= checkpoint.Writer.WRITTEN).all())
         # The norm is global: the same on all ranks.
-        self.finite = not self.bad_ranks and math.isfinite(grad_norm)
+        self.finite = not self.bad_ranks and math.isfinite(self.grad_norm)
 
 
 @dataclass
