@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rear_scale import cli
-from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig
+from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig, check_yaml
 from rear_scale.interop import tokens
 from rear_scale.shards.crops import CROPS
 
@@ -60,8 +61,11 @@ def tokenizer(arguments: argparse.Namespace) -> TokenizerConfig:
     if path is None:
         raise InputError(f"--tokenizer {name}: no such file in {CONFIG_DIR / 'tokenizer'} or here. Use one of --help")
     try:
+        check_yaml(path.read_text(), f"--tokenizer {path}")
         found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
+    except InputError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, AttributeError) as error:
         raise InputError(f"--tokenizer {path}: {str(error).splitlines()[0]}. Repair the file") from error
     found.weights = arguments.weights
     return found

@@ -26,9 +26,8 @@ from rear_scale.progress import progress
 from rear_scale.shards import writer
 from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import EXIF, BadImage, center_crop
-from rear_scale.shards.images import FORMAT, IMAGES_PER_SHARD, png, write_image_manifest, write_image_shard
+from rear_scale.shards.images import IMAGES_PER_SHARD, png, read_image_index, write_image_manifest, write_image_shard
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
-from rear_scale.shards.record import read_index
 from rear_scale.shards.sources import FolderSource, SourceImage
 from rear_scale.shards.walk import shown
 
@@ -60,10 +59,10 @@ def prepare(
     source.say_notes()
     inputs: Inputs = {**source.inputs, "--size": size, "--exif": exif}
     if (out / "index.json").exists():
-        index = read_index(out, FORMAT)
+        index = read_image_index(out)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
         writer.remove_records(out)  # a kill may have come between
-        print(f"{shown(out)} is complete: {sum(shard['samples'] for shard in index['shards'])} images")
+        print(f"{shown(out)} is complete: {sum(shard.samples for shard in index['shards'])} images")
         return
     out.mkdir(parents=True, exist_ok=True)
     made_from = fingerprint(inputs)

@@ -24,7 +24,7 @@ from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.crops import BadImage, center_crop
-from rear_scale.shards.record import FORMAT, Manifest, read_index, read_manifest
+from rear_scale.shards.record import FORMAT, Manifest, read_manifest
 from rear_scale.shards.sources import open_source
 from rear_scale.tokenizer import find_tokenizer
 from rear_scale.weight_file import find_weights
@@ -48,9 +48,8 @@ def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> 
     if samples < 1:
         raise InputError(f"--samples={samples} must be above 0. Use 48")
     out = out or shards.with_name(f"{shards.resolve().name}.png")
-    index = shards / "index.json"
-    if index.exists() and f'"{images.FORMAT}"' in index.read_text():
-        print(image_summary(read_index(shards, images.FORMAT)))
+    if images.is_image_folder(shards):
+        print(image_summary(images.read_image_index(shards)))
         pixels = stored_images(shards, samples)
     else:
         manifest = read_manifest(shards)
@@ -82,12 +81,12 @@ def token_summary(manifest: Manifest) -> str:
 
 
 def image_summary(index: dict) -> str:
-    counts = np.array(index["label_counts"])
+    counts = np.array(index["label_counts"] or [0])
     size = f"{index['image_size']} pixels squared" if index["image_size"] else "as they were found"
     return "\n".join(
         [
             f"{images.FORMAT}: {counts.sum():,} images, {size}",
-            f"{len(index['shards']):,} tar shards, {sum(shard['size'] for shard in index['shards']) / 2**20:,.1f} MiB",
+            f"{len(index['shards']):,} tar shards, {sum(shard.size for shard in index['shards']) / 2**20:,.1f} MiB",
             f"{len(counts):,} classes with {counts.min():,} to {counts.max():,} images",
         ]
     )

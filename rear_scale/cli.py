@@ -160,6 +160,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _say_error(line: str) -> None:
+    # Names out of files stand in it, which must not steer a terminal.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if not rank.isdecimal() or int(rank) == 0:
         say(f"error: {line}")

@@ -15,11 +15,41 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from rear_scale.config import InputError
 
 # How a file system answers that it does not offer fsync: CIFS and some FUSE file systems do not, for folders.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
+_LONGEST_NAME = 255  # bytes, on Linux
 _FOREIGN_AGE_S = 24 * 3600  # a leftover of another machine that nobody has changed for so long has no writer any more
+
+
+def checked_name(name: Any, source: str | Path, what: str) -> str:
+    """A name that stands in a file and becomes the name of a file or folder: one name, not a path.
+
+    source: the file that it stands in; what: its field there. Raises InputError for anything else: separators, "..", an
+    absolute path, characters that are not printed, a name that is no text or longer than file systems have them.
+    """
+    is_one = isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\"} & set(name)
+    if not is_one or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f"{source}: {what}={ascii(name):.80} is no name of a file or folder: it must be one name without separators. Use "
+            "another file, or mend the name in it"
+        )
+    return name
+
+
+def inside(folder: Path, name: Any, source: str | Path, what: str) -> Path:
+    """Where to write what has a name that stands in a file: in `folder`, and not through a link that leads out of it.
+
+    Raises InputError as `checked_name` does, and for such a link.
+    """
+    path = folder / checked_name(name, source, what)
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path} is a link that leads out of {folder}, and {source} names it. Remove the link first")
+    return path
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from rear_scale.config.overrides import field_type
 TEXTS = [
     ROOT / "README.md",
     ROOT / "data/README.md",
+    ROOT / "docs/trust.md",
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted((ROOT / "launchers").iterdir()),
     *sorted((ROOT / "launchers/slurm").iterdir()),
@@ -24,7 +25,7 @@ TEXTS = [path for path in TEXTS if path.is_file()]
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_path_and_config_that_a_text_names_is_there(path: Path) -> None:
     text = path.read_text()
-    for named in re.findall(r"(?:launchers|configs|rear_scale|tests|data)/[\w/.-]*\w", text):
+    for named in re.findall(r"(?:launchers|configs|rear_scale|tests|data|docs)/[\w/.-]*\w", text):
         if not named.startswith("data/imagenet256") and "NAME" not in named:
             assert (ROOT / named).exists(), named
     for named in re.findall(r"--config (\w[\w/.]*\.yaml)", text):

@@ -144,7 +144,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ({"label_counts": [1, "x"]}, "are not whole numbers"),
         ({"label_counts": [1, 2]}, "but label_counts sum to 3"),
         ({"shards": []}, "but its 0 shards hold 0"),
-        ({"shards": 3}, "lacks or adds a field"),
+        ({"shards": 3}, "shards=3 is not a list"),
     ],
 )
 def test_a_manifest_whose_counts_cannot_be_is_named(tmp_path: Path, change: dict, expected: str) -> None:

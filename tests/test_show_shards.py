@@ -33,7 +33,7 @@ def test_token_shards_are_summed_up_and_drawn(tmp_path: Path, capsys: pytest.Cap
     sha256 = file_sha256(tmp_path / "weights")
     for name, weights in (("compact", sha256), ("compact", "0" * 64)):
         values = {**manifest.as_dict(), "tokenizer": name, "tokenizer_sha256": weights}
-        record.write_manifest(folder, record.manifest_from(values))
+        record.write_manifest(folder, record.manifest_from(values, folder))
         if weights == sha256:
             show(folder, tmp_path / "weights", 20, tmp_path / "grid.png")
     said = capsys.readouterr().out

@@ -8,6 +8,8 @@ field by name.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,7 +18,7 @@ from rear_scale.config.schema import InputError, RunConfig
 _DEEPEST = 8  # levels of sections; ours have four
 _LONGEST_TEXT = 4096  # characters, as a path has at most
 _LARGEST = 2**63  # whole numbers have 64 bits
-_MOST_VALUES = 200_000  # of a list, such as sample.labels
+_MOST_VALUES = 60_000  # in all; ours have some two hundred, and sample.labels may list one for each of 50,000 images
 _REMOTE_FIELDS = ("train", "val")  # of data: the only ones that may name a command or a remote place
 
 
@@ -31,7 +33,7 @@ def taken(values: Any, source: str) -> dict[str, Any]:
     Raises InputError, naming the file and the field, when it is no config, or holds an interpolation or values that no
     config of ours has.
     """
-    _check_values(values, "config", source)
+    _check_values(values, "config", source, count=iter(range(_MOST_VALUES)))
     found = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     data, run, wandb, train = (found.get(name) for name in ("data", "run", "wandb", "train"))
     if isinstance(data, dict):
@@ -43,6 +45,14 @@ def taken(values: Any, source: str) -> dict[str, Any]:
         # Below the current folder, as for a run that sets nothing.
         name = run.get("name")
         run["dir"] = f"runs/{name if _is_name(name) else RunConfig.name}"
+    evaluate = found.get("evaluate")
+    classifier = evaluate.get("classifier") if isinstance(evaluate, dict) else None
+    if (
+        isinstance(classifier, dict)
+        and not _is_inside(classifier.get("weights"))
+        and not _is_file(classifier.get("weights"))
+    ):
+        evaluate["classifier"] = None  # which would be trained, and written there
     if isinstance(wandb, dict) and "mode" in wandb:
         wandb["mode"] = "disabled"
     return found
@@ -58,22 +68,28 @@ def _is_inside(folder: Any) -> bool:
     )
 
 
+def _is_file(path: Any) -> bool:
+    return isinstance(path, str) and "\0" not in path and os.path.isfile(path)
+
+
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
-def _check_values(values: Any, key: str, source: str, depth: int = 0) -> None:
+def _check_values(values: Any, key: str, source: str, count: Iterator[int], depth: int = 0) -> None:
+    if next(count, None) is None:
+        raise _refusal(f"its config has more than {_MOST_VALUES:,} values", source)
     if isinstance(values, dict) and depth < _DEEPEST:
         for name, value in values.items():
             if not isinstance(name, str) or not name.isprintable():
                 raise _refusal(f"{key} has the key {name!a:.60}, which is no name", source)
-            _check_values(value, name if depth == 0 else f"{key}.{name}", source, depth + 1)
+            _check_values(value, name if depth == 0 else f"{key}.{name}", source, count, depth + 1)
         return
     if depth == 0:
         raise _refusal(f"the config is {values!a:.60}, not sections by name", source)
-    if isinstance(values, list) and depth < _DEEPEST and len(values) <= _MOST_VALUES:
+    if isinstance(values, list) and depth < _DEEPEST:
         for value in values:
-            _check_values(value, key, source, depth + 1)
+            _check_values(value, key, source, count, depth + 1)
     elif isinstance(values, str):
         _check_text(values, key, source)
     elif isinstance(values, float) and not math.isfinite(values):
@@ -81,7 +97,7 @@ def _check_values(values: Any, key: str, source: str, depth: int = 0) -> None:
     elif isinstance(values, int) and not -_LARGEST <= values < _LARGEST:
         raise _refusal(f"{key} is a number beyond 64 bits", source)
     elif not isinstance(values, (int, float, type(None))):
-        raise _refusal(f"{key} is nested too deeply or too long", source)
+        raise _refusal(f"{key} is nested too deeply", source)
 
 
 def _check_text(text: str, key: str, source: str) -> None:

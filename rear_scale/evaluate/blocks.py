@@ -25,6 +25,7 @@ from rear_scale.evaluate.sources import ImageSet
 from rear_scale.files import atomic_file, write_text_atomically
 from rear_scale.progress import progress
 from rear_scale.sample.beside import Beside
+from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 
@@ -203,10 +204,11 @@ def _write_manifest(folder: Path, images: ImageSet, extractor: Extractor, batch_
     path = folder / "manifest.json"
     if path.exists():
         try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError:
+            before = read_json(path)
+        except ValueError:
             before = None
-        if before is not None and {**before, "images": {**before.get("images", {}), "name": images.name}} != values:
+        described = before.get("images") if isinstance(before, dict) else None
+        if isinstance(described, dict) and {**before, "images": {**described, "name": images.name}} != values:
             raise InputError(
                 f"{folder} was made with other images, weights or preprocessing. Remove it, or set evaluate.cache_dir"
             )

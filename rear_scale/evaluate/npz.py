@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import IO
 import numpy as np
 
 from rear_scale.config import InputError
+from rear_scale.untrusted import check_file, npy_head, shown
 
 _LOCAL_HEADER, _LENGTHS = 30, 26  # bytes: of a member's header before its name, and where the lengths stand in it
 _CHUNK = 1 << 20
+_MOST_ROWS = 2**48
 
 
 class StoredArray:
@@ -30,13 +33,12 @@ class StoredArray:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(self.member)
             with archive.open(info) as member:
-                self.shape, fortran_order, self.dtype = _read_header(member)
+                self.shape, fortran_order, self.dtype = npy_head(member)
                 header_size = member.tell()
         if fortran_order and len(self.shape) > 1:
             raise ValueError(f"{name} is stored column by column")
-        if self.dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects")
-        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        # In whole numbers of any size: those of numpy wrap around.
+        self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         self.stored = info.compress_type == zipfile.ZIP_STORED
         self._stream: tuple[IO[bytes], int] | None = None  # an open member, and the rows read from it
         if self.stored:
@@ -45,8 +47,9 @@ class StoredArray:
             if self.start - header_size + info.file_size > path.stat().st_size:
                 raise EOFError(f"{name} ends early")
         # A header that says more rows than there are would make images of the bytes behind them.
-        if header_size + len(self) * self.row_bytes != info.file_size:
-            raise ValueError(f"its header says {len(self)} rows, which its {info.file_size} bytes are not")
+        rows = self.shape[0] if self.shape else 1
+        if header_size + rows * self.row_bytes != info.file_size or rows > _MOST_ROWS:
+            raise ValueError(f"its header says {rows:,} rows, which its {info.file_size} bytes are not")
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 1
@@ -62,7 +65,7 @@ class StoredArray:
         else:
             try:
                 data = self._unpack(start, count)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
                 raise InputError(
                     f"{self.path}: {self.member} is damaged before row {end} ({error}). Write the file again"
                 ) from error
@@ -74,19 +77,13 @@ class StoredArray:
     def _unpack(self, start: int, count: int) -> bytes:
         if self._stream is None or self._stream[1] > start:
             member = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115 - kept for the next part
-            _read_header(member)
+            npy_head(member)
             self._stream = (member, 0)
         member, row = self._stream
         for _ in range(row, start):
             member.read(self.row_bytes)
         self._stream = (member, start + count)
         return member.read(count * self.row_bytes)
-
-
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
 
 
 def read_sha256(path: str | Path) -> str:
@@ -102,8 +99,8 @@ def read_sha256(path: str | Path) -> str:
                 for member in members:
                     member.add(chunk, place)
                 place += len(chunk)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path} cannot be read as .npz ({error}). Is it complete?") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _unreadable(path, error) from error
     for member in members:
         if member.crc != member.expected:
             raise InputError(
@@ -144,19 +141,31 @@ def _start(info: zipfile.ZipInfo, file: IO[bytes]) -> int:
 def array_names(path: str | Path) -> list[str]:
     """The arrays of an .npz. Raises InputError when the file is missing, truncated or no .npz."""
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError(f"it holds {shown(next(name for name in names if names.count(name) > 1))} twice")
+        return [name.removesuffix(".npy") for name in names]
     except FileNotFoundError:
         raise InputError(f"not found: {path}. Make it with launchers/sample.py, or set the right path") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path} cannot be read as .npz ({error}). Is it complete?") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    reason = str(error)
+    # Such a reason says by itself what the file is, and what to do.
+    if reason.startswith("is "):
+        return InputError(f"{path} {reason}")
+    return InputError(f"{path} cannot be read as .npz ({reason}). Is it complete?")
 
 
 def open_array(path: str | Path, name: str) -> StoredArray:
     """Raises InputError when the array cannot be read."""
     try:
         return StoredArray(Path(path), name)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
         raise InputError(f"{path}: {name} cannot be read ({error}). Is it complete?") from error
 
 
@@ -185,15 +194,15 @@ def read_samples(path: str | Path) -> tuple[StoredArray, np.ndarray | None]:
 
 def _labels(path: str | Path, names: list[str], count: int) -> np.ndarray | None:
     if "label" in names:
-        labels = open_array(path, "label")[:]
+        labels = open_array(path, "label")
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
             raise InputError(
                 f"{path}: {len(labels)} labels for {count} images are {labels.dtype} {labels.shape}, but whole numbers of shape "
                 f"({count},) are wanted. Write them again, or leave them out"
             )
-        return labels
+        return labels[:]
     if "arr_1" in names:
-        labels = open_array(path, "arr_1")[:]
+        labels = open_array(path, "arr_1")
         if labels.shape == (count,) and labels.dtype.kind in "iu":
-            return labels
+            return labels[:]
     return None

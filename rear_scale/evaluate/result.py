@@ -12,6 +12,7 @@ from rear_scale.evaluate.sources import ImageSet
 from rear_scale.files import write_text_atomically
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.train.run_folder import provenance
+from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 
@@ -30,7 +31,7 @@ def check_result(path: Path) -> None:
 
 def _is_result(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except ValueError:
         return False
     return isinstance(found, dict) and {"images", "samples", "evaluate"} <= found.keys()

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_byt
 from rear_scale.shards.images import ImageShards, open_images
 from rear_scale.shards.tar_index import check_not_compressed, members, read_place, scan, tar_shards
 from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, File, LeftOut, extension_of, is_utf8, shown, walk
+from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 BLOCK_IMAGES = 500
@@ -120,9 +120,10 @@ def from_npz(path: Path, world: World) -> ImageSet:
 def _quantiser_beside(path: Path) -> str | None:
     """The uint8 rule as launchers/sample.py notes it beside its files; their copies included; null for files of others."""
     try:
-        return json.loads(path.with_suffix(".json").read_text()).get("quantiser")
+        found = read_json(path.with_suffix(".json")).get("quantiser")
     except (OSError, ValueError, AttributeError):
         return None
+    return found if isinstance(found, str) and found.isprintable() else None
 
 
 def from_arrays(

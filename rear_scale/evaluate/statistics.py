@@ -21,8 +21,10 @@ from rear_scale.evaluate.npz import array_names, open_array
 from rear_scale.evaluate.sources import crop_rule, preprocessing_rule
 from rear_scale.files import atomic_file
 from rear_scale.shards.crops import EXIF
+from rear_scale.untrusted import is_count, parse_json
 
 _FORMAT = "rear_scale statistics 1"
+_MOST_MANIFEST = 1 << 20  # bytes
 _TIME = (1980, 1, 1, 0, 0, 0)
 
 
@@ -80,13 +82,26 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+def _are_images(images: Any) -> bool:
+    """Whether the part of a manifest on images is whole: how many, and optionally their size and preprocessing."""
+    size, preprocessing = images.get("size"), images.get("preprocessing")
+    return (
+        is_count(images["count"])
+        and (size is None or (isinstance(size, list) and len(size) == 2 and all(map(is_count, size))))
+        and (preprocessing is None or isinstance(preprocessing, str))
+    )
+
+
 def _manifest(path: str | Path, names: Sequence[str]) -> dict[str, Any] | None:
     if "manifest" not in names:
         return None
     try:
-        manifest = json.loads(str(open_array(path, "manifest")[:].item()))
-        if manifest["format"] == _FORMAT and manifest["networks"].items() and manifest["images"]["count"] >= 0:
-            return manifest
+        stored = open_array(path, "manifest")
+        if stored.shape == () and stored.dtype.kind == "U" and stored.row_bytes <= _MOST_MANIFEST:
+            manifest = parse_json(str(stored[:].item()), _MOST_MANIFEST)
+            networks, images = manifest["networks"], manifest["images"]
+            if manifest["format"] == _FORMAT and networks.items() and _are_images(images):
+                return manifest
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise InputError(f"{path}: its manifest is not one of {_FORMAT!r}. Make the file again with --write-statistics")
@@ -111,19 +126,20 @@ def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str,
                 f"{path}: {arrays.mean} was made with other weights or preprocessing ({manifest['networks'].get(kind)}) than "
                 f"those in use ({networks[kind]}). Make it again with --write-statistics, or use the weights it was made with"
             )
+        found_shapes = [open_array(path, name).shape for name in (arrays.mean, arrays.covariance)]
+        if found_shapes != [(size,), (size, size)]:
+            raise InputError(
+                f"{path}: {arrays.mean} {found_shapes[0]} and {arrays.covariance} {found_shapes[1]} are not of {size} features. "
+                "Use statistics of the same network"
+            )
         mean, covariance = (open_array(path, name)[:] for name in (arrays.mean, arrays.covariance))
-        _check(path, arrays, mean, covariance, size)
+        _check(path, arrays, mean, covariance)
         count = None if manifest is None else manifest["images"]["count"]
         found[kind] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
     return found
 
 
-def _check(path: Path, arrays: Kind, mean: np.ndarray, covariance: np.ndarray, size: int) -> None:
-    if mean.shape != (size,) or covariance.shape != (size, size):
-        raise InputError(
-            f"{path}: {arrays.mean} {mean.shape} and {arrays.covariance} {covariance.shape} are not of {size} features. "
-            "Use statistics of the same network"
-        )
+def _check(path: Path, arrays: Kind, mean: np.ndarray, covariance: np.ndarray) -> None:
     for name, array in ((arrays.mean, mean), (arrays.covariance, covariance)):
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise InputError(f"{path}: {name} is not made of finite floats. Get or make the file again")

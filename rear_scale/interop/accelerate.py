@@ -7,16 +7,17 @@ checkpoint-N/optimizer.bin                         state_dict of torch's AdamW, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.interop.official import read_weights
+from rear_scale.untrusted import check_file, is_count, read_json, shown
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,14 +40,28 @@ def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> Releas
     """
     weights = read_weights(path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path, "train.init_from")
     try:
-        step = int(json.loads((path / "metadata.json").read_text())["global_step"])
+        step = read_json(path / "metadata.json")["global_step"]
+        # Folders of checkpoints have eight digits.
+        if not is_count(step) or step > 99_999_999:
+            raise ValueError(f"global_step={shown(step)} is no number of steps")
+        check_file(path / "optimizer.bin")
         optimizer = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True)
         groups, state = optimizer["param_groups"], optimizer["state"]
+        return ReleasedCheckpoint(step, _tensors(path, weights, groups, state, decays))
+    except InputError:
+        raise
     except Exception as error:  # the reader of pickles raises whatever damaged bytes lead it to
         raise InputError(
             f"train.init_from={path}: its metadata.json or optimizer.bin cannot be read ({type(error).__name__}: "
             f"{str(error)[:120]}). Name unwrapped_model in it to start from the weights alone"
         ) from None
+
+
+def _tensors(
+    path: Path, weights: dict[str, Tensor], groups: Any, state: Any, decays: Callable[[str, Tensor], bool]
+) -> dict[str, dict[str, Tensor]]:
+    """Weights and moments by parameter name. Raises InputError when they do not fit each other, and whatever values of
+    another form lead to."""
     numbered: dict[int, str] = {}
     for group in groups:
         wanted = group["weight_decay"] != 0
@@ -64,6 +79,8 @@ def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> Releas
         tensors[kind] = {}
         for number, name in numbered.items():
             moment = state.get(number, {}).get(kind)
+            if moment is not None and (not isinstance(moment, Tensor) or not moment.is_floating_point()):
+                raise ValueError(f"{kind} of {name} is {shown(type(moment).__name__)}, not a tensor of floats")
             moment = torch.zeros_like(weights[name]) if moment is None else moment
             if moment.shape != weights[name].shape:
                 raise InputError(
@@ -71,4 +88,4 @@ def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> Releas
                     f"{list(weights[name].shape)}. Name unwrapped_model in it to start from the weights alone"
                 )
             tensors[kind][name] = moment.float()
-    return ReleasedCheckpoint(step, tensors)
+    return tensors

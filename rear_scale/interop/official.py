@@ -53,11 +53,11 @@ def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str,
     """
     if "lm_head.bias" in weights and "pos_embed" in weights:
         architecture, output, inner = "rar", "lm_head", "blocks.0.mlp.fc1.weight"
-        num_tokens = weights["pos_embed"].shape[1] - SPARE_POSITIONS
+        num_tokens = _positions(weights["pos_embed"], source) - SPARE_POSITIONS
     elif "output.bias" in weights and "blocks.0.mlp.w1.weight" in weights:
         architecture, output, inner = "alitok", "output", "blocks.0.mlp.w1.weight"
         targets = weights.get("target_aware_pos_embed")
-        num_tokens = _ALITOK_TOKENS if targets is None else targets.shape[1]
+        num_tokens = _ALITOK_TOKENS if targets is None else _positions(targets, source)
     else:
         raise InputError(
             f"{source} does not hold a generator of RAR, reAR or AliTok: it has {_some(weights)}. "
@@ -80,7 +80,19 @@ def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str,
         )
     except KeyError as missing:
         raise InputError(f"{source} lacks {missing.args[0]}. Is it whole? Fetch it again") from None
+    except (IndexError, TypeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{source}: its tensors have other numbers of dimensions than a generator's ({error}). Use the file of a generator"
+        ) from None
     return architecture, shape
+
+
+def _positions(table: Tensor, source: str) -> int:
+    if table.dim() != 3:
+        raise InputError(
+            f"{source}: its table of positions is {list(table.shape)}, not [1, positions, width]. Fetch it again"
+        )
+    return table.shape[1]
 
 
 def check_fits(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_optional: bool) -> None:

@@ -66,7 +66,8 @@ def _head_overrides(weights: Mapping[str, Tensor]) -> list[str]:
     names = [name for name in weights if is_head(name)]
     if not names:
         return []
-    hidden = next(len(value) for name, value in weights.items() if is_head(name) and name.endswith(".0.bias"))
+    biases = (value for name, value in weights.items() if is_head(name) and name.endswith(".0.bias"))
+    hidden = next((bias.numel() for bias in biases), 1)  # without one it fits no model, which is said later
     return [
         f"objective.heads.form={'released' if _is_released_form(weights) else 'paper'}",
         f"objective.heads.hidden={hidden}",

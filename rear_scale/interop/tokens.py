@@ -9,7 +9,6 @@ AliTok       CACHE/CLASS/IMAGE.npz with `codes` (integers [n, N]): the n crops o
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zipfile
 from collections import Counter
@@ -22,18 +21,22 @@ import numpy as np
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.files import atomic_file, file_sha256
+from rear_scale.files import atomic_file, file_sha256, inside
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.classes import folder_ids, id_notes, names_by_id, read_class_map
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint, listing_hash
-from rear_scale.shards.record import SHARD_SAMPLES, Manifest, read_manifest, write_manifest
+from rear_scale.shards.record import SHARD_SAMPLES, Manifest, index_path, read_manifest, write_manifest
 from rear_scale.shards.walk import reason, shown, walk
 from rear_scale.tokenizer import open_tokenizer
+from rear_scale.untrusted import check_file, npy_array
 from rear_scale.weight_file import find_weights
 
-_MOST_BYTES = 1 << 28  # of the codes of one image: a compressed file can hold any number
+_LONGEST_LINE = 1 << 20  # bytes of a jsonl line
+_MOST_CROPS = 1024  # of one image
+_NPY_HEAD = 4096  # bytes, more than the head of such an array has
+
 Sequence = tuple[str, int, np.ndarray]  # where it stands, class id, tokens: integers [N]
 
 
@@ -103,14 +106,24 @@ def export_jsonl(folder: Path, path: Path) -> None:
 
 
 def export_alitok(folder: Path, cache: Path) -> None:
-    """Writes an AliTok cache of packed shards: CACHE/CLASS/NUMBER.npz with all crops of an image, int64 [n, N]."""
-    manifest = read_manifest(folder)
+    """Writes an AliTok cache of packed shards: CACHE/CLASS/NUMBER.npz with all crops of an image, int64 [n, N].
+
+    Raises InputError for damaged shards, and for class names that are no names of folders.
+    """
+    manifest, source = read_manifest(folder), index_path(folder)
+    # All of them, before anything is written.
+    places = [inside(cache, name, source, f"class_names[{label}]") for label, name in enumerate(manifest.class_names)]
+    if len(set(places)) < len(places) or len(places) < len(manifest.label_counts):
+        raise InputError(
+            f"{source}: its {len(manifest.label_counts)} classes have {len(set(places))} different names in class_names, but "
+            "each class is a folder of its own. Give every class a name"
+        )
     sequences = _sequences(folder)
     for number in range(manifest.num_images):
         crops = list(islice(sequences, manifest.crops_per_image))
-        name = manifest.class_names[crops[0][1]]
-        (cache / name).mkdir(parents=True, exist_ok=True)
-        with atomic_file(cache / name / f"{number:08d}.npz") as temporary, open(temporary, "wb") as file:
+        place = places[crops[0][1]]
+        place.mkdir(parents=True, exist_ok=True)
+        with atomic_file(place / f"{number:08d}.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
 
 
@@ -133,9 +146,14 @@ class _JsonlFile:
 
     def read(self, start: int) -> Iterator[Sequence]:
         with open(self.path, "rb") as lines:
-            for number, line in enumerate(islice(lines, start, None), start=start + 1):
+            # A line at most, however long the file says that one is.
+            read = iter(lambda: lines.readline(_LONGEST_LINE + 1), b"")
+            for number, line in enumerate(islice(read, start, None), start=start + 1):
                 where = f"{self.path}, line {number}"
                 try:
+                    if len(line) > _LONGEST_LINE:
+                        raise ValueError(f"more than {_LONGEST_LINE:,} bytes")
+                    # Not the strict reader, which would call a function for every token.
                     entry = json.loads(line)
                     label, tokens = entry["class_id"], np.asarray(entry["tokens"])
                     if type(label) is not int:
@@ -161,11 +179,13 @@ class _AlitokCache:
 def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
     """Integers [n, N] of one image. Raises InputError for a file of another kind, shape or number of crops."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo("codes.npy")
-            if member.file_size > _MOST_BYTES:
-                raise ValueError(f"{member.file_size:,} bytes are more than the crops of one image")
-            codes = np.load(io.BytesIO(archive.read(member)), allow_pickle=False)
+        check_file(path)
+        with zipfile.ZipFile(path) as archive, archive.open("codes.npy") as member:
+            size = archive.getinfo("codes.npy").file_size
+            # Of the head alone: a small file may unpack to any size.
+            if size > _MOST_CROPS * num_tokens * 8 + _NPY_HEAD:
+                raise ValueError(f"{size:,} bytes are more than the crops of one image")
+            codes = npy_array(member.read(size), "iu")
     except Exception as error:  # whatever damaged bytes lead zipfile and numpy to
         raise InputError(f"{path} holds no array `codes` ({reason(error)}). Make it again") from error
     if codes.ndim == 2 and codes.shape[1] == 2 * num_tokens:

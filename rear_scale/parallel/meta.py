@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.config import InputError
+from rear_scale.files import checked_name
 from rear_scale.untrusted import StoredTensor, is_count, is_sha256, read_json, safetensors_head, shown
 
 FORMAT = "rear_scale checkpoint 1"
@@ -15,7 +16,6 @@ FORMAT = "rear_scale checkpoint 1"
 _LARGEST_STEP = 99_999_999  # folders are named by eight digits
 _COUNTS = ("step", "optimizer_step", "images_seen", "skipped_updates", "rewinds", "data_offset", "world_size")
 _KEY = re.compile(r"(param|exp_avg|exp_avg_sq|ema)/[\w.]+", re.ASCII)
-_FILE = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _TEXTS = ("tokenizer_sha256", "data_fingerprint", "commit")
 
 
@@ -39,12 +39,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} has format {shown(found)}, but {FORMAT!r} is wanted. Use a version of rear_scale that reads it"
         )
-    if wrong := _wrong(meta):
+    if wrong := _wrong(meta, path):
         raise InputError(f"{path}: {wrong}. Copy it again, or use another checkpoint")
     return meta
 
 
-def _wrong(meta: dict[str, Any]) -> str | None:
+def _wrong(meta: dict[str, Any], path: Path) -> str | None:
     """What in a meta.json of our format cannot be, or None."""
     for name in _COUNTS:
         if name in meta and not (is_count(meta[name]) and (name != "step" or meta[name] <= _LARGEST_STEP)):
@@ -55,17 +55,15 @@ def _wrong(meta: dict[str, Any]) -> str | None:
     for name in _TEXTS:
         if not isinstance(meta.get(name), (str, type(None))):
             return f"{name}={shown(meta[name])} is no text"
-    return _wrong_files(meta["files"], meta["index"])
+    return _wrong_files(meta["files"], meta["index"], path)
 
 
-def _wrong_files(files: list[Any], index: dict[str, Any]) -> str | None:
+def _wrong_files(files: list[Any], index: dict[str, Any], path: Path) -> str | None:
     names = set()
     for item in files:
         if not isinstance(item, dict) or not item.keys() >= {"file", "size", "sha256"}:
             return f"a file is listed as {shown(item)}, without file, size and sha256"
-        # A flat folder of parts: such a name cannot lead anywhere else.
-        if not isinstance(item["file"], str) or not _FILE.fullmatch(item["file"]):
-            return f"it lists the file {shown(item['file'])}, which is no name of a part"
+        checked_name(item["file"], path, "file")
         if item["file"] in names:
             return f"it lists the file {item['file']} twice"
         if not is_count(item["size"]) or not is_sha256(item["sha256"]):

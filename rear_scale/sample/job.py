@@ -46,6 +46,7 @@ from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, 
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.train.run_folder import provenance
 from rear_scale.train.setup import codebook_of, read_checked
+from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 _ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
@@ -322,7 +323,7 @@ def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
 def _settings_of(output: Path) -> dict[str, Any]:
     """What the job that wrote `output` noted beside it; empty when there is nothing, or a file of somebody else's."""
     try:
-        found = json.loads(output.with_suffix(".json").read_text())
+        found = read_json(output.with_suffix(".json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import tarfile
@@ -24,6 +23,7 @@ from rear_scale.shards.record import Manifest, TarShard, block_checksum
 from rear_scale.shards.storage import address, is_remote, open_remote
 from rear_scale.shards.tar_index import scan
 from rear_scale.shards.walk import reason
+from rear_scale.untrusted import npy_array, npy_head
 
 Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
 
@@ -167,13 +167,13 @@ class PlainFiles(BlockFiles):
     def __init__(self, folder: str | Path, manifest: Manifest, index: Path) -> None:
         super().__init__(folder, manifest)
         self.folder, self.index = Path(folder), index
+        self.checked: set[int] = set()  # the shards whose offsets were looked through
 
     def read(self, shard: int, block: int) -> Block:
         path = self.folder / self.manifest.shards[shard].file
         size = self.manifest.block_samples
         try:
-            offsets = np.load(self.index / f"{path.name}.offsets.npy", mmap_mode="r")
-            rows = np.array(offsets[block * size : (block + 1) * size])
+            rows = np.array(self._rows(shard, path.name)[block * size : (block + 1) * size])
             if path.stat().st_size != self.manifest.shards[shard].size:
                 raise ValueError("its size changed since it was indexed")
             first, last = int(rows[0, 0]), int(rows[-1, 0] + rows[-1, 1])
@@ -191,6 +191,24 @@ class PlainFiles(BlockFiles):
                 raise _damage(path, f"the sample at byte {offset}", error) from error
         return tokens, rows[:, 3].astype(np.uint16)
 
+    def _rows(self, shard: int, name: str) -> np.ndarray:
+        """int64 [n, 4] of the samples of a shard, mapped. Raises ValueError for offsets that are none."""
+        entry = self.manifest.shards[shard]
+        path = self.index / f"{name}.offsets.npy"
+        with open(path, "rb") as file:
+            shape, by_columns, dtype = npy_head(file)
+        if shape != (entry.samples, 4) or by_columns or dtype != np.int64:
+            raise ValueError(f"{path} holds {dtype} {list(shape)}, not int64 [{entry.samples}, 4]")
+        # Opened for as long as a block is read: what is mapped counts as memory of the process.
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if shard not in self.checked:
+            ends, classes = rows[:, 0] + rows[:, 1], len(self.manifest.label_counts)
+            inside = (rows >= 0).all(1) & (ends > 0) & (ends <= entry.size) & (rows[:, 2] < len(PLAIN_KINDS))
+            if not (inside & (rows[:, 3] < classes)).all() or (np.diff(rows[:, 0]) < 0).any():
+                raise ValueError(f"{path} has samples that do not lie in the shard, or beyond its {classes} classes")
+            self.checked.add(shard)
+        return rows
+
 
 PLAIN_KINDS = ("tokens.npy", "npy", "tokens.bin", "bin", "tokens.json", "json")
 
@@ -203,7 +221,7 @@ def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int)
     extension = PLAIN_KINDS[kind].rpartition(".")[2]
     if extension in ("npy", "json"):
         try:
-            tokens = np.load(io.BytesIO(content)) if extension == "npy" else np.asarray(json.loads(content))
+            tokens = npy_array(content, "iu") if extension == "npy" else np.asarray(json.loads(content))
         except Exception as error:  # whatever damaged bytes lead the readers to
             raise ValueError(reason(error)) from error
     else:
@@ -223,24 +241,16 @@ def unpack(packed: bytes, classes: bytes, manifest: Manifest, shard: int, block:
     checksums = manifest.shards[shard].block_crc32
     if checksums and block_checksum(packed, classes) != checksums[block]:
         raise ValueError("its checksum is not the one in index.json")
-    tokens, labels = _view(packed), _view(classes)
+    tokens, labels = npy_array(packed), npy_array(classes)
     length = min(manifest.block_samples, manifest.shards[shard].samples - block * manifest.block_samples)
-    if tokens.dtype != np.uint16 or tokens.shape != (length, manifest.num_tokens) or labels.shape != (length,):
-        raise ValueError(f"it holds {tokens.dtype} {tokens.shape} and {len(labels)} labels, not {length} samples")
+    found = (tokens.dtype, tokens.shape, labels.dtype, labels.shape)
+    if found != (np.uint16, (length, manifest.num_tokens), np.uint16, (length,)):
+        raise ValueError(
+            f"it holds tokens {tokens.dtype} {tokens.shape} and labels {labels.dtype} {labels.shape}, not uint16 [{length}]"
+        )
     if tokens.max(initial=0) >= manifest.codebook_size or labels.max(initial=0) >= len(manifest.label_counts):
         raise ValueError("it has a token or label beyond the manifest's counts")
     return tokens, labels
-
-
-def _view(content: bytes) -> np.ndarray:
-    """The array of an .npy file in memory, without a copy. Raises ValueError when it is none."""
-    file = io.BytesIO(content)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it is no .npy file of version 1.0")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    if by_columns and len(shape) > 1:
-        raise ValueError("it is stored by columns")
-    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
 
 
 class _Counted:

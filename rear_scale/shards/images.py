@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,11 +21,21 @@ from rear_scale.config import InputError
 from rear_scale.shards.classes import class_id
 from rear_scale.shards.crops import EXTENSIONS, BadImage, decode_image
 from rear_scale.shards.inputs import Inputs
-from rear_scale.shards.record import TarShard, read_index, write_index, write_tar
+from rear_scale.shards.record import (
+    TarShard,
+    index_path,
+    read_index,
+    shards_from,
+    write_index,
+    write_tar,
+    wrong_classes,
+)
 from rear_scale.shards.tar_index import TarSample, read_place, scan
+from rear_scale.untrusted import is_count, read_json, shown
 
 FORMAT = "rear_scale image shards 1"
 IMAGES_PER_SHARD = 1000
+_LARGEST_IMAGE = 65_536  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -112,24 +122,45 @@ class ImageShards:
 
 def open_images(folder: str | Path) -> ImageShards:
     """Raises InputError when the folder has no manifest of image shards, or holds images of different sizes."""
-    values = read_index(folder, FORMAT)
-    if values.get("image_size", 0) is None:
+    values = read_image_index(folder)
+    if values["image_size"] is None:
         raise InputError(
             f"{folder} holds images of different sizes, but images of one size are wanted. "
             "Prepare them with a size: python data/prepare_imagefolder.py --size 256"
         )
+    names = ("image_size", "class_names", "label_counts", "shards")
+    return ImageShards(Path(folder), **{name: values[name] for name in names})
+
+
+def is_image_folder(folder: Path) -> bool:
+    """Whether a folder says that it holds image shards."""
     try:
-        return ImageShards(
-            Path(folder),
-            values["image_size"],
-            values["class_names"],
-            values["label_counts"],
-            [TarShard(**shard) for shard in values["shards"]],
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
-        ) from error
+        values = read_json(folder / "index.json")
+    except (OSError, ValueError):
+        return False  # which the reader of a manifest then explains
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
+def read_image_index(folder: str | Path) -> dict[str, Any]:
+    """The values of the manifest of image shards: image_size, class_names, label_counts, and shards as TarShard.
+
+    Raises InputError when there is none, when it lacks a field, and for values that cannot be.
+    """
+    values, source = read_index(folder, FORMAT), index_path(folder)
+    lacking = [name for name in ("image_size", "class_names", "label_counts", "shards") if name not in values]
+    if lacking:
+        raise InputError(f"{source} lacks {', '.join(lacking)}. Make the shards again")
+    size = values["image_size"]
+    wrong = wrong_classes(values["label_counts"], values["class_names"])
+    if size is not None and not (is_count(size) and 0 < size <= _LARGEST_IMAGE):
+        wrong = f"image_size={shown(size)} is no number of pixels"
+    shards = shards_from(values["shards"], source)
+    counted, total = sum(values["label_counts"]) if not wrong else 0, sum(shard.samples for shard in shards)
+    if not wrong and counted != total:
+        wrong = f"label_counts sum to {counted}, but its {len(shards)} shards hold {total} images"
+    if wrong:
+        raise InputError(f"{source}: {wrong}. Copy the folder again, or make the shards again")
+    return {**values, "shards": shards}
 
 
 def write_images(

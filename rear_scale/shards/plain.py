@@ -22,6 +22,7 @@ from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
 from rear_scale.shards.classes import class_id
 from rear_scale.shards.record import Manifest, TarShard, manifest_from
 from rear_scale.shards.tar_index import TarSample, read_member, scan, tar_shards
+from rear_scale.untrusted import read_json
 
 FORMAT = "rear_scale plain shards 1"
 
@@ -70,10 +71,10 @@ def index_plain(
 
 def _read_index(place: Path, made_from: Any) -> Manifest | None:
     try:
-        values = json.loads((place / "offsets.json").read_text())
+        values = read_json(place / "offsets.json")
         if values["format"] != FORMAT or values["made_from"] != made_from:
             return None
-        return manifest_from(values["manifest"])
+        return manifest_from(values["manifest"], place / "offsets.json")
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

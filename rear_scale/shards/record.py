@@ -8,11 +8,10 @@ codebook.npy         float32 [K, D], so that training never needs the tokenizer'
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,38 @@ import numpy as np
 import webdataset
 
 from rear_scale.config import InputError
-from rear_scale.files import atomic_file, file_sha256, write_text_atomically
+from rear_scale.files import atomic_file, checked_name, file_sha256, write_text_atomically
 from rear_scale.shards.storage import is_remote, read_remote
+from rear_scale.untrusted import (
+    is_count,
+    is_sha256,
+    mistaken_for,
+    npy_array,
+    parse_json,
+    read_bytes,
+    read_json,
+    shown,
+)
 
 BLOCK_SAMPLES = 4096
 BLOCKS_PER_SHARD = 8
 SHARD_SAMPLES = BLOCK_SAMPLES * BLOCKS_PER_SHARD
 FORMAT = "rear_scale token shards 1"
+
+_MOST_CLASSES = 65_536  # labels have 16 bits, and so have tokens
+_MOST_SAMPLES = 2**40
+_NPY_HEAD = 4096  # bytes, more than the head of such an array has
+# Field of a manifest -> the least and the most that it can be.
+_COUNTS = {
+    "codebook_size": (1, 65_536),
+    "codebook_dim": (1, 65_536),
+    "num_tokens": (1, 65_536),
+    "crops_per_image": (1, 65_536),
+    "num_samples": (0, _MOST_SAMPLES),
+    "samples_per_shard": (1, _MOST_SAMPLES),
+    "block_samples": (1, 2**24),
+    "num_skipped": (0, _MOST_SAMPLES),
+}
 
 
 @dataclass(frozen=True)
@@ -94,34 +118,35 @@ def block_key(index: int) -> str:
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Raises InputError when the folder (local or remote) has no manifest, or one that is not ours."""
-    values = read_index(folder, FORMAT)
-    try:
-        manifest = manifest_from(values)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{Path(folder) / 'index.json'} lacks or adds a field ({error}). Make the shards again"
-        ) from error
-    if wrong := _wrong_count(manifest):
-        raise InputError(f"{Path(folder) / 'index.json'}: {wrong}. Copy the folder again, or make the shards again")
+    source = index_path(folder)
+    manifest = manifest_from(read_index(folder, FORMAT), source)
+    if manifest.layout != "packed":
+        raise InputError(f"{source}: layout={shown(manifest.layout)} is not packed. Make the shards again")
     return manifest
+
+
+def index_path(folder: str | Path) -> str:
+    """The manifest of a folder, local or remote, as errors name it."""
+    return f"{folder} (index.json)" if is_remote(folder) else str(Path(folder) / "index.json")
 
 
 def _wrong_count(manifest: Manifest) -> str | None:
     """What in the counts of a manifest cannot be, or None."""
-    for name in ("codebook_size", "codebook_dim", "num_tokens", "crops_per_image", "num_samples"):
-        value, least = getattr(manifest, name), 0 if name == "num_samples" else 1
-        if not _is_count(value) or value < least:
-            return f"{name}={value!r} is not a whole number of at least {least}"
-    for name in ("label_counts", "class_names"):
-        if not isinstance(getattr(manifest, name), list):
-            return f"{name}={getattr(manifest, name)!r} is not a list"
-    for counts, what in (
-        (manifest.label_counts, "label_counts"),
-        ([shard.samples for shard in manifest.shards], "the samples of shards"),
-        ([shard.size for shard in manifest.shards], "the sizes of shards"),
-    ):
-        if not all(_is_count(value) for value in counts):
-            return f"{what} {counts[:8]} are not whole numbers"
+    for name, (least, most) in _COUNTS.items():
+        value = getattr(manifest, name)
+        if not is_count(value) or not least <= value <= most:
+            return f"{name}={shown(value)} is not a whole number of at least {least} and at most {most:,}"
+    for name in ("tokenizer", "tokenizer_sha256", "crops", "made_from", "layout"):
+        if not isinstance(getattr(manifest, name), str):
+            return f"{name}={shown(getattr(manifest, name))} is no text"
+    if manifest.codebook_sha256 is not None and not is_sha256(manifest.codebook_sha256):
+        return f"codebook_sha256={shown(manifest.codebook_sha256)} is no checksum"
+    if wrong := wrong_classes(manifest.label_counts, manifest.class_names):
+        return wrong
+    for shard in manifest.shards:
+        blocks = -(-shard.samples // manifest.block_samples)
+        if len(shard.block_crc32) not in (0, blocks):
+            return f"{shard.file} has {len(shard.block_crc32)} checksums of blocks, but {blocks} blocks"
     total = sum(shard.samples for shard in manifest.shards)
     if total != manifest.num_samples:
         return f"num_samples={manifest.num_samples}, but its {len(manifest.shards)} shards hold {total}"
@@ -131,13 +156,64 @@ def _wrong_count(manifest: Manifest) -> str | None:
     return None
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def wrong_classes(label_counts: Any, class_names: Any) -> str | None:
+    """What in the classes of a manifest cannot be, or None."""
+    if not isinstance(label_counts, list) or not all(map(is_count, label_counts)):
+        return f"label_counts={shown(label_counts)} is not a list, or its values are not whole numbers"
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        return f"class_names={shown(class_names)} is not a list of texts"
+    if max(len(label_counts), len(class_names)) > _MOST_CLASSES:
+        return f"it has {max(len(label_counts), len(class_names)):,} classes, more than the labels of 16 bits"
+    return None
 
 
-def manifest_from(values: dict[str, Any]) -> Manifest:
-    """Of the values that `as_dict` gives. Raises KeyError or TypeError for others."""
-    return Manifest(**{**values, "shards": [TarShard(**shard) for shard in values["shards"]]})
+def manifest_from(values: dict[str, Any], source: str | Path) -> Manifest:
+    """Of the values that `as_dict` gives; `source` is the file they stand in.
+
+    Raises InputError for other fields, and for values that cannot be.
+    """
+    wrong = _other_fields(values, Manifest) if isinstance(values, dict) else shown(values)
+    if wrong:
+        raise InputError(f"{source} lacks or adds a field ({wrong}). Make the shards again")
+    manifest = Manifest(**{**values, "shards": shards_from(values["shards"], source)})
+    if wrong := _wrong_count(manifest):
+        raise InputError(f"{source}: {wrong}. Copy the folder again, or make the shards again")
+    return manifest
+
+
+def _other_fields(values: dict[str, Any], kind: type) -> str:
+    """The field that values lack or add to those of a dataclass; empty when there is none."""
+    known = {one.name: one for one in fields(kind)}
+    lacking = [
+        name
+        for name, one in known.items()
+        if name not in values and one.default is MISSING and one.default_factory is MISSING
+    ]
+    return ", ".join(map(shown, [*lacking, *(name for name in values if name not in known)][:1]))
+
+
+def shards_from(entries: Any, source: str | Path) -> list[TarShard]:
+    """The tar shards that a manifest lists. Raises InputError for names that lead out of the folder, a shard that is listed
+    twice, and sizes, counts and checksums that are none."""
+    if not isinstance(entries, list):
+        raise InputError(f"{source}: shards={shown(entries)} is not a list. Make the shards again")
+    found: dict[str, TarShard] = {}
+    for entry in entries:
+        wrong = _other_fields(entry, TarShard) if isinstance(entry, dict) else shown(entry)
+        if wrong:
+            raise InputError(f"{source}: a shard lacks or adds a field ({wrong}). Make the shards again")
+        shard = TarShard(**entry)
+        checked_name(shard.file, source, "file")
+        if shard.file in found:
+            raise InputError(f"{source} lists {shard.file} twice. Copy the folder again, or make the shards again")
+        counts = [shard.samples, shard.size, *(shard.block_crc32 if isinstance(shard.block_crc32, list) else [None])]
+        if not all(map(is_count, counts)) or shard.samples > _MOST_SAMPLES or not is_sha256(shard.sha256):
+            raise InputError(
+                f"{source}: the samples, size or checksums of {shard.file} are not whole numbers and a sha256 "
+                f"({shown([shard.samples, shard.size, shard.sha256])}). Copy the folder again, or make the shards again"
+            )
+        found[shard.file] = shard
+    return list(found.values())
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
@@ -146,18 +222,22 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
 
 def read_index(folder: str | Path, expected_format: str) -> dict[str, Any]:
     """The values of a folder's index.json. Raises InputError when there is none, or of another format."""
-    path = f"{folder} (index.json)" if is_remote(folder) else Path(folder) / "index.json"
+    path = index_path(folder)
     try:
-        values = json.loads(read_remote(str(folder), "index.json") if is_remote(folder) else Path(path).read_text())
+        values = parse_json(read_remote(str(folder), "index.json")) if is_remote(folder) else read_json(path)
     except FileNotFoundError:
         raise InputError(
             f"not found: {path}. Shards are complete when their manifest is written; make or copy them first"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Make the shards again") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found != expected_format:
-        raise InputError(f"{path} has format {found!r}, but {expected_format!r} is wanted. Is this the right folder?")
+        raise InputError(
+            f"{path} has format {shown(found)}, but {expected_format!r} is wanted. Is this the right folder?"
+        )
     return values
 
 
@@ -169,16 +249,43 @@ def write_index(folder: str | Path, values: dict[str, Any]) -> None:
 def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
     assert manifest.codebook_sha256 is not None, "the manifest has no codebook"
-    if is_remote(folder):
-        path, data = f"{folder} (codebook.npy)", read_remote(str(folder), "codebook.npy")
-    else:
-        path = Path(folder) / "codebook.npy"
-        if not path.is_file():
-            raise InputError(f"not found: {path}. It is part of the shard folder: copy it, or make the shards again")
-        data = path.read_bytes()
+    shape = (manifest.codebook_size, manifest.codebook_dim)
+    most = shape[0] * shape[1] * 8 + _NPY_HEAD
+    try:
+        if is_remote(folder):
+            path, data = f"{folder} (codebook.npy)", read_remote(str(folder), "codebook.npy", most)
+        else:
+            path = str(Path(folder) / "codebook.npy")
+            data = read_bytes(path, most)
+    except FileNotFoundError:
+        raise InputError(
+            f"not found: {path}. It is part of the shard folder: copy it, or make the shards again"
+        ) from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(
+            f"{path} cannot be a codebook of {list(shape)} ({error}). Copy the shard folder again"
+        ) from error
+    if wrong := mistaken_for(data):
+        raise InputError(f"{path} {wrong}")
     if hashlib.sha256(data).hexdigest() != manifest.codebook_sha256:
         raise InputError(f"{path} does not match the checksum in index.json. Copy the shard folder again")
-    return np.load(io.BytesIO(data))
+    return codebook_from(data, shape, path)
+
+
+def codebook_from(data: bytes, shape: tuple[int, int], path: str) -> np.ndarray:
+    """float32 [K, D] of the bytes of an .npy file. Raises InputError for another shape, numbers that are no floats of 32 or
+    64 bits, and values that are not finite."""
+    try:
+        codes = npy_array(data, "f", shape)
+    except ValueError as error:
+        raise InputError(f"{path} is not the codebook of its manifest: {error}. Copy the shard folder again") from error
+    with np.errstate(over="ignore"):
+        codes = codes.astype(np.float32)
+    if not np.isfinite(codes).all():
+        raise InputError(f"{path} holds values that are not finite. Make the shards again")
+    return codes
 
 
 def block_checksum(tokens: bytes, labels: bytes) -> int:

@@ -19,9 +19,8 @@ from rear_scale.config import InputError
 from rear_scale.progress import say_once
 from rear_scale.shards.classes import class_id, folder_ids, id_notes, names_by_id, read_class_map
 from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
-from rear_scale.shards.images import FORMAT
+from rear_scale.shards.images import read_image_index
 from rear_scale.shards.inputs import Inputs, listing_hash
-from rear_scale.shards.record import read_index
 from rear_scale.shards.tar_index import TarSample, read_place, scan, tar_shards
 from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, OUTSIDE, LeftOut, is_utf8, reason, shown, walk
 
@@ -175,15 +174,13 @@ class TarSource(ImageSource):
         self.own_names: list[str] | None = None
         self.left_out, self.notes = LeftOut(), []
         if (folder / "index.json").exists():
-            index = read_index(folder, FORMAT)
-            try:
-                tars = [folder / shard["file"] for shard in index["shards"]]
-                counts = [shard["samples"] for shard in index["shards"]]
-                self.image_size = index["image_size"]
-                self.class_names = self.own_names = index["class_names"]
-            except (KeyError, TypeError) as error:
-                raise InputError(f"{folder / 'index.json'} lacks a field ({error}). Make the shards again") from error
+            index = read_image_index(folder)
+            tars = [folder / shard.file for shard in index["shards"]]
+            counts = [shard.samples for shard in index["shards"]]
+            self.image_size = index["image_size"]
+            self.class_names = self.own_names = index["class_names"]
             described = {name: value for name, value in index.items() if name != "inputs"}
+            described["shards"] = [shard.as_dict() for shard in index["shards"]]
         else:
             counts = [len(scan(tar, self.left_out)) for tar in tars]
             described = [(tar.name, tar.stat().st_size, count) for tar, count in zip(tars, counts, strict=True)]

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import BinaryIO
 
 from webdataset import gopen
 
 from rear_scale.config import InputError, is_remote
+from rear_scale.untrusted import MOST_JSON
 
 __all__ = ["address", "is_remote", "not_checked", "open_remote", "read_remote"]
 
@@ -24,6 +26,12 @@ def address(folder: str, file: str) -> str:
     if folder.startswith("pipe:"):
         if "{file}" not in folder:
             raise InputError(f"the folder {folder} does not say where the file's name goes. Write it as {{file}}")
+        # The name stands in a manifest, and the command may have it in quotes already: no character of a shell is let through.
+        if not re.fullmatch(r"[\w.=+-]+", file, re.ASCII) or file.startswith("-"):
+            raise InputError(
+                f"{folder}: the shard {ascii(file)} does not go into a command. Name shards with letters, digits, '.', '_' "
+                "and '-', as data/README.md says"
+            )
         return folder.replace("{file}", shlex.quote(file))
     url = f"{folder.rstrip('/')}/{file}"
     # webdataset has no opener of its own for s3.
@@ -41,11 +49,13 @@ def open_remote(folder: str, file: str) -> BinaryIO:
         ) from error
 
 
-def read_remote(folder: str, file: str) -> bytes:
-    """A whole file. Raises InputError when it cannot be read or is empty."""
+def read_remote(folder: str, file: str, most: int = MOST_JSON) -> bytes:
+    """A whole file of at most `most` bytes. Raises InputError when it cannot be read, is empty or larger."""
     try:
         with open_remote(folder, file) as stream:
-            data = stream.read()
+            data = stream.read(most + 1)
+            if len(data) > most:
+                raise InputError(f"{address(folder, file)} gives more than {most:,} bytes. Is it the right folder?")
     except OSError as error:
         raise InputError(f"not found: {address(folder, file)} ({error}). Make or copy the shards first") from error
     if not data:

@@ -22,6 +22,7 @@ from rear_scale.shards.record import (
     block_checksum,
     block_key,
     shard_name,
+    shards_from,
     write_tar,
 )
 from rear_scale.shards.walk import shown
@@ -79,9 +80,11 @@ def finished_shard(folder: Path, index: int, source: str) -> FinishedShard | Non
         skipped = [(name, reason) for name, reason in record.pop("skipped")]
         if record.pop("source") != source:
             return None
-        shard = TarShard(**record)
+        (shard,) = shards_from([record], folder)
+        if shard.file != shard_name(index):
+            return None
         intact = (folder / shard.file).stat().st_size == shard.size and file_sha256(folder / shard.file) == shard.sha256
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return FinishedShard(shard, label_counts, skipped) if intact else None
 
