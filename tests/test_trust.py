@@ -532,11 +532,11 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (_LAUGHS, "values when its aliases are written out"),
+        (_LAUGHS, r"values when its aliases \(\*NAME\) are written out"),
         ("a: " + "[" * 100_000 + "]" * 100_000, "nested more than 30 levels deep"),
         ("".join(" " * level + "a:\n" for level in range(100)), "nested more than 30 levels deep"),
         ("a: &a [*a]", r"the alias \*a stands within what it names"),
-        ("run: {name: " + "x" * 2_000_000 + "}", "has 2,000,014 characters, a config at most"),
+        ("run: {name: " + "x" * 2_000_000 + "}", "has 2,000,013 characters, a config at most"),
     ],
     ids=["aliases", "lists", "maps", "itself", "size"],
 )
@@ -550,17 +550,17 @@ def test_a_yaml_costs_bounded_time_and_memory(tmp_path: Path, text: str, expecte
 
 
 def test_arrays_that_unpack_to_more_than_they_may_are_not_unpacked(tmp_path: Path) -> None:
-    huge = np.broadcast_to(np.zeros(1), (30_000, 1000))
-    np.savez_compressed(tmp_path / "a.npz", codes=huge, mu=huge, sigma=huge, manifest=np.full(3, "x" * 100_000))
+    huge = np.broadcast_to(np.zeros(1), (6000, 1000))
+    np.savez_compressed(tmp_path / "a.npz", codes=huge, manifest=np.full(3, "x" * 100_000))
+    np.savez_compressed(tmp_path / "b.npz", mu=huge, sigma=huge)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="holds no array `codes`"):
         _alitok_codes(tmp_path / "a.npz", 16, None)
     with pytest.raises(InputError, match="manifest is not one of"):
         read_statistics(tmp_path / "a.npz", {"pool": "x"}, {"pool": 4})
-    np.savez_compressed(tmp_path / "b.npz", mu=huge, sigma=huge)
     with pytest.raises(InputError, match="are not of 4 features"):
         read_statistics(tmp_path / "b.npz", {"pool": "x"}, {"pool": 4})
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024  # KiB: less than one of them
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024  # KiB: less than one of them
 
 
 # Calls that open, run or load something, by the last two parts of their names.
@@ -600,7 +600,7 @@ def test_every_place_that_opens_something_is_in_the_page_on_trust(folder: str) -
 
 
 def test_hostile_inputs_are_refused_and_nothing_else(tmp_path: Path) -> None:
-    found = Fuzzer(tmp_path, seed=0).run(280)
+    found = Fuzzer(tmp_path, seed=0).run(210)
     assert found.faults == []
     assert found.refused > 100
     assert found.slowest[0] < 20
