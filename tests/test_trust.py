@@ -543,9 +543,9 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_a_yaml_costs_bounded_time_and_memory(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     started = time.monotonic()
-    for read in (config.load, lambda path: is_released_yaml(Path(path))):
-        with pytest.raises(InputError, match=expected):
-            read(str(tmp_path / "a.yaml"))
+    with pytest.raises(InputError, match=expected):
+        config.load(str(tmp_path / "a.yaml"))
+    assert not is_released_yaml(tmp_path / "a.yaml")
     assert time.monotonic() - started < 5
 
 
