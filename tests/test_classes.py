@@ -101,7 +101,14 @@ def folders(root: Path, *names: str, empty: tuple[str, ...] = ()) -> Path:
 
 def test_an_empty_class_folder_is_refused_unless_a_map_fixes_the_ids(tmp_path: Path) -> None:
     images = folders(tmp_path / "images", "a", "c", "d", empty=("b",))
-    with pytest.raises(InputError, match="1 of 4 class folders hold no images, b among them.* give a class map"):
+    with pytest.raises(
+        InputError, match="1 of 4 class folders hold no files that are read, b among them, and .* class map"
+    ):
+        open_source(images)
+    (images / "b/0.gif").write_bytes(b"x")
+    with pytest.raises(
+        InputError, match=r"b among them .left out: 1 files of other formats .\.gif 1; first: b/0.gif.., and"
+    ):
         open_source(images)
     (tmp_path / "map").write_text("a 0\nb 1\nc 2\nd 3\ne 4")
     source = open_source(images, tmp_path / "map")

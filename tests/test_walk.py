@@ -97,7 +97,9 @@ def test_a_link_is_followed_once_for_each_real_folder_whatever_the_names(tmp_pat
 def test_a_class_that_is_a_link_to_another_is_refused_as_an_empty_one(tmp_path: Path) -> None:
     folder = two_classes(tmp_path / "images")
     (folder / "c").symlink_to("a")
-    with pytest.raises(InputError, match=r"1 of 3 class folders hold no images, c among them"):
+    with pytest.raises(
+        InputError, match=r"1 of 3 class folders hold no files that are read, c among them .left out: 1 links"
+    ):
         open_source(folder)
 
 

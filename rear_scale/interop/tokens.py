@@ -73,7 +73,7 @@ def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map:
     if bad := next((file for file in found if file.problem), None):
         raise InputError(f"{shown(cache / bad.name)} cannot be read: {bad.problem}. Make, rename or remove it")
     counts = Counter(file.name.partition("/")[0] for file in found)
-    ids = folder_ids(cache, listed.folders, counts, read_class_map(class_map) if class_map else None)
+    ids = folder_ids(listed, counts, read_class_map(class_map) if class_map else None)
     listed.left_out.say(cache)
     for note in id_notes(listed.folders, counts, ids, mapped=class_map is not None):
         say(f"note: {cache}: {note}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.config import InputError
-from rear_scale.shards.walk import is_utf8, shown
+from rear_scale.shards.walk import Listing, is_utf8, shown
 
 NUM_IDS = 65_536
 _NAMED = 12  # names that a line lists
@@ -99,14 +99,13 @@ def names_by_id(ids: Mapping[str, int]) -> list[str]:
     return [names.get(number, str(number)) for number in range(max(names) + 1)]
 
 
-def folder_ids(
-    folder: Path, classes: Sequence[str], counts: Mapping[str, int], ids: Mapping[str, int] | None
-) -> dict[str, int]:
+def folder_ids(listing: Listing, counts: Mapping[str, int], ids: Mapping[str, int] | None) -> dict[str, int]:
     """The id of each class folder: its position among their sorted names, or that of a class map.
 
     counts: files of each folder. Raises InputError for a folder that the map lacks, for one without files where no map
     fixes the ids (another set of the same classes would number the others differently), and for a name that is not UTF-8.
     """
+    folder, classes = listing.folder, listing.folders
     for name in classes:
         if shown(name) != name:
             raise InputError(
@@ -116,9 +115,11 @@ def folder_ids(
     if ids is None:
         empty = [name for name in classes if not counts.get(name)]
         if empty and len(empty) < len(classes):
+            left_out = listing.left_out.line()
             raise InputError(
-                f"{folder}: {len(empty)} of {len(classes)} class folders hold no images, {empty[0]} among them, and class ids "
-                "are positions among the folders. Remove the empty ones, or give a class map, which fixes the ids"
+                f"{folder}: {len(empty)} of {len(classes)} class folders hold no files that are read, {empty[0]} among them"
+                f"{f' ({left_out})' if left_out else ''}, and class ids are positions among the folders. Remove the empty ones, "
+                "or give a class map, which fixes the ids"
             )
         return {name: position for position, name in enumerate(classes)}
     if unknown := [name for name in classes if name not in ids]:

@@ -133,11 +133,12 @@ class FolderSource(ImageSource):
                 self.left_out.add(OUTSIDE, file.name)
         classes = [file.name.partition("/")[0] for file in self.files]
         counts = Counter(classes)
-        self.ids = folder_ids(folder, found.folders, counts, ids)
+        self.ids = folder_ids(found, counts, ids)
         self.class_names = names_by_id(self.ids)
         if not self.files:
             raise InputError(
-                f"{folder} holds class folders without a {', '.join(EXTENSIONS)} file. Is it the right one?"
+                f"{folder} holds class folders without a {', '.join(EXTENSIONS)} file "
+                f"({self.left_out.line() or 'they are empty'}). Is it the right one?"
             )
         self.labels = [self.ids[name] for name in classes]
         self.notes = id_notes(found.folders, counts, self.ids, mapped=ids is not None)
