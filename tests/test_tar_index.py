@@ -118,8 +118,8 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "xz": (lzma.compress, r"x\.tar is compressed \(xz\)"),
     "zstd": (lambda data: b"\x28\xb5\x2f\xfd" + data, r"x\.tar is compressed \(zstd\)"),
     "zip": (lambda data: b"PK\x03\x04" + data, r"x\.tar is a zip file"),
-    "a page": (lambda data: b"<!DOCTYPE html><title>404</title>" + data, r"x\.tar is a page of HTML"),
-    "git-lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid", r"x\.tar is a pointer of git-lfs"),
+    "a page": (lambda data: b"<!DOCTYPE html><title>404</title>" + data, r"x\.tar is an HTML page"),
+    "git-lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid", r"x\.tar is a git-lfs pointer"),
 }
 
 

@@ -34,8 +34,10 @@ from rear_scale.model import build_model
 from rear_scale.parallel.meta import read_meta
 from rear_scale.parallel.sources import open_source, write_portable
 from rear_scale.sample.job import default_output, job_identity
+from rear_scale.shards.crops import BadImage, decode_image
 from rear_scale.shards.record import read_codebook, read_manifest
 from rear_scale.shards.storage import address
+from rear_scale.shards.tar_index import scan
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.weight_file import read_state, write_weights
 
@@ -411,7 +413,9 @@ _REFUSAL = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'
     ],
     ids=["pointer", "page", "refusal", "nothing"],
 )
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "compact", "npz", "statistics", "codes", "codebook", "index"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "bin", "compact", "npz", "statistics", "codes", "codebook", "index", "tar", "image"]
+)
 def test_what_was_saved_in_place_of_a_file_is_called_what_it_is(
     tmp_path: Path, content: bytes, what: str, kind: str
 ) -> None:
@@ -427,12 +431,16 @@ def test_what_was_saved_in_place_of_a_file_is_called_what_it_is(
         "statistics": lambda: read_statistics(path, {}, {}),
         "codes": lambda: _alitok_codes(path, 16, None),
         "index": lambda: read_manifest(tmp_path),
+        "tar": lambda: scan(path),
+        "image": lambda: decode_image(content),
     }
     if kind == "codebook":
         folder = write_token_shards(tmp_path / "set", 20)
         (folder / "codebook.npy").write_bytes(content)
         readers["codebook"] = lambda: read_codebook(folder, read_manifest(folder))
-    with pytest.raises(InputError, match=what) as caught:
+    if content == b"" and kind in ("tar", "image"):
+        what = ""  # said in other words
+    with pytest.raises(BadImage if kind == "image" else InputError, match=what) as caught:
         readers[kind]()
     assert "\n" not in str(caught.value)
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rear_scale.shards.walk import reason
+from rear_scale.untrusted import mistaken_for
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")  # of the files that are read, in any case
 # What they may hold, whatever their extension says. Not PostScript, which Pillow hands to another program, and no format
@@ -65,6 +66,8 @@ def decode_image(data: bytes, *, deep: bool = True, exif: str = "ignore") -> Ima
     deep: false refuses more than 8 bits a value, where nothing may be scaled by a rule that nobody has named. exif: one of
     EXIF. Raises BadImage when it is no image, truncated, or takes more memory than there is.
     """
+    if data and (what := mistaken_for(data)):
+        raise BadImage(f"the file {what.split('. ')[0]}")
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         image.load()
         if exif == "apply":

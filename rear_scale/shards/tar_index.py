@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from rear_scale.config import InputError
 from rear_scale.shards.walk import HIDDEN, LeftOut, is_hidden, shown
+from rear_scale.untrusted import mistaken_for
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20  # bytes
@@ -29,9 +30,6 @@ _STARTS = {
     b"BZh": "compressed (bzip2)",
     b"\x04\x22\x4d\x18": "compressed (lz4)",
     b"PK\x03\x04": "a zip file",
-    b"version https://git-lfs": "a pointer of git-lfs, not the file itself",
-    b"<!": "a page of HTML, not the file itself",
-    b"<html": "a page of HTML, not the file itself",
 }
 
 
@@ -171,6 +169,8 @@ class _Reader:
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except (tarfile.HeaderError, ValueError) as error:
                 if position == 0:
+                    if block and (what := mistaken_for(block)):
+                        raise InputError(f"{shown(self.path)} {what}") from None
                     for start, what in _STARTS.items():
                         if block.lower().startswith(start.lower()):
                             raise InputError(_unreadable(self.path, what)) from None
