@@ -378,6 +378,67 @@ def test_whatever_stops_a_checkpoint_training_goes_on(
     run_alone(scenario)
 
 
+@pytest.mark.parametrize(
+    ("saved", "damaged", "keep_last", "kept"),
+    [
+        ([2, 4, 6, 8], [], 2, [6, 8]),  # killed before any was removed
+        ([6, 8], [], 2, [6, 8]),
+        ([4, 6, 8], [6], 2, [4, 8]),
+        ([6, 8], [], 3, [6, 8]),
+        ([4, 6, 8], [], 1, [8]),
+    ],
+)
+@pytest.mark.parametrize("latest", [None, "step_00000002\n", "step_00000008\n"])
+def test_a_complete_run_is_put_in_order_after_a_kill(
+    tmp_path: Path,
+    tokens: Path,
+    saved: list[int],
+    damaged: list[int],
+    keep_last: int,
+    kept: list[int],
+    latest: str | None,
+) -> None:
+    root = tmp_path / "checkpoints"
+
+    def scenario(world: World) -> None:
+        strategy = small_strategy(world, tmp_path, tokens)
+        for step in saved:
+            meta = {"optimizer_step": step, "config": {}}
+            checkpoint.save(root, step, strategy, world, meta, CheckpointConfig(keep_last=9))
+        for step in damaged:
+            damage(root / f"step_{step:08d}")
+        found = checkpoint.newest(root, world, pytest.fail)
+        (root / "latest").unlink() if latest is None else (root / "latest").write_text(latest)
+        checkpoint.Writer(root, world, CheckpointConfig(keep_last=keep_last), found).settle()
+
+    run_alone(scenario)
+    assert sorted(int(path.name[5:]) for path in root.glob("step_????????")) == kept
+    assert (root / "latest").read_text() == "step_00000008\n"
+
+
+def test_what_goes_wrong_once_a_checkpoint_is_visible_does_not_undo_it(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "checkpoints"
+    real = checkpoint.write_text_atomically
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "latest":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+        real(path, text)
+
+    def scenario(world: World) -> None:
+        monkeypatch.setattr(checkpoint, "write_text_atomically", full)
+        meta = {"optimizer_step": 3, "config": {}}
+        checkpoint.save(root, 3, small_strategy(world, tmp_path, tokens), world, meta, CheckpointConfig())
+        assert checkpoint.newest(root, world, pytest.fail).step == 3
+
+    run_alone(scenario)
+    said = capsys.readouterr().err
+    assert f"{root / 'step_00000003'} is written, but its surroundings are not in order: " in said
+    assert "Disk quota exceeded" in said
+
+
 def test_every_nth_checkpoint_stays(tmp_path: Path, tokens: Path) -> None:
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)

@@ -198,17 +198,38 @@ class Writer:
         _remove(final)  # the same step, saved again after a resume from before it
         part.replace(final)
         sync(self.root)
-        write_text_atomically(self.root / "latest", f"{final.name}\n")
         self.intact.add(final)
-        for path, fault in self.damaged.items():
-            say(_set_aside(path, fault))
-        self.damaged = {}
-        self._remove_older()
+        self._tidy(final)
+
+    def settle(self) -> None:
+        """What a kill has left undone of publishing the checkpoint that the run goes on from. Rank 0 alone."""
+        assert self.resumed is not None
+        if len(_folders(self.root)) > self.config.keep_last:
+            self.meta = {"step": _step_of(self.resumed)}
+            self._look_at_older()
+        self._tidy(self.resumed)
+
+    def _tidy(self, newest: Path) -> None:
+        """Names the newest checkpoint in `latest`, and removes those that are not kept. What goes wrong there is said: that
+        checkpoint is visible by now."""
+        latest, text = self.root / "latest", f"{newest.name}\n"
+        try:
+            if not latest.exists() or latest.read_text() != text:
+                write_text_atomically(latest, text)
+            for path, fault in self.damaged.items():
+                say(_set_aside(path, fault))
+            self.damaged = {}
+            self._remove_older()
+        except Exception as error:
+            say(f"{newest} is written, but its surroundings are not in order: {_what(error)}")
 
     def _remove_older(self) -> None:
         """Removes what checkpoint.keep_last and keep_every do not keep. Intact ones alone count."""
         visible = _folders(self.root)
-        oldest_kept = [path for path in visible if path in self.intact][-self.config.keep_last :][0]
+        intact = [path for path in visible if path in self.intact]
+        if len(intact) < self.config.keep_last:
+            return
+        oldest_kept = intact[-self.config.keep_last]
         for old in visible[: visible.index(oldest_kept)]:
             if old != self.resumed and (self.config.keep_every is None or _step_of(old) % self.config.keep_every):
                 _remove(old)

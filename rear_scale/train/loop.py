@@ -58,6 +58,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         stack.enter_context(world.alone(*run.lock))
         if world.is_main:
             checkpoint.clear(run.checkpoints)
+            run.clear()
         found = checkpoint.newest(run.checkpoints, world, report=say)
         cfg = settled(cfg, found.meta["config"] if found else None)
         if found is None and cfg.train.init_from is not None:
@@ -67,6 +68,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             _check_same_run(cfg, tokens, found)
         if done >= plan.last_step:
             if world.is_main:
+                checkpoint.Writer(run.checkpoints, world, cfg.checkpoint, found).settle()
                 if run.state() != "done":
                     # Killed between the last checkpoint and its word for it.
                     run.set_status("done", done, _why_done(plan))

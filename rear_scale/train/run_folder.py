@@ -55,8 +55,13 @@ class RunFolder:
         """Keeps a second process out of the folder. Raises InputError when one is in it."""
         return locked(*self.lock)
 
-    def start(self, cfg: ExperimentConfig, world: World) -> None:
+    def clear(self) -> None:
+        """Removes what killed processes have left unfinished beside the checkpoints. For a process that has locked the run."""
         remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl")
+        for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
+            remove_leftovers(folder)
+
+    def start(self, cfg: ExperimentConfig, world: World) -> None:
         write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
         with open(self.path / "starts.jsonl", "a") as file:
             file.write(json.dumps(provenance(world)) + "\n")
