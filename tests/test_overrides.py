@@ -121,6 +121,8 @@ def test_values_are_read_by_the_type_of_their_field(override: str, value: Any) -
         ("resume.allow=['a]", "a quote is not closed"),
         ("evaluate.reference={a}", "has no value. The form is evaluate.reference={name: value"),
         ("evaluate.reference.a[0]=x", "a name has no spaces, dots, colons or brackets"),
+        ("evaluate.reference.a\udcffb=x", "a name has no spaces"),
+        ("evaluate.reference.a.b=x", "evaluate.reference.a is a single value"),
         ("optim.lr = 1e-3", "without spaces around the ="),
         ("optim.lr =1e-3", "without spaces around the ="),
         ("optim.lr", "has no value: the form is section.field=value"),

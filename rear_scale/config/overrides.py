@@ -232,10 +232,11 @@ def entry_type(kind: Any, name: str, section: str) -> Any:
     """The type of one field of a section, or of one entry of a field with named entries. Raises InputError."""
     wrong = shown(f"{section}.{name}" if section else name)
     if get_origin(kind) is dict:
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or not name.isprintable():
             raise InputError(f"{wrong}: a name has no spaces, dots, colons or brackets. Use {section}.NAME=VALUE")
         return get_args(kind)[1]
     if not dataclasses.is_dataclass(kind):
+        section = shown(section)
         raise InputError(f"{wrong}: {section} is a single value and has no field {shown(name)}. Use {section}=VALUE")
     hints = _hints(kind)
     if name not in hints:
