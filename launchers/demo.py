@@ -15,7 +15,6 @@ from rear_scale.config import InputError
 from rear_scale.demo.report import write_report
 from rear_scale.demo.stages import FOLDER, Progress, stages
 from rear_scale.demo.summary import print_table, write_summary
-from rear_scale.progress import say
 from rear_scale.world import locked
 
 
@@ -42,8 +41,8 @@ def main() -> None:
             try:
                 progress.run(stage, number, len(planned))
             except KeyboardInterrupt:
-                say(f"stopped; the same command continues with stage {number} of {len(planned)}, {stage.title}")
-                raise
+                again = f"the same command continues with stage {number} of {len(planned)}, {stage.title}"
+                raise KeyboardInterrupt(again) from None
         summary = write_summary(seeds)
         print_table(summary, write_report(summary, planned, progress))
 

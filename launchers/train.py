@@ -4,18 +4,24 @@
     torchrun --nproc-per-node 8 launchers/train.py --config rear_xl.yaml strategy=fsdp2
     python launchers/train.py --config demo.yaml strategy=single
 
-The same command again resumes from the newest checkpoint of run.dir. SIGTERM and SIGUSR1 to the ranks save and end with exit
-code 75. --check only sees whether all nodes are fit for the run: shards, run folder, GPUs, all-reduce.
+The same command again resumes from the newest checkpoint of run.dir. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end with
+exit code 75; a second Ctrl-C ends at once. --check only sees whether all nodes are fit for the run: shards, run folder, GPUs,
+all-reduce.
 """
 
 from rear_scale import cli
+from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.training import check_training_scores, training_hooks
 from rear_scale.sample.training import check_grids, grid_hooks
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
+from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.validation import Validation
 from rear_scale.train.wandb_sink import check_wandb
-from rear_scale.world import joined
+from rear_scale.world import Ranks, joined
+
+_LONGEST_SUSPENSION_S = 7 * 86_400
+_COLLECTIVE_S = 1800
 
 
 def main() -> None:
@@ -29,13 +35,25 @@ def main() -> None:
     if command.args.check:
         preflight.check(cfg, command.ranks)
         return
-    check_wandb(cfg, command.ranks.rank)
-    data = setup.check_data(cfg, command.ranks)
+    try:
+        _train(cfg, command.ranks)
+    except InputError as error:
+        if command.ranks.rank == 0:
+            RunFolder(cfg.run.dir).refuse(f"InputError: {error}")
+        raise
+
+
+def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
+    check_wandb(cfg, ranks.rank)
+    data = setup.check_data(cfg, ranks)
     check_grids(cfg, data.manifest)
     check_training_scores(cfg, data.manifest)
-    with joined(command.ranks) as world:
+    # The watchdog ends ranks that hang. A limit on collectives would count the time in which a job is suspended, too.
+    timeout_s = _LONGEST_SUSPENSION_S if cfg.guard.hang_timeout_s else _COLLECTIVE_S
+    with joined(ranks, timeout_s=timeout_s) as world:
         tokens, codebook = data.open(world)
-        hooks = Hooks(on_checkpoint=[*grid_hooks(cfg, world), *training_hooks(cfg, world)])
+        beside = [*grid_hooks(cfg, world), *training_hooks(cfg, world)]
+        hooks = Hooks(on_checkpoint=[*beside], on_resume=[hook.make_missing for hook in beside])
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
         train(cfg, data.plan, world, tokens, codebook, hooks)

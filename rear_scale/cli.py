@@ -17,6 +17,7 @@ from typing import NoReturn, get_type_hints
 
 from rear_scale import config, device, world
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.files import DISK_ERRORS
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.progress import say
@@ -25,8 +26,7 @@ from rear_scale.shards.storage import is_remote, not_checked
 EXIT_INPUT_ERROR = 2
 _RANK_0_SPEAKS_FIRST_S = 10.0
 # What a file system says to a path that a user chose.
-_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-             errno.ENOSPC, errno.EDQUOT)  # fmt: skip
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Comman
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 1 anything else."""
+    """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 130 Ctrl-C, 1 anything else."""
     code = 0
     try:
         _end_with_launcher()
@@ -140,13 +140,15 @@ def run(main: Callable[[], None]) -> None:
         _say_error(str(error))
     except OSError as error:
         code = 1
-        if error.errno in _UNUSABLE:
-            code = EXIT_INPUT_ERROR
+        if error.errno in _UNUSABLE or error.errno in DISK_ERRORS:
+            code = EXIT_INPUT_ERROR if error.errno in _UNUSABLE else 1
             _say_error(f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or name another place")
         else:
             traceback.print_exc()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         code = 130
+        if _rank() == 0:
+            say(f"stopped; {str(stop) or 'the same command continues, and keeps what is finished'}")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -162,14 +164,20 @@ def run(main: Callable[[], None]) -> None:
 def _say_error(line: str) -> None:
     # Names out of files stand in it, which must not steer a terminal.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if not rank.isdecimal() or int(rank) == 0:
+    rank = _rank()
+    if rank == 0:
         say(f"error: {line}")
         return
     # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say, the
     # error is this rank's own.
     time.sleep(_RANK_0_SPEAKS_FIRST_S)
     say(f"error on rank {rank}: {line}")
+
+
+def _rank() -> int:
+    """This process's, as far as its launcher has said it in an understandable way."""
+    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
 
 
 def _end_with_launcher() -> None:

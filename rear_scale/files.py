@@ -21,7 +21,8 @@ from rear_scale.config import InputError
 
 # How a file system answers that it does not offer fsync: CIFS and some FUSE file systems do not, for folders.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
+# A full or failing disk, not a path that was named wrongly.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 _LONGEST_NAME = 255  # bytes, on Linux
 _FOREIGN_AGE_S = 24 * 3600  # a leftover of another machine that nobody has changed for so long has no writer any more
 
@@ -248,6 +249,6 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_ERRORS and error.filename is None:
+        if error.errno in DISK_ERRORS and error.filename is None:
             error.filename = str(path)
         raise

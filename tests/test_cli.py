@@ -54,7 +54,7 @@ def test_an_unusable_path_is_one_line(end, tmp_path: Path) -> None:
         assert said.startswith(f"error: {path}: ")
         assert len(said.splitlines()) == 1
     code, said = end(OSError(errno.ENOSPC, "No space left on device"))
-    assert (code, said.count("No space left on device"), len(said.splitlines())) == (2, 1, 1)
+    assert (code, said.count("No space left on device"), len(said.splitlines())) == (1, 1, 1)
 
 
 def test_other_errors_keep_their_traceback(end) -> None:
@@ -62,3 +62,18 @@ def test_other_errors_keep_their_traceback(end) -> None:
         code, said = end(error)
         assert code == 1
         assert "Traceback" in said
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO"])
+def test_a_full_or_failing_disk_is_a_line_and_no_wrong_input(end, name: str) -> None:
+    number = getattr(errno, name)
+    code, said = end(OSError(number, os.strerror(number), "out/file"))
+    assert (code, said) == (
+        1,
+        f"error: out/file: {os.strerror(number)}. Make room for it there, or name another place\n",
+    )
+
+
+def test_ctrl_c_says_how_to_go_on(end) -> None:
+    assert end(KeyboardInterrupt()) == (130, "stopped; the same command continues, and keeps what is finished\n")
+    assert end(KeyboardInterrupt("at step 4")) == (130, "stopped; at step 4\n")

@@ -282,6 +282,19 @@ def _train_plainly(world: World, cfg: ExperimentConfig) -> None:
     train(cfg, data.plan, world, tokens, codebook, Hooks())
 
 
+def test_scores_that_a_kill_has_prevented_are_made_once(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny_config(tmp_path, tokens, "evaluate.training={every_images: 12, num_images: 10}")
+    file = tmp_path / "run" / training.FILE
+    file.parent.mkdir()
+    monkeypatch.setattr(TrainingScores, "__call__", lambda self, step, path: training._write(file, {"step": step}))
+    hook = run_alone(lambda world: TrainingScores(cfg, world))
+    for step in (4, 4, 8, 8):
+        run_alone(lambda world, step=step: hook.make_missing(step, tmp_path))
+    assert file.read_text() == '{"step": 4}\n{"step": 8}\n'
+
+
 def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: Path, tokens: Path) -> None:
     cfg = tiny_config(tmp_path, tokens, "evaluate.training={num_images: 10}")
     manifest = read_manifest(tokens)

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, command_line, environment, launch, metrics, tiny_config_file
+from helpers import ROOT, command_line, environment, launch, metrics, run_alone, tiny_config, tiny_config_file
 
 from rear_scale import config
 from rear_scale.shards.record import TarShard
-from rear_scale.train import guard
-from rear_scale.train.guard import EXIT_PREEMPTED, Spikes, shard_positions
-from rear_scale.world import free_port
+from rear_scale.train import guard, setup
+from rear_scale.train.guard import EXIT_INTERRUPTED, EXIT_PREEMPTED, Spikes, StopSignal, Watchdog, shard_positions
+from rear_scale.train.loop import Hooks, train
+from rear_scale.train.run_folder import RunFolder
+from rear_scale.world import World, discover, free_port
 
 PLANTED = str(ROOT / "tests/planted.py")
 TWO = ["torchrun", "--nproc-per-node", "2"]
@@ -217,3 +220,118 @@ def test_positions_name_the_tar_shard_and_the_sample_in_it() -> None:
     assert shard_positions([25, 3, 9, 20], shards, "data/x") == (
         "data/x/shard-000000.tar: 3, 9; data/x/shard-000002.tar: 0, 5"
     )
+
+
+def forked(job: Callable[[], None]) -> int:
+    """The process of a job that ends with exit code 0 unless something else ends it."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        job()
+    finally:
+        os._exit(0)
+
+
+def ended(child: int) -> int:
+    """Its exit code, or the negative number of the signal that has ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_suspended_job_goes_on_and_a_hanging_one_does_not(tmp_path: Path) -> None:
+    world = World(discover({}), torch.device("cpu"))
+
+    def steps(count: int, last_s: float) -> None:
+        with Watchdog(0.4, RunFolder(tmp_path), world) as watchdog:
+            for step in range(count):
+                watchdog.beat("forward", step)
+                time.sleep(0.02)
+            time.sleep(last_s)
+            # As much of the step as a suspended process still has to do.
+            deadline = time.process_time() + 0.05
+            while time.process_time() < deadline:
+                pass
+
+    suspended, hanging = forked(lambda: steps(1, 0.02)), forked(lambda: steps(1, 5))
+    os.kill(suspended, signal.SIGSTOP)
+    assert ended(hanging) == 1
+    time.sleep(0.5)
+    os.kill(suspended, signal.SIGCONT)
+    assert ended(suspended) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_is_noted_and_a_second_ctrl_c_ends(tmp_path: Path, number: int) -> None:
+    world, folder = World(discover({}), torch.device("cpu")), RunFolder(tmp_path)
+    (folder.checkpoints / "step_00000004").mkdir(parents=True)
+    before = signal.getsignal(number)
+    with StopSignal(folder, world) as stop:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        assert stop.received == signal.Signals(number).name
+    assert signal.getsignal(number) == before
+
+    def twice() -> None:
+        with StopSignal(folder, world):
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+                time.sleep(0.2)
+
+    assert ended(forked(twice)) == (EXIT_INTERRUPTED if number == signal.SIGINT else 0)
+    if number == signal.SIGINT:
+        assert json.loads((tmp_path / "status.json").read_text()) == {
+            "state": "failed", "step": 4, "reason": "ended by Ctrl-C; the same command continues from step 4",
+        }  # fmt: skip
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(RunFolder(tmp_path), World(discover({}), torch.device("cpu"))) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _rewound_run(folder: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int | None) -> dict:
+    """meta.json of step 12 of a run that has a spike at step 6, and is killed at a step after its return to step 4."""
+    folder.mkdir()
+    cfg = tiny_config(folder, tokens, "strategy=single", "guard.on_spike=rewind")
+    losses = iter(range(1, 100))
+    monkeypatch.setattr(Spikes, "__call__", lambda self, loss: next(losses) == 6)
+    returned = []
+
+    def kill(step: int, model: object) -> None:
+        returned.append(step)
+        if kill_at is not None and step == kill_at and returned.count(kill_at) == 2:
+            raise RuntimeError("killed")
+
+    def run(world: World) -> None:
+        data = setup.check_data(cfg, world.ranks)
+        train(cfg, data.plan, world, *data.open(world), Hooks([kill]))
+
+    if kill_at is not None:
+        with pytest.raises(RuntimeError, match="killed"):
+            run_alone(run)
+    run_alone(run)
+    return json.loads((folder / "run/checkpoints/step_00000012/meta.json").read_text())
+
+
+def test_a_rewind_outlives_a_kill(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbroken = _rewound_run(tmp_path / "unbroken", tokens, monkeypatch, None)
+    assert (unbroken["rewinds"], unbroken["data_offset"]) == (1, 2)
+    killed = _rewound_run(tmp_path / "killed", tokens, monkeypatch, 5)
+    assert (killed["rewinds"], killed["data_offset"]) == (1, 2)
+    assert [file["sha256"] for file in killed["files"]] == [file["sha256"] for file in unbroken["files"]]
+
+
+@pytest.mark.parametrize("left", ["", "null", "[]", '{"step": 4}', '{"step": 4, "data_offset": 2, "rewinds": null}'])
+def test_a_note_of_a_rewind_counts_for_its_checkpoint_alone(tmp_path: Path, left: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note_rewind(4, data_offset=2, rewinds=1)
+    assert folder.rewind_to(4, rewinds=0) == {"data_offset": 2, "rewinds": 1}
+    assert folder.rewind_to(4, rewinds=1) == folder.rewind_to(8, rewinds=0) == {}
+    (tmp_path / "rewind.json").write_text(left)
+    assert folder.rewind_to(4, rewinds=0) == {}

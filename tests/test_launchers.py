@@ -257,7 +257,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(expected)
-    assert not list(tmp_path.iterdir())
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    if "not found: data" not in expected:
+        assert not written
+        return
+    # The run folder is known: it says why, too.
+    assert {path.name for path in written} == {"status.json", "events.jsonl"}
+    status = json.loads((tmp_path / "runs/rear_xl/status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", f"InputError: {line.removeprefix('error: ')}")
 
 
 def test_of_several_ranks_only_the_first_prints_the_error(tmp_path: Path) -> None:

@@ -67,6 +67,42 @@ def test_sheets_show_the_samples_of_their_step(tmp_path: Path, tokens: Path) -> 
     assert np.array_equal(shown, drawn)
 
 
+def test_a_sheet_that_a_kill_has_prevented_is_drawn_at_the_next_start(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = prepared(tmp_path, tokens, "strategy=single")
+    draw = SampleGrids._draw
+
+    def killed(self: SampleGrids, step: int, path: Path) -> None:
+        if step == 4:
+            raise RuntimeError("killed")
+        draw(self, step, path)
+
+    def start(world: World) -> None:
+        data = setup.check_data(cfg, world.ranks)
+        (grids,) = grid_hooks(cfg, world)
+        train(cfg, data.plan, world, *data.open(world), Hooks(on_checkpoint=[grids], on_resume=[grids.make_missing]))
+
+    monkeypatch.setattr(SampleGrids, "_draw", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_alone(start)
+    # The run has all of its steps, and goes on with the sheet alone; then with a step more.
+    monkeypatch.setattr(SampleGrids, "_draw", draw)
+    run_alone(start)
+    sheet = tmp_path / "run" / FOLDER / "step_00000004.png"
+    made = sheet.stat().st_mtime_ns
+    sheet.with_name("step_00000002.png").unlink()
+    monkeypatch.setattr(SampleGrids, "_draw", killed)
+    cfg.train.total_steps = 4
+    run_alone(start)
+    assert sheet.stat().st_mtime_ns == made
+    sheet.unlink()
+    monkeypatch.setattr(SampleGrids, "_draw", draw)
+    cfg.train.total_steps, cfg.resume.allow = 5, ["train.total_steps"]
+    run_alone(start)
+    assert [path.name for path in sheet.parent.iterdir()] == [sheet.name]
+
+
 def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Path, tokens: Path) -> None:
     cfg = prepared(tmp_path, tokens)
     cfg.tokenizer.weights = "/nowhere"

@@ -129,16 +129,14 @@ def test_a_run_killed_before_its_last_word_is_done_all_the_same(tmp_path: Path, 
     assert status.read_text() == expected
 
 
-def test_ctrl_c_says_where_the_same_command_continues(
-    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_says_where_the_same_command_continues(tmp_path: Path, tokens: Path) -> None:
     def interrupt(step: int, model: object) -> None:
         if step == 6:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="^the same command continues from step 4$"):
         run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"), Hooks([interrupt]))
-    assert "stopped; the same command continues from step 4" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/status.json").read_text())["reason"] == "ended by Ctrl-C"
 
 
 def test_another_micro_batch_keeps_the_trajectory(tmp_path: Path, tokens: Path) -> None:

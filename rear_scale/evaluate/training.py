@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +77,12 @@ class TrainingScores:
                 shutil.rmtree(self.evaluation.folder(samples, extractor), ignore_errors=True)
         world.barrier()
 
+    def make_missing(self, step: int, path: Path) -> None:
+        """Scores a checkpoint where that is due and a kill has left no line of it. All ranks must call this."""
+        done = self.world.is_main and any(line["step"] == step for line in _lines(Path(self.cfg.run.dir) / FILE))
+        if not self.world.from_main(done):
+            self(step, path)
+
 
 def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
     """Flat, each name with its number of samples: fid_n1000/REFERENCE."""
@@ -99,11 +104,14 @@ def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
 
 
 def _write(path: Path, line: dict[str, Any]) -> None:
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     # A resumed run comes through the same steps again.
-    lines = [other for other in lines if other["step"] < line["step"]] + [line]
+    lines = [other for other in _lines(path) if other["step"] < line["step"]] + [line]
     write_text_atomically(path, "".join(json.dumps(item) + "\n" for item in lines))
 
 
-def training_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def training_hooks(cfg: ExperimentConfig, world: World) -> list[TrainingScores]:
     return [] if cfg.evaluate.training is None else [TrainingScores(cfg, world)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +68,14 @@ class SampleGrids:
         if passed(step, every, self.cfg):
             self.world.on_main(lambda: self._draw(step, path))
 
+    def make_missing(self, step: int, path: Path) -> None:
+        """Writes the sheet of a checkpoint where one is due and a kill has left none. All ranks must call this."""
+        if not self.world.from_main(self._file(step).exists()):
+            self(step, path)
+
+    def _file(self, step: int) -> Path:
+        return Path(self.cfg.run.dir) / FOLDER / f"step_{step:08d}.png"
+
     def _draw(self, step: int, path: Path) -> None:
         cfg, device = self.cfg, self.world.device
         decoder = Decoder(load_generator(cfg, open_checkpoint(path), device), cfg.sample, cfg.objective.permutation)
@@ -77,7 +84,7 @@ class SampleGrids:
         images = np.empty((cfg.sample.num_images, size, size, 3), np.uint8)
         for ids in units_of(cfg):
             images[ids] = make_images(decoder, tokenizer, ids, cfg, device)
-        file = Path(cfg.run.dir) / FOLDER / f"step_{step:08d}.png"
+        file = self._file(step)
         file.parent.mkdir(exist_ok=True)
         with atomic_file(file) as temporary:
             Image.fromarray(contact_sheet(images, self.columns)).save(temporary, format="PNG")
@@ -85,7 +92,7 @@ class SampleGrids:
         log_image(step, "samples", file)
 
 
-def grid_hooks(cfg: ExperimentConfig, world: World) -> list[Callable[[int, Path], None]]:
+def grid_hooks(cfg: ExperimentConfig, world: World) -> list[SampleGrids]:
     """What draws the sheets that the config asks for. Says on rank 0 when checkpoints are too far apart for them."""
     every, apart = cfg.sample.grid_every_images, cfg.checkpoint.every_steps * cfg.train.global_batch_size
     if every is None:

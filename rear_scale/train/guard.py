@@ -9,7 +9,6 @@ import os
 import signal
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,9 @@ from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World
 
 EXIT_PREEMPTED = 75  # sysexits.h: try again later
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_INTERRUPTED = 130  # as shells count a process that SIGINT has ended
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 # Fewer losses than this say nothing about what is usual.
 _FEWEST_LOSSES = 20
 _DUMP_S = 30.0  # how long a hanging rank may take to write down its last collectives
@@ -40,24 +41,62 @@ class Preempted(SystemExit):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (as srun and schedulers send them) instead of dying of them."""
+    """Notes SIGTERM, SIGUSR1, SIGHUP and SIGINT instead of dying of them. A second SIGINT (Ctrl-C) ends the process at once.
 
-    def __init__(self) -> None:
+    SIGHUP and SIGINT stay ignored where they are: nohup and scripts ask for that.
+    A thread reads the signals, because Python's handlers wait for the main thread, which may be in a collective.
+    """
+
+    def __init__(self, run: RunFolder, world: World) -> None:
+        self.run, self.world = run, world
         self.received: str | None = None
         self.before: dict[int, Any] = {}
+        self.pipe: tuple[int, int] | None = None
+        self.wakeup_before = -1
 
     def __enter__(self) -> StopSignal:
         # Python takes signals in the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            self.wakeup_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            for number in _SIGNALS:
+                if number not in _MAY_BE_IGNORED or signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+            threading.Thread(target=self._listen, args=(self.pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.pipe is not None:
+            signal.set_wakeup_fd(self.wakeup_before)
+            os.close(self.pipe[1])  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+    def _listen(self, pipe: int) -> None:
+        interrupts = 0
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                interrupts += number == signal.SIGINT
+                if number in _SIGNALS:
+                    self.received = signal.Signals(number).name
+            if interrupts == 1 and self.world.is_main and signal.SIGINT in numbers:
+                say("Ctrl-C: this step is finished and saved first. Ctrl-C again ends at once")
+            if interrupts > 1:
+                self._end()
+        os.close(pipe)
+
+    def _end(self) -> None:
+        try:
+            if self.world.is_main:
+                saved = last_step(self.run)
+                self.run.set_status("failed", saved, f"ended by Ctrl-C; the same command continues from step {saved}")
+                say(f"stopped; the same command continues from step {saved}")
+        finally:
+            os._exit(EXIT_INTERRUPTED)
 
 
 class Watchdog:
@@ -68,7 +107,7 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, run: RunFolder, world: World) -> None:
         self.timeout_s, self.run, self.world = timeout_s, run, world
-        self.doing, self.step, self.since = "start", 0, time.monotonic()
+        self.doing, self.step, self.beats = "start", 0, 0
         self.stopped = threading.Event()
         self.paused = False
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -83,7 +122,8 @@ class Watchdog:
 
     def beat(self, doing: str, step: int) -> None:
         """Progress: what begins now."""
-        self.doing, self.step, self.since = doing, step, time.monotonic()
+        self.doing, self.step = doing, step
+        self.beats += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -94,8 +134,14 @@ class Watchdog:
         self.paused = False
 
     def _watch(self) -> None:
-        while not self.stopped.wait(min(1.0, self.timeout_s / 4)):
-            if not self.paused and time.monotonic() - self.since > self.timeout_s:
+        # Counted in waits and not read from a clock: a job that is suspended (SIGSTOP, scontrol suspend) does not run here
+        # either.
+        wait_s = min(1.0, self.timeout_s / 4)
+        idle_s, beats = 0.0, self.beats
+        while not self.stopped.wait(wait_s):
+            idle_s = 0.0 if self.paused or beats != self.beats else idle_s + wait_s
+            beats = self.beats
+            if idle_s > self.timeout_s:
                 self._end()
 
     def _end(self) -> None:

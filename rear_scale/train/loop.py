@@ -42,6 +42,8 @@ class Hooks:
 
     on_step: list[Callable[[int, nn.Module], None]] = field(default_factory=list)  # (updates done, model)
     on_checkpoint: list[Callable[[int, Path], None]] = field(default_factory=list)  # (updates done, folder)
+    # (updates done, folder) of the checkpoint that a start resumes from: for what a kill has left undone there
+    on_resume: list[Callable[[int, Path], None]] = field(default_factory=list)
     # Every train.val_every steps: (updates done, strategy) -> metrics of the model as it is then
     validate: list[Callable[[int, Strategy], dict[str, float]]] = field(default_factory=list)
 
@@ -66,7 +68,13 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         done = found.step if found else 0
         if found:
             _check_same_run(cfg, tokens, found)
+            found.meta.update(
+                world.from_main(run.rewind_to(done, found.meta.get("rewinds", 0)) if world.is_main else None)
+            )
         if done >= plan.last_step:
+            assert found is not None
+            for on_resume in hooks.on_resume:
+                on_resume(done, found.path)
             if world.is_main:
                 checkpoint.Writer(run.checkpoints, world, cfg.checkpoint, found).settle()
                 if run.state() != "done":
@@ -76,8 +84,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             return 0
         if world.is_main:
             run.start(cfg, world)
+            stack.callback(run.close)
         try:
-            with StopSignal() as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
+            with StopSignal(run, world) as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
                 guards = (Spikes(cfg), stop, watchdog)
                 while found := _Run(cfg, plan, world, tokens, codebook, hooks, run, found, *guards).go():
                     pass
@@ -86,9 +95,12 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             raise
         except BaseException as error:
             if world.is_main:
-                run.set_status("failed", last_step(run), f"{type(error).__name__}: {error}")
-                if isinstance(error, KeyboardInterrupt):
-                    say(f"stopped; the same command continues from step {last_step(run)}")
+                reason = (
+                    "ended by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+                )
+                run.set_status("failed", last_step(run), reason)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"the same command continues from step {last_step(run)}") from None
             raise
         if world.is_main:
             run.set_status("done", plan.last_step, _why_done(plan))
@@ -114,7 +126,7 @@ class _Run:
     ) -> None:
         self.cfg, self.plan, self.world, self.tokens, self.hooks, self.run = cfg, plan, world, tokens, hooks, run
         self.spikes, self.stop, self.watchdog = spikes, stop, watchdog
-        self.first = found.step + 1 if found else 1
+        self.found, self.first = found, found.step + 1 if found else 1
         meta = found.meta if found else {}
         self.skips, self.rewinds = meta.get("skipped_updates", 0), meta.get("rewinds", 0)
         # Steps of data that a rewind has passed over.
@@ -136,6 +148,10 @@ class _Run:
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
         with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler, CollectAtSteps() as garbage:
             clock = telemetry.clock
+            if self.found is not None:
+                with self.watchdog.pause():
+                    for on_resume in self.hooks.on_resume:
+                        on_resume(self.found.step, self.found.path)
             for step in range(self.first, plan.last_step + 1):
                 self.watchdog.beat("waiting for data", step)
                 with clock("data"):
@@ -309,6 +325,8 @@ class _Run:
         # The data between the checkpoint and the spike is passed over.
         found.meta["data_offset"] = self.data_offset + step - found.step
         found.meta["rewinds"] = self.rewinds + 1
+        if self.world.is_main:
+            self.run.note_rewind(found.step, found.meta["data_offset"], found.meta["rewinds"])
         return found
 
 

@@ -4,36 +4,44 @@ config.yaml      the resolved config            checkpoints/     see parallel/ch
 starts.jsonl     one line per start: command, versions, commit, host, ranks
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
-events.jsonl     what went out of the ordinary: updates left out, loss spikes, checkpoints that could not be written
+events.jsonl     what went out of the ordinary: updates left out, loss spikes, checkpoints that could not be written, starts that
+                 were refused
+rewind.json      the newest return to a checkpoint past a loss spike, until a later checkpoint says it itself
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shlex
 import socket
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rear_scale.config import ExperimentConfig, to_yaml
-from rear_scale.files import remove_leftovers, write_text_atomically
+from rear_scale.config import ExperimentConfig, InputError, to_yaml
+from rear_scale.files import DISK_ERRORS, atomic_file, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
+from rear_scale.progress import say
+from rear_scale.train.line_log import LineLog
+from rear_scale.train.requeue import last_step
 from rear_scale.versions import commit, versions
 from rear_scale.world import World
 
 
 class RunFolder:
-    """Written by rank 0 alone."""
+    """Written by rank 0 alone. A full or failing disk is said, and ends nothing here."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.logs: dict[str, LineLog] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -57,19 +65,32 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what killed processes have left unfinished beside the checkpoints. For a process that has locked the run."""
-        remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl")
+        remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl", "rewind.json")
         for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
             remove_leftovers(folder)
 
     def start(self, cfg: ExperimentConfig, world: World) -> None:
-        write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
-        with open(self.path / "starts.jsonl", "a") as file:
-            file.write(json.dumps(provenance(world)) + "\n")
+        with _said():
+            write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
+        self._append("starts.jsonl", provenance(world))
 
     def set_status(self, state: str, step: int, reason: str) -> None:
-        write_text_atomically(
-            self.path / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
-        )
+        path = self.path / "status.json"
+        text = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+        try:
+            write_text_atomically(path, text)
+        except OSError as error:
+            try:
+                _write_over(path, text.encode())
+            except OSError:
+                say(f"{path}: {error.strerror}. It does not say: {state}, step {step}{f', {reason}' if reason else ''}")
+
+    def refuse(self, reason: str) -> None:
+        """Notes why a start was refused, unless the run is done or in use by another process. Raises nothing."""
+        with suppress(InputError, OSError), self.locked():
+            if self.state() != "done":
+                self.set_status("failed", last_step(self.path), reason)
+                self.note("refused", last_step(self.path), reason=reason)
 
     def state(self) -> str | None:
         """The state in status.json; None when it says none."""
@@ -82,17 +103,56 @@ class RunFolder:
         """Drops what was logged after a step, and a line that a kill left unfinished: every step appears once."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.metrics.read_text().splitlines() if _logged_step(line) <= step]
-        write_text_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+        data = self.metrics.read_bytes()
+        kept = b"".join(line + b"\n" for line in data.split(b"\n") if _logged_step(line) <= step)
+        with _said():
+            if data.startswith(kept):
+                os.truncate(self.metrics, len(kept))  # takes no room on the disk
+            else:
+                with atomic_file(self.metrics) as part:
+                    part.write_bytes(kept)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append("metrics.jsonl", metrics)
 
     def note(self, event: str, step: int, **details: Any) -> None:
         """A line in events.jsonl."""
-        with open(self.path / "events.jsonl", "a") as file:
-            file.write(json.dumps({"event": event, "step": step, **details}) + "\n")
+        self._append("events.jsonl", {"event": event, "step": step, **details})
+
+    def note_rewind(self, step: int, data_offset: int, rewinds: int) -> None:
+        """Keeps a return to the checkpoint of a step, which itself knows nothing of it."""
+        with _said():
+            values = {"step": step, "data_offset": data_offset, "rewinds": rewinds}
+            write_text_atomically(self.path / "rewind.json", json.dumps(values) + "\n")
+
+    def rewind_to(self, step: int, rewinds: int) -> dict[str, int]:
+        """data_offset and rewinds of the last return to the checkpoint of a step that was made after `rewinds` others;
+        empty without one."""
+        try:
+            values = json.loads((self.path / "rewind.json").read_text())
+            later = values["step"] == step and values["rewinds"] > rewinds
+            return {name: int(values[name]) for name in ("data_offset", "rewinds")} if later else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def close(self) -> None:
+        """Writes what a full disk has not taken before, or says that it is lost."""
+        for log in self.logs.values():
+            log.close()
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        self.logs.setdefault(name, LineLog(self.path / name)).append(json.dumps(values))
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Says that a file could not be written because the disk is full or fails, and goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        say(f"{error.filename}: {error.strerror}")
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -115,8 +175,18 @@ def provenance(world: World) -> dict[str, Any]:
     }
 
 
-def _logged_step(line: str) -> float:
+def _write_over(path: Path, data: bytes) -> None:
+    """Replaces the bytes of a file where they lie, which takes no room on a full disk."""
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        os.write(handle, data)
+        os.ftruncate(handle, len(data))
+    finally:
+        os.close(handle)
+
+
+def _logged_step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return math.inf

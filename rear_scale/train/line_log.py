@@ -1,0 +1,77 @@
+"""A file of lines that outlives a full disk: no line ends the run, is lost while there is memory for it, or is torn."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from rear_scale.progress import say
+
+_MOST_KEPT = 10_000  # lines that wait for room
+
+
+class LineLog:
+    """Appends lines to a file. Lines that a full or failing disk does not take are kept and written with a later one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[str] = []
+        self.dropped = 0
+        self.failing = False
+
+    def append(self, line: str) -> None:
+        """Writes a line, after those that are waiting. The first failure is said, and so is the first success after it."""
+        self.waiting.append(line)
+        if len(self.waiting) > _MOST_KEPT:
+            self.waiting.pop(0)
+            self.dropped += 1
+        try:
+            self._write("".join(f"{text}\n" for text in self.waiting).encode())
+        except OSError as error:
+            if not self.failing:
+                say(f"{self.path}: {error.strerror}. Its lines are kept in memory until there is room")
+            self.failing = True
+            return
+        if self.failing:
+            say(f"{self.path}: written again, with {len(self.waiting) - 1} lines that had to wait{self._lost()}")
+        self.failing, self.waiting = False, []
+
+    def close(self) -> None:
+        """Tries once more, and says how many lines are lost."""
+        if self.waiting:
+            self.append(self.waiting.pop())
+        if self.waiting:
+            say(f"{self.path}: {len(self.waiting)} lines could not be written{self._lost()}")
+
+    def _lost(self) -> str:
+        return f"; {self.dropped} older ones were dropped" if self.dropped else ""
+
+    def _write(self, data: bytes) -> None:
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            end = _cut_torn_line(handle)
+            try:
+                while data:
+                    data = data[os.write(handle, data) :]
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
+
+
+def _cut_torn_line(handle: int) -> int:
+    """Removes a last line without an end, as a kill or a full disk leaves it. Returns the size of the file."""
+    end = size = os.lseek(handle, 0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        last = os.pread(handle, end - start, start).rfind(b"\n")
+        if last >= 0:
+            end = start + last + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(handle, end)
+    return end
