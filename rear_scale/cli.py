@@ -20,11 +20,13 @@ from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS
 from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.parallel.sources import check_overrides, load_config, open_source
+from rear_scale.peers import LostRanks
 from rear_scale.progress import say
 from rear_scale.shards.storage import is_remote, not_checked
 
 EXIT_INPUT_ERROR = 2
 _RANK_0_SPEAKS_FIRST_S = 10.0
+_ENDED_RANK_SPEAKS_FIRST_S = 1.0
 # What a file system says to a path that a user chose.
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -145,6 +147,11 @@ def run(main: Callable[[], None]) -> None:
             _say_error(f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or name another place")
         else:
             traceback.print_exc()
+    except LostRanks as error:
+        code = 1
+        if error.first:
+            time.sleep(_ENDED_RANK_SPEAKS_FIRST_S)
+            say(f"error: {error}")
     except KeyboardInterrupt as stop:
         code = 130
         if _rank() == 0:

@@ -25,9 +25,11 @@ import torch.distributed as dist
 from rear_scale import device
 from rear_scale.config import InputError
 from rear_scale.locks import locked
+from rear_scale.peers import Peers
 from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MEETING_S = 1800.0  # until the last rank has started
 _MOST_NODES = 65_536  # as many as SLURM itself takes
 
 
@@ -180,6 +182,11 @@ class World:
 
     ranks: Ranks
     device: torch.device
+    peers: Peers | None = None  # None in a world of one
+
+    def explained(self, error: BaseException) -> BaseException:
+        """LostRanks, which names them, in place of an error that the ends of other ranks have caused; else the error."""
+        return error if self.peers is None else self.peers.explained(error)
 
     @property
     def rank(self) -> int:
@@ -288,13 +295,51 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
     else:
         os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-        dist.init_process_group(init_method="env://", **common)
-    world = World(ranks, place)
-    yield world
+        store = dist.PrefixStore("default_pg", _meet(ranks, min(timeout_s, _MEETING_S)))
+        store.set_timeout(common["timeout"])
+        dist.init_process_group(store=store, rank=ranks.rank, world_size=ranks.world_size, **common)
+    peers = None
+    if ranks.world_size > 1:
+        peers = Peers(dist.distributed_c10d._get_default_store(), ranks.rank, ranks.world_size, node_name())
+    world = World(ranks, place, peers)
+    try:
+        yield world
+    except BaseException as error:
+        explained = world.explained(error)
+        if explained is not error:
+            raise explained from None
+        raise
+    if peers is not None:
+        peers.close()
     # Without the meeting, gloo aborts at exit now and then when one rank is gone before another has finished.
     world.barrier()
     dist.destroy_process_group()
     torch.set_num_threads(threads)
+
+
+def _meet(ranks: Ranks, timeout_s: float) -> dist.Store:
+    """The key-value store that all ranks have reached. Raises InputError where rank 0's port is taken or not reached."""
+    place = f"MASTER_ADDR={ranks.master_addr} and MASTER_PORT={ranks.master_port}"
+    try:
+        meeting = dist.rendezvous(
+            "env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        return next(meeting)[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise InputError(
+                f"port {ranks.master_port} of {node_name()} is taken by another program, perhaps another run. Choose one: "
+                "deepspeed --master_port PORT, torchrun --master-port PORT, or MASTER_PORT=PORT before srun"
+            ) from None
+        raise InputError(f"rank {ranks.rank} does not reach rank 0 at {place}: {_first_line(error)}") from None
+    except dist.DistStoreError as error:
+        raise InputError(
+            f"not all of {ranks.world_size} ranks met within {timeout_s:.0f} s at {place}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def _device(ranks: Ranks) -> torch.device:

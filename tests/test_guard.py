@@ -22,7 +22,7 @@ from rear_scale.train import guard, setup
 from rear_scale.train.guard import EXIT_INTERRUPTED, EXIT_PREEMPTED, Spikes, StopSignal, Watchdog, shard_positions
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.run_folder import RunFolder
-from rear_scale.world import World, discover, free_port
+from rear_scale.world import World, discover, free_port, node_name
 
 PLANTED = str(ROOT / "tests/planted.py")
 TWO = ["torchrun", "--nproc-per-node", "2"]
@@ -175,6 +175,12 @@ def test_a_task_of_srun_that_dies_brings_the_other_down(tmp_path: Path, tokens: 
     tasks[1].kill()
     assert tasks[0].wait(60) == 1
     assert status(tmp_path)["state"] == "failed"
+    # One line, in place of the tracebacks and the words of gloo.
+    assert status(tmp_path)["reason"].startswith(f"rank 1 on {node_name()} ended without a word (no heartbeat)")
+    said = tasks[0].stderr.read()
+    assert said.splitlines()[-1] == f"error: {status(tmp_path)['reason']}"
+    assert "Traceback" not in said
+    assert "Exception raised from" not in said
     assert status(tmp_path)["step"] == max(
         int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_????????")
     )
@@ -264,6 +270,7 @@ def test_a_suspended_job_goes_on_and_a_hanging_one_does_not(tmp_path: Path) -> N
 def test_a_signal_is_noted_and_a_second_ctrl_c_ends(tmp_path: Path, number: int) -> None:
     world, folder = World(discover({}), torch.device("cpu")), RunFolder(tmp_path)
     (folder.checkpoints / "step_00000004").mkdir(parents=True)
+    (folder.checkpoints / "step_00000004/meta.json").write_text('{"files": []}')
     before = signal.getsignal(number)
     with StopSignal(folder, world) as stop:
         os.kill(os.getpid(), number)

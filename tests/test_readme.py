@@ -67,6 +67,7 @@ def test_folders_import_only_what_stands_to_their_left() -> None:
         "locks",
         "versions",
         "weight_file",
+        "peers",
         "world",
         "tokenizer",
         "shards",

@@ -12,7 +12,7 @@
 #   REAR_TASKS_PER_NODE  processes of a node                         default: one for each GPU; 1 where there is none
 #   REAR_LOGS            folder for one log per node                 default: runs/slurm/JOBNAME-JOBID
 #   WANDB_MODE           for runs with wandb                         default: offline, as compute nodes have no network
-#   MASTER_PORT          where ranks meet on the first node          default: a number made of the job's
+#   MASTER_PORT          where ranks meet on the first node          default: a number made of the job's that is free there
 #   NCCL_*, GLOO_*       as the cluster needs them, for instance NCCL_SOCKET_IFNAME
 
 if [[ -n "${REAR_SETUP:-}" ]]; then
@@ -47,6 +47,20 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # Hundreds of ranks that compile into one home folder wait for each other's locks.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$UID}
 export WANDB_MODE=${WANDB_MODE:-offline}
+
+# A port on which nobody listens, nor on the one above it: this script runs on the first node, as rank 0 does.
+free_port() {
+    local port listening
+    listening=" $(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | awk '$4 == "0A" { n = split($2, at, ":"); print at[n] }' | tr '\n' ' ')"
+    for ((port = 10000 + ${SLURM_JOB_ID:-0} * 31 % 5983; port < 16000; port++)); do
+        if [[ $listening != *" $(printf %04X "$port") "* && $listening != *" $(printf %04X $((port + 1))) "* ]]; then
+            echo "$port"
+            return
+        fi
+    done
+    echo 10000
+}
+export MASTER_PORT=${MASTER_PORT:-$(free_port)}
 
 JOB=${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 REAR_LOGS=${REAR_LOGS:-runs/slurm/$JOB}
@@ -109,7 +123,7 @@ again() {
 # with_deepspeed ARGUMENTS...: the same ranks as `tasks`, started by the deepspeed launcher: its own processes on one node,
 # srun through it on several.
 with_deepspeed() {
-    local options=(--num_gpus "$REAR_TASKS_PER_NODE") hosts
+    local options=(--num_gpus "$REAR_TASKS_PER_NODE" --master_port "$MASTER_PORT") hosts
     if ((NODES > 1)); then
         hosts=$(scontrol show hostnames)
         sed "s/\$/ slots=$REAR_TASKS_PER_NODE/" <<<"$hosts" >"$REAR_LOGS/hostfile"

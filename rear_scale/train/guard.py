@@ -157,10 +157,14 @@ class Watchdog:
                 file.write(f"{what}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
+            reason = f"no progress for {self.timeout_s:.0f} s in {what}; see stacks/"
+            if self.world.peers is not None:
+                if lost := self.world.peers.lost():
+                    say(lost)
+                    reason = f"{reason}. {lost}"
+                self.world.peers.tell(reason)
             if self.world.is_main:
-                self.run.set_status(
-                    "failed", last_step(self.run), f"no progress for {self.timeout_s:.0f} s in {what}; see stacks/"
-                )
+                self.run.set_status("failed", last_step(self.run), reason)
             # NCCL's own watchdog would write it later than this one ends the process.
             dump_collectives(self.run.path / "collectives" / f"rank_{self.world.rank}")
         finally:

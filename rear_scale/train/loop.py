@@ -24,6 +24,7 @@ from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, schedules
 from rear_scale.parallel import checkpoint, open_strategy
 from rear_scale.parallel.strategy import Strategy
+from rear_scale.peers import LostRanks
 from rear_scale.progress import progress, say
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
@@ -394,6 +395,12 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.C
             f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {found.path} was trained on "
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
+
+
+def _why_failed(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "ended by Ctrl-C"
+    return str(error) if isinstance(error, LostRanks) else f"{type(error).__name__}: {error}"
 
 
 def _why_done(plan: Plan) -> str:
