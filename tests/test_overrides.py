@@ -166,6 +166,9 @@ def test_a_text_that_yaml_reads_as_something_else_is_refused(tmp_path: Path, tex
     (tmp_path / "mine.yaml").write_text(f"defaults: [demo, _self_]\nrun: {section}\n")
     with pytest.raises(InputError, match=r"run\.\w+=\S+ in .*mine.yaml is read as .*Put it in quotes there"):
         config.load(str(tmp_path / "mine.yaml"))
+
+
+def test_a_text_in_quotes_is_what_it_was_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "defaults: [demo, _self_]\nresume: {allow: ['1.10', optim.lr]}\nrun: {name: '1.10'}\n"
     )

@@ -12,6 +12,7 @@ from rear_scale.config.schema import InputError
 
 MOST_CHARACTERS = 1 << 20
 MOST_VALUES = 200_000  # a config has some 150, and sample.labels may list an id per image
+MOST_ALIASED = 1000  # values that aliases stand for, each time; Hydra copies them many times over
 DEEPEST = 30  # levels of nesting; a config has 4
 MOST_REFERENCES = 4096  # of one value, its references' references included
 MOST_DIGITS = 30  # of a whole number; the rules of single fields are narrower
@@ -42,6 +43,7 @@ def check_references(texts: Iterable[str], source: str) -> None:
 
 def _check_events(events: Iterator[yaml.Event], source: str) -> None:
     anchored: dict[str, tuple[int, int]] = {}  # number of values and levels below an anchor
+    aliased = 0  # values that aliases stand for
     open_nodes: list[list[Any]] = []  # [anchor, values, levels] of each collection that is not closed
 
     def add(anchor: str | None, values: int, levels: int) -> None:
@@ -51,9 +53,7 @@ def _check_events(events: Iterator[yaml.Event], source: str) -> None:
             open_nodes[-1][1] += values
             open_nodes[-1][2] = max(open_nodes[-1][2], levels + 1)
         if values > MOST_VALUES or (open_nodes and open_nodes[-1][1] > MOST_VALUES):
-            raise InputError(
-                f"{source} holds more than {MOST_VALUES:,} values when its aliases (*NAME) are written out. Is it a config?"
-            )
+            raise InputError(f"{source} holds more than {MOST_VALUES:,} values. Is it a config?")
         if len(open_nodes) + levels > DEEPEST:
             raise InputError(f"{source} is nested more than {DEEPEST} levels deep. Is it a config?")
 
@@ -63,7 +63,13 @@ def _check_events(events: Iterator[yaml.Event], source: str) -> None:
                 raise InputError(
                     f"{source}: the alias *{event.anchor} stands within what it names. Write the value out"
                 )
-            add(None, *anchored.get(event.anchor, (1, 0)))
+            values, levels = anchored.get(event.anchor, (1, 0))
+            aliased += values
+            if aliased > MOST_ALIASED:
+                raise InputError(
+                    f"{source} holds more than {MOST_ALIASED:,} values when its aliases (*NAME) are written out. Is it a config?"
+                )
+            add(None, values, levels)
         elif isinstance(event, yaml.ScalarEvent):
             add(event.anchor, 1, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
