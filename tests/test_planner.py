@@ -124,8 +124,7 @@ def test_sharding_and_recomputation_do_what_they_are_for() -> None:
         times = [rows[name, policy]["compute_s"] for policy in ("none", "selective", "every_n", "full")]
         # Every second block, or of each block its products, which are half of what it keeps on a GPU.
         assert none > 1.5 * max(every_n, selective)
-        assert every_n == pytest.approx(selective, rel=0.15)
-        assert min(every_n, selective) > 2 * full
+        assert every_n > 0.98 * selective > 2 * full
         assert times == sorted(times)
 
 
