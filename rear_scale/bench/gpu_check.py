@@ -1,0 +1,238 @@
+"""What a GPU machine can do: probes, GPU tests, rates of training and sampling, and scaling over the GPUs of one machine.
+
+    bash launchers/gpu_check.sh --minutes 30
+    bash launchers/gpu_check.sh --small --minutes 5      tiny sizes, on any machine: tries the check itself
+
+Parts stand in the order of what is learnt per second. Each is a process with a time limit; a part that fails or runs out of time does not stop the next one. The same command
+continues: parts that are done for this commit are not run again. Writes OUT/report.html, OUT/readme_rows.md and the output
+of each part to OUT/parts/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rear_scale import cli
+from rear_scale.bench.gpu_probes import PROBES
+from rear_scale.config import InputError
+from rear_scale.device import uses_cuda
+from rear_scale.files import write_text_atomically
+from rear_scale.progress import say
+from rear_scale.report.page import Section, Table, write_page
+from rear_scale.versions import commit
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LEAST_S = 5.0  # a part is not begun with less time than this
+_BENCH = "launchers/bench.py"
+_TINY = ["model.depth=1", "model.width=32", "train.micro_batch_size=2", "sample.batch_size=2"]
+# Images of a micro-batch and distinct classes for each size on 141 GB; what does not fit elsewhere says so.
+_SIZES = {"s": (256, 109), "l": (128, 109), "b": (192, 109), "xl": (64, 64), "xxl": (48, 48)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A question, and the process that answers it."""
+
+    name: str
+    decides: str
+    limit_s: float
+    command: list[str]
+    needs: str | None = None  # a package without which it is left out
+    gpus: int = 0  # how many it needs
+
+
+@dataclass(frozen=True)
+class Answer:
+    state: str  # done | failed | out of time | left out
+    line: str
+    seconds: float = 0.0
+    commit: str | None = None
+
+
+def parts(out: Path, small: bool) -> list[Part]:
+    """Every part, the most telling first."""
+    python = [sys.executable]
+    tiny = ["--small"] if small else []
+    probes = [
+        Part(f"probe_{name}", decides, 90, [*python, "-m", "rear_scale.bench.gpu_probes", name, *tiny])
+        for name, decides in zip(
+            PROBES,
+            (
+                "the roof for all rates",
+                "whether attention drops what the recipe says",
+                "whether a kernel builds a plan for each length of the cache",
+                "layout and precision of decoding",
+                "whether the sampler may use CUDA graphs",
+            ),
+            strict=True,
+        )
+    ]
+    tests = Part(
+        "tests", "whether kernels agree", 240, [*python, "-m", "pytest", "-q", "-m", "gpu", "tests"], "pytest", 1
+    )
+    train = [_train(out, name, small) for name in ("s", "l")]
+    sample = [_sample(out, name, small) for name in ("s", "l")]
+    more = [] if small else [make(out, name, small) for name in ("b", "xl", "xxl") for make in (_train, _sample)]
+    scaling = [_scaling(out, strategy) for strategy in ("ddp", "fsdp2", "zero2")]
+    return [*probes, tests, *train, *sample, *scaling, *more]
+
+
+def _train(out: Path, size: str, small: bool) -> Part:
+    batch, classes = _SIZES[size]
+    overrides = _TINY if small else [f"train.micro_batch_size={batch}"]
+    words = ["--config", "bench_cpu.yaml" if small else f"rear_{size}.yaml", *overrides]
+    words += ["--global-batch", str(2 if small else batch), "--classes", str(2 if small else classes)]
+    return _bench(out, f"train_{size}", "images/s of a training step", "train", words, 1 if small else 5)
+
+
+def _sample(out: Path, size: str, small: bool) -> Part:
+    words = ["--config", *(["bench_cpu.yaml", *_TINY] if small else [f"rear_{size}.yaml", "sample.batch_size=256"])]
+    words += ["--classes", "2" if small else "6"]
+    return _bench(out, f"sample_{size}", "images/s of the sampler", "sample", words, 1 if small else 3)
+
+
+def _bench(out: Path, name: str, decides: str, mode: str, words: list[str], rounds: int) -> Part:
+    file = str(out / "parts" / f"{name}.object.json")
+    return Part(name, decides, 170, [sys.executable, _BENCH, mode, *words, "--rounds", str(rounds), "--out", file])
+
+
+def _scaling(out: Path, strategy: str) -> Part:
+    name = f"scaling_{strategy}"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "gpu",
+        _BENCH,
+        "train",
+    ]
+    command += ["--config", "rear_l.yaml", f"strategy={strategy}", "train.micro_batch_size=32"]
+    needs = "deepspeed" if strategy.startswith("zero") else None
+    file = str(out / "parts" / f"{name}.object.json")
+    return Part(name, "images/s of all GPUs of this machine", 150, [*command, "--out", file], needs, 2)
+
+
+def run(chosen: Sequence[Part], out: Path, minutes: float, gpus: int, clock: Callable[[], float]) -> dict[str, Answer]:
+    """The answers by name: those that are there, then as many others as the time allows."""
+    deadline, found = clock() + 60 * minutes, {}
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for part in chosen:
+        found[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus)
+        say(f"{part.name}: {found[part.name].state}; {found[part.name].line}")
+        write_text_atomically(out / "parts" / f"{part.name}.json", json.dumps(asdict(found[part.name])) + "\n")
+        report(chosen, found, out)
+    return found
+
+
+def _earlier(part: Part, out: Path) -> Answer | None:
+    try:
+        answer = Answer(**json.loads((out / "parts" / f"{part.name}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return answer if answer.state == "done" and answer.commit == commit() else None
+
+
+def _answer(part: Part, out: Path, left_s: float, gpus: int) -> Answer:
+    if part.gpus > gpus:
+        return Answer("left out", f"needs {part.gpus} GPUs, and there are {gpus}")
+    if part.needs is not None and importlib.util.find_spec(part.needs) is None:
+        return Answer("left out", f"{part.needs} is not installed")
+    if left_s < _LEAST_S:
+        return Answer("out of time", "not begun")
+    started = time.monotonic()
+    with (
+        open(out / "parts" / f"{part.name}.log", "w") as log,
+        subprocess.Popen(
+            part.command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        ) as process,
+    ):
+        try:
+            output, _ = process.communicate(timeout=min(part.limit_s, left_s))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
+            return Answer("out of time", f"ended after {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    if process.returncode != 0:
+        lines = (out / "parts" / f"{part.name}.log").read_text().splitlines() or output.splitlines() or [""]
+        return Answer("failed", f"exit code {process.returncode}: {lines[-1][:300]}", seconds)
+    return Answer("done", _line(part, out, output), seconds, commit())
+
+
+def _line(part: Part, out: Path, output: str) -> str:
+    values = _object(part, out)
+    if values is None:
+        return (output.strip().splitlines() or [""])[-1]
+    line = f"{values['images_per_s']:.1f} images/s"
+    if values.get("ratio"):
+        line += f", {values['ratio']:.2f}x the plain reference"
+    if "share_of_limit" in values:
+        line += f", {values['share_of_limit']:.2f} of the measured limit"
+    return line
+
+
+def _object(part: Part, out: Path) -> dict[str, Any] | None:
+    path = out / "parts" / f"{part.name}.object.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def report(chosen: Sequence[Part], found: dict[str, Answer], out: Path) -> None:
+    """Writes report.html and readme_rows.md of what is known so far."""
+    device = torch.cuda.get_device_name() if uses_cuda() else "CPU"
+    rows = [
+        [part.name, part.decides, answer.state, answer.line, f"{answer.seconds:.0f}"]
+        for part in chosen
+        if (answer := found.get(part.name)) is not None
+    ]
+    commands = "\n".join(shlex.join(part.command) for part in chosen)
+    about = f"{device}, torch {torch.__version__}, commit {commit()}"
+    table = Table(["part", "what it decides", "state", "answer", "seconds"], rows)
+    write_page(out / "report.html", "GPU check", [Section(about, table=table), Section("Commands", code=commands)])
+    lines = []
+    for part in chosen:
+        values = _object(part, out)
+        if values is not None and part.name in found and found[part.name].state == "done":
+            ratio = f"{values['ratio']:.1f}x" if values.get("ratio") else "-"
+            command = shlex.join(["python", *part.command[1:]]).split(" --out ")[0]
+            lines.append(f"| {device}, {part.name} | {values['images_per_s']:.1f} | {ratio} | `{command}` ({about}) |")
+    write_text_atomically(out / "readme_rows.md", "".join(f"{line}\n" for line in lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0, help="stops in this time (default: 30)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for any device")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), metavar="FOLDER")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these alone")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    known = parts(out, arguments.small)
+    names = [part.name for part in known]
+    for name in arguments.parts or []:
+        if name not in names:
+            raise InputError(f"--parts {name} is not a part. Use some of {', '.join(names)}")
+    chosen = [part for part in known if arguments.parts is None or part.name in arguments.parts]
+    gpus = torch.cuda.device_count() if uses_cuda() else 0
+    if gpus == 0 and not arguments.small:
+        raise InputError("there is no GPU to check. Use --small to try the check itself on this machine")
+    run(chosen, out, arguments.minutes, gpus, time.monotonic)
+    say(f"{out / 'report.html'}: written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

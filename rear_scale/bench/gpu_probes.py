@@ -1,0 +1,116 @@
+"""Questions to one GPU that decide how the rest is set: each answers with one line, in a process of its own.
+
+python -m rear_scale.bench.gpu_probes NAME [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from rear_scale import cli
+from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
+from rear_scale.bench.model import drawn_model, synchronize, use_device
+from rear_scale.config import GuidanceConfig, SampleConfig, load
+from rear_scale.sample.beside import Beside
+from rear_scale.sample.decode import Decoder
+from rear_scale.tokenizer.compact import CompactTokenizer
+from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
+
+
+def _seconds(device: torch.device, call: Callable[[], object], turns: int = 5) -> float:
+    """The best of a few, after one that warms up."""
+    taken = []
+    for _ in range(1 + turns):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def ceilings(device: torch.device, small: bool) -> str:
+    products, reads = product_flops_per_s(device, torch.bfloat16), read_bytes_per_s(device)
+    return f"bf16 products {products / 1e12:.1f} TFLOP/s, reads {reads / 1e9:.0f} GB/s; torch {torch.__version__}"
+
+
+def attention_dropout(device: torch.device, small: bool) -> str:
+    """Outputs of equal probabilities and values of 1 are the kept share over 1 - p: their spread tells what was dropped."""
+    query = torch.zeros(2 if small else 8, 16, 257, 48, device=device, dtype=torch.bfloat16)
+    out = F.scaled_dot_product_attention(query, query, torch.ones_like(query), dropout_p=0.1).float()
+    return f"share dropped {1 - 1 / (1 + 257 * out.var().item()):.4f} (0.1 wanted), mean of outputs {out.mean().item():.4f}"
+
+
+def decode_lengths(device: torch.device, small: bool) -> str:
+    rows = 4 if small else 512
+    keys = torch.randn(rows, 16, 257, 48, device=device, dtype=torch.bfloat16)
+    query, lengths = keys[:, :, :1], range(20, 257, 40)
+    first = []
+    for length in lengths:
+        synchronize(device)
+        started = time.perf_counter()
+        F.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length])
+        synchronize(device)
+        first.append(time.perf_counter() - started)
+    later = _seconds(device, lambda: F.scaled_dot_product_attention(query, keys[:, :, :240], keys[:, :, :240]))
+    return f"first use of a length {1e3 * sum(first) / len(first):.2f} ms, later {1e3 * later:.3f} ms"
+
+
+def decoding_images(device: torch.device, small: bool) -> str:
+    torch.manual_seed(0)
+    tokenizer = (CompactTokenizer(16, 32, 8, 16) if small else MaskgitVqgan()).to(device).eval().requires_grad_(False)
+    images = 4 if small else 256
+    ids = torch.randint(tokenizer.codebook_size, (images, tokenizer.num_tokens), device=device)
+    lines = []
+    with torch.inference_mode():
+        exact = tokenizer.decode(ids)
+        for name in ("fp32", "channels last", "bf16"):
+            if name == "channels last":
+                tokenizer.to(memory_format=torch.channels_last)
+            if name == "bf16":
+                tokenizer.decode_in_bfloat16()
+            ms = 1e3 * _seconds(device, lambda: tokenizer.decode(ids), 2) / images
+            off = 255 * (tokenizer.decode(ids) - exact).abs().max().item()
+            lines.append(f"{name} {ms:.3f} ms/image (off by {off:.1f} levels)")
+    return ", ".join(lines)
+
+
+def graphs(device: torch.device, small: bool) -> str:
+    """Batches that are drawn while others are decoded, with CUDA graphs and step by step."""
+    shape = ["model.depth=2", "model.width=64", "model.num_heads=2", "objective=ar"]
+    cfg = load("demo.yaml", shape) if small else load("rear_s.yaml")
+    model = drawn_model(cfg, device, with_heads=False).eval()
+    sample = SampleConfig(batch_size=4 if small else 64, guidance=GuidanceConfig("constant", 2.0))
+    decoder, plain = Decoder(model, sample), Decoder(model, sample)
+    plain.graphed = None
+    ids = torch.arange(sample.batch_size, device=device)
+    with Beside(device) as beside:
+        drawn = []
+        for number in range(3):
+            drawn.append(decoder.generate(ids % 8, ids + number * len(ids)))
+            beside.run(torch.sort, drawn[-1])
+    same = all(torch.equal(tokens, plain.generate(ids % 8, ids + n * len(ids))) for n, tokens in enumerate(drawn))
+    recorded = decoder.graphed is not None and decoder.graphed.usable
+    return f"recorded: {'yes' if recorded else 'no'}; tokens as step by step: {'yes' if same else 'no'}"
+
+
+PROBES = {probe.__name__: probe for probe in (ceilings, attention_dropout, decode_lengths, decoding_images, graphs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=PROBES)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for any device")
+    arguments = parser.parse_args()
+    device = use_device()
+    for name in arguments.names:
+        print(f"{name}: {PROBES[name](device, arguments.small)}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
