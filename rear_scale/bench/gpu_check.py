@@ -3,9 +3,9 @@
     bash launchers/gpu_check.sh --minutes 30
     bash launchers/gpu_check.sh --small --minutes 5      tiny sizes, on any machine: tries the check itself
 
-Parts stand in the order of what is learnt per second. Each is a process with a time limit; a part that fails or runs out of time does not stop the next one. The same command
-continues: parts that are done for this commit are not run again. Writes OUT/report.html, OUT/readme_rows.md and the output
-of each part to OUT/parts/.
+Parts stand in the order of what is learnt per second. Each is a process with a time limit; a part that fails or runs out of
+time does not stop the next one. The same command continues: parts that are done for this commit are not run again. Writes
+OUT/report.html, OUT/readme_rows.md and the output of each part to OUT/parts/.
 """
 
 from __future__ import annotations
