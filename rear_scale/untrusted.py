@@ -190,7 +190,7 @@ def _stored(name: str, entry: Any, size: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str):
+    if not isinstance(dtype, str) or not dtype.isprintable() or len(dtype) > 20:
         raise ValueError(f"{shown(name)} has dtype {shown(dtype)}")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
         raise ValueError(f"{shown(name)} has shape {shown(shape)}")

@@ -495,6 +495,7 @@ def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:
         (None, b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', r"has shape \[-1\]"),
         (None, b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000]}}', r"lies at \[0, 4000\] of 4 bytes"),
         (None, b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
+        (None, b'{"a": {"dtype": "a\\nb", "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
         (None, b'{"__metadata__": {"rear_scale": 3}}', "does not hold texts by name"),
         (None, b'{"__metadata__": {"rear_scale": "[]"}}', r"it says \[\] of itself"),
         (None, b'{"__metadata__": {"rear_scale": "' + b"[" * 70_000 + b'"}}', "nesting"),
