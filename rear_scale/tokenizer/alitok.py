@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import TokenizerConfig
 from rear_scale.tokenizer import vit
-from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
+from rear_scale.tokenizer.base import PartwiseTokenizer, in_own_precision, nearest_code
 from rear_scale.tokenizer.maskgit_vqgan import Codebook, check_fixed_size
 from rear_scale.weight_file import load_published
 
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         return self.conv_out(x.flatten(4, 5).flatten(2, 3)).sigmoid()
 
 
-class AliTok(Tokenizer):
+class AliTok(PartwiseTokenizer):
     """ids [B, 273]: the 17 prefix tokens first, then the grid in raster order."""
 
     name: ClassVar[str] = "alitok"

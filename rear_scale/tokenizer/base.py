@@ -23,11 +23,7 @@ _LARGEST_AT_ONCE = 6  # tensors of the largest size that are there at one time i
 
 
 class Tokenizer(nn.Module, ABC):
-    """A frozen pair of encoder and decoder around a codebook.
-
-    Batches are encoded and decoded in parts, whose size depends on the kind of device and its whole memory alone, so that
-    the same batch is always rounded alike.
-    """
+    """A frozen pair of encoder and decoder around a codebook."""
 
     name: ClassVar[str]
     published: ClassVar[str | None] = None  # name and place of the official weight file; null = weights of our own
@@ -47,12 +43,36 @@ class Tokenizer(nn.Module, ABC):
     def untrained(cls, cfg: TokenizerConfig) -> Self:
         """A tokenizer of the config's sizes with random weights, for tests. Raises InputError for sizes it cannot have."""
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Token ids int64 [B, N] of images (float [B, 3, S, S] in [0, 1]). Codes are assigned in float32."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor) -> Tensor:
+        """Images float32 [B, 3, S, S] in [0, 1] of token ids (int64 [B, N])."""
+
+    def decode_in_bfloat16(self) -> None:
+        """Rounds the weights of the decoder to bfloat16, in which it then computes. The codebook stays in float32."""
+        for name in self.decoding:
+            getattr(self, name).bfloat16()
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The embedding of each code as the reAR heads are taught it, float32 [K, D]."""
+
+
+class PartwiseTokenizer(Tokenizer):
+    """A tokenizer that encodes and decodes a batch in parts that fit the memory of its device.
+
+    The size of a part depends on the kind of device and its whole memory alone, so that the same batch is always rounded
+    alike.
+    """
+
+    def encode(self, images: Tensor) -> Tensor:
         return self._in_parts(self.encode_part, images, images.shape[-1])
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Images float32 [B, 3, S, S] in [0, 1] of token ids (int64 [B, N])."""
         return self._in_parts(self.decode_part, ids, self.image_size)
 
     @abstractmethod
@@ -72,16 +92,6 @@ class Tokenizer(nn.Module, ABC):
         if count <= 1:
             return function(batch)
         return torch.cat([function(part) for part in batch.split(-(-len(batch) // count))])
-
-    def decode_in_bfloat16(self) -> None:
-        """Rounds the weights of the decoder to bfloat16, in which it then computes. The codebook stays in float32."""
-        for name in self.decoding:
-            getattr(self, name).bfloat16()
-
-    @property
-    @abstractmethod
-    def codebook(self) -> Tensor:
-        """The embedding of each code as the reAR heads are taught it, float32 [K, D]."""
 
 
 def images_at_once(largest_tensor: int, device: torch.device) -> int:

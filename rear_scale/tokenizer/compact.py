@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
+from rear_scale.tokenizer.base import PartwiseTokenizer, in_own_precision, nearest_code
 from rear_scale.weight_file import fill, read_weights, write_weights
 
 _KIND = "compact tokenizer"
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
-class CompactTokenizer(Tokenizer):
+class CompactTokenizer(PartwiseTokenizer):
     """ids [B, (S/4)^2] in raster order."""
 
     name: ClassVar[str] = "compact"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
+from rear_scale.tokenizer.base import PartwiseTokenizer, in_own_precision, nearest_code
 from rear_scale.weight_file import load_published
 
 _GROUPS = 32
@@ -117,7 +117,7 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
 
 
-class MaskgitVqgan(Tokenizer):
+class MaskgitVqgan(PartwiseTokenizer):
     """ids [B, (S/16)^2] in raster order. Images of any side that is a multiple of 16 can be encoded."""
 
     name: ClassVar[str] = "maskgit_vqgan"

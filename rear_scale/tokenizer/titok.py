@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rear_scale.config import TokenizerConfig
 from rear_scale.tokenizer import vit
-from rear_scale.tokenizer.base import Tokenizer, in_own_precision, nearest_code
+from rear_scale.tokenizer.base import PartwiseTokenizer, in_own_precision, nearest_code
 from rear_scale.tokenizer.maskgit_vqgan import Codebook, Decoder, check_fixed_size
 from rear_scale.weight_file import load_published
 
@@ -81,7 +81,7 @@ class Decoder1d(nn.Module):
         return self.ffn(x.transpose(1, 2).unflatten(2, (_GRID, _GRID)))
 
 
-class TiTok(Tokenizer):
+class TiTok(PartwiseTokenizer):
     """ids [B, 64], in an order without place in the image."""
 
     name: ClassVar[str] = "titok_b64"
