@@ -18,7 +18,7 @@ from typing import NoReturn, get_type_hints
 from rear_scale import config, device, world
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS
-from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.parallel.checkpoint import Checkpoint, Unwritten
 from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.peers import LostRanks
 from rear_scale.progress import say
@@ -145,6 +145,8 @@ def run(main: Callable[[], None]) -> None:
         if error.errno in _UNUSABLE or error.errno in DISK_ERRORS:
             code = EXIT_INPUT_ERROR if error.errno in _UNUSABLE else 1
             _say_error(f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or name another place")
+        elif isinstance(error, Unwritten):
+            _say_error(str(error))
         else:
             traceback.print_exc()
     except LostRanks as error:

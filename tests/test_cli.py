@@ -11,6 +11,7 @@ import pytest
 
 from rear_scale import cli
 from rear_scale.config import InputError
+from rear_scale.parallel.checkpoint import Unwritten
 
 
 class Ended(BaseException):
@@ -71,6 +72,13 @@ def test_a_full_or_failing_disk_is_a_line_and_no_wrong_input(end, name: str) -> 
     assert (code, said) == (
         1,
         f"error: out/file: {os.strerror(number)}. Make room for it there, or name another place\n",
+    )
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_a_line(end) -> None:
+    assert end(Unwritten("the checkpoint of the last step was not written: rank 0: no room")) == (
+        1,
+        "error: the checkpoint of the last step was not written: rank 0: no room\n",
     )
 
 

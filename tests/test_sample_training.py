@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,21 @@ def test_a_sheet_that_a_kill_has_prevented_is_drawn_at_the_next_start(
     cfg.train.total_steps, cfg.resume.allow = 5, ["train.total_steps"]
     run_alone(start)
     assert [path.name for path in sheet.parent.iterdir()] == [sheet.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_sheet_that_the_disk_does_not_take_is_said_and_ends_nothing(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    cfg = prepared(tmp_path, tokens)
+
+    def full(self: SampleGrids, step: int, path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(SampleGrids, "_draw", full)
+    run_alone(lambda world: SampleGrids(cfg, world)(2, tmp_path))
+    file = tmp_path / "run" / FOLDER / "step_00000002.png"
+    assert f"{file}: {os.strerror(number)}. Training goes on without this sheet" in capsys.readouterr().err
 
 
 def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Path, tokens: Path) -> None:

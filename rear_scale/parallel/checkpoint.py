@@ -35,6 +35,10 @@ from rear_scale.world import World
 _SPACE_MARGIN = 1.02
 
 
+class Unwritten(OSError):
+    """A checkpoint without which nothing can go on was not written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One complete checkpoint folder."""
@@ -248,7 +252,7 @@ def save(
     if problem is None:
         path, problem = writer.finish()
     if path is None:
-        raise OSError(f"the checkpoint of step {step} was not written: {problem}")
+        raise Unwritten(f"the checkpoint of step {step} was not written: {problem}")
     return path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.files import atomic_file
+from rear_scale.files import DISK_ERRORS, atomic_file
 from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.decode import Decoder
@@ -65,8 +65,15 @@ class SampleGrids:
         """Writes a sheet with a class in each column, where one is due."""
         every = self.cfg.sample.grid_every_images
         assert every is not None
-        if passed(step, every, self.cfg):
+        if not passed(step, every, self.cfg):
+            return
+        try:
             self.world.on_main(lambda: self._draw(step, path))
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            if self.world.is_main:
+                say(f"{self._file(step)}: {error.strerror}. Training goes on without this sheet")
 
     def make_missing(self, step: int, path: Path) -> None:
         """Writes the sheet of a checkpoint where one is due and a kill has left none. All ranks must call this."""

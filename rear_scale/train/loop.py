@@ -249,7 +249,9 @@ class _Run:
         elif problem is not None:
             self._report_unsaved(step, problem)
         if problem is not None and step == self.plan.last_step:
-            raise OSError(f"the checkpoint of the last step was not written: {problem}")
+            raise checkpoint.Unwritten(
+                f"the checkpoint of the last step was not written: {problem}. The same command trains from the one before it"
+            )
 
     def _finish_save(self) -> str | None:
         step = self.writer.meta["step"]
