@@ -16,6 +16,7 @@ from PIL import Image
 
 from rear_scale.config import InputError
 from rear_scale.files import unfinished
+from rear_scale.locks import locked
 from rear_scale.shards import writer
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.reader import BatchOrder, check_fits, open_tokens
@@ -95,6 +96,15 @@ def test_the_unpacked_set_is_used_again(tmp_path: Path, tokens: Path) -> None:
     assert len(said) == 1
     open_tokens(tokens, str(tmp_path), said.append)
     assert len(said) == 1
+    # Left by a process that was killed when all was there; one that is held stays.
+    (whole,) = tmp_path.iterdir()
+    lock = whole.with_name(f"{whole.name}.lock")
+    lock.touch()
+    open_tokens(tokens, str(tmp_path), said.append)
+    assert not lock.exists()
+    with locked(lock):
+        open_tokens(tokens, str(tmp_path), said.append)
+        assert lock.exists()
 
 
 def test_a_folder_name_with_braces_or_spaces_is_no_pattern(tmp_path: Path) -> None:

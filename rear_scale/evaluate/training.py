@@ -69,12 +69,13 @@ class TrainingScores:
         scores = self.evaluation.score(samples)
         world.barrier()  # the others may still be reading the features that are removed here
         if world.is_main:
+            # The next checkpoint has other samples; the features of the references stay. Before the line, which says that nothing
+            # is left to do here.
+            for extractor in self.evaluation.extractors():
+                shutil.rmtree(self.evaluation.folder(samples, extractor), ignore_errors=True)
             line = {"step": step, "images_seen": step * cfg.train.global_batch_size, **_named(scores, samples.count)}
             _write(run / FILE, line)
             say(", ".join(f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float)))
-            # The next checkpoint has other samples; the features of the references stay.
-            for extractor in self.evaluation.extractors():
-                shutil.rmtree(self.evaluation.folder(samples, extractor), ignore_errors=True)
         world.barrier()
 
     def make_missing(self, step: int, path: Path) -> None:

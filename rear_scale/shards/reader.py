@@ -16,6 +16,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,9 +222,14 @@ def open_tokens(
     root = _cache_root(cache_dir)
     whole = root / manifest.fingerprint[:32]
     places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
+    lock = root / f"{whole.name}.lock"
     unpacked = _complete(places, manifest)
+    if unpacked is not None and lock.exists():
+        # Left by a process that was killed when all was there: whoever takes it removes it.
+        with suppress(InputError, OSError), locked(lock, "in use"):
+            pass
     if unpacked is None:
-        with locked(root / f"{whole.name}.lock"):
+        with locked(lock):
             unpacked = _complete(places, manifest)
             if unpacked is None:
                 index = index_folder(folder, root) if manifest.layout == "plain" else None
