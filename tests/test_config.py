@@ -367,6 +367,9 @@ def test_published_settings_are_in_their_files() -> None:
     for size, decode in taps.items():
         heads = config.load(f"rear_{size}.yaml").objective.heads
         assert (heads.encode_tap, heads.decode_tap) == (1, decode)
+    for size, decode in {"s": 16, "b": 19, "l": 19, "l_vqplus": 19}.items():
+        heads = config.load(f"official/rear_{size}.yaml").objective.heads
+        assert (heads.encode_tap, heads.decode_tap) == (1, decode)
     alitok = config.derive(config.load("rear_alitok_b.yaml", ["train.micro_batch_size=256"]), 8, None)
     assert (alitok.total_steps, alitok.noise_end_step) == (500_000, 375_000)
     rar = config.derive(config.load("rar_l.yaml"), 8, None)

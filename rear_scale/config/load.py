@@ -32,7 +32,9 @@ from rear_scale.config.validate import suggest, validate
 from rear_scale.config.values import leaves, to_dict
 
 # The decode head of reAR sits at three quarters of the depth, whatever the depth (section 4.1).
-OmegaConf.register_new_resolver("three_quarters_of", lambda depth: int(depth) * 3 // 4, replace=True)
+OmegaConf.register_new_resolver(
+    "three_quarters_of", lambda depth, more=0: int(depth) * 3 // 4 + int(more), replace=True
+)
 
 
 def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
