@@ -43,6 +43,13 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         os.close(handle)
 
 
+def remove_unheld(path: Path) -> None:
+    """Removes a lock file that a killed process has left, where all that it was taken for is done; one that is held stays."""
+    if path.exists():
+        with suppress(InputError, OSError), locked(path, "held"):
+            pass
+
+
 def _take(path: Path, refusal: str | None) -> int:
     while True:
         handle = _open(path)

@@ -20,8 +20,9 @@ from helpers import write_token_shards
 
 from rear_scale import locks
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.locks import locked
+from rear_scale.locks import locked, remove_unheld
 from rear_scale.parallel.build import built
+from rear_scale.parallel.convert import convert
 from rear_scale.shards.plain import index_plain
 from rear_scale.shards.reader import open_tokens
 from rear_scale.train.run_folder import RunFolder
@@ -116,7 +117,8 @@ def test_every_lock_works_without_those_of_the_file_system(tmp_path: Path, any_s
 DYING = """
 import errno, fcntl, sys, time
 from pathlib import Path
-from rear_scale.locks import locked
+from rear_scale.locks import locked, remove_unheld
+from rear_scale.parallel.convert import convert
 def flock(*arguments):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = flock
@@ -232,3 +234,23 @@ def test_a_lock_file_that_a_colleague_has_left_is_used(tmp_path: Path, monkeypat
     without_locks(monkeypatch, errno.EBADF)
     with pytest.raises(InputError, match="belongs to another user.* remove it: rm"), locked(tmp_path / ".lock", "mine"):
         pass
+
+
+def test_a_lock_that_a_killed_process_left_is_removed_and_a_held_one_stays(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    remove_unheld(lock)
+    assert not list(tmp_path.iterdir())
+    lock.touch()
+    remove_unheld(lock)
+    assert not list(tmp_path.iterdir())
+    with locked(lock):
+        remove_unheld(lock)
+        assert lock.exists()
+
+
+def test_the_lock_of_a_conversion_that_was_killed_when_all_was_there_goes(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.lock").touch()
+    with pytest.raises(InputError, match="exists. Name another"):
+        convert(tmp_path, None, [], "portable", tmp_path / "out")
+    assert not (tmp_path / ".out.lock").exists()

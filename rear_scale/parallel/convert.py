@@ -14,7 +14,7 @@ from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import remove_leftovers
 from rear_scale.interop import accelerate, official
-from rear_scale.locks import locked
+from rear_scale.locks import locked, remove_unheld
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
 from rear_scale.parallel.checkpoint import Checkpoint
@@ -78,14 +78,19 @@ def convert(
 def _alone(out: Path) -> Iterator[None]:
     """No other process writes `out` in the block, and what a killed one has left of it is gone."""
     refusal = f"--out {out} is being written by another process. Wait for it, or name another"
-    with locked(out.with_name(f".{out.name}.lock"), refusal):
+    with locked(_lock(out), refusal):
         _check_new(out)
         remove_leftovers(out.parent, glob.escape(out.name))
         yield
 
 
+def _lock(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
+
+
 def _check_new(out: Path) -> None:
     if out.exists():
+        remove_unheld(_lock(out))
         raise InputError(f"--out {out} exists. Name another, or remove it first")
 
 

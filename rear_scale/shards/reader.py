@@ -16,7 +16,6 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
-from rear_scale.locks import locked
+from rear_scale.locks import locked, remove_unheld
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
 from rear_scale.shards.classes import check_same_classes
 from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder
@@ -224,11 +223,9 @@ def open_tokens(
     places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
     lock = root / f"{whole.name}.lock"
     unpacked = _complete(places, manifest)
-    if unpacked is not None and lock.exists():
-        # Left by a process that was killed when all was there: whoever takes it removes it.
-        with suppress(InputError, OSError), locked(lock, "in use"):
-            pass
-    if unpacked is None:
+    if unpacked is not None:
+        remove_unheld(lock)
+    else:
         with locked(lock):
             unpacked = _complete(places, manifest)
             if unpacked is None:
