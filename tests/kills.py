@@ -593,7 +593,9 @@ def _in_memory() -> str | None:
 
 def _environment(shim: Path) -> dict[str, str]:
     # One thread, also of compilers: a process with threads cannot be forked.
-    return {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    # A process that has used a GPU cannot be forked either.
+    return {**os.environ, **threads, "LD_PRELOAD": str(shim), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def main() -> None:
