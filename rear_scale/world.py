@@ -12,6 +12,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEETING_S = 1800.0  # until the last rank has started
+_NAME_S = 20  # how long a name of a machine may have no address
 _MOST_NODES = 65_536  # as many as SLURM itself takes
 
 
@@ -320,6 +322,7 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
 def _meet(ranks: Ranks, timeout_s: float) -> dist.Store:
     """The key-value store that all ranks have reached. Raises InputError where rank 0's port is taken or not reached."""
     place = f"MASTER_ADDR={ranks.master_addr} and MASTER_PORT={ranks.master_port}"
+    _check_address(ranks)
     try:
         meeting = dist.rendezvous(
             "env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s)
@@ -336,6 +339,21 @@ def _meet(ranks: Ranks, timeout_s: float) -> dist.Store:
         raise InputError(
             f"not all of {ranks.world_size} ranks met within {timeout_s:.0f} s at {place}: {_first_line(error)}"
         ) from None
+
+
+def _check_address(ranks: Ranks) -> None:
+    """Raises InputError when the name of rank 0's machine has no address here, for which the ranks would wait half an hour."""
+    for seconds_left in range(_NAME_S, -1, -1):  # name servers of a cluster fail for moments
+        try:
+            socket.getaddrinfo(ranks.master_addr, ranks.master_port)
+            return
+        except OSError as error:
+            if seconds_left == 0:
+                raise InputError(
+                    f"rank {ranks.rank} on {node_name()} finds no address of MASTER_ADDR={ranks.master_addr}, the machine "
+                    f"of rank 0 ({error.strerror}). Set MASTER_ADDR to a name or an IP address that all nodes know"
+                ) from None
+            time.sleep(1)
 
 
 def _first_line(error: Exception) -> str:

@@ -262,7 +262,7 @@ def test_a_measured_rate_takes_the_place_of_the_assumed_one() -> None:
     ("overrides", "way_out"),
     [
         (["model.width=16384", "model.depth=48"], "strategy=fsdp2"),
-        (["train.micro_batch_size=6000000", "train.global_batch_size=6000000"], "a smaller train.micro_batch_size"),
+        (["train.micro_batch_size=1000000", "train.global_batch_size=1000000"], "a smaller train.micro_batch_size"),
     ],
 )
 def test_the_trainer_refuses_a_run_that_cannot_fit(
