@@ -388,7 +388,7 @@ class Harness:
             found.codes[code] = found.codes.get(code, 0) + 1
             self._check_error(job, ended, interruption, files, where, found)
             if job.trains:
-                self._check_after_kill(job, files, where, newest_published(ended.calls[0]), found)
+                self._check_after_kill(job, files, where, newest_published(_made(ended, interruption)), found)
                 self._check_trained(job, self.start(job), files, where, not any(ended.codes), found)
             else:
                 self._check_after_kill(job, files, where, 0, found)
@@ -507,6 +507,12 @@ def _remember() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("rear_scale.") and hasattr(module, "commit"):
             module.commit = lambda: commit
+
+
+def _made(ended: Ended, interruption: Interruption) -> list[str]:
+    """The calls of rank 0 that did not fail, and one more at their end."""
+    first, stays = interruption.number if interruption.rank == 0 else sys.maxsize, interruption.stays
+    return [line for n, line in enumerate(ended.calls[0], 1) if n < first or (n > first and not stays)] + ["end"]
 
 
 def spread(items: Sequence[Any], most: int | None) -> list[Any]:
