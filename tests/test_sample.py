@@ -353,7 +353,7 @@ def _as_one_file(folder: Path) -> checkpoint.Checkpoint:
     [
         (None, "tokenizer.weights is not set"),
         ("/nowhere", "not found: tokenizer.weights=/nowhere"),
-        (".", r"tokenizer.weights=\. cannot be read"),
+        (".", r"tokenizer.weights=\. is no regular file. Name the file itself"),
     ],
 )
 def test_weights_that_are_not_there_are_named_before_a_job_has_a_name(
