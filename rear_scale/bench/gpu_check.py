@@ -1,11 +1,12 @@
-"""What a GPU machine can do: probes, GPU tests, rates of training and sampling, and scaling over the GPUs of one machine.
+"""What a GPU machine can do: probes, GPU tests, rates of training, sampling and evaluation, losses and memory of every engine,
+and scaling over the GPUs of one machine.
 
     bash launchers/gpu_check.sh --minutes 30
     bash launchers/gpu_check.sh --small --minutes 5      tiny sizes, on any machine: tries the check itself
 
-Parts stand in the order of what is learnt per second. Each is a process with a time limit; a part that fails or runs out of
-time does not stop the next one. The same command continues: parts that are done for this commit are not run again. Writes
-OUT/report.html, OUT/readme_rows.md and the output of each part to OUT/parts/.
+Parts stand in the order of what is learnt per second. Each has a time limit; a part that fails or runs out of time does not
+stop the next one. The same command continues: parts that are done for this commit are not run again. Writes OUT/report.html,
+OUT/readme_rows.md, and the output of each part to OUT/parts/.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rear_scale import cli
+from rear_scale.bench import gpu_runs
 from rear_scale.bench.gpu_probes import PROBES
 from rear_scale.config import InputError
 from rear_scale.device import uses_cuda
@@ -34,6 +37,7 @@ from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.report.page import Section, Table, write_page
 from rear_scale.versions import commit
+from rear_scale.world import end_with_parent
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LEAST_S = 5.0  # a part is not begun with less time than this
@@ -50,9 +54,12 @@ class Part:
     name: str
     decides: str
     limit_s: float
-    command: list[str]
+    command: list[str] | None  # None: `judge` alone answers it, in no time
     needs: str | None = None  # a package without which it is left out
     gpus: int = 0  # how many it needs
+    after: tuple[str, ...] = ()  # the parts whose answers it needs
+    prepare: Callable[[], None] | None = None  # called before the process
+    judge: Callable[[], str] | None = None  # the answer in words, after the process; None: from its output
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def parts(out: Path, small: bool) -> list[Part]:
     sample = [_sample(out, name, small) for name in ("s", "l")]
     more = [] if small else [make(out, name, small) for name in ("b", "xl", "xxl") for make in (_train, _sample)]
     scaling = [_scaling(out, strategy) for strategy in ("ddp", "fsdp2", "zero2")]
-    return [*probes, tests, *train, *sample, *scaling, *more]
+    return [*probes, tests, *train, *sample, *_engines(out, small), _evaluation(out, small), *scaling, *more]
 
 
 def _train(out: Path, size: str, small: bool) -> Part:
@@ -103,6 +110,44 @@ def _sample(out: Path, size: str, small: bool) -> Part:
     words = ["--config", *(["bench_cpu.yaml", *_TINY] if small else [f"rear_{size}.yaml", "sample.batch_size=256"])]
     words += ["--classes", "2" if small else "6"]
     return _bench(out, f"sample_{size}", "images/s of the sampler", "sample", words, 1 if small else 3)
+
+
+def _engines(out: Path, small: bool) -> list[Part]:
+    """The runs of every engine, and the memory of each beside the formula."""
+    sizes, kind = (gpu_runs.SMALL if small else gpu_runs.LARGE), "cuda" if uses_cuda() else "cpu"
+    found = [
+        Part("tokens", "data of the runs below", 60, None, judge=partial(gpu_runs.write_tokens, out, sizes)),
+    ]
+    for run in gpu_runs.RUNS:
+        name, others = f"trajectory_{run.name}", {gpu_runs.REFERENCE, run.goes_on} - {None, run.name}
+        found.append(
+            Part(
+                name,
+                "whether losses are those of single in bf16",
+                170 if run.name == "compiled" else 120,
+                gpu_runs.command(run, out, sizes),
+                run.needs,
+                after=("tokens", *(f"trajectory_{other}" for other in sorted(others))),
+                prepare=partial(gpu_runs.prepare, run, out),
+                judge=partial(_trajectory, run, out, sizes),
+            )
+        )
+        if run.formula:
+            judge = partial(gpu_runs.memory, run, out, sizes, kind)
+            decides = "whether the formula gives its memory"
+            found.append(Part(f"memory_{run.name}", decides, 10, None, run.needs, after=(name,), judge=judge))
+    return found
+
+
+def _trajectory(run: gpu_runs.Run, out: Path, sizes: gpu_runs.Sizes) -> str:
+    gpu_runs.keep_metrics(run, out)
+    return gpu_runs.trajectory(run, out, sizes)
+
+
+def _evaluation(out: Path, small: bool) -> Part:
+    file = str(out / "parts" / "evaluation.object.json")
+    command = [sys.executable, "-m", "rear_scale.bench.gpu_evaluation", *(["--small"] if small else []), "--out", file]
+    return Part("evaluation", "images/s of generating, decoding and features", 120, command)
 
 
 def _bench(out: Path, name: str, decides: str, mode: str, words: list[str], rounds: int) -> Part:
@@ -133,7 +178,7 @@ def run(chosen: Sequence[Part], out: Path, minutes: float, gpus: int, clock: Cal
     deadline, found = clock() + 60 * minutes, {}
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for part in chosen:
-        found[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus)
+        found[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus, found)
         say(f"{part.name}: {found[part.name].state}; {found[part.name].line}")
         write_text_atomically(out / "parts" / f"{part.name}.json", json.dumps(asdict(found[part.name])) + "\n")
         report(chosen, found, out)
@@ -148,30 +193,57 @@ def _earlier(part: Part, out: Path) -> Answer | None:
     return answer if answer.state == "done" and answer.commit == commit() else None
 
 
-def _answer(part: Part, out: Path, left_s: float, gpus: int) -> Answer:
+def _answer(part: Part, out: Path, left_s: float, gpus: int, found: dict[str, Answer]) -> Answer:
     if part.gpus > gpus:
         return Answer("left out", f"needs {part.gpus} GPUs, and there are {gpus}")
     if part.needs is not None and importlib.util.find_spec(part.needs) is None:
         return Answer("left out", f"{part.needs} is not installed")
     if left_s < _LEAST_S:
         return Answer("out of time", "not begun")
+    lacking = [name for name in part.after if name not in found or found[name].state != "done"]
+    if lacking:
+        return Answer("left out", f"needs {lacking[0]}, which has no answer")
     started = time.monotonic()
+    try:
+        if part.prepare is not None:
+            part.prepare()
+        answer, output = _process(part, out, left_s)
+        if answer is None:
+            answer = Answer("done", _line(part, out, output) if part.judge is None else part.judge(), commit=commit())
+    except Exception as error:  # of one part: the others go on
+        answer = Answer("failed", f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return replace(answer, seconds=time.monotonic() - started)
+
+
+def _process(part: Part, out: Path, left_s: float) -> tuple[Answer | None, str]:
+    """Why the part's process did not come to its end (None where it did, or there is none), and its output."""
+    if part.command is None:
+        return None, ""
+    path, started = out / "parts" / f"{part.name}.log", time.monotonic()
     with (
-        open(out / "parts" / f"{part.name}.log", "w") as log,
+        open(path, "w") as log,
         subprocess.Popen(
-            part.command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            part.command,
+            cwd=_ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            # Where this process is killed, a part that went on would hold the GPU and its run folder.
+            preexec_fn=partial(end_with_parent, signal.SIGKILL),
         ) as process,
     ):
         try:
             output, _ = process.communicate(timeout=min(part.limit_s, left_s))
-        except subprocess.TimeoutExpired:
+        except BaseException as stop:
             os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
-            return Answer("out of time", f"ended after {time.monotonic() - started:.0f} s")
-    seconds = time.monotonic() - started
+            if isinstance(stop, subprocess.TimeoutExpired):
+                return Answer("out of time", f"ended after {time.monotonic() - started:.0f} s"), ""
+            raise
     if process.returncode != 0:
-        lines = (out / "parts" / f"{part.name}.log").read_text().splitlines() or output.splitlines() or [""]
-        return Answer("failed", f"exit code {process.returncode}: {lines[-1][:300]}", seconds)
-    return Answer("done", _line(part, out, output), seconds, commit())
+        lines = path.read_text().splitlines() or output.splitlines() or [""]
+        return Answer("failed", f"exit code {process.returncode}: {lines[-1][:300]}"), output
+    return None, output
 
 
 def _line(part: Part, out: Path, output: str) -> str:
@@ -181,6 +253,8 @@ def _line(part: Part, out: Path, output: str) -> str:
     line = f"{values['images_per_s']:.1f} images/s"
     if values.get("ratio"):
         line += f", {values['ratio']:.2f}x the plain reference"
+    if "alone" in values:
+        line += f" ({', '.join(f'{name} alone {rate:.1f}' for name, rate in values['alone'].items())})"
     if "share_of_limit" in values:
         line += f", {values['share_of_limit']:.2f} of the measured limit"
     return line
@@ -199,18 +273,26 @@ def report(chosen: Sequence[Part], found: dict[str, Answer], out: Path) -> None:
         for part in chosen
         if (answer := found.get(part.name)) is not None
     ]
-    commands = "\n".join(shlex.join(part.command) for part in chosen)
+    commands = "\n".join(shlex.join(part.command) for part in chosen if part.command)
     about = f"{device}, torch {torch.__version__}, commit {commit()}"
     table = Table(["part", "what it decides", "state", "answer", "seconds"], rows)
     write_page(out / "report.html", "GPU check", [Section(about, table=table), Section("Commands", code=commands)])
     lines = []
     for part in chosen:
         values = _object(part, out)
-        if values is not None and part.name in found and found[part.name].state == "done":
+        if part.command and values is not None and part.name in found and found[part.name].state == "done":
             ratio = f"{values['ratio']:.1f}x" if values.get("ratio") else "-"
             command = shlex.join(["python", *part.command[1:]]).split(" --out ")[0]
             lines.append(f"| {device}, {part.name} | {values['images_per_s']:.1f} | {ratio} | `{command}` ({about}) |")
     write_text_atomically(out / "readme_rows.md", "".join(f"{line}\n" for line in lines))
+
+
+def _with_needed(known: Sequence[Part], names: set[str]) -> list[Part]:
+    """The parts of these names and those whose answers they need."""
+    for part in reversed(known):  # a part stands behind those that it needs
+        if part.name in names:
+            names.update(part.after)
+    return [part for part in known if part.name in names]
 
 
 def main() -> None:
@@ -218,7 +300,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="stops in this time (default: 30)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for any device")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), metavar="FOLDER")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these alone, with those that they need")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     known = parts(out, arguments.small)
@@ -226,7 +308,7 @@ def main() -> None:
     for name in arguments.parts or []:
         if name not in names:
             raise InputError(f"--parts {name} is not a part. Use some of {', '.join(names)}")
-    chosen = [part for part in known if arguments.parts is None or part.name in arguments.parts]
+    chosen = known if arguments.parts is None else _with_needed(known, set(arguments.parts))
     gpus = torch.cuda.device_count() if uses_cuda() else 0
     if gpus == 0 and not arguments.small:
         raise InputError("there is no GPU to check. Use --small to try the check itself on this machine")
