@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -196,6 +197,17 @@ def test_every_word_of_wandb_mode_is_understood(
     assert wandb_sink._mode(settings(home, "disabled")) == "disabled"
     monkeypatch.setenv("WANDB_DISABLED", "true")
     assert wandb_sink._mode(settings(home)) == "disabled"
+
+
+@pytest.mark.parametrize("mode", ["Offline", "OFFLINE", "DryRun"])
+def test_wandb_reads_its_mode_in_its_own_spelling(
+    stub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    seen: list[str] = []
+    monkeypatch.setattr(stub, "init", lambda **settings: seen.append(os.environ["WANDB_MODE"]) or stub)
+    sink(tmp_path).finish(exit_code=0)
+    assert seen == ["offline"]
 
 
 @pytest.mark.parametrize("mode", ["shared", "off", "1"])

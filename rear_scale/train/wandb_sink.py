@@ -127,6 +127,9 @@ class WandbSink:
         identity = self.run.path / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
+        # wandb reads the variable itself, and only in its own spelling.
+        if "WANDB_MODE" in os.environ:
+            os.environ["WANDB_MODE"] = self.mode
         page = wandb.init(
             project=self.cfg.wandb.project,
             name=self.cfg.run.name[:_LONGEST_NAME],
