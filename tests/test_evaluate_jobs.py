@@ -505,7 +505,7 @@ def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=some_images(4))
 
     def check(world: World) -> None:
-        subject = Subject(None, None, tmp_path / "images.npz", tmp_path / "out.json")
+        subject = Subject(ExperimentConfig(), None, tmp_path / "images.npz", tmp_path / "out.json")
         assert Opener(world).images(subject).count == 4
         assert (subject.name, subject.run) == ("images.npz", None)
         assert open_image_set(tmp_path / "images.npz", world).quantiser is None

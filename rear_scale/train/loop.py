@@ -95,13 +95,13 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             world.barrier()
             raise
         except BaseException as error:
+            cause = world.explained(error)
             if world.is_main:
-                reason = (
-                    "ended by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-                )
-                run.set_status("failed", last_step(run), reason)
+                run.set_status("failed", last_step(run), _why_failed(cause))
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"the same command continues from step {last_step(run)}") from None
+            if cause is not error:
+                raise cause from None
             raise
         if world.is_main:
             run.set_status("done", plan.last_step, _why_done(plan))
@@ -397,6 +397,12 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.C
             f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {found.path} was trained on "
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
+
+
+def _why_failed(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "ended by Ctrl-C"
+    return str(error) if isinstance(error, LostRanks) else f"{type(error).__name__}: {error}"
 
 
 def _why_failed(error: BaseException) -> str:
