@@ -162,6 +162,9 @@ def test_a_device_is_bound_in_larger_worlds_alone(
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda **options: None)
     monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr(world, "_meet", lambda ranks, timeout_s: dist.HashStore())
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(world, "Peers", lambda *who: None)
     address = (None, None) if size == 1 else ("localhost", 29500)
     with joined(Ranks(0, 0, size, 1, *address, "environment")):
         assert found["backend"] == "cpu:gloo,cuda:nccl"
