@@ -54,7 +54,7 @@ def _save(world: World, folder: Path, tokens: Path, names: list[str]) -> dict[st
         cfg = matrix_config(folder, tokens, name, world.size)
         strategy = build(world, cfg)
         run_steps(world, cfg, strategy, 1, 3, lr=2e-3)
-        checkpoint.save(folder / name, 3, strategy, world, {"optimizer_step": 3}, cfg.checkpoint)
+        checkpoint.save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, cfg.checkpoint)
         found[name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, 13, lr=2e-3)]
     return found
 
