@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import asks_for_gpus, pytest_collection_modifyitems
 from helpers import launch, run_ranks
 
 from rear_scale.world import World
+
+# By its path: tests/parity has a conftest.py too, and either may be the module of that name.
+_spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).with_name("conftest.py"))
+_conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_conftest)
+asks_for_gpus, pytest_collection_modifyitems = _conftest.asks_for_gpus, _conftest.pytest_collection_modifyitems
 
 
 @pytest.mark.parametrize(
@@ -60,12 +67,12 @@ def test_tests_take_the_gpus_that_they_need_or_skip(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("conftest.gpus_of_the_machine", lambda: 0)
+    monkeypatch.setattr(_conftest, "gpus_of_the_machine", lambda: 0)
     items = [_Item(), _Item(pytest.mark.gpu), _Item(pytest.mark.gpu(2))]
     pytest_collection_modifyitems(pytestconfig, items)
     assert [reason for item in items for reason in item.reasons] == reasons
     # Without -m gpu, a machine's GPUs are hidden, and the reason says so.
-    monkeypatch.setattr("conftest.gpus_of_the_machine", lambda: 8)
+    monkeypatch.setattr(_conftest, "gpus_of_the_machine", lambda: 8)
     hidden = _Item(pytest.mark.gpu(99))
     pytest_collection_modifyitems(pytestconfig, [hidden])
     assert hidden.reasons == ["run it with -m gpu"]

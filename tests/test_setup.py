@@ -47,7 +47,7 @@ def test_plain_shards_train_as_packed_ones_do(tmp_path: Path) -> None:
     (plain / "codebook.npy").write_bytes((packed / "codebook.npy").read_bytes())
     (plain / "offsets.json").unlink()
     assert losses(tmp_path / "a", packed) == losses(tmp_path / "b", plain)
-    cfg = tiny_config(tmp_path, packed, f"data.val={plain}", "data.mode=stream", "strategy=single")
+    cfg = tiny_config(tmp_path, plain, f"data.val={plain}", "data.mode=stream", "strategy=single")
     held_out = run_alone(lambda world: setup.check_data(cfg, discover({})).open_val(world))
     assert np.array_equal(held_out.tokens, open_tokens(packed, str(tmp_path / "cache")).tokens)
 
