@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rear_scale.config import InputError
+from rear_scale.config import InputError, first_line
 
 # Values of CUDA_VISIBLE_DEVICES that hide every GPU; SLURM has set the last one in jobs without GPUs.
 _NO_GPU = ("", "-1", "NoDevFiles")
@@ -58,7 +58,7 @@ def use_gpu(index: int) -> torch.device:
         torch.cuda.set_device(index)
         torch.ones(1, device=torch.device("cuda", index)).item()
     except RuntimeError as error:
-        raise InputError(f"GPU {index} cannot be used: {_first_line(error)}. {_WAY_OUT}") from error
+        raise InputError(f"GPU {index} cannot be used: {first_line(error)}. {_WAY_OUT}") from error
     return torch.device("cuda", index)
 
 
@@ -95,9 +95,5 @@ def _why_not(env: Mapping[str, str]) -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return _first_line(error)
+        return first_line(error)
     return f"none is visible with CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', '')}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rear_scale import untrusted
-from rear_scale.config import InputError
+from rear_scale.config import InputError, first_line
 from rear_scale.files import atomic_file, unfinished
 from rear_scale.untrusted import FLOATS, StoredTensor, shown
 
@@ -142,7 +142,7 @@ def read_head(path: str | Path, field: str) -> Head:
 
 
 def _unreadable(path: str | Path, field: str, error: Exception) -> str:
-    reason = _first_line(error)
+    reason = first_line(error)
     # Such a reason says by itself what the file is, and what to do.
     if reason.startswith("is "):
         return f"{field}={path} {reason}"
@@ -249,10 +249,6 @@ def _what(error: BaseException) -> str:
     """What a refused pickle asks for; torch's message around it advises to load the file all the same."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found[1]})" if found else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _difference(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from rear_scale import device
-from rear_scale.config import InputError
+from rear_scale.config import InputError, first_line
 from rear_scale.locks import locked
 from rear_scale.peers import Peers
 from rear_scale.progress import say
@@ -334,10 +334,10 @@ def _meet(ranks: Ranks, timeout_s: float) -> dist.Store:
                 f"port {ranks.master_port} of {node_name()} is taken by another program, perhaps another run. Choose one: "
                 "deepspeed --master_port PORT, torchrun --master-port PORT, or MASTER_PORT=PORT before srun"
             ) from None
-        raise InputError(f"rank {ranks.rank} does not reach rank 0 at {place}: {_first_line(error)}") from None
+        raise InputError(f"rank {ranks.rank} does not reach rank 0 at {place}: {first_line(error)}") from None
     except dist.DistStoreError as error:
         raise InputError(
-            f"not all of {ranks.world_size} ranks met within {timeout_s:.0f} s at {place}: {_first_line(error)}"
+            f"not all of {ranks.world_size} ranks met within {timeout_s:.0f} s at {place}: {first_line(error)}"
         ) from None
 
 
@@ -354,10 +354,6 @@ def _check_address(ranks: Ranks) -> None:
                     f"of rank 0 ({error.strerror}). Set MASTER_ADDR to a name or an IP address that all nodes know"
                 ) from None
             time.sleep(1)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
 
 
 def _device(ranks: Ranks) -> torch.device:

@@ -29,6 +29,7 @@ from rear_scale.config.schema import (
     TokenizerConfig,
     TokenizerTrainingConfig,
     UnknownLength,
+    first_line,
 )
 from rear_scale.config.values import to_dict, to_yaml, with_home
 
@@ -58,6 +59,7 @@ __all__ = [
     "derive",
     "figure_overrides",
     "find_config",
+    "first_line",
     "from_dict",
     "groups_by_class",
     "from_file",
