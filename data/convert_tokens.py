@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rear_scale import cli
 from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig, check_yaml
-from rear_scale.interop import tokens
+from rear_scale.shards import token_files as tokens
 from rear_scale.shards.crops import CROPS
 
 

@@ -21,7 +21,7 @@ import torch
 from rear_scale import cli
 from rear_scale.device import uses_cuda
 from rear_scale.files import write_text_atomically
-from rear_scale.versions import commit
+from rear_scale.run.versions import commit
 
 
 def main() -> None:

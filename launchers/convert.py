@@ -15,7 +15,7 @@ SOURCE: a run folder (its newest checkpoint), a checkpoint folder, a weight file
 from pathlib import Path
 
 from rear_scale import cli
-from rear_scale.parallel.convert import FORMS, convert
+from rear_scale.checkpoint.convert import FORMS, convert
 
 
 def main() -> None:

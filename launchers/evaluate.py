@@ -21,18 +21,18 @@ from pathlib import Path
 
 from rear_scale import cli, config
 from rear_scale.analysis import token_prediction
+from rear_scale.checkpoint.open import open_source
 from rear_scale.config import InputError
-from rear_scale.evaluate.blocks import Part
+from rear_scale.evaluate.images.image_set import check_image_set
 from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.networks.feature_cache import Part
 from rear_scale.evaluate.published import our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import check_result, summary, write_result
-from rear_scale.evaluate.sources import check_image_set
 from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
-from rear_scale.parallel.sources import open_source
 from rear_scale.progress import say
-from rear_scale.train.run_folder import RunFolder
-from rear_scale.train.telemetry import log_summary
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.wandb import log_summary
 from rear_scale.world import World, joined
 
 _Scores = dict[str, dict[str, float]]

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NoReturn, get_type_hints
 
 from rear_scale import config, device, world
+from rear_scale.checkpoint.folder import Checkpoint, Unwritten
+from rear_scale.checkpoint.open import check_overrides, load_config, open_source
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS
-from rear_scale.parallel.checkpoint import Checkpoint, Unwritten
-from rear_scale.parallel.sources import check_overrides, load_config, open_source
 from rear_scale.peers import LostRanks
 from rear_scale.progress import say
 from rear_scale.shards.storage import is_remote, not_checked

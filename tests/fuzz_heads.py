@@ -28,20 +28,20 @@ from helpers import tiny_config, write_token_shards
 from PIL import Image
 from safetensors.torch import save_file
 
+from rear_scale.checkpoint import released_trainer as accelerate
+from rear_scale.checkpoint.folder import _fault
+from rear_scale.checkpoint.open import open_source, write_portable
 from rear_scale.config import InputError, TokenizerConfig, to_dict
-from rear_scale.evaluate.classifier import Classifier
-from rear_scale.evaluate.npz import read_samples, read_sha256
-from rear_scale.evaluate.statistics import images_of, read_statistics
-from rear_scale.interop import accelerate
-from rear_scale.interop.tokens import _alitok_codes, export_alitok
+from rear_scale.evaluate.images.npz import read_samples, read_sha256
+from rear_scale.evaluate.metrics.statistics_file import images_of, read_statistics
+from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.model import build_model
-from rear_scale.parallel.checkpoint import _fault
-from rear_scale.parallel.sources import open_source, write_portable
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.plain import index_plain
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook, read_manifest
 from rear_scale.shards.sources import open_source as open_images_to_encode
+from rear_scale.shards.token_files import _alitok_codes, export_alitok
 from rear_scale.shards.writer import finished_shard
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.weight_file import read_state, write_tensors

@@ -499,7 +499,8 @@ def _import_everything() -> None:
 
 def _remember() -> None:
     """What takes a quarter of a start and writes nothing: the config, and the commit that git is asked for."""
-    from rear_scale import cli, versions
+    from rear_scale import cli
+    from rear_scale.run import versions
 
     load, commit = functools.cache(lambda *arguments: cli_load(arguments[0], list(arguments[1:]))), versions.commit()
     cli_load = cli.load_config

@@ -13,7 +13,7 @@ from helpers import command_line, environment, launch
 from rear_scale import config
 from rear_scale.bench import data, reference, sample, scaling
 from rear_scale.config import InputError
-from rear_scale.sample.beside import Beside
+from rear_scale.sample.decode_worker import Beside
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer

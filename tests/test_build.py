@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from rear_scale.config import InputError
-from rear_scale.parallel.build import built
+from rear_scale.optim.compile_op import built
 
 # Stands for a compiler: leaves what it makes where torch's would.
 COMPILES = """

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rear_scale import cli
+from rear_scale.checkpoint.folder import Unwritten
 from rear_scale.config import InputError
-from rear_scale.parallel.checkpoint import Unwritten
 
 
 class Ended(BaseException):

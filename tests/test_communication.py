@@ -8,9 +8,9 @@ from helpers import run_ranks, tiny_config
 from test_parallel import QUIET, build, run_steps
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model.memory import shard_dimension
 from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.counting import Collectives
+from rear_scale.parallel.memory import shard_dimension
 from rear_scale.world import World
 
 CELLS = {

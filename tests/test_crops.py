@@ -15,8 +15,8 @@ from helpers import ROOT, run_alone
 from PIL import Image, PngImagePlugin
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.sources import open_image_set
-from rear_scale.evaluate.statistics import images_of, write_statistics
+from rear_scale.evaluate.images.image_set import open_image_set
+from rear_scale.evaluate.metrics.statistics_file import images_of, write_statistics
 from rear_scale.shards import crops
 from rear_scale.shards.crops import BadImage, center_crop, cut, decode_image
 from rear_scale.shards.sources import open_source
@@ -182,6 +182,6 @@ def test_unreadable_files_of_samples_are_one_line(tmp_path: Path, monkeypatch: p
     def fail(*arguments, **named):
         raise MemoryError
 
-    monkeypatch.setattr("rear_scale.evaluate.sources._File.data", fail)
+    monkeypatch.setattr("rear_scale.evaluate.images.image_set._File.data", fail)
     with pytest.raises(InputError, match=r"a\.png \(byte 0\)"):
         run_alone(_read, tmp_path, 8, "ignore")

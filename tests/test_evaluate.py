@@ -16,18 +16,21 @@ from test_evaluate_sources import write_tar
 
 from rear_scale import config
 from rear_scale.config import ClassifierConfig, ExperimentConfig, InputError
-from rear_scale.evaluate import blocks, inception_score, neighbours, sources
-from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract
-from rear_scale.evaluate.classifier import ClassifierFeatures, check_same_training, train_classifier
-from rear_scale.evaluate.inception import Inception, resize_tf1
+from rear_scale.evaluate.images import image_set as sources
+from rear_scale.evaluate.images.image_set import from_arrays, open_image_set
 from rear_scale.evaluate.job import Evaluation, check_evaluation
-from rear_scale.evaluate.moments import Moments
+from rear_scale.evaluate.metrics.distances import inception_score
+from rear_scale.evaluate.metrics.distances import precision_recall as neighbours
+from rear_scale.evaluate.metrics.moments import Moments
+from rear_scale.evaluate.metrics.statistics_file import images_of, write_statistics
+from rear_scale.evaluate.networks import feature_cache as blocks
+from rear_scale.evaluate.networks.classifier import ClassifierFeatures, check_same_training, train_classifier
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract
+from rear_scale.evaluate.networks.inception import Inception, resize_tf1
 from rear_scale.evaluate.published import ROWS, our_rows, table
 from rear_scale.evaluate.result import check_result
-from rear_scale.evaluate.sources import from_arrays, open_image_set
-from rear_scale.evaluate.statistics import images_of, write_statistics
 from rear_scale.evaluate.subjects import Opener, Subject
-from rear_scale.interop.npz import write_samples
+from rear_scale.sample.npz_writer import write_samples
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.world import World
 

@@ -22,21 +22,23 @@ from test_evaluate import _Small, some_images, with_references
 from test_sample import prepared
 
 from rear_scale.analysis import token_prediction
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import job, reconstruction, sources, training
-from rear_scale.evaluate.blocks import Part, extract
-from rear_scale.evaluate.dinov2 import DinoV2
-from rear_scale.evaluate.inception import Inception
+from rear_scale.evaluate import job, reconstruction, training
+from rear_scale.evaluate.images import image_set as sources
+from rear_scale.evaluate.images.image_set import Generation, ImageSet, open_image_set
 from rear_scale.evaluate.job import Evaluation
-from rear_scale.evaluate.sources import Generation, ImageSet, open_image_set
+from rear_scale.evaluate.networks.dinov2 import DinoV2
+from rear_scale.evaluate.networks.feature_cache import Part, extract
+from rear_scale.evaluate.networks.inception import Inception
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
 from rear_scale.evaluate.training import TrainingScores, check_training_scores, is_due
-from rear_scale.parallel.checkpoint import Checkpoint
+from rear_scale.run import wandb
 from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
-from rear_scale.train import setup, telemetry
+from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import World
 
@@ -389,7 +391,7 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
     monkeypatch.setattr(
         token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1}
     )
-    monkeypatch.setattr(telemetry, "log_summary", lambda cfg, run, values: logged.update(values))
+    monkeypatch.setattr(wandb, "log_summary", lambda cfg, run, values: logged.update(values))
     evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
     assert len(asked) == 1
     for seed in (1, 2):

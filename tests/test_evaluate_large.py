@@ -32,7 +32,7 @@ def measured(code: str, *arguments: str | Path, timeout: float = 1800) -> dict:
 _WRITE = """
 from pathlib import Path
 import numpy as np
-from rear_scale.interop.npz import write_samples
+from rear_scale.sample.npz_writer import write_samples
 count, path = int(sys.argv[1]), Path(sys.argv[2])
 def blocks():
     for start in range(0, count, 500):
@@ -47,7 +47,7 @@ print(json.dumps({"peak": peak()}))
 """
 _READ = """
 import numpy as np
-from rear_scale.evaluate.npz import read_samples
+from rear_scale.evaluate.images.npz import read_samples
 images, labels = read_samples(sys.argv[1])
 numbers = []
 for start in range(0, len(images), 500):
@@ -102,9 +102,9 @@ def test_50000_images_beyond_4_gib_are_written_and_read_in_little_memory(tmp_pat
 _SCORE = """
 import time
 import numpy as np, torch
-from rear_scale.evaluate.metrics import frechet_distance
-from rear_scale.evaluate.moments import moments_of
-from rear_scale.evaluate.neighbours import overlap, radii
+from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics.moments import moments_of
+from rear_scale.evaluate.metrics.precision_recall import overlap, radii
 samples, reference, width = int(sys.argv[1]), int(sys.argv[2]), 2048
 torch.set_num_threads(int(sys.argv[4]))
 class Generated:

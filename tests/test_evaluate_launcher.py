@@ -17,8 +17,8 @@ import torch
 from helpers import ROOT, command_line, environment, launch
 from sklearn.datasets import load_digits
 
-from rear_scale.evaluate.inception import Inception
-from rear_scale.interop.npz import write_samples
+from rear_scale.evaluate.networks.inception import Inception
+from rear_scale.sample.npz_writer import write_samples
 
 pytestmark = pytest.mark.long
 

@@ -16,17 +16,18 @@ from helpers import run_alone
 from PIL import Image
 
 from rear_scale.config import InputError
-from rear_scale.evaluate import npz, sources
-from rear_scale.evaluate.features import as_batch, checked
-from rear_scale.evaluate.inception import Inception, resize_tf1
-from rear_scale.evaluate.moments import moments_of
-from rear_scale.evaluate.npz import read_samples, read_sha256
+from rear_scale.evaluate.images import image_set as sources
+from rear_scale.evaluate.images import npz
+from rear_scale.evaluate.images.image_set import open_image_set
+from rear_scale.evaluate.images.npz import read_samples, read_sha256
+from rear_scale.evaluate.metrics.moments import moments_of
+from rear_scale.evaluate.metrics.statistics_file import MadeOf, images_of, read_statistics, write_statistics
+from rear_scale.evaluate.networks.base import as_batch, checked
+from rear_scale.evaluate.networks.inception import Inception, resize_tf1
+from rear_scale.evaluate.networks.weights import INCEPTION, PublishedFile, fill, read_weight_file
 from rear_scale.evaluate.reference import check_reference
-from rear_scale.evaluate.sources import open_image_set
-from rear_scale.evaluate.statistics import MadeOf, images_of, read_statistics, write_statistics
-from rear_scale.evaluate.weights import INCEPTION, PublishedFile, fill, read_weight_file
 from rear_scale.files import file_sha256
-from rear_scale.interop.npz import write_samples
+from rear_scale.sample.npz_writer import write_samples
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards.crops import center_crop
 from rear_scale.shards.images import write_images

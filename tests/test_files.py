@@ -16,11 +16,12 @@ import torch
 from helpers import write_token_shards
 
 from rear_scale import files, weight_file
-from rear_scale.evaluate.statistics import write_statistics
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint.open import write_portable
+from rear_scale.evaluate.metrics.statistics_file import write_statistics
 from rear_scale.files import atomic_file, atomic_folder, remove_leftovers, sync, write_text_atomically
-from rear_scale.interop import npz, official
-from rear_scale.parallel.sources import write_portable
 from rear_scale.sample import files as sample_files
+from rear_scale.sample import npz_writer as npz
 from rear_scale.shards.reader import open_tokens
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.weight_file import save_tensors, write_tensors

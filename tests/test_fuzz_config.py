@@ -17,10 +17,10 @@ import yaml
 from test_trainer_yaml import FORMS
 
 from rear_scale import config
+from rear_scale.checkpoint import released_config as published
 from rear_scale.config import InputError, check_override, check_yaml
 from rear_scale.config.overrides import field_type
 from rear_scale.config.values import leaves
-from rear_scale.interop import published
 
 SLOWEST_S = 20.0  # of one input, on a busy machine
 MOST_MEMORY = 1 << 30  # bytes that a whole test may add

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.interop import tokens
+from rear_scale.shards import token_files as tokens
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
 from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import BadImage, cut, decode_image

@@ -16,7 +16,7 @@ from helpers import ROOT, environment
 from rear_scale import config
 from rear_scale.bench import gpu_check, gpu_evaluation, gpu_runs
 from rear_scale.bench.gpu_check import Answer, Part
-from rear_scale.model.memory import memory_per_rank
+from rear_scale.parallel.memory import memory_per_rank
 
 RUNS = {run.name: run for run in gpu_runs.RUNS}
 

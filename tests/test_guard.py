@@ -17,11 +17,11 @@ import torch
 from helpers import ROOT, command_line, environment, launch, metrics, run_alone, tiny_config, tiny_config_file
 
 from rear_scale import config
+from rear_scale.run.folder import RunFolder
 from rear_scale.shards.record import TarShard
 from rear_scale.train import guard, setup
 from rear_scale.train.guard import EXIT_INTERRUPTED, EXIT_PREEMPTED, Spikes, StopSignal, Watchdog, shard_positions
 from rear_scale.train.loop import Hooks, train
-from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World, discover, free_port, node_name
 
 PLANTED = str(ROOT / "tests/planted.py")

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rear_scale import config
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint import released_config as published
+from rear_scale.checkpoint import released_trainer as accelerate
+from rear_scale.checkpoint.convert import convert
+from rear_scale.checkpoint.open import open_source
 from rear_scale.config import InputError
-from rear_scale.interop import accelerate, official, published
 from rear_scale.model import build_model
-from rear_scale.parallel.convert import convert
-from rear_scale.parallel.sources import open_source
 from rear_scale.parallel.strategy import decays
 from rear_scale.train import dry_run, start
 from rear_scale.train.loop import Hooks, train

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.files import file_sha256
-from rear_scale.interop import tokens
-from rear_scale.interop.tokens import Crops
 from rear_scale.shards import record, writer
+from rear_scale.shards import token_files as tokens
 from rear_scale.shards.reader import open_tokens
+from rear_scale.shards.token_files import Crops
 from rear_scale.tokenizer.compact import CompactTokenizer
 
 sys.path.insert(0, str(ROOT / "data"))

@@ -31,7 +31,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from rear_scale.parallel import checkpoint
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import discover, free_port

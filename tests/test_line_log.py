@@ -13,9 +13,10 @@ from helpers import metrics, run_alone, tiny_config
 from test_train import run
 
 from rear_scale.locks import locked
-from rear_scale.train import line_log, run_folder
-from rear_scale.train.line_log import LineLog
-from rear_scale.train.run_folder import RunFolder
+from rear_scale.run import folder as run_folder
+from rear_scale.run import line_log
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.line_log import LineLog
 
 WRITE = os.write
 

@@ -19,13 +19,13 @@ import webdataset
 from helpers import write_token_shards
 
 from rear_scale import locks
+from rear_scale.checkpoint.convert import convert
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.locks import locked, remove_unheld
-from rear_scale.parallel.build import built
-from rear_scale.parallel.convert import convert
+from rear_scale.optim.compile_op import built
+from rear_scale.run.folder import RunFolder
 from rear_scale.shards.plain import index_plain
 from rear_scale.shards.reader import open_tokens
-from rear_scale.train.run_folder import RunFolder
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 
@@ -118,7 +118,7 @@ DYING = """
 import errno, fcntl, sys, time
 from pathlib import Path
 from rear_scale.locks import locked, remove_unheld
-from rear_scale.parallel.convert import convert
+from rear_scale.checkpoint.convert import convert
 def flock(*arguments):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = flock

@@ -16,7 +16,7 @@ from rear_scale.config import ExperimentConfig
 from rear_scale.model import build_model
 from rear_scale.model.activations import one_block_bytes
 from rear_scale.model.attention import Attention
-from rear_scale.model.memory import activation_bytes, memory_per_rank
+from rear_scale.parallel.memory import activation_bytes, memory_per_rank
 from rear_scale.world import World
 
 SMALL = ("model.width=192", "model.depth=4", "train.global_batch_size=16")

@@ -10,20 +10,21 @@ from torch.nn import functional as F
 from rear_scale import config, rng
 from rear_scale.config import NoiseConfig
 from rear_scale.objective import STATISTICS, Objective, Task, losses, noise, schedules
+from rear_scale.optim import schedule
 
 CPU = torch.device("cpu")
 
 
 def test_learning_rate_has_the_papers_shape() -> None:
     rate = {"peak": 4e-4, "end": 1e-5, "warmup_steps": 62_500, "total_steps": 250_000}
-    assert schedules.learning_rate(1, **rate) == pytest.approx(6.4e-9)
-    assert schedules.learning_rate(31_250, **rate) == pytest.approx(2e-4)
-    assert schedules.learning_rate(62_500, **rate) == pytest.approx(4e-4)
-    assert schedules.learning_rate(156_250, **rate) == pytest.approx((4e-4 + 1e-5) / 2)
-    assert schedules.learning_rate(250_000, **rate) == pytest.approx(1e-5)
-    assert schedules.learning_rate(260_000, **rate) == pytest.approx(1e-5)
-    assert schedules.learning_rate(1, **{**rate, "warmup_steps": 0, "total_steps": 1}) == pytest.approx(1e-5)
-    assert schedules.learning_rate(30, **{**rate, "total_steps": 30}) == pytest.approx(4e-4 * 30 / 62_500)
+    assert schedule.learning_rate(1, **rate) == pytest.approx(6.4e-9)
+    assert schedule.learning_rate(31_250, **rate) == pytest.approx(2e-4)
+    assert schedule.learning_rate(62_500, **rate) == pytest.approx(4e-4)
+    assert schedule.learning_rate(156_250, **rate) == pytest.approx((4e-4 + 1e-5) / 2)
+    assert schedule.learning_rate(250_000, **rate) == pytest.approx(1e-5)
+    assert schedule.learning_rate(260_000, **rate) == pytest.approx(1e-5)
+    assert schedule.learning_rate(1, **{**rate, "warmup_steps": 0, "total_steps": 1}) == pytest.approx(1e-5)
+    assert schedule.learning_rate(30, **{**rate, "total_steps": 30}) == pytest.approx(4e-4 * 30 / 62_500)
 
 
 def test_noise_bound_is_the_papers_example() -> None:

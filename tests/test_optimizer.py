@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_config
 
 from rear_scale.config import InputError, OptimConfig
-from rear_scale.parallel.optimizer import make_adamw, set_step
+from rear_scale.optim.adamw import make_adamw, set_step
 
 CPU = torch.device("cpu")
 STEPS = 20

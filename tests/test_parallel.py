@@ -12,15 +12,16 @@ import torch
 from helpers import run_alone, run_ranks, tiny_config
 
 from rear_scale import config
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, settled
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
-from rear_scale.parallel import checkpoint, open_strategy
+from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
+from rear_scale.run import requeue
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
-from rear_scale.train import requeue
 from rear_scale.train.setup import data_order
 from rear_scale.world import World
 

@@ -13,7 +13,7 @@ from rear_scale import config
 from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.config.validate import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
-from rear_scale.model.memory import memory_per_rank
+from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.scaling import cost, plan, report
 from rear_scale.scaling.devices import cluster_of, devices, open_cluster
 from rear_scale.scaling.planner import GIB, PARTS, USABLE

@@ -14,8 +14,9 @@ from rear_scale import config
 from rear_scale.config import GuidanceConfig, HeadsConfig, SampleConfig
 from rear_scale.model import Generator, build_generator
 from rear_scale.model.generator import Shape
-from rear_scale.objective import Objective, Task, schedules
+from rear_scale.objective import Objective, Task
 from rear_scale.objective.permutation import in_order, random_orders
+from rear_scale.optim import schedule
 from rear_scale.parallel import open_strategy
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import CachedDecoding, Decoder
@@ -127,7 +128,7 @@ def test_twenty_updates_equal_the_reference(architecture: str) -> None:
         assert ours == pytest.approx(expected, rel=1e-5)
         norm = strategy.grad_norm().item()
         rate = {"peak": cfg.optim.lr, "end": cfg.optim.end_lr, "warmup_steps": 5, "total_steps": 20}
-        lr = schedules.learning_rate(update, **rate, form="released")
+        lr = schedule.learning_rate(update, **rate, form="released")
         assert lr == pytest.approx(released_rate(update, cfg.optim.lr, cfg.optim.end_lr, 5, 20), rel=1e-9)
         strategy.step(lr)
         assert norm == pytest.approx(plain.step(lr), rel=1e-5)

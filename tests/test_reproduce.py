@@ -15,9 +15,9 @@ from test_evaluate import _Small
 from rear_scale import config
 from rear_scale.config import InputError
 from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.networks.weights import PublishedFile
 from rear_scale.evaluate.published import ROWS
 from rear_scale.evaluate.reproduce import ENTRIES, MASKGIT_VQGAN, Entry, entry_of, reproduce, verdicts
-from rear_scale.evaluate.weights import PublishedFile
 from rear_scale.model import build_model
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import World

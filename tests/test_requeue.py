@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from rear_scale.train.requeue import close, read_status, verdict
+from rear_scale.run.requeue import close, read_status, verdict
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:
@@ -79,7 +79,7 @@ def test_a_status_that_says_nothing_does_not_stop_the_answer(tmp_path: Path, tex
 
 
 def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rear_scale.train.requeue", *map(str, arguments)]
+    command = [sys.executable, "-m", "rear_scale.run.requeue", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -100,5 +100,5 @@ def test_a_batch_script_can_ask(tmp_path: Path) -> None:
 
 
 def test_asking_imports_no_torch() -> None:
-    code = "import sys, rear_scale.train.requeue; print('torch' in sys.modules)"
+    code = "import sys, rear_scale.run.requeue; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"

@@ -30,7 +30,7 @@ from helpers import (
 )
 from test_parallel import QUIET, build, run_steps
 
-from rear_scale.parallel import checkpoint
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.world import World
 
 # Where each strategy is saved, and the numbers of ranks (1 to 4) where each exists.

@@ -16,12 +16,12 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from rear_scale import files as atomic_files
+from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint.convert import convert
+from rear_scale.checkpoint.open import open_source
 from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
 from rear_scale.files import file_sha256
 from rear_scale.model import Generator, build_model
-from rear_scale.parallel import checkpoint
-from rear_scale.parallel.convert import convert
-from rear_scale.parallel.sources import open_source
 from rear_scale.sample import files, job
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest

@@ -17,10 +17,10 @@ from test_sample import _sample, prepared
 from torch import Tensor
 
 from rear_scale.bench.model import drawn_model
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
 from rear_scale.model import Generator
 from rear_scale.model.flops import decode_step_cost
-from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder

@@ -18,8 +18,8 @@ from rear_scale.bench.model import drawn_model
 from rear_scale.config import GuidanceConfig, SampleConfig
 from rear_scale.sample import graphs
 from rear_scale.sample.batch import Batch
-from rear_scale.sample.beside import Beside, wait_for_workers
 from rear_scale.sample.decode import Decoder
+from rear_scale.sample.decode_worker import Beside, wait_for_workers
 from rear_scale.sample.graphs import CudaGraph, GraphedSteps
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 from helpers import run_alone, run_ranks
 from test_sample import _refusal, _sample, prepared
 
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.parallel import checkpoint
 from rear_scale.sample import files, job
 from rear_scale.world import World
 

@@ -12,8 +12,8 @@ from helpers import run_alone, run_ranks, tiny_config
 from PIL import Image
 
 from rear_scale import config
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.parallel import checkpoint
 from rear_scale.sample import job
 from rear_scale.sample.training import FOLDER, SampleGrids, check_grids, grid_hooks
 from rear_scale.shards.record import read_manifest

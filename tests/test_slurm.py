@@ -18,7 +18,7 @@ from PIL import Image
 from slurm_cluster import NODES, Cluster
 from test_pretokenize import NUM_IMAGES, settings, tiny_overrides
 
-from rear_scale.interop.npz import write_samples
+from rear_scale.sample.npz_writer import write_samples
 from rear_scale.shards.images import write_images
 from rear_scale.shards.record import read_manifest
 

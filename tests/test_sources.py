@@ -18,14 +18,14 @@ from helpers import environment, run_alone, tiny_config
 from safetensors.torch import save_file
 
 from rear_scale import cli
+from rear_scale.checkpoint import open as sources
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint.convert import convert
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import load_generator_weights, open_source, write_portable
 from rear_scale.config import InputError, from_dict, load, to_dict, to_yaml
 from rear_scale.files import file_sha256
-from rear_scale.interop import official
 from rear_scale.model import build_model
-from rear_scale.parallel import sources
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.convert import convert
-from rear_scale.parallel.sources import load_generator_weights, open_source, write_portable
 from rear_scale.sample.job import load_generator
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
@@ -164,7 +164,7 @@ import re, sys
 from pathlib import Path
 import torch
 from rear_scale.config import from_dict
-from rear_scale.parallel.sources import open_source
+from rear_scale.checkpoint.open import open_source
 from rear_scale.sample.job import load_generator
 
 def status(name):

@@ -16,11 +16,11 @@ from test_evaluate import _Small
 from test_evaluate_jobs import reference
 from test_parallel import QUIET, TWO_RANKS, build, run_steps
 
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig
 from rear_scale.config.validate import RECOMPUTE_POLICIES
 from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.training import TrainingScores
-from rear_scale.parallel import checkpoint
 from rear_scale.sample.training import FOLDER, grid_hooks
 from rear_scale.shards.reader import TokenSet
 from rear_scale.tokenizer.compact import CompactTokenizer

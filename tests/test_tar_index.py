@@ -20,7 +20,7 @@ from helpers import CODEBOOK_SIZE, NUM_TOKENS, run_alone
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.evaluate.sources import open_image_set
+from rear_scale.evaluate.images.image_set import open_image_set
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.plain import index_plain
 from rear_scale.shards.sources import open_source

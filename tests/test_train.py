@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import TIMES, metrics, run_alone, tiny_config, write_token_shards
 
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError, groups_by_class, settled
 from rear_scale.objective import MicroBatch, Objective
-from rear_scale.parallel import checkpoint
+from rear_scale.run.folder import RunFolder
 from rear_scale.train import garbage, setup
 from rear_scale.train.loop import Hooks, train
-from rear_scale.train.run_folder import RunFolder
 from rear_scale.world import World, discover
 
 

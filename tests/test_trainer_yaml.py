@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from rear_scale import config
+from rear_scale.checkpoint import released_yaml as trainer_yaml
+from rear_scale.checkpoint.open import load_config
 from rear_scale.config import InputError
 from rear_scale.config.values import leaves
-from rear_scale.interop import trainer_yaml
-from rear_scale.parallel.sources import load_config
 
 RATE = "${optimizer.params.learning_rate}"
 

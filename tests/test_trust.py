@@ -23,21 +23,21 @@ from helpers import ROOT, tiny_config, write_token_shards
 from safetensors.torch import save_file
 
 from rear_scale import cli, config
+from rear_scale.checkpoint.meta import read_meta
+from rear_scale.checkpoint.open import open_source, write_portable
+from rear_scale.checkpoint.released_config import is_released_yaml
 from rear_scale.config import InputError, to_dict
 from rear_scale.config.plan import derive
-from rear_scale.evaluate.npz import read_samples
-from rear_scale.evaluate.statistics import read_statistics
+from rear_scale.evaluate.images.npz import read_samples
+from rear_scale.evaluate.metrics.statistics_file import read_statistics
 from rear_scale.files import file_sha256, inside
-from rear_scale.interop.published import is_released_yaml
-from rear_scale.interop.tokens import _alitok_codes, export_alitok
 from rear_scale.model import build_model
-from rear_scale.parallel.meta import read_meta
-from rear_scale.parallel.sources import open_source, write_portable
 from rear_scale.sample.job import default_output, job_identity
 from rear_scale.shards.crops import BadImage, decode_image
 from rear_scale.shards.record import read_codebook, read_manifest
 from rear_scale.shards.storage import address
 from rear_scale.shards.tar_index import scan
+from rear_scale.shards.token_files import _alitok_codes, export_alitok
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.weight_file import read_state, write_weights
 
@@ -67,7 +67,7 @@ def with_config(source: Path, out: Path, form: str, change: Callable[[dict[str, 
         path = out / "model.safetensors"
         found = open_source(source)
         found.meta["config"] = meta["config"]
-        from rear_scale.parallel.sources import write_consolidated
+        from rear_scale.checkpoint.open import write_consolidated
 
         write_consolidated(path, found, {name: found.reader("param")(name) for name in found.names()})
         return path

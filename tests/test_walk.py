@@ -13,7 +13,7 @@ from PIL import Image
 
 from rear_scale import progress
 from rear_scale.config import DataConfig, InputError, TokenizerConfig
-from rear_scale.evaluate.sources import open_image_set
+from rear_scale.evaluate.images.image_set import open_image_set
 from rear_scale.shards import walk as walking
 from rear_scale.shards.crops import EXTENSIONS, BadImage
 from rear_scale.shards.reader import open_manifest

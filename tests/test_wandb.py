@@ -16,9 +16,9 @@ from helpers import metrics, run_alone, tiny_config
 from test_train import run
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.train import wandb_sink
-from rear_scale.train.run_folder import RunFolder
-from rear_scale.train.wandb_sink import WandbSink, check_wandb, open_sink
+from rear_scale.run import wandb as wandb_sink
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.wandb import WandbSink, check_wandb, open_sink
 
 
 def raising(error: BaseException) -> Callable[..., None]:

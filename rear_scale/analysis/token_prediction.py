@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from rear_scale.config import ExperimentConfig
 from rear_scale.objective import noise, permutation
 from rear_scale.progress import progress
+from rear_scale.shards.codebook import read_both
 from rear_scale.shards.reader import TokenSet, open_set, open_tokens
-from rear_scale.train.setup import read_both
 from rear_scale.world import World
 
 # Sample ids (int64 [B]) to the order in which their tokens are predicted (int64 [B or 1, N])

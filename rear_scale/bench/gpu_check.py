@@ -36,7 +36,7 @@ from rear_scale.device import uses_cuda
 from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.report.page import Section, Table, write_page
-from rear_scale.versions import commit
+from rear_scale.run.versions import commit
 from rear_scale.world import end_with_parent
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -23,10 +23,10 @@ from rear_scale import cli, config
 from rear_scale.bench.gpu_runs import TINY
 from rear_scale.bench.model import drawn_model, synchronize
 from rear_scale.config import ExperimentConfig
-from rear_scale.evaluate.blocks import extract
-from rear_scale.evaluate.features import InceptionFeatures
-from rear_scale.evaluate.inception import Inception
-from rear_scale.evaluate.sources import Generation, ImageSet
+from rear_scale.evaluate.images.image_set import Generation, ImageSet
+from rear_scale.evaluate.networks.base import InceptionFeatures
+from rear_scale.evaluate.networks.feature_cache import extract
+from rear_scale.evaluate.networks.inception import Inception
 from rear_scale.files import write_text_atomically
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.job import decode_images, labels_of, make_tokens, units_of

@@ -16,8 +16,8 @@ from rear_scale import cli
 from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
 from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import GuidanceConfig, SampleConfig, load
-from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import Decoder
+from rear_scale.sample.decode_worker import Beside
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 

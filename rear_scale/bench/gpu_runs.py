@@ -21,7 +21,7 @@ import numpy as np
 from rear_scale import config
 from rear_scale.config import ExperimentConfig
 from rear_scale.files import file_sha256
-from rear_scale.model.memory import memory_per_rank
+from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.shards import writer
 from rear_scale.shards.record import Manifest, write_manifest
 

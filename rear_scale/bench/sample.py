@@ -29,8 +29,8 @@ from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.flops import decode_step_cost
 from rear_scale.progress import progress
-from rear_scale.sample.beside import Beside
 from rear_scale.sample.decode import Decoder
+from rear_scale.sample.decode_worker import Beside
 from rear_scale.tokenizer import open_tokenizer
 
 # Images of a batch and precision, decoding included. RAR's Table 5 states all three; of Figure 5, reAR's paper states the

@@ -10,13 +10,13 @@ from typing import Any
 from rear_scale.config import load
 from rear_scale.demo.stages import FOLDER, MODELS, Progress, Stage, run_folder, samples_file
 from rear_scale.demo.summary import table
-from rear_scale.evaluate.classifier import NUM_FEATURES
-from rear_scale.evaluate.npz import read_samples
+from rear_scale.evaluate.images.npz import read_samples
+from rear_scale.evaluate.networks.classifier import NUM_FEATURES
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
+from rear_scale.run.folder import read_metrics
 from rear_scale.sample.training import FOLDER as GRIDS
 from rear_scale.shards.images import open_images
-from rear_scale.train.run_folder import read_metrics
 
 _PER_CLASS = 12
 _TITLES = {"ar": "vanilla AR", "rear": "reAR"}

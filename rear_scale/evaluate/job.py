@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.blocks import FeatureBlocks, Part, extract, feature_folder, is_complete
-from rear_scale.evaluate.classifier import ClassifierFeatures, NearestPixels, check_same_training, train_classifier
-from rear_scale.evaluate.dinov2 import DinoV2Features
-from rear_scale.evaluate.features import Extractor, FeatureNetwork, InceptionFeatures
-from rear_scale.evaluate.metrics import frechet_distance
+from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
+from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics.statistics_file import is_ours, write_statistics
+from rear_scale.evaluate.networks.base import Extractor, FeatureNetwork, InceptionFeatures
+from rear_scale.evaluate.networks.classifier import (
+    ClassifierFeatures,
+    NearestPixels,
+    check_same_training,
+    train_classifier,
+)
+from rear_scale.evaluate.networks.dinov2 import DinoV2Features
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract, feature_folder, is_complete
+from rear_scale.evaluate.networks.weights import DINOV2_VITL14, INCEPTION, check_weight_file
 from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference, read_reference
 from rear_scale.evaluate.scores import network_scores
-from rear_scale.evaluate.sources import ImageSet, open_image_set
-from rear_scale.evaluate.statistics import is_ours, write_statistics
-from rear_scale.evaluate.weights import DINOV2_VITL14, INCEPTION, check_weight_file
 from rear_scale.progress import say
 from rear_scale.shards.classes import check_same_classes
 from rear_scale.shards.images import open_images

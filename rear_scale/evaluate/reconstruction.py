@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.blocks import FeatureBlocks, extract
-from rear_scale.evaluate.features import FeatureNetwork, as_batch, exact_arithmetic
+from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.evaluate.job import open_networks
-from rear_scale.evaluate.lpips import LpipsDistance
-from rear_scale.evaluate.metrics import codebook_use, psnr
+from rear_scale.evaluate.metrics.distances import codebook_use, psnr
+from rear_scale.evaluate.networks.base import FeatureNetwork, as_batch, exact_arithmetic
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, extract
+from rear_scale.evaluate.networks.lpips import LpipsDistance
 from rear_scale.evaluate.reference import open_reference
 from rear_scale.evaluate.scores import network_scores
-from rear_scale.evaluate.sources import ImageSet, open_image_set
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.tokenizer import decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer

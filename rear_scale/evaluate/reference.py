@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import EvaluateConfig, InputError
-from rear_scale.evaluate.blocks import FeatureBlocks, extract, is_whole
-from rear_scale.evaluate.features import FeatureNetwork
-from rear_scale.evaluate.moments import Moments, moments_of
-from rear_scale.evaluate.neighbours import NEIGHBOURS, Rows, radii
-from rear_scale.evaluate.npz import array_names, read_sha256
-from rear_scale.evaluate.sources import ImageSet, is_tar, open_image_set
-from rear_scale.evaluate.statistics import KINDS, MadeOf, images_of, read_statistics, write_statistics
+from rear_scale.evaluate.images.image_set import ImageSet, is_tar, open_image_set
+from rear_scale.evaluate.images.npz import array_names, read_sha256
+from rear_scale.evaluate.metrics.moments import Moments, moments_of
+from rear_scale.evaluate.metrics.precision_recall import NEIGHBOURS, Rows, radii
+from rear_scale.evaluate.metrics.statistics_file import KINDS, MadeOf, images_of, read_statistics, write_statistics
+from rear_scale.evaluate.networks.base import FeatureNetwork
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, extract, is_whole
 from rear_scale.world import World
 
 

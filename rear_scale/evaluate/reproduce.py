@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from rear_scale import config
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import WeightFile
 from rear_scale.config import ExperimentConfig, InputError, to_dict
-from rear_scale.evaluate.generated import generated_images
+from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.networks.weights import INCEPTION, PublishedFile, read_weight_file
 from rear_scale.evaluate.published import ACCEPTED_FID_DIFFERENCE, ROWS, PublishedRow, our_rows, table
 from rear_scale.evaluate.result import write_result
-from rear_scale.evaluate.weights import INCEPTION, PublishedFile, read_weight_file
 from rear_scale.model import Generator
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import WeightFile
 from rear_scale.progress import say
 from rear_scale.sample.job import load_generator
 from rear_scale.tokenizer import open_tokenizer

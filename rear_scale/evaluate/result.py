@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError, to_dict
-from rear_scale.evaluate.sources import ImageSet
+from rear_scale.evaluate.images.image_set import ImageSet
 from rear_scale.files import write_text_atomically
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.train.run_folder import provenance
+from rear_scale.run.folder import provenance
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from rear_scale.config import EvaluateConfig
-from rear_scale.evaluate.blocks import FeatureBlocks
-from rear_scale.evaluate.features import FeatureNetwork
-from rear_scale.evaluate.inception_score import InceptionScore, InceptionScoreSums, unbalanced_splits
-from rear_scale.evaluate.metrics import frechet_distance
-from rear_scale.evaluate.moments import MomentSums
-from rear_scale.evaluate.neighbours import NEIGHBOURS, overlap, radii
+from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics.inception_score import InceptionScore, InceptionScoreSums, unbalanced_splits
+from rear_scale.evaluate.metrics.moments import MomentSums
+from rear_scale.evaluate.metrics.precision_recall import NEIGHBOURS, overlap, radii
+from rear_scale.evaluate.metrics.statistics_file import KINDS
+from rear_scale.evaluate.networks.base import FeatureNetwork
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks
 from rear_scale.evaluate.reference import Reference, block_moments
-from rear_scale.evaluate.statistics import KINDS
 from rear_scale.world import World
 
 _EXTRAPOLATION_POINTS = 8

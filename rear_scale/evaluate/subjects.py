@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from rear_scale import config
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError, to_dict
-from rear_scale.evaluate.generated import generated_images
-from rear_scale.evaluate.sources import ImageSet, open_image_set
+from rear_scale.evaluate.images.generated import generated_images
+from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.model import Generator
-from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer

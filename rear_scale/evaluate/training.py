@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.generated import generated_images
+from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.files import write_text_atomically
-from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
 from rear_scale.sample.job import check_trained_on, load_generator
 from rear_scale.sample.training import passed

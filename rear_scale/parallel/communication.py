@@ -24,7 +24,7 @@ from torch import nn
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
-from rear_scale.model.memory import ZERO3_LIVE_ELEMENTS, ZERO_BUCKET_ELEMENTS, elements_padded
+from rear_scale.parallel.memory import ZERO3_LIVE_ELEMENTS, ZERO_BUCKET_ELEMENTS, elements_padded
 from rear_scale.parallel.strategy import decays
 
 _MIB = 2**20

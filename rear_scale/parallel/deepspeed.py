@@ -1,30 +1,21 @@
-"""DeepSpeed ZeRO stages 1 to 3: the one file that imports the engine."""
+"""DeepSpeed ZeRO stages 1 to 3."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rear_scale.model.memory import ZERO_BUCKET_ELEMENTS
-from rear_scale.parallel.build import built
-from rear_scale.parallel.optimizer import set_step
+from rear_scale.optim.adamw import set_step
+from rear_scale.optim.deepspeed_adam import deepspeed
+from rear_scale.parallel.memory import ZERO_BUCKET_ELEMENTS
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.adam import FusedAdam
-from deepspeed.ops.op_builder import FusedAdamBuilder
+# isort: split
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import (
@@ -36,29 +27,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-# On CPUs, DeepSpeed compiles a shared-memory all-reduce when it starts, and stops where there is no C++ compiler.
-# Gloo alone is as fast here.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# It reports every setting of every start; warnings are what a user can act on.
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-# Its calls of older torch.distributed names are its own affair.
-warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-
 # Stage 3 replaces this function for the whole process.
 _LINEAR = torch.nn.functional.linear
-
-
-def fused_adam() -> type[torch.optim.Optimizer]:
-    """The optimizer of optim.backend=deepspeed, with its operator loaded: compiled on first use unless DeepSpeed was
-    installed with it. Raises InputError when it cannot be compiled here."""
-    builder = FusedAdamBuilder()
-    if installed_ops.get(builder.name, False):
-        return FusedAdam
-    code = "import deepspeed; from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load()"
-    with built(builder.name, code, "optim.backend=deepspeed"):
-        builder.load()
-    return FusedAdam
 
 
 class DeepSpeedStrategy(Strategy):

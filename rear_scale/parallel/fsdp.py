@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from rear_scale.model.memory import shard_dimension
 from rear_scale.parallel.communication import fsdp_units
+from rear_scale.parallel.memory import shard_dimension
 from rear_scale.parallel.strategy import Compute, Kind
 from rear_scale.parallel.torch_strategy import TorchStrategy
 

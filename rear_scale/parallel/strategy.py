@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, Plan
-from rear_scale.parallel.optimizer import make_adamw
+from rear_scale.optim.adamw import make_adamw
 from rear_scale.world import World
 
 # One float32 value per weight and kind makes a checkpoint.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rear_scale.parallel.optimizer import set_step
+from rear_scale.optim.adamw import set_step
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 

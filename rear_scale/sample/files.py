@@ -18,9 +18,9 @@ from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.files import atomic_file, remove_leftovers
-from rear_scale.interop.npz import open_samples, write_samples
 from rear_scale.progress import progress
 from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.npz_writer import open_samples, write_samples
 from rear_scale.world import World
 
 _GRID_COLUMNS = 10

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rear_scale.progress import say
 from rear_scale.sample.batch import Batch
-from rear_scale.sample.beside import wait_for_workers
+from rear_scale.sample.decode_worker import wait_for_workers
 
 _STEPS = 32  # of one graph, as many as AdaLN's tables hold: long graphs take long to instantiate
 _SHAPES = 4  # of batches whose graphs are kept, each with memory of its own

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import load_generator_weights
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import write_text_atomically
 from rear_scale.model import Generator, empty_model
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import load_generator_weights
 from rear_scale.progress import progress, say
-from rear_scale.sample.beside import Beside
+from rear_scale.run.folder import provenance
 from rear_scale.sample.decode import NEAR_TIE, Decoder
+from rear_scale.sample.decode_worker import Beside
 from rear_scale.sample.files import (
     Parts,
     assemble,
@@ -41,11 +42,10 @@ from rear_scale.sample.files import (
     written_over,
 )
 from rear_scale.sample.quantise import to_uint8
+from rear_scale.shards.codebook import codebook_of, read_checked
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
-from rear_scale.train.run_folder import provenance
-from rear_scale.train.setup import codebook_of, read_checked
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 

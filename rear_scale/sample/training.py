@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS, atomic_file
-from rear_scale.parallel.checkpoint import open_checkpoint
 from rear_scale.progress import say
+from rear_scale.run.wandb import log_image
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.job import check_trained_on, labels_of, load_generator, make_images, units_of
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
-from rear_scale.train.telemetry import log_image
 from rear_scale.world import World
 
 FOLDER = "grids"  # of the run: step_00000100.png ...

@@ -16,8 +16,8 @@ from torch import nn
 from rear_scale.config import ExperimentConfig, wants_compile
 from rear_scale.model.activations import block_activation_bytes, compute_width
 from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
-from rear_scale.model.memory import elements
 from rear_scale.parallel.communication import Traffic, traffic_per_update
+from rear_scale.parallel.memory import elements
 from rear_scale.scaling.devices import Cluster
 
 # Shares of the data sheet's rates: large bf16 products, reads and writes of memory, rings over NVLink and network.

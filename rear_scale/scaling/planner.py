@@ -16,7 +16,7 @@ from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, de
 from rear_scale.config.schema import StrategyConfig
 from rear_scale.config.validate import RECOMPUTE_POLICIES, STRATEGIES, validate
 from rear_scale.model.activations import head_activation_bytes
-from rear_scale.model.memory import elements, memory_per_rank
+from rear_scale.parallel.memory import elements, memory_per_rank
 from rear_scale.scaling.cost import StepTime, step_time
 from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.model import build_model
-from rear_scale.model.memory import memory_per_rank
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
+from rear_scale.optim.adamw import set_step
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.counting import Collectives
-from rear_scale.parallel.optimizer import set_step
+from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.parallel.torch_strategy import TorchStrategy
 from rear_scale.progress import progress
 from rear_scale.world import Ranks, World

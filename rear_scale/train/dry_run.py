@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
-from rear_scale.model.memory import memory_per_rank
+from rear_scale.parallel.memory import memory_per_rank
+from rear_scale.shards.codebook import read_checked
 from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.reader import check_agree
 from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
 from rear_scale.train import fit
-from rear_scale.train.setup import read_checked
 from rear_scale.world import Ranks
 
 

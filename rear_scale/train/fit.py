@@ -7,7 +7,7 @@ import torch
 
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.device import uses_cuda
-from rear_scale.model.memory import Memory, memory_per_rank
+from rear_scale.parallel.memory import Memory, memory_per_rank
 from rear_scale.world import Ranks
 
 GIB = 2**30

@@ -20,8 +20,8 @@ import torch
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.progress import say
-from rear_scale.train import requeue
-from rear_scale.train.run_folder import RunFolder
+from rear_scale.run import requeue
+from rear_scale.run.folder import RunFolder
 from rear_scale.world import World
 
 EXIT_PREEMPTED = 75  # sysexits.h: try again later

@@ -17,23 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale import rng
+from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, settled, to_dict
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.recompute import prepare_blocks
-from rear_scale.objective import MicroBatch, Objective, schedules
-from rear_scale.parallel import checkpoint, open_strategy
+from rear_scale.objective import MicroBatch, Objective
+from rear_scale.optim import schedule
+from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.peers import LostRanks
 from rear_scale.progress import progress, say
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.garbage import CollectAtSteps
 from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
-from rear_scale.train.run_folder import RunFolder
 from rear_scale.train.setup import data_order
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
-from rear_scale.versions import commit, versions
 from rear_scale.world import World
 
 
@@ -176,7 +178,7 @@ class _Run:
                     self._stop_unless_skipped(step, meeting, micro_batches)
                 elif self.spikes(meeting.loss) and (rewound := self._rewind(step, meeting.loss)) is not None:
                     return rewound
-                lr = schedules.learning_rate(
+                lr = schedule.learning_rate(
                     step,
                     peak=cfg.optim.lr,
                     end=cfg.optim.end_lr,

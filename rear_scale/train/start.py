@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
+from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint import released_trainer as accelerate
+from rear_scale.checkpoint.open import open_source, write_portable
 from rear_scale.config import ExperimentConfig, InputError, to_dict
-from rear_scale.interop import accelerate, official
 from rear_scale.model import Generator, build_model
-from rear_scale.parallel import checkpoint
-from rear_scale.parallel.sources import open_source, write_portable
 from rear_scale.parallel.strategy import decays
 from rear_scale.progress import say
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
-from rear_scale.train.run_folder import RunFolder
-from rear_scale.versions import commit, versions
 from rear_scale.weight_file import find_weights
 from rear_scale.world import World
 

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ import torch
 from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.objective import STATISTICS
-from rear_scale.train.run_folder import RunFolder
-from rear_scale.train.wandb_sink import WandbSink, open_sink
+from rear_scale.run.folder import RunFolder
+from rear_scale.run.wandb import open_sink, show_images_on
 from rear_scale.world import World
 
 # Dense bf16 peak of one device in TFLOP/s, by a part of its name. An unknown device has no MFU.
 _PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "B200": 2250.0}
-
-# That of the run that is training in this process.
-_training_sink: WandbSink | None = None
 
 
 class Clock:
@@ -170,13 +166,11 @@ class Telemetry:
         self.steps += 1
 
     def __enter__(self) -> Telemetry:
-        global _training_sink
-        _training_sink = self.wandb
+        show_images_on(self.wandb)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        global _training_sink
-        _training_sink = None
+        show_images_on(None)
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -187,20 +181,6 @@ class Telemetry:
         name = torch.cuda.get_device_name(self.world.device)
         peak = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
         return None if peak is None else images_per_s * self.flops_per_image / (peak * 1e12 * self.world.size)
-
-
-def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
-    """Adds scores to the summary of the run's page in wandb, unless it is disabled. Rank 0 only."""
-    sink = open_sink(cfg, run)
-    if sink is not None:
-        sink.summary(values)
-        sink.finish(exit_code=0)
-
-
-def log_image(step: int, name: str, file: Path) -> None:
-    """Adds an image to the page in wandb of the run that is training here, if there is one. Rank 0 only."""
-    if _training_sink is not None:
-        _training_sink.image(step, name, file)
 
 
 def _peak_memory_gib(world: World) -> float:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from seeded import images_of, inception_state, stored
 
-from rear_scale.evaluate.features import InceptionFeatures
-from rear_scale.evaluate.inception import Inception
-from rear_scale.evaluate.inception_score import InceptionScoreSums
-from rear_scale.evaluate.metrics import codebook_use, frechet_distance
-from rear_scale.evaluate.moments import Moments, moments_of
-from rear_scale.evaluate.neighbours import overlap, radii
+from rear_scale.evaluate.metrics.distances import codebook_use, frechet_distance
+from rear_scale.evaluate.metrics.inception_score import InceptionScoreSums
+from rear_scale.evaluate.metrics.moments import Moments, moments_of
+from rear_scale.evaluate.metrics.precision_recall import overlap, radii
+from rear_scale.evaluate.networks.base import InceptionFeatures
+from rear_scale.evaluate.networks.inception import Inception
 from rear_scale.sample.quantise import to_uint8
 
 BATCH = 16

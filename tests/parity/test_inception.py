@@ -9,8 +9,8 @@ import pytest
 import torch
 from seeded import images_of, inception_state, stored
 
-from rear_scale.evaluate.features import InceptionFeatures
-from rear_scale.evaluate.inception import Inception, resize_tf1
+from rear_scale.evaluate.networks.base import InceptionFeatures
+from rear_scale.evaluate.networks.inception import Inception, resize_tf1
 
 TOLERANCES = {"float64": 5e-6, "float32_cpu": 2e-5}  # absolute, as in the json
 

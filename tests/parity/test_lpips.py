@@ -9,8 +9,8 @@ import pytest
 import torch
 from seeded import images_of, stored
 
-from rear_scale.evaluate.lpips import LpipsDistance
-from rear_scale.evaluate.metrics import psnr
+from rear_scale.evaluate.metrics.distances import psnr
+from rear_scale.evaluate.networks.lpips import LpipsDistance
 
 
 def pair_of(case) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from seeded import recipe, stored
 
-from rear_scale.evaluate.inception_score import InceptionScoreSums, unbalanced_splits
-from rear_scale.evaluate.metrics import frechet_distance
-from rear_scale.evaluate.moments import Moments, moments_of
-from rear_scale.evaluate.neighbours import overlap, radii
+from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics.inception_score import InceptionScoreSums, unbalanced_splits
+from rear_scale.evaluate.metrics.moments import Moments, moments_of
+from rear_scale.evaluate.metrics.precision_recall import overlap, radii
 
 # As the json has them. The fp16 column varies with the hardware that made it.
 FID_FULL, FID_SINGULAR, FID_ADM = 1e-12, 1e-8, 2e-6

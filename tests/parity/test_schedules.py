@@ -7,6 +7,7 @@ import pytest
 
 from rear_scale.config import GuidanceConfig
 from rear_scale.objective import schedules
+from rear_scale.optim import schedule
 from rear_scale.sample.guidance import guidance_scale
 
 
@@ -25,13 +26,13 @@ def test_learning_rates(case, compare) -> None:
             "warmup_steps": values["warmup_steps"],
             "total_steps": values["total_steps"],
         }
-        released = [schedules.learning_rate(done + 1, form="released", **settings) for done in steps]
+        released = [schedule.learning_rate(done + 1, form="released", **settings) for done in steps]
         check(case, compare, f"lr/{name}/value_f64", released, 1e-9)
         # The paper's form is the same curve one step earlier, up to its end.
         for done in steps:
             if 0 < done <= values["total_steps"]:
-                ours = schedules.learning_rate(done, **settings)
-                assert ours == pytest.approx(schedules.learning_rate(done + 1, form="released", **settings), rel=1e-12)
+                ours = schedule.learning_rate(done, **settings)
+                assert ours == pytest.approx(schedule.learning_rate(done + 1, form="released", **settings), rel=1e-12)
 
 
 @pytest.mark.parametrize("family", ["rear_noise_ratio", "rar_permutation_ratio"])

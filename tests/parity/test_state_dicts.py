@@ -7,7 +7,7 @@ import re
 import torch
 from generators import released_heads
 
-from rear_scale.interop.official import infer
+from rear_scale.checkpoint.released import infer
 from rear_scale.model import build_generator
 from rear_scale.parallel.strategy import decays
 

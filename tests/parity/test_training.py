@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig
-from rear_scale.objective import Objective, Task, schedules
+from rear_scale.objective import Objective, Task
+from rear_scale.optim import schedule
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy, decays
 from rear_scale.world import World
@@ -111,7 +112,7 @@ def train(world: World, folder: Path, stem: str, overrides: list[str]) -> dict[i
     for expected in case.json["per_update"]:
         update = expected["update"]
         norm, statistics = run_update(strategy, objective, micro_batches(case, update, world.rank, world.size))
-        lr = schedules.learning_rate(
+        lr = schedule.learning_rate(
             update,
             peak=cfg.optim.lr,
             end=cfg.optim.end_lr,

@@ -41,7 +41,7 @@ def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> Non
 
 def _deepspeed_adam() -> Any:
     try:
-        from rear_scale.parallel.deepspeed import fused_adam
+        from rear_scale.optim.deepspeed_adam import fused_adam
     except ImportError as error:
         raise InputError(
             f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"

@@ -16,14 +16,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rear_scale import config
+from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint import released_config as published
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.meta import stored_tensors
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.values import leaves
 from rear_scale.files import atomic_folder, file_sha256, write_text_atomically
-from rear_scale.interop import official, published
 from rear_scale.model import Generator, meta_model
-from rear_scale.parallel import checkpoint
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.meta import stored_tensors
 from rear_scale.parallel.strategy import Kind
 from rear_scale.untrusted import is_count, shown
 from rear_scale.weight_file import find_weights, read_head, save_tensors, write_tensors

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig
-from rear_scale.evaluate.sources import Generation, ImageSet
+from rear_scale.evaluate.images.image_set import Generation, ImageSet
 from rear_scale.model import Generator
-from rear_scale.parallel.checkpoint import Checkpoint
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.job import decode_images, job_identity, labels_of, make_tokens, units_of
 from rear_scale.shards.record import read_manifest

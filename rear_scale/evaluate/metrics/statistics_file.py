@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.moments import Moments
-from rear_scale.evaluate.npz import array_names, open_array
-from rear_scale.evaluate.sources import crop_rule, preprocessing_rule
+from rear_scale.evaluate.images.image_set import crop_rule, preprocessing_rule
+from rear_scale.evaluate.images.npz import array_names, open_array
+from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.files import atomic_file
 from rear_scale.shards.crops import EXIF
 from rear_scale.untrusted import is_count, parse_json

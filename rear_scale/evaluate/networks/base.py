@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
-from rear_scale.evaluate.weights import INCEPTION, fill, read_weight_file
+from rear_scale.evaluate.networks.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
+from rear_scale.evaluate.networks.weights import INCEPTION, fill, read_weight_file
 
 
 class Extractor(Protocol):

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.features import Extractor
-from rear_scale.evaluate.npz import StoredArray, open_array
-from rear_scale.evaluate.sources import ImageSet
+from rear_scale.evaluate.images.image_set import ImageSet
+from rear_scale.evaluate.images.npz import StoredArray, open_array
+from rear_scale.evaluate.networks.base import Extractor
 from rear_scale.files import atomic_file, write_text_atomically
 from rear_scale.progress import progress
-from rear_scale.sample.beside import Beside
+from rear_scale.sample.decode_worker import Beside
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 

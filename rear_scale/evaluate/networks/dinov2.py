@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale.evaluate.features import as_batch, checked, exact_arithmetic
-from rear_scale.evaluate.weights import DINOV2_VITL14, fill, read_weight_file
+from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic
+from rear_scale.evaluate.networks.weights import DINOV2_VITL14, fill, read_weight_file
 
 INPUT_SIZE = 224  # pixels
 _TRAINED_GRID = 37  # patches along a side that the position table is for

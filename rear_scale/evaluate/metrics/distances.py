@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.evaluate.moments import Moments
+from rear_scale.evaluate.metrics.moments import Moments
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

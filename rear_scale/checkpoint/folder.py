@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rear_scale.checkpoint.meta import FORMAT, read_meta
 from rear_scale.config import CheckpointConfig, InputError
 from rear_scale.files import file_sha256, remove_leftovers, sync, write_text_atomically
-from rear_scale.parallel.meta import FORMAT, read_meta
 from rear_scale.parallel.strategy import Kind, Strategy
 from rear_scale.progress import say
 from rear_scale.weight_file import save_tensors

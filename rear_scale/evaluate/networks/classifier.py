@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ClassifierConfig, InputError
-from rear_scale.evaluate.metrics import nearest_distances
-from rear_scale.evaluate.sources import ImageSet
+from rear_scale.evaluate.images.image_set import ImageSet
+from rear_scale.evaluate.metrics.distances import nearest_distances
 from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale.evaluate.features import as_batch, exact_arithmetic
-from rear_scale.evaluate.weights import LPIPS_VGG, VGG16, fill, read_weight_file
+from rear_scale.evaluate.networks.base import as_batch, exact_arithmetic
+from rear_scale.evaluate.networks.weights import LPIPS_VGG, VGG16, fill, read_weight_file
 
 # Channels of the convolutions of each stage; a stage ends after a ReLU, and all but the last are followed by pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rear_scale.checkpoint.released import read_weights
 from rear_scale.config import InputError
-from rear_scale.interop.official import read_weights
 from rear_scale.untrusted import check_file, is_count, read_json, shown
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

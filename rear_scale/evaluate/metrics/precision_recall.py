@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.config.validate import NEIGHBOUR_MODES
-from rear_scale.evaluate.features import exact_arithmetic
+from rear_scale.evaluate.networks.base import exact_arithmetic
 from rear_scale.world import World
 
 NEIGHBOURS = 3  # k

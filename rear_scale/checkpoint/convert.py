@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from rear_scale import config
+from rear_scale.checkpoint import released as official
+from rear_scale.checkpoint import released_trainer as accelerate
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import check_overrides, open_source, write_consolidated, write_portable
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import remove_leftovers
-from rear_scale.interop import accelerate, official
 from rear_scale.locks import locked, remove_unheld
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
-from rear_scale.parallel.checkpoint import Checkpoint
-from rear_scale.parallel.sources import check_overrides, open_source, write_consolidated, write_portable
 from rear_scale.parallel.strategy import KINDS, decays
 from rear_scale.progress import say
 

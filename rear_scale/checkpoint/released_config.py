@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from rear_scale import config
+from rear_scale.checkpoint.released import infer, is_head
+from rear_scale.checkpoint.released_yaml import RELEASED_REAR, SIZES, config_of_yaml, is_released_yaml
 from rear_scale.config import ExperimentConfig
-from rear_scale.interop.official import infer, is_head
-from rear_scale.interop.trainer_yaml import RELEASED_REAR, SIZES, config_of_yaml, is_released_yaml
 from rear_scale.model.generator import Shape
 
 __all__ = ["config_of_weights", "config_of_yaml", "is_released_yaml"]

@@ -21,7 +21,7 @@ from typing import Any
 
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.progress import say
-from rear_scale.train.run_folder import RunFolder
+from rear_scale.run.folder import RunFolder
 
 # WANDB_MODE as wandb reads it, older words included.
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
@@ -33,6 +33,9 @@ _FINISH_S, _FINISH_AFTER_ERROR_S = 120.0, 20.0
 _ANSWER_S = 10.0  # of wandb's server, before a start
 # A signal to all processes of a job must reach the main thread, whatever thread it is delivered to.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+# That of the run that is training in this process.
+_training_sink: WandbSink | None = None
 
 
 class WandbSink:
@@ -154,6 +157,26 @@ def open_sink(cfg: ExperimentConfig, run: RunFolder) -> WandbSink | None:
         say(f"wandb: {error}")
         return None
     return None if mode == "disabled" else WandbSink(cfg, run, mode)
+
+
+def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
+    """Adds scores to the summary of the run's page in wandb, unless it is disabled. Rank 0 only."""
+    sink = open_sink(cfg, run)
+    if sink is not None:
+        sink.summary(values)
+        sink.finish(exit_code=0)
+
+
+def log_image(step: int, name: str, file: Path) -> None:
+    """Adds an image to the page in wandb of the run that is training here, if there is one. Rank 0 only."""
+    if _training_sink is not None:
+        _training_sink.image(step, name, file)
+
+
+def show_images_on(sink: WandbSink | None) -> None:
+    """Says which page `log_image` adds to: that of the run which is training in this process, or none."""
+    global _training_sink
+    _training_sink = sink
 
 
 def _mode(cfg: ExperimentConfig) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.npz import StoredArray, read_samples, read_sha256
+from rear_scale.evaluate.images.npz import StoredArray, read_samples, read_sha256
 from rear_scale.shards.classes import class_id
 from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
 from rear_scale.shards.images import ImageShards, open_images

@@ -1,7 +1,7 @@
 """Whether a job that has ended goes on by itself: asked by launchers/slurm/train.sbatch on the first node of a job.
 
-    python -m rear_scale.train.requeue begin --config rear_xl.yaml ...    prints "STEPS FOLDER" of the run, as in "8,4 runs/x"
-    python -m rear_scale.train.requeue end STEPS FOLDER CODE              prints "again" or "leave", and why to stderr
+    python -m rear_scale.run.requeue begin --config rear_xl.yaml ...    prints "STEPS FOLDER" of the run, as in "8,4 runs/x"
+    python -m rear_scale.run.requeue end STEPS FOLDER CODE              prints "again" or "leave", and why to stderr
 
 It imports no torch, so the answer is there within a second.
 """
@@ -86,7 +86,7 @@ def _run_dir(arguments: list[str]) -> str:
         return config.with_home(config.load(args.config, args.overrides)).run.dir
     except InputError:
         # Perhaps a YAML of the released trainers: reading those imports torch.
-        from rear_scale.parallel.sources import load_config
+        from rear_scale.checkpoint.open import load_config
 
         return config.with_home(load_config(args.config, args.overrides)).run.dir
 

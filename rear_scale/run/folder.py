@@ -1,6 +1,6 @@
 """The folder of a run: what was asked, what ran it, how far it is.
 
-config.yaml      the resolved config            checkpoints/     see parallel/checkpoint.py
+config.yaml      the resolved config            checkpoints/     see checkpoint/folder.py
 starts.jsonl     one line per start: command, versions, commit, host, ranks
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
@@ -30,9 +30,9 @@ from rear_scale.config import ExperimentConfig, InputError, to_yaml
 from rear_scale.files import DISK_ERRORS, atomic_file, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import say
-from rear_scale.train.line_log import LineLog
-from rear_scale.train.requeue import last_step
-from rear_scale.versions import commit, versions
+from rear_scale.run.line_log import LineLog
+from rear_scale.run.requeue import last_step
+from rear_scale.run.versions import commit, versions
 from rear_scale.world import World
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: layout, the finder, the integrity check, the writer, and the official files."""

@@ -1,0 +1,1 @@
+"""Images to score, from any source."""

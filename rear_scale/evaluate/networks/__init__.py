@@ -1,0 +1,1 @@
+"""Networks whose features are scored, and their features in blocks."""

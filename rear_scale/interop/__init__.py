@@ -1,1 +1,0 @@
-"""Files of the wider field, in and out."""

@@ -1,0 +1,1 @@
+"""What follows the gradients: rules, schedules, backends."""
