@@ -10,7 +10,8 @@ train.activation_checkpointing and train.micro_batch_size are kept; without them
 import json
 
 from rear_scale import cli, config
-from rear_scale.scaling import plan, report
+from rear_scale.scaling import output
+from rear_scale.scaling.command import make_plan
 
 
 def main() -> None:
@@ -29,8 +30,8 @@ def main() -> None:
         print(config.to_yaml(command.cfg))
         return
     args = command.args
-    found = plan.make(args.config, command.cfg, args.overrides, measured=args.measure, simulated=args.simulate)
-    print(json.dumps(report.as_dict(found), indent=1) if args.json else report.as_text(found))
+    found = make_plan(args.config, command.cfg, args.overrides, measured=args.measure, simulated=args.simulate)
+    print(json.dumps(output.as_dict(found), indent=1) if args.json else output.as_text(found))
 
 
 if __name__ == "__main__":

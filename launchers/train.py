@@ -11,10 +11,10 @@ all-reduce.
 
 from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate.training import check_training_scores, training_hooks
+from rear_scale.evaluate.training_scores import check_training_scores, training_hooks
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import check_wandb
-from rear_scale.sample.training import check_grids, grid_hooks
+from rear_scale.sample.sheets import check_grids, grid_hooks
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation

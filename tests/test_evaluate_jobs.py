@@ -24,7 +24,7 @@ from test_sample import prepared
 from rear_scale.analysis import token_prediction
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.evaluate import job, reconstruction, training
+from rear_scale.evaluate import job, reconstruction, training_scores
 from rear_scale.evaluate.images import image_set as sources
 from rear_scale.evaluate.images.image_set import Generation, ImageSet, open_image_set
 from rear_scale.evaluate.job import Evaluation
@@ -32,7 +32,7 @@ from rear_scale.evaluate.networks.dinov2 import DinoV2
 from rear_scale.evaluate.networks.feature_cache import Part, extract
 from rear_scale.evaluate.networks.inception import Inception
 from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
-from rear_scale.evaluate.training import TrainingScores, check_training_scores, is_due
+from rear_scale.evaluate.training_scores import TrainingScores, check_training_scores, is_due
 from rear_scale.run import wandb
 from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
@@ -271,7 +271,7 @@ def test_scores_in_training_leave_the_training_as_it_is(tmp_path: Path, tokens: 
         run_alone(_train if name == "with" else _train_plainly, own)
         losses[name] = [line["loss"] for line in metrics(tmp_path / name / "run")]
     assert losses["with"] == losses["without"]
-    lines = [json.loads(text) for text in (tmp_path / "with/run" / training.FILE).read_text().splitlines()]
+    lines = [json.loads(text) for text in (tmp_path / "with/run" / training_scores.FILE).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["fid_n10/reference"] > 0 for line in lines)
     assert lines[0]["images_seen"] == 24
@@ -288,9 +288,11 @@ def test_scores_that_a_kill_has_prevented_are_made_once(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = tiny_config(tmp_path, tokens, "evaluate.training={every_images: 12, num_images: 10}")
-    file = tmp_path / "run" / training.FILE
+    file = tmp_path / "run" / training_scores.FILE
     file.parent.mkdir()
-    monkeypatch.setattr(TrainingScores, "__call__", lambda self, step, path: training._write(file, {"step": step}))
+    monkeypatch.setattr(
+        TrainingScores, "__call__", lambda self, step, path: training_scores._write(file, {"step": step})
+    )
     hook = run_alone(lambda world: TrainingScores(cfg, world))
     for step in (4, 4, 8, 8):
         run_alone(lambda world, step=step: hook.make_missing(step, tmp_path))

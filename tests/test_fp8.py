@@ -14,7 +14,7 @@ from test_parallel import QUIET, build, run_steps
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.config.plan import check_resumable, to_dict
+from rear_scale.config.derived import check_resumable, to_dict
 from rear_scale.model import build_model, fp8, meta_model, recompute
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.scaling.devices import open_cluster

@@ -14,7 +14,8 @@ from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.config.validate import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
 from rear_scale.parallel.memory import memory_per_rank
-from rear_scale.scaling import cost, plan, report
+from rear_scale.scaling import cost, output
+from rear_scale.scaling.command import make_plan
 from rear_scale.scaling.devices import cluster_of, devices, open_cluster
 from rear_scale.scaling.planner import GIB, PARTS, USABLE
 from rear_scale.train import dry_run
@@ -35,9 +36,9 @@ CONFIGS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) fo
 
 
 def planned(name: str, *overrides: str) -> dict[str, Any]:
-    found = plan.make(name, config.load(name, overrides), list(overrides))
-    assert report.as_text(found)
-    return json.loads(json.dumps(report.as_dict(found)))
+    found = make_plan(name, config.load(name, overrides), list(overrides))
+    assert output.as_text(found)
+    return json.loads(json.dumps(output.as_dict(found)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -92,7 +93,7 @@ def test_parameters_are_those_of_a_model_with_weights() -> None:
 
 def test_a_larger_micro_batch_than_the_one_named_does_not_fit() -> None:
     cfg = config.load("rear_7b.yaml", ["cluster.gpus=16", "cluster.gpu=a100-80g"])
-    found = plan.make("rear_7b.yaml", cfg, [])
+    found = make_plan("rear_7b.yaml", cfg, [])
     model, limit = meta_model(cfg), USABLE * devices()["a100-80g"].memory_gib * GIB
     checked = 0
     for one in found.choices:
@@ -216,7 +217,7 @@ def test_the_line_to_paste_is_the_run_that_was_planned(
         ]
         groups += [{"override strategy": own["name"]}, "_self_"]
         Path(name).write_text(json.dumps({"defaults": groups, "strategy": own, "run": {"name": "own"}}))
-    found = plan.make(name, config.load(name, overrides), overrides)
+    found = make_plan(name, config.load(name, overrides), overrides)
     words = shlex.split(found.command)
     start = words.index("--config")
     assert words[start + 1] == name
@@ -250,7 +251,7 @@ def test_the_launcher_prints_one_json_object_or_one_line_of_error() -> None:
 def test_a_measured_rate_takes_the_place_of_the_assumed_one() -> None:
     overrides = ["cluster.gpus=8", "cluster.gpu=a100-40g"]
     cfg = config.load("demo.yaml", overrides)
-    found = report.as_dict(plan.make("demo.yaml", cfg, overrides, measured=True))
+    found = output.as_dict(make_plan("demo.yaml", cfg, overrides, measured=True))
     measured, paper = found["measured"], planned("demo.yaml", *overrides)
     assert measured["slowness"] == pytest.approx(measured["assumed_tflops"] / measured["measured_tflops"])
     for slow, fast in zip(found["strategies"], paper["strategies"], strict=True):

@@ -20,8 +20,8 @@ from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig
 from rear_scale.config.validate import RECOMPUTE_POLICIES
 from rear_scale.evaluate.job import Evaluation
-from rear_scale.evaluate.training import TrainingScores
-from rear_scale.sample.training import FOLDER, grid_hooks
+from rear_scale.evaluate.training_scores import TrainingScores
+from rear_scale.sample.sheets import FOLDER, grid_hooks
 from rear_scale.shards.reader import TokenSet
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup

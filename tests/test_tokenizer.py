@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig, load
-from rear_scale.tokenizer import open_tokenizer, training
+from rear_scale.tokenizer import compact_training, open_tokenizer
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer
 from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 
@@ -28,8 +28,8 @@ def images() -> np.ndarray:
 
 def test_training_lowers_the_error_and_uses_the_codes(tmp_path: Path, images: np.ndarray) -> None:
     cfg = config(tmp_path / "weights", steps=150, continuous_steps=50)
-    tokenizer = training.train_compact(cfg, images, CPU)
-    pixels = training.to_unit_range(torch.from_numpy(images))
+    tokenizer = compact_training.train_compact(cfg, images, CPU)
+    pixels = compact_training.to_unit_range(torch.from_numpy(images))
     with torch.no_grad():
         ids = tokenizer.encode(pixels)
         error = (tokenizer.decode(ids) - pixels).square().mean()
@@ -41,7 +41,7 @@ def test_shapes_and_ranges(images: np.ndarray) -> None:
     torch.manual_seed(0)
     tokenizer = CompactTokenizer(16, 32, 8, 16)
     tokenizer.codes.normal_()
-    pixels = training.to_unit_range(torch.from_numpy(images[:3]))
+    pixels = compact_training.to_unit_range(torch.from_numpy(images[:3]))
     ids = tokenizer.encode(pixels)
     assert (ids.shape, ids.dtype) == ((3, 16), torch.int64)
     assert tokenizer.codebook.shape == (32, 8)
@@ -65,9 +65,9 @@ def test_a_token_does_not_see_far_away_pixels() -> None:
 def test_training_continues_after_a_kill_as_if_unbroken(
     tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_SAVE_EVERY", 3)
-    training.train_compact(config(tmp_path / "unbroken"), images, CPU)
-    step = training._TrainingRun.train_step
+    monkeypatch.setattr(compact_training, "_SAVE_EVERY", 3)
+    compact_training.train_compact(config(tmp_path / "unbroken"), images, CPU)
+    step = compact_training._TrainingRun.train_step
 
     def killed(self, pixels):
         if self.step == 8:
@@ -76,13 +76,13 @@ def test_training_continues_after_a_kill_as_if_unbroken(
 
     cfg = config(tmp_path / "broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training._TrainingRun, "train_step", killed)
-        training.train_compact(cfg, images, CPU)
+        patch.setattr(compact_training._TrainingRun, "train_step", killed)
+        compact_training.train_compact(cfg, images, CPU)
     steps = []
     monkeypatch.setattr(
-        training._TrainingRun, "train_step", lambda self, pixels: steps.append(self.step) or step(self, pixels)
+        compact_training._TrainingRun, "train_step", lambda self, pixels: steps.append(self.step) or step(self, pixels)
     )
-    training.train_compact(cfg, images, CPU)
+    compact_training.train_compact(cfg, images, CPU)
     assert steps[0] == 6
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "unbroken").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "unbroken"]
@@ -90,12 +90,12 @@ def test_training_continues_after_a_kill_as_if_unbroken(
 
 def test_progress_of_other_settings_is_not_continued(tmp_path: Path, images: np.ndarray) -> None:
     cfg = config(tmp_path / "weights")
-    run = training._TrainingRun(cfg, cfg.training, CPU, training.training_settings(cfg, images))
+    run = compact_training._TrainingRun(cfg, cfg.training, CPU, compact_training.training_settings(cfg, images))
     run.train_step(torch.from_numpy(images))
     run.save(tmp_path / "progress")
     same, other = (config(tmp_path / "weights", lr=lr) for lr in (1e-3, 2e-3))
     for cfg, expected in ((same, 1), (other, 0)):
-        resumed = training._TrainingRun(cfg, cfg.training, CPU, training.training_settings(cfg, images))
+        resumed = compact_training._TrainingRun(cfg, cfg.training, CPU, compact_training.training_settings(cfg, images))
         resumed.resume(tmp_path / "progress")
         assert resumed.step == expected
 
@@ -103,14 +103,14 @@ def test_progress_of_other_settings_is_not_continued(tmp_path: Path, images: np.
 def test_a_diverged_training_writes_nothing(
     tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(compact_training, "_SAVE_EVERY", 1)
     with pytest.raises(
         FloatingPointError, match=r"tokenizer training, step \d+: .* Lower tokenizer.training.lr=1e\+30"
     ):
-        training.train_compact(config(tmp_path / "weights", lr=1e30), images, CPU)
+        compact_training.train_compact(config(tmp_path / "weights", lr=1e30), images, CPU)
     assert not list(tmp_path.glob("weights"))
     # The last update alone: its loss was computed before it.
-    step = training._TrainingRun.train_step
+    step = compact_training._TrainingRun.train_step
 
     def ruined(self, pixels):
         loss = step(self, pixels)
@@ -118,26 +118,26 @@ def test_a_diverged_training_writes_nothing(
             self.tokenizer.codes[0] = torch.nan
         return loss
 
-    monkeypatch.setattr(training._TrainingRun, "train_step", ruined)
+    monkeypatch.setattr(compact_training._TrainingRun, "train_step", ruined)
     with pytest.raises(FloatingPointError, match="step 12: a weight is not finite"):
-        training.train_compact(config(tmp_path / "weights"), images, CPU)
+        compact_training.train_compact(config(tmp_path / "weights"), images, CPU)
     assert not list(tmp_path.glob("weights"))
 
 
 def test_finished_weights_belong_to_their_settings_and_images(tmp_path: Path, images: np.ndarray) -> None:
     cfg = config(tmp_path / "weights")
-    training.train_compact(cfg, images, CPU)
-    training.check_same_training(cfg, images)
+    compact_training.train_compact(cfg, images, CPU)
+    compact_training.check_same_training(cfg, images)
     cfg.weights = str((tmp_path / "weights").rename(tmp_path / "moved"))
     cfg.training.images = "moved too"
-    training.check_same_training(cfg, images)
+    compact_training.check_same_training(cfg, images)
     other = config(tmp_path / "moved", lr=2e-3)
     with pytest.raises(InputError, match=r"tokenizer.training.lr=0.002, but .*moved was trained with .*lr=0.001"):
-        training.check_same_training(other, images)
+        compact_training.check_same_training(other, images)
     with pytest.raises(InputError, match=r"was trained with images of tokenizer.training.images="):
-        training.check_same_training(cfg, images[1:])
+        compact_training.check_same_training(cfg, images[1:])
     CompactTokenizer(16, 32, 8, 16).save(tmp_path / "unknown")
-    training.check_same_training(config(tmp_path / "unknown"), images)
+    compact_training.check_same_training(config(tmp_path / "unknown"), images)
 
 
 def test_a_training_without_codes_is_refused() -> None:
@@ -172,7 +172,7 @@ def test_fewer_latents_than_codes_are_refused() -> None:
 
 def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> None:
     cfg = config(tmp_path / "weights")
-    training.train_compact(cfg, images, CPU)
+    compact_training.train_compact(cfg, images, CPU)
     assert open_tokenizer(cfg, CPU).num_tokens == 16
     for field, value in (("image_size", 24), ("num_tokens", 9), ("codebook_size", 64), ("codebook_dim", 4)):
         with pytest.raises(InputError, match=f"tokenizer.{field}={value}, but"):
@@ -187,9 +187,9 @@ def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> 
         with pytest.raises(InputError, match="cannot be read"):
             open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": str(tmp_path / name)}), CPU)
     with pytest.raises(InputError, match="tokenizer.num_tokens=9"):
-        training.train_compact(TokenizerConfig(**{**vars(cfg), "num_tokens": 9}), images, CPU)
+        compact_training.train_compact(TokenizerConfig(**{**vars(cfg), "num_tokens": 9}), images, CPU)
     with pytest.raises(InputError, match="the images are 16x16"):
-        training.train_compact(TokenizerConfig(**{**vars(cfg), "image_size": 24}), images, CPU)
+        compact_training.train_compact(TokenizerConfig(**{**vars(cfg), "image_size": 24}), images, CPU)
 
 
 def test_published_files_are_named_when_they_are_missing_or_wrong(tmp_path: Path) -> None:

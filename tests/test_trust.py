@@ -27,7 +27,7 @@ from rear_scale.checkpoint.meta import read_meta
 from rear_scale.checkpoint.open import open_source, write_portable
 from rear_scale.checkpoint.released_config import is_released_yaml
 from rear_scale.config import InputError, to_dict
-from rear_scale.config.plan import derive
+from rear_scale.config.derived import derive
 from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.metrics.statistics_file import read_statistics
 from rear_scale.files import file_sha256, inside

@@ -9,9 +9,9 @@ Every rule that a user can break raises InputError with the field, its value, th
 
 from rear_scale.config.arrived import is_remote
 from rear_scale.config.bounds import check_references, check_yaml
+from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
 from rear_scale.config.overrides import CONFIG_DIR, check_override, in_quotes, shown, split
-from rear_scale.config.plan import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
 from rear_scale.config.schema import (
     CheckpointConfig,
     ClassifierConfig,

@@ -15,7 +15,7 @@ from rear_scale.evaluate.networks.classifier import NUM_FEATURES
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
-from rear_scale.sample.training import FOLDER as GRIDS
+from rear_scale.sample.sheets import FOLDER as GRIDS
 from rear_scale.shards.images import open_images
 
 _PER_CLASS = 12

@@ -22,7 +22,7 @@ from rear_scale.evaluate.metrics.distances import nearest_distances
 from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
-from rear_scale.tokenizer.training import to_unit_range
+from rear_scale.tokenizer.compact_training import to_unit_range
 from rear_scale.weight_file import fill, read_training, read_weights, write_weights
 
 _KIND = "classifier"

@@ -15,7 +15,7 @@ from rear_scale import config
 from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.sample import job
-from rear_scale.sample.training import FOLDER, SampleGrids, check_grids, grid_hooks
+from rear_scale.sample.sheets import FOLDER, SampleGrids, check_grids, grid_hooks
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train import setup

@@ -15,7 +15,7 @@ from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.sample.job import check_trained_on, load_generator
-from rear_scale.sample.training import passed
+from rear_scale.sample.sheets import passed
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.world import World

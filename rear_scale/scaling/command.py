@@ -10,8 +10,8 @@ from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.scaling import planner
 from rear_scale.scaling.devices import Cluster, open_cluster
+from rear_scale.scaling.output import Report
 from rear_scale.scaling.planner import Choice
-from rear_scale.scaling.report import Report
 from rear_scale.scaling.widening import widths
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _KEPT = ("strategy", *planner.STRATEGY_KEYS, "train.activation_checkpointing", "train.micro_batch_size")
 
 
-def make(
+def make_plan(
     config: str, cfg: ExperimentConfig, overrides: list[str], *, measured: bool = False, simulated: bool = False
 ) -> Report:
     """The plan of a config. What the overrides say of strategy, recomputation and micro-batch is kept.
