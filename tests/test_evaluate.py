@@ -20,7 +20,7 @@ from rear_scale.evaluate.images import image_set as sources
 from rear_scale.evaluate.images.image_set import from_arrays, open_image_set
 from rear_scale.evaluate.job import Evaluation, check_evaluation
 from rear_scale.evaluate.metrics import inception_score
-from rear_scale.evaluate.metrics.distances import precision_recall as neighbours
+from rear_scale.evaluate.metrics import precision_recall as neighbours
 from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.evaluate.metrics.statistics_file import images_of, write_statistics
 from rear_scale.evaluate.networks import feature_cache as blocks
