@@ -11,7 +11,7 @@ from helpers import launch, tiny_config
 
 from rear_scale import config
 from rear_scale.config import CONFIG_DIR, InputError
-from rear_scale.config.validate import RECOMPUTE_POLICIES
+from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.scaling import cost, output

@@ -18,7 +18,7 @@ from test_parallel import QUIET, TWO_RANKS, build, run_steps
 
 from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig
-from rear_scale.config.validate import RECOMPUTE_POLICIES
+from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.training_scores import TrainingScores
 from rear_scale.sample.sheets import FOLDER, grid_hooks

@@ -22,6 +22,7 @@ from rear_scale.checkpoint import released_config as published
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.meta import stored_tensors
 from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.config.fields import declaration
 from rear_scale.config.values import leaves
 from rear_scale.files import atomic_folder, file_sha256, write_text_atomically
 from rear_scale.model import Generator, meta_model
@@ -31,15 +32,6 @@ from rear_scale.weight_file import find_weights, read_head, save_tensors, write_
 from rear_scale.world import discover
 
 _CONSOLIDATED = "generator"
-# What the weights were trained as. Another attention kernel computes the same.
-_FIXED_BY_WEIGHTS = (
-    "model.",
-    "objective.",
-    "tokenizer.num_tokens",
-    "tokenizer.codebook_size",
-    "tokenizer.codebook_dim",
-)
-_FREE = ("model.kernel",)
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,8 @@ def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
     # A field that the checkpoint does not know had its default's effect.
     before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(found.meta["config"])}, leaves(to_dict(cfg))
     for key in sorted(now):
-        if key.startswith(_FIXED_BY_WEIGHTS) and key not in _FREE and before[key] != now[key]:
+        own = declaration(ExperimentConfig, key)
+        if own is not None and own.by_weights and before[key] != now[key]:
             raise InputError(
                 f"{key}={now[key]}, but {found.path} was trained with {key}={before[key]}: its weights are for that. "
                 f"Leave {key} out, or name another checkpoint"

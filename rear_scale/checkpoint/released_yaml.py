@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError, check_references, check_yaml, in_quotes, shown
-from rear_scale.config.validate import suggest
+from rear_scale.config.fields import suggest
 
 # (depth, width) -> size of the published configs.
 SIZES = {

@@ -10,6 +10,7 @@ Every rule that a user can break raises InputError with the field, its value, th
 from rear_scale.config.arrived import is_remote
 from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
+from rear_scale.config.errors import InputError, UnknownLength, first_line
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
 from rear_scale.config.overrides import CONFIG_DIR, check_override, in_quotes, shown, split
 from rear_scale.config.schema import (
@@ -20,7 +21,6 @@ from rear_scale.config.schema import (
     ExperimentConfig,
     GuidanceConfig,
     HeadsConfig,
-    InputError,
     NoiseConfig,
     OptimConfig,
     PermutationConfig,
@@ -28,8 +28,6 @@ from rear_scale.config.schema import (
     SampleConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
-    UnknownLength,
-    first_line,
 )
 from rear_scale.config.values import to_dict, to_yaml, with_home
 

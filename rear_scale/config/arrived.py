@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from rear_scale.config.schema import InputError, RunConfig
+from rear_scale.config.errors import InputError
+from rear_scale.config.schema import RunConfig
 
 _DEEPEST = 8  # levels of sections; ours have four
 _LONGEST_TEXT = 4096  # characters, as a path has at most

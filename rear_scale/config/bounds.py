@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rear_scale.config.schema import InputError
+from rear_scale.config.errors import InputError
 
 MOST_CHARACTERS = 1 << 20
 MOST_VALUES = 200_000  # a config has some 150, and sample.labels may list an id per image

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any
 
-from rear_scale.config.schema import ExperimentConfig, InputError, TrainConfig, UnknownLength
+from rear_scale.config.errors import InputError, UnknownLength
+from rear_scale.config.fields import declaration
+from rear_scale.config.schema import ExperimentConfig, TrainConfig
 from rear_scale.config.values import leaves, to_dict
 
 
@@ -86,22 +88,12 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
             f"{rule}, nor of the number of ranks. Use train.global_batch_size={near}, or another number of ranks"
         )
     per_rank = train.global_batch_size // world_size
-    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    small = [size for size in takewhile(lambda size: size * size <= per_rank, count(1)) if per_rank % size == 0]
     fitting = sorted({*small, *(per_rank // size for size in small)})
     below = max(size for size in fitting if size <= max(train.micro_batch_size, 1))
     above = min((size for size in fitting if size >= train.micro_batch_size), default=below)
     choices = " or ".join(str(size) for size in sorted({below, above}))
     raise InputError(f"{rule}. Use train.micro_batch_size={choices}")
-
-
-# What may change when a run is resumed: none of it changes the trajectory (batch and order of data stay).
-_FREE_ON_RESUME = (
-    "strategy.", "train.micro_batch_size", "train.activation_checkpointing", "train.recompute_every_n", "train.val_every",
-    "train.stop_at_step", "train.log_every", "optim.backend", "checkpoint.", "resume.", "guard.", "profile.", "wandb.",
-    "model.kernel", "train.init_from", "run.name", "run.dir", "data.train", "data.val", "data.cache_dir",
-    "data.on_error", "data.max_skipped_share", "data.assumed_images", "tokenizer.weights", "tokenizer.training",
-    "tokenizer.precision", "pretokenize.", "sample.", "evaluate.", "cluster.", "train.check_memory",
-)  # fmt: skip
 
 
 # What a checkpoint from before a field was trained with: the field's default, except where the program had no choice yet.
@@ -157,7 +149,8 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
     before = leaves(_completed(_DEFAULTS, saved))
     now = leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
-        allowed = key.startswith(_FREE_ON_RESUME) or any(
+        own = declaration(ExperimentConfig, key)
+        allowed = (own is not None and own.may_change) or any(
             key == name or key.startswith(f"{name}.") for name in cfg.resume.allow
         )
         if before.get(key) != now.get(key) and not allowed:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 
 import yaml
 
+from rear_scale.config.errors import InputError
 from rear_scale.config.load import CONFIG_DIR
-from rear_scale.config.schema import InputError
 
 TABLE = CONFIG_DIR / "devices" / "gpus.yaml"
 _SAME_MEMORY = 0.1  # by how much of the table's the memory of a GPU may differ from it

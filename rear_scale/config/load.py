@@ -16,6 +16,8 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from rear_scale.config import arrived
 from rear_scale.config.bounds import MOST_DIGITS, check_references, check_yaml
+from rear_scale.config.errors import InputError
+from rear_scale.config.fields import suggest
 from rear_scale.config.overrides import (
     CONFIG_DIR,
     LONGEST_TEXT,
@@ -27,8 +29,8 @@ from rear_scale.config.overrides import (
     strip_optional,
     type_name,
 )
-from rear_scale.config.schema import ExperimentConfig, InputError
-from rear_scale.config.validate import suggest, validate
+from rear_scale.config.schema import ExperimentConfig
+from rear_scale.config.validate import validate
 from rear_scale.config.values import leaves, to_dict
 
 # The decode head of reAR sits at three quarters of the depth, whatever the depth (section 4.1).

@@ -17,8 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rear_scale.config.schema import ExperimentConfig, InputError
-from rear_scale.config.validate import suggest
+from rear_scale.config.errors import InputError
+from rear_scale.config.fields import suggest
+from rear_scale.config.schema import ExperimentConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_TEXT = 4096  # characters; no path is longer

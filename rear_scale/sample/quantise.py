@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.config.validate import QUANTISERS
+from rear_scale.config.schema import QUANTISERS
 
 
 def to_uint8(images: Tensor, rule: str) -> np.ndarray:

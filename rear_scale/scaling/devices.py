@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError
 from rear_scale.config.devices import TABLE, Device, devices
-from rear_scale.config.validate import suggest
+from rear_scale.config.fields import suggest
 
 
 @dataclass(frozen=True)

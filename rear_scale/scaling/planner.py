@@ -13,8 +13,8 @@ import yaml
 from torch import nn
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
-from rear_scale.config.schema import StrategyConfig
-from rear_scale.config.validate import RECOMPUTE_POLICIES, STRATEGIES, validate
+from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGIES, StrategyConfig
+from rear_scale.config.validate import validate
 from rear_scale.model.activations import head_activation_bytes
 from rear_scale.parallel.memory import elements, memory_per_rank
 from rear_scale.scaling.cost import StepTime, step_time

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.config.validate import NEIGHBOUR_MODES
+from rear_scale.config.schema import NEIGHBOUR_MODES
 from rear_scale.evaluate.networks.base import exact_arithmetic
 from rear_scale.world import World
 

@@ -1,0 +1,242 @@
+"""Declarations of config fields: each field of schema.py says its meaning, its choices or bounds, and when it may change.
+
+    depth: int = number(24, "transformer blocks", above=0, most=1024)
+    kernel: str = choice("auto", "attention kernel", among=("auto", "flash", "sdpa"), may_change=True)
+
+The reference of all fields (configs/README.md), the checks of single fields, the fields that a resumed run may change and
+those that weights fix follow from the declarations. Rules between fields are in validate.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from rear_scale.config.errors import InputError
+
+_KEY = "rear_scale"  # of dataclass metadata
+_LARGEST_SEED = 2**63 - 1
+
+# Names, names with their meanings, or a function that returns one of the two when it is needed: for choices that a module
+# declares which is not imported here.
+Choices = Iterable[Any] | dict[str, str] | Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on the value of one field. Texts: an error reads NAME=VALUE `says`. `way_out`; the reference has `short`."""
+
+    holds: Callable[[Any], bool]
+    says: str
+    way_out: str  # {name} stands for the field's name
+    short: str
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a field or a section says of itself. may_change, by_weights: None = as the section around it says."""
+
+    doc: str
+    rules: tuple[Rule, ...] = ()
+    among: Choices | None = None
+    each: bool = False  # whether the choices are of each entry of a list
+    may_change: bool | None = None  # whether a resumed run may have another value without resume.allow
+    by_weights: bool | None = None  # whether the weights of a checkpoint are for one value
+
+    @property
+    def choices(self) -> dict[Any, str]:
+        """Each value that a field of choices takes, with its meaning or ""."""
+        found = self.among() if callable(self.among) else self.among
+        return dict(found) if isinstance(found, dict) else dict.fromkeys(found or (), "")
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises InputError where a value that is not None breaks a rule of its own. name: the field's, for the error."""
+        if self.among is not None:
+            for one in value if self.each else [value]:
+                _check_choice(name, one, list(self.choices))
+        for rule in self.rules:
+            if not rule.holds(value):
+                raise InputError(f"{name}={value} {rule.says}. {rule.way_out.format(name=name)}")
+
+
+def setting(default: Any, doc: str, **traits: Any) -> Any:
+    """A field without a rule of its own. traits here and below: rules, may_change, by_weights."""
+    return _field(default, Declaration(doc, **traits))
+
+
+def path(default: str | None, doc: str, **traits: Any) -> Any:
+    """A file or folder. Where files lie changes nothing that is computed, so a resumed run may find them elsewhere."""
+    return _field(default, Declaration(doc, **{"may_change": True, **traits}))
+
+
+def choice(default: Any, doc: str, *, among: Choices, **traits: Any) -> Any:
+    """A field that takes one of some values."""
+    return _field(default, Declaration(doc, among=among, **traits))
+
+
+def choices(default: list[str], doc: str, *, among: Choices, **traits: Any) -> Any:
+    """A list of one or more of some values."""
+    way_out = f"Use [{','.join(default)}]"
+    return _field(default, Declaration(doc, (Rule(bool, "is empty", way_out, "one or more"),), among, True, **traits))
+
+
+def number(
+    default: float | None,
+    doc: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    says: str | None = None,
+    way_out: str | None = None,
+    too_large: str | None = None,
+    rules: tuple[Rule, ...] = (),
+    **traits: Any,
+) -> Any:
+    """A finite number within bounds, of which above and below are not values themselves.
+
+    says, way_out: the two parts of the error of a value outside; too_large: the whole error of one above a `most` of more
+    than 1, the bound of a size.
+    """
+    if most is not None and most > 1:
+        rule, _, smaller = (too_large or f"is above {most:,}. Use a smaller one").partition(". ")
+        rules += (Rule(lambda value, most=most: not value > most, rule, smaller, f"≤ {most:,}"),)
+        most = None
+    if (above, least, below, most) != (None,) * 4:
+        rule, short, usual = _in_words(above, least, below, most)
+        rules = (Rule(_inside(above, least, below, most), says or rule, way_out or usual, short), *rules)
+    return _field(default, Declaration(doc, rules, **traits))
+
+
+def share(default: float, doc: str, **traits: Any) -> Any:
+    """A number from 0 to 1."""
+    return number(default, doc, least=0, most=1, **traits)
+
+
+def seed(default: int, doc: str, **traits: Any) -> Any:
+    """A seed of random draws, which take 64 bits of it without sign: larger ones would be the same under another name."""
+    says, short = "must lie between 0 and 2^63 - 1", "0 .. 2^63 - 1"
+    rule = Rule(lambda value: 0 <= value <= _LARGEST_SEED, says, "Set {name}=0", short)
+    return _field(default, Declaration(doc, (rule,), **traits))
+
+
+def mark(default: float, doc: str, **traits: Any) -> Any:
+    """A point of a run: a share of its length up to 1, steps above 1."""
+    rule = Rule(
+        lambda value: 0 <= value < math.inf and (value <= 1 or value == int(value)),
+        "is neither a share of the run (0 to 1) nor a whole number of steps",
+        "Use 0.75 for three quarters of the run, or 187500 for a step",
+        "0 .. 1, or steps",
+    )
+    return _field(default, Declaration(doc, (rule,), **traits))
+
+
+def section(kind: type | None, doc: str = "", **traits: Any) -> Any:
+    """A section of the config, None for one that may be absent. may_change and by_weights are those of its fields that say
+    nothing else."""
+    metadata = {_KEY: Declaration(doc, **traits)}
+    if kind is None:
+        return dataclasses.field(default=None, metadata=metadata)
+    return dataclasses.field(default_factory=kind, metadata=metadata)
+
+
+def _field(default: Any, declaration: Declaration) -> Any:
+    metadata = {_KEY: declaration}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _inside(
+    above: float | None, least: float | None, below: float | None, most: float | None
+) -> Callable[[float], bool]:
+    def inside(value: float) -> bool:
+        return (
+            (value > above if above is not None else value >= (-math.inf if least is None else least))
+            and (value <= most if most is not None else value < (math.inf if below is None else below))
+        )  # fmt: skip
+
+    return inside
+
+
+def _in_words(
+    above: float | None, least: float | None, below: float | None, most: float | None
+) -> tuple[str, str, str]:
+    """The rule of an error, the short form of the reference, and the usual way out."""
+    lower = least if above is None else above
+    if (least, most) == (0, 1):
+        return "must lie between 0 and 1", "0 .. 1", "Set {name} to a share such as 0.1"
+    if below is not None or most is not None:
+        interval = f"{'[' if above is None else '('}{lower:g}, {f'{most:g}]' if below is None else f'{below:g})'}"
+        return f"must lie in {interval}", interval, "Set {name} to a number in it"
+    if above == 0:
+        return "must be above 0", "> 0", "Set {name} to a positive number"
+    if least == 0:
+        return "must not be negative", "≥ 0", "Set {name} to 0 or more"
+    return f"must be at least {lower:g}", f"≥ {lower:g}", f"Use at least {lower:g}"
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """ "; did you mean X?" where one of the known words is close, else nothing."""
+    by_lower = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def _check_choice(name: str, value: Any, known: list[Any]) -> None:
+    if value in known:
+        return
+    names = ["true" if one is True else "false" if one is False else str(one) for one in known]
+    way_out = f"Use one of them{suggest(str(value), names)}"
+    if all(part in names for part in str(value).split(",")):
+        way_out = "One run takes one value: start a run for each of a sweep"
+    raise InputError(f"{name}={value} is not one of {', '.join(names)}. {way_out}")
+
+
+@cache
+def declarations(kind: type) -> dict[str, Declaration]:
+    """The declaration of each field and section of a config's dataclass by dotted name, sections before their fields.
+
+    may_change and by_weights are True or False.
+    """
+    return dict(_declared(kind, "", Declaration("", may_change=False, by_weights=False)))
+
+
+def _declared(kind: type, prefix: str, around: Declaration) -> Iterator[tuple[str, Declaration]]:
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        own: Declaration = field.metadata[_KEY]
+        inherited = {name: getattr(around, name) for name in ("may_change", "by_weights") if getattr(own, name) is None}
+        own = dataclasses.replace(own, **inherited)
+        yield prefix + field.name, own
+        for inner in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(inner):
+                yield from _declared(inner, f"{prefix}{field.name}.", own)
+
+
+def declaration(kind: type, name: str) -> Declaration | None:
+    """The declaration of a field; for a name that is none (an entry of a field with named entries, a field of another
+    version), that of the section or field around it. None where there is none either."""
+    known = declarations(kind)
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return known.get(name)
+
+
+def check_fields(cfg: Any) -> None:
+    """Raises InputError for the first field of a config, a dataclass, whose value breaks a rule of its own."""
+    for name, own in declarations(type(cfg)).items():
+        if own.among is None and not own.rules:
+            continue
+        value = cfg
+        for part in name.split("."):
+            value = getattr(value, part, None)  # of a section that is None, its fields are
+        if value is not None:
+            own.check(name, value)
