@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NoReturn, get_type_hints
 
 from rear_scale import config, device, world
-from rear_scale.checkpoint.folder import Checkpoint, Unwritten
-from rear_scale.checkpoint.open import check_overrides, load_config, open_source
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import load_config, open_with_config
+from rear_scale.checkpoint.writer import Unwritten
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS
 from rear_scale.peers import LostRanks
@@ -107,9 +108,7 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
     figure = getattr(args, "figure", None)
     overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
-    found = open_source(args.checkpoint, args.config, overrides)
-    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
-    check_overrides(found, cfg)
+    found, cfg = open_with_config(args.checkpoint, args.config, overrides)
     return CheckpointCommand(config.with_home(cfg), args, world.discover(), found)
 
 

@@ -29,8 +29,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rear_scale.checkpoint import released_trainer as accelerate
-from rear_scale.checkpoint.folder import _fault
-from rear_scale.checkpoint.open import open_source, write_portable
+from rear_scale.checkpoint.folder import fault
+from rear_scale.checkpoint.open import open_source
+from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import InputError, TokenizerConfig, to_dict
 from rear_scale.evaluate.images.npz import read_samples, read_sha256
 from rear_scale.evaluate.metrics.statistics_file import images_of, read_statistics
@@ -239,7 +240,7 @@ class Fuzzer:
 
     def meta_json(self) -> None:
         (self.checkpoint / "meta.json").write_bytes(self.text(self.meta))
-        _fault(self.checkpoint, 0, 1)
+        fault(self.checkpoint)
         open_source(self.checkpoint)
 
     def config(self) -> None:
@@ -439,8 +440,8 @@ def main() -> None:
         f"{inputs:,} inputs, {found.refused:,} refused, {len(found.faults)} faults, {time.monotonic() - started:.0f} s"
     )
     print(f"slowest {found.slowest[0]:.2f} s ({found.slowest[1]}), peak memory {peak:.2f} GiB")
-    for fault in found.faults[:40]:
-        print(fault)
+    for line in found.faults[:40]:
+        print(line)
 
 
 if __name__ == "__main__":

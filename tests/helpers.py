@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rear_scale.checkpoint.folder import Checkpoint, open_checkpoint
+from rear_scale.checkpoint.open import newest_or_refuse
 from rear_scale.config import ExperimentConfig, load
 from rear_scale.files import file_sha256
 from rear_scale.shards import writer
@@ -258,3 +260,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that a path stands for; its files are not looked at."""
+    return open_checkpoint(newest_or_refuse(path, f"--checkpoint {path}"))

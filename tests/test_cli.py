@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rear_scale import cli
-from rear_scale.checkpoint.folder import Unwritten
+from rear_scale.checkpoint.writer import Unwritten
 from rear_scale.config import InputError
 
 

@@ -17,7 +17,7 @@ from helpers import write_token_shards
 
 from rear_scale import files, weight_file
 from rear_scale.checkpoint import released as official
-from rear_scale.checkpoint.open import write_portable
+from rear_scale.checkpoint.writer import write_portable
 from rear_scale.evaluate.metrics.statistics_file import write_statistics
 from rear_scale.files import atomic_file, atomic_folder, remove_leftovers, sync, write_text_atomically
 from rear_scale.sample import files as sample_files

@@ -23,6 +23,7 @@ from helpers import (
     TIMES,
     command_line,
     environment,
+    find,
     launch,
     metrics,
     run_alone,
@@ -31,7 +32,6 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.train import setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import discover, free_port
@@ -142,7 +142,7 @@ def test_a_checkpoint_becomes_one_file(tmp_path: Path, tokens: Path) -> None:
     command = ["python", TRAIN, "--config", config, "strategy=single", "train.total_steps=2", "optim.ema_decay=0.5"]
     assert launch(*command).returncode == 0
     run = tmp_path / "run/run"
-    found = checkpoint.find(run)
+    found = find(run)
     for kind, flags in (("param", []), ("ema", ["--ema"])):
         out = tmp_path / f"{kind}.safetensors"
         result = launch("python", "launchers/convert.py", run, "--to", "consolidated", "--out", out, *flags)

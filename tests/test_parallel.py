@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_alone, run_ranks, tiny_config
+from helpers import find, run_alone, run_ranks, tiny_config
 
 from rear_scale import config
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint import writer as writer_module
+from rear_scale.checkpoint.folder import Checkpoint, clear, last_step, open_checkpoint
+from rear_scale.checkpoint.open import newest_intact
+from rear_scale.checkpoint.restore import load_weights, restore
+from rear_scale.checkpoint.writer import Writer, save
 from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, settled
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import KINDS, Strategy, decays
-from rear_scale.run import requeue
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
 from rear_scale.train.setup import data_order
@@ -38,7 +41,7 @@ ALTERNATIVES = {
 TWO_RANKS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | None = None) -> Strategy:
+def build(world: World, cfg: ExperimentConfig, found: Checkpoint | None = None) -> Strategy:
     strategy = open_strategy(cfg, config.derive(cfg, world.size, 100), world)
     model = build_model(cfg)
     model.init_weights(0)
@@ -47,11 +50,11 @@ def build(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint | No
             if "adaLN" in name:  # zero at first, and a zero gate hides whatever is behind it
                 weight.fill_(0.01)
     if found is not None:
-        checkpoint.load_weights(found, model)
+        load_weights(found, model)
     prepare_blocks(model, cfg)
     strategy.build(model)
     if found is not None:
-        checkpoint.restore(found, strategy)
+        restore(found, strategy)
     return strategy
 
 
@@ -99,7 +102,7 @@ def everything(strategy: Strategy) -> dict[str, np.ndarray]:
 def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tuple[list, dict[str, np.ndarray]]:
     strategy = build(world, cfg)
     losses = run_steps(world, cfg, strategy, 1, 3)
-    checkpoint.save(root, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig(keep_last=2))
+    save(root, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig(keep_last=2))
     return losses + run_steps(world, cfg, strategy, 4, 6), everything(strategy)
 
 
@@ -116,8 +119,8 @@ def _strategies(world: World, folder: Path, tokens: Path, saved: Path, names: tu
         for number, overrides in enumerate(ALTERNATIVES[name][1:]):
             other = tiny_config(folder, tokens, *quick, *overrides)
             found[name, -number] = run_steps(world, other, build(world, other), 1, 6)
-        found[name, "resumed"] = run_steps(world, cfg, build(world, cfg, checkpoint.open_checkpoint(saved)), 4, 6)
-        again = build(world, cfg, checkpoint.find(folder / f"{name}-{micro_batch_size}/step_00000003"))
+        found[name, "resumed"] = run_steps(world, cfg, build(world, cfg, open_checkpoint(saved)), 4, 6)
+        again = build(world, cfg, find(folder / f"{name}-{micro_batch_size}/step_00000003"))
         found[name, "again"] = run_steps(world, cfg, again, 4, 6)
         half = tiny_config(folder, tokens, *quick, "train.precision=bf16")
         found[name, "bf16"] = run_steps(world, half, build(world, half), 1, 3)
@@ -155,7 +158,7 @@ def test_every_strategy_trains_saves_and_resumes_alike(
         # The same strategy, world and micro-batch: bitwise.
         assert found[name, "again"] == found[name, 12 // world_size // 3][3:], name
         # And back: what several ranks saved under each strategy, in one process.
-        saved = checkpoint.find(tmp_path / f"{name}-{12 // world_size}/step_00000003")
+        saved = find(tmp_path / f"{name}-{12 // world_size}/step_00000003")
         resumed = run_alone(lambda world, saved=saved: run_steps(world, cfg, build(world, cfg, saved), 4, 6))
         assert np.array(resumed) == pytest.approx(np.array(expected[3:]), rel=1e-5), name
 
@@ -237,12 +240,10 @@ def _averages(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) 
             for key, value in strategy.tensors("param"):
                 expected[key].lerp_(value.cpu(), 0.3)
         far = max((value.cpu() - expected[key]).abs().max().item() for key, value in strategy.tensors("ema"))
-        path = checkpoint.save(
-            folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig()
-        )
+        path = save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig())
         straight = run_steps(world, cfg, strategy, 4, 5)
         averages = {key: value.cpu().clone() for key, value in strategy.tensors("ema")}
-        resumed = build(world, cfg, checkpoint.open_checkpoint(path))
+        resumed = build(world, cfg, open_checkpoint(path))
         same = run_steps(world, cfg, resumed, 4, 5) == straight
         same &= all(torch.equal(value.cpu(), averages[key]) for key, value in resumed.tensors("ema"))
         found[name] = (far, same)
@@ -267,9 +268,9 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        assert checkpoint.newest(root, world, print) is None
+        assert newest_intact(root, world, print) is None
         for step in (1, 2, 3, 4):
-            checkpoint.save(root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig())
+            save(root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig())
         assert sorted(path.name for path in root.iterdir()) == [
             "latest",
             "step_00000002",
@@ -279,22 +280,22 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         assert (root / "latest").read_text() == "step_00000004\n"
         # Half-written ones are no checkpoints, and the next start or save clears them.
         (root / "step_00000009.tmp").mkdir()
-        assert checkpoint.newest(root, world, print).step == 4
+        assert newest_intact(root, world, print).step == 4
         reports: list[str] = []
         part = root / "step_00000004/part-00000.safetensors"
         data = bytearray(part.read_bytes())
         data[-5] ^= 1
         part.write_bytes(data)
         (root / "step_00000003/part-00000.safetensors").write_bytes(data[:-100])
-        assert checkpoint.newest(root, world, reports.append).step == 2
+        assert newest_intact(root, world, reports.append).step == 2
         assert "step_00000004 is damaged and passed over: part-00000.safetensors does not match" in reports[0]
         assert "step_00000003 is damaged" in reports[1]
         (root / "step_00000002/meta.json").unlink()
-        assert checkpoint.newest(root, world, reports.append) is None
-        checkpoint.save(root, 4, strategy, world, {"optimizer_step": 4, "config": {}}, CheckpointConfig())
-        assert checkpoint.newest(root, world, print).step == 4
+        assert newest_intact(root, world, reports.append) is None
+        save(root, 4, strategy, world, {"optimizer_step": 4, "config": {}}, CheckpointConfig())
+        assert newest_intact(root, world, print).step == 4
         (root / "step_00000003.old.tmp").mkdir()
-        checkpoint.clear(root)
+        clear(root)
         assert sorted(path.name for path in root.iterdir() if "step" in path.name) == [
             "step_00000002.damaged",
             "step_00000003.damaged",
@@ -335,18 +336,16 @@ def test_damaged_checkpoints_count_for_nothing(
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
         for step in saved:
-            checkpoint.save(
-                root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig(keep_last=9)
-            )
+            save(root, step, strategy, world, {"optimizer_step": step, "config": {}}, CheckpointConfig(keep_last=9))
         for step in damaged:
             damage(root / f"step_{step:08d}")
-        resumed = checkpoint.newest(root, world, print)
-        writer = checkpoint.Writer(root, world, CheckpointConfig(keep_last=keep_last), resumed)
+        resumed = newest_intact(root, world, print)
+        writer = Writer(root, world, CheckpointConfig(keep_last=keep_last), resumed)
         for step in written:
             assert writer.begin(step, strategy, {"optimizer_step": step, "config": {}}) is None
             assert writer.finish()[1] is None
-            assert checkpoint.newest(root, world, pytest.fail).step == step
-        assert requeue.last_step(tmp_path) == written[-1]
+            assert newest_intact(root, world, pytest.fail).step == step
+        assert last_step(tmp_path) == written[-1]
 
     run_alone(scenario)
     names = {path.name for path in root.iterdir()}
@@ -355,7 +354,7 @@ def test_damaged_checkpoints_count_for_nothing(
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("x"), OSError(errno.EDQUOT, "Quota exceeded")])
-@pytest.mark.parametrize("part", ["save_tensors", "write_text_atomically", "_remove"])
+@pytest.mark.parametrize("part", ["save_tensors", "write_text_atomically", "publish_folder"])
 def test_whatever_stops_a_checkpoint_training_goes_on(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
 ) -> None:
@@ -364,8 +363,8 @@ def test_whatever_stops_a_checkpoint_training_goes_on(
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
-        monkeypatch.setattr(checkpoint, part, stop)
+        writer = Writer(tmp_path / "checkpoints", world, CheckpointConfig())
+        monkeypatch.setattr(writer_module, part, stop)
         assert writer.begin(1, strategy, {"optimizer_step": 1, "config": {}}) is None
         path, problem = writer.finish()
         assert path is None
@@ -405,12 +404,12 @@ def test_a_complete_run_is_put_in_order_after_a_kill(
         strategy = small_strategy(world, tmp_path, tokens)
         for step in saved:
             meta = {"optimizer_step": step, "config": {}}
-            checkpoint.save(root, step, strategy, world, meta, CheckpointConfig(keep_last=9))
+            save(root, step, strategy, world, meta, CheckpointConfig(keep_last=9))
         for step in damaged:
             damage(root / f"step_{step:08d}")
-        found = checkpoint.newest(root, world, pytest.fail)
+        found = newest_intact(root, world, pytest.fail)
         (root / "latest").unlink() if latest is None else (root / "latest").write_text(latest)
-        checkpoint.Writer(root, world, CheckpointConfig(keep_last=keep_last), found).settle()
+        Writer(root, world, CheckpointConfig(keep_last=keep_last), found).settle()
 
     run_alone(scenario)
     assert sorted(int(path.name[5:]) for path in root.glob("step_????????")) == kept
@@ -421,7 +420,7 @@ def test_what_goes_wrong_once_a_checkpoint_is_visible_does_not_undo_it(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "checkpoints"
-    real = checkpoint.write_text_atomically
+    real = writer_module.write_text_atomically
 
     def full(path: Path, text: str) -> None:
         if path.name == "latest":
@@ -429,10 +428,10 @@ def test_what_goes_wrong_once_a_checkpoint_is_visible_does_not_undo_it(
         real(path, text)
 
     def scenario(world: World) -> None:
-        monkeypatch.setattr(checkpoint, "write_text_atomically", full)
+        monkeypatch.setattr(writer_module, "write_text_atomically", full)
         meta = {"optimizer_step": 3, "config": {}}
-        checkpoint.save(root, 3, small_strategy(world, tmp_path, tokens), world, meta, CheckpointConfig())
-        assert checkpoint.newest(root, world, pytest.fail).step == 3
+        save(root, 3, small_strategy(world, tmp_path, tokens), world, meta, CheckpointConfig())
+        assert newest_intact(root, world, pytest.fail).step == 3
 
     run_alone(scenario)
     said = capsys.readouterr().err
@@ -445,9 +444,7 @@ def test_every_nth_checkpoint_stays(tmp_path: Path, tokens: Path) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
         for step in range(1, 8):
             config = CheckpointConfig(keep_last=2, keep_every=3)
-            checkpoint.save(
-                tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step, "config": {}}, config
-            )
+            save(tmp_path / "checkpoints", step, strategy, world, {"optimizer_step": step, "config": {}}, config)
 
     run_alone(scenario)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
@@ -459,26 +456,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """What is written is the state at `begin`, and nothing is visible before `finish`."""
     may_write = threading.Event()
-    write = checkpoint.save_tensors
+    write = writer_module.save_tensors
 
     def slowly(*arguments: Any) -> None:
         assert may_write.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", slowly)
+    monkeypatch.setattr(writer_module, "save_tensors", slowly)
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
         before = everything(strategy)
-        writer = checkpoint.Writer(tmp_path / "checkpoints", world, CheckpointConfig())
+        writer = Writer(tmp_path / "checkpoints", world, CheckpointConfig())
         assert writer.begin(1, strategy, {"optimizer_step": 1, "config": {}}) is None
         run_steps(world, strategy.cfg, strategy, 2, 3)
-        assert writer.state == checkpoint.Writer.WRITING
-        assert checkpoint.newest(tmp_path / "checkpoints", world, print) is None
+        assert writer.state == Writer.WRITING
+        assert newest_intact(tmp_path / "checkpoints", world, print) is None
         may_write.set()
         path, problem = writer.finish()
         assert problem is None
-        found = checkpoint.open_checkpoint(path)
+        found = open_checkpoint(path)
         for key, value in before.items():
             kind, name = key.split("/", 1)
             assert np.array_equal(found.reader(kind)(name).numpy(), value), key
@@ -489,7 +486,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_part_that_reads_back_wrong_is_no_checkpoint(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.save_tensors
+    write = writer_module.save_tensors
 
     def damaged(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         write(path, tensors)
@@ -499,16 +496,12 @@ def test_a_part_that_reads_back_wrong_is_no_checkpoint(
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        checkpoint.save(
-            tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig()
-        )
-        monkeypatch.setattr(checkpoint, "save_tensors", damaged)
+        save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig())
+        monkeypatch.setattr(writer_module, "save_tensors", damaged)
         with pytest.raises(
             OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
         ):
-            checkpoint.save(
-                tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2, "config": {}}, CheckpointConfig()
-            )
+            save(tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2, "config": {}}, CheckpointConfig())
 
     run_alone(scenario)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
@@ -521,8 +514,8 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
 
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        checkpoint.save(root, 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig())
-        writer = checkpoint.Writer(root, world, CheckpointConfig())
+        save(root, 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig())
+        writer = Writer(root, world, CheckpointConfig())
         usage = shutil.disk_usage(root)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert "has 0.0 MiB free, but a checkpoint takes " in writer.begin(
@@ -533,7 +526,7 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
         def full(*arguments: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_tensors", full)
+        monkeypatch.setattr(writer_module, "save_tensors", full)
         assert writer.begin(2, strategy, {"optimizer_step": 2, "config": {}}) is None
         path, problem = writer.finish()
         assert path is None
@@ -546,10 +539,10 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay(
 def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, tokens: Path) -> None:
     def scenario(world: World) -> None:
         strategy = small_strategy(world, tmp_path, tokens)
-        path = checkpoint.save(
+        path = save(
             tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig()
         )
-        found = checkpoint.find(tmp_path)
+        found = find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]
         for kind in KINDS:
@@ -565,13 +558,13 @@ def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, t
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no checkpoints"):
-        checkpoint.find(tmp_path)
+        find(tmp_path)
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
-        checkpoint.find(tmp_path)
+        find(tmp_path)
     (tmp_path / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="has format None"):
-        checkpoint.find(tmp_path)
+        find(tmp_path)
 
 
 def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from rear_scale.checkpoint.meta import FORMAT
 from rear_scale.run.requeue import close, read_status, verdict
 
 
@@ -15,7 +16,9 @@ def write_checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoints/step_{step:08d}"
     path.mkdir(parents=True)
     (path / "part-00000.safetensors").write_bytes(b"1234")
-    (path / "meta.json").write_text(json.dumps({"files": [{"file": "part-00000.safetensors", "size": 4}]}))
+    part = {"file": "part-00000.safetensors", "size": 4, "sha256": "0" * 64}
+    meta = {"format": FORMAT, "step": step, "config": {}, "files": [part], "index": {}}
+    (path / "meta.json").write_text(json.dumps(meta))
     return path
 
 

@@ -18,19 +18,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers import (
-    TIMES,
-    command_line,
-    environment,
-    launch,
-    metrics,
-    run_ranks,
-    tiny_config,
-    tiny_config_file,
-)
+from helpers import TIMES, command_line, environment, find, launch, metrics, run_ranks, tiny_config, tiny_config_file
 from test_parallel import QUIET, build, run_steps
 
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint.folder import open_checkpoint
+from rear_scale.checkpoint.writer import save
 from rear_scale.world import World
 
 # Where each strategy is saved, and the numbers of ranks (1 to 4) where each exists.
@@ -54,7 +46,7 @@ def _save(world: World, folder: Path, tokens: Path, names: list[str]) -> dict[st
         cfg = matrix_config(folder, tokens, name, world.size)
         strategy = build(world, cfg)
         run_steps(world, cfg, strategy, 1, 3, lr=2e-3)
-        checkpoint.save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, cfg.checkpoint)
+        save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, cfg.checkpoint)
         found[name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, 13, lr=2e-3)]
     return found
 
@@ -63,7 +55,7 @@ def _resume(world: World, folder: Path, tokens: Path, cells: list[tuple[str, str
     found = {}
     for saved, name in cells:
         cfg = matrix_config(folder, tokens, name, world.size)
-        strategy = build(world, cfg, checkpoint.open_checkpoint(folder / saved / "step_00000003"))
+        strategy = build(world, cfg, open_checkpoint(folder / saved / "step_00000003"))
         found[saved, name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, 13, lr=2e-3)]
     return found
 
@@ -162,7 +154,7 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
         after = checkpoint_steps(root)
         lost += bool(before) and max(after, default=0) < max(before)
         for step in after:
-            found = checkpoint.open_checkpoint(root / f"step_{step:08d}")
+            found = open_checkpoint(root / f"step_{step:08d}")
             lost += sum((found.path / item["file"]).stat().st_size != item["size"] for item in found.meta["files"])
         if after and max(after) >= steps:
             break
@@ -237,6 +229,6 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, tokens: Path) -> None:
         ballast.unlink()
         result = launch(*two, *arguments)
         assert result.returncode == 0, result.stderr
-        assert checkpoint.find(tmp_path / "run").step == 12
+        assert find(tmp_path / "run").step == 12
     finally:
         subprocess.run(["umount", root], check=True)

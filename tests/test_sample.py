@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import NUM_CLASSES, run_alone, run_ranks, tiny_config
+from helpers import NUM_CLASSES, find, run_alone, run_ranks, tiny_config
 from PIL import Image
 from scipy.stats import chisquare
 
 from rear_scale import files as atomic_files
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.checkpoint.convert import convert
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import open_source
 from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
 from rear_scale.files import file_sha256
@@ -104,7 +104,7 @@ def test_draws_have_the_softmax_distribution(tmp_path: Path, tokens: Path) -> No
     assert chisquare(drawn.bincount(minlength=32).numpy(), expected.numpy()).pvalue > 1e-3
 
 
-def prepared(folder: Path, tokens: Path, *overrides: str) -> tuple[ExperimentConfig, checkpoint.Checkpoint]:
+def prepared(folder: Path, tokens: Path, *overrides: str) -> tuple[ExperimentConfig, Checkpoint]:
     """A checkpoint after one step, and a tokenizer with 16 tokens for it."""
     if not (folder / "weights").exists():
         torch.manual_seed(0)
@@ -120,10 +120,10 @@ def prepared(folder: Path, tokens: Path, *overrides: str) -> tuple[ExperimentCon
     cfg = tiny_config(folder, tokens, *fixed, "sample.num_images=23", "sample.batch_size=4", *overrides)
     data = setup.check_data(cfg, discover({}))
     run_alone(lambda world: train(cfg, data.plan, world, *data.open(world), Hooks()))
-    return cfg, checkpoint.find(folder / "run")
+    return cfg, find(folder / "run")
 
 
-def _sample(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> None:
+def _sample(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> None:
     job.sample_images(cfg, found, world, output)
 
 
@@ -169,7 +169,7 @@ def test_a_slow_rank_holds_nobody(tmp_path: Path, tokens: Path) -> None:
     assert (tmp_path / "slow.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
-def _sample_slowly(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> list[int]:
+def _sample_slowly(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> list[int]:
     make, made = job._make_unit, []
 
     def slow(*arguments):
@@ -343,7 +343,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path: Path, tok
     run_alone(_sample, cfg, found, tmp_path / "samples.npz")
 
 
-def _as_one_file(folder: Path) -> checkpoint.Checkpoint:
+def _as_one_file(folder: Path) -> Checkpoint:
     convert(folder / "run", None, [], "consolidated", folder / "all.safetensors")
     return open_source(folder / "all.safetensors")
 
@@ -403,7 +403,7 @@ def test_two_jobs_of_one_output_do_not_meet(tmp_path: Path, tokens: Path) -> Non
     run_alone(_sample, cfg, found, output)
 
 
-def _refusal(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> str:
+def _refusal(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> str:
     with pytest.raises(InputError) as caught:
         job.sample_images(cfg, found, world, output)
     return str(caught.value)

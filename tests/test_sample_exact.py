@@ -17,7 +17,7 @@ from test_sample import _sample, prepared
 from torch import Tensor
 
 from rear_scale.bench.model import drawn_model
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
 from rear_scale.model import Generator
 from rear_scale.model.flops import decode_step_cost
@@ -221,7 +221,7 @@ def test_fifty_thousand_images_take_two_processes_less_than_a_gibibyte_each(tmp_
     assert (np.bincount(loaded["label"]) == 50_000 // cfg.model.num_classes).all()
 
 
-def _peak_memory(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> float:
+def _peak_memory(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> float:
     """The largest resident size of this process, in GiB."""
     job.sample_images(cfg, found, world, output)
     status = Path(f"/proc/{os.getpid()}/status").read_text()

@@ -14,7 +14,7 @@ import torch
 from helpers import run_alone, run_ranks
 from test_sample import _refusal, _sample, prepared
 
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.sample import files, job
 from rear_scale.world import World
@@ -81,7 +81,7 @@ def test_too_little_disk_space_is_said_before_any_work(
     assert on_disk < 23 * one * 1.1
 
 
-def _refusal_of_a_newer_one(world: World, cfg: ExperimentConfig, found: checkpoint.Checkpoint, output: Path) -> str:
+def _refusal_of_a_newer_one(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> str:
     if world.rank == 1:
         files = [{**item, "sha256": "0" * 64} for item in found.meta["files"]]
         found = dataclasses.replace(

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_alone, run_ranks, tiny_config
+from helpers import find, run_alone, run_ranks, tiny_config
 from PIL import Image
 
 from rear_scale import config
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.sample import job
 from rear_scale.sample.sheets import FOLDER, SampleGrids, check_grids, grid_hooks
@@ -56,7 +55,7 @@ def test_sheets_show_the_samples_of_their_step(tmp_path: Path, tokens: Path) -> 
     assert len({sheet.read_bytes() for sheet in sheets}) == 2
     # The sampling job draws the same images of the last step.
     cfg.sample.num_images, cfg.sample.batch_size = 25, 25
-    found = checkpoint.find(tmp_path / "run")
+    found = find(tmp_path / "run")
     run_alone(lambda world: job.sample_images(cfg, found, world, tmp_path / "samples.npz"))
     drawn = np.load(tmp_path / "samples.npz")["arr_0"]
     with Image.open(sheets[1]) as sheet:

@@ -18,11 +18,13 @@ from helpers import environment, run_alone, tiny_config
 from safetensors.torch import save_file
 
 from rear_scale import cli
-from rear_scale.checkpoint import open as sources
+from rear_scale.checkpoint import folder as layout
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint.convert import convert
 from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.open import load_generator_weights, open_source, write_portable
+from rear_scale.checkpoint.open import open_source
+from rear_scale.checkpoint.restore import load_generator_weights
+from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import InputError, from_dict, load, to_dict, to_yaml
 from rear_scale.files import file_sha256
 from rear_scale.model import build_model
@@ -222,7 +224,7 @@ def test_a_damaged_part_is_named_with_an_intact_checkpoint(run: Path, spoil, exp
 
 def test_a_node_takes_checksums_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    monkeypatch.setattr(sources, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    monkeypatch.setattr(layout, "file_sha256", lambda path: read.append(path) or file_sha256(path))
     for rank, parts_read in ((8, 1), (9, 0)):
         ranks = {
             "RANK": rank,

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, run_alone, run_ranks, tiny_config, write_token_shards
+from helpers import find, metrics, run_alone, run_ranks, tiny_config, write_token_shards
 from test_evaluate import _Small
 from test_evaluate_jobs import reference
 from test_parallel import QUIET, TWO_RANKS, build, run_steps
 
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.config import ExperimentConfig
 from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.evaluate.job import Evaluation
@@ -143,7 +142,7 @@ def _check_everything_at_once(folder: Path, tokens: Path, world_sizes: dict[int,
             lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
             assert [line["step"] for line in lines] == [1, 2], name
             assert len(list((run / FOLDER).iterdir())) == 2, name
-            found = checkpoint.find(run)
+            found = find(run)
             assert found.step == 2, name
             assert {key.split("/")[0] for key in found.meta["index"]} == {"param", "exp_avg", "exp_avg_sq", "ema"}, name
 

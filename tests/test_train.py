@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TIMES, metrics, run_alone, tiny_config, write_token_shards
+from helpers import TIMES, find, metrics, run_alone, tiny_config, write_token_shards
 
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint import writer as writer_module
 from rear_scale.config import ExperimentConfig, InputError, groups_by_class, settled
 from rear_scale.objective import MicroBatch, Objective
 from rear_scale.run.folder import RunFolder
@@ -80,7 +80,7 @@ def test_a_run_folder_says_what_ran(unbroken: Path) -> None:
         "step_00000008",
         "step_00000012",
     ]
-    meta = checkpoint.find(unbroken).meta
+    meta = find(unbroken).meta
     assert (meta["step"], meta["images_seen"], meta["config"]["run"]["name"]) == (12, 144, "tiny")
 
 
@@ -98,8 +98,8 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, tokens: Path,
     assert run_alone(run, tiny_config(tmp_path, tokens, "strategy=single")) == 6
     assert without_times(metrics(stopped)) == without_times(metrics(unbroken))
     for kind in ("param", "exp_avg", "exp_avg_sq"):
-        ours, theirs = (checkpoint.find(path).reader(kind) for path in (stopped, unbroken))
-        for name in checkpoint.find(unbroken).names():
+        ours, theirs = (find(path).reader(kind) for path in (stopped, unbroken))
+        for name in find(unbroken).names():
             assert torch.equal(ours(name), theirs(name)), (kind, name)
     assert len((stopped / "starts.jsonl").read_text().splitlines()) == 2
 
@@ -228,7 +228,7 @@ def test_a_run_from_before_grouping_goes_on_as_it_began(tmp_path: Path, tokens: 
         run_alone(run, tiny_config(old, tokens, *still, "data.group_by_class=true"))
     run_alone(run, tiny_config(old, tokens, *still))
     assert _losses(old) == _losses(tmp_path / "whole")
-    assert checkpoint.find(old / "run").meta["config"]["data"]["group_by_class"] is False
+    assert find(old / "run").meta["config"]["data"]["group_by_class"] is False
 
 
 def test_garbage_is_collected_at_fixed_steps_while_training(
@@ -251,7 +251,7 @@ def test_the_twin_without_regularization_has_no_such_terms(tmp_path: Path, token
     (line,) = metrics(tmp_path / "run")
     assert (line["loss_encode"], line["loss_decode"], line["noise_max"]) == (None, None, 0.0)
     assert line["loss"] == line["loss_ar"]
-    assert not [name for name in checkpoint.find(tmp_path / "run").names() if "align" in name]
+    assert not [name for name in find(tmp_path / "run").names() if "align" in name]
 
 
 def test_a_changed_field_is_refused_unless_allowed(tmp_path: Path, tokens: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
         run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"))
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 4)
-    assert checkpoint.find(tmp_path / "run").step == 4
+    assert find(tmp_path / "run").step == 4
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert run_alone(run, tiny_config(tmp_path, tokens, "strategy=single")) == 8
 
@@ -356,14 +356,14 @@ def test_checkpoints_that_cannot_be_written_stop_the_last_step_alone(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     cfg = tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=4", "checkpoint.every_steps=1")
-    write = checkpoint.save_tensors
+    write = writer_module.save_tensors
 
     def failing(path: Path, tensors: dict) -> None:
         if "step_00000001" not in str(path):
             raise error
         write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", failing)
+    monkeypatch.setattr(writer_module, "save_tensors", failing)
     with pytest.raises(OSError, match="the checkpoint of the last step was not written: rank 0: ") as raised:
         run_alone(run, cfg)
     assert str(error) in str(raised.value)
@@ -373,4 +373,4 @@ def test_checkpoints_that_cannot_be_written_stop_the_last_step_alone(
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     monkeypatch.undo()
     assert run_alone(run, cfg) == 3
-    assert checkpoint.find(tmp_path / "run").step == 4
+    assert find(tmp_path / "run").step == 4

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 
 from rear_scale import cli, config
 from rear_scale.checkpoint.meta import read_meta
-from rear_scale.checkpoint.open import open_source, write_portable
+from rear_scale.checkpoint.open import open_source
 from rear_scale.checkpoint.released_config import is_released_yaml
+from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import InputError, to_dict
 from rear_scale.config.derived import derive
 from rear_scale.evaluate.images.npz import read_samples
@@ -67,7 +68,7 @@ def with_config(source: Path, out: Path, form: str, change: Callable[[dict[str, 
         path = out / "model.safetensors"
         found = open_source(source)
         found.meta["config"] = meta["config"]
-        from rear_scale.checkpoint.open import write_consolidated
+        from rear_scale.checkpoint.writer import write_consolidated
 
         write_consolidated(path, found, {name: found.reader("param")(name) for name in found.names()})
         return path

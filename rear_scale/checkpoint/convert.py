@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rear_scale import config
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint import released_trainer as accelerate
 from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.open import check_overrides, open_source, write_consolidated, write_portable
+from rear_scale.checkpoint.open import open_source, open_with_config
+from rear_scale.checkpoint.writer import write_consolidated, write_portable
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import remove_leftovers
 from rear_scale.locks import locked, remove_unheld
@@ -43,9 +43,7 @@ def convert(
             _portable_of_released(source, config_name, overrides, out)
         say(f"{source} -> {out} (portable, with optimizer state)")
         return
-    found = open_source(source, config_name, overrides)
-    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
-    check_overrides(found, cfg)
+    found, cfg = open_with_config(source, config_name, overrides)
     if ema and (form == "portable" or "index" not in found.meta or not found.has("ema")):
         raise InputError(
             f"--ema: {found.path} has no moving average, or --to {form} keeps it beside the weights. Leave --ema out, "
@@ -129,7 +127,6 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
 
 def _portable_of_released(source: Path, config_name: str | None, overrides: list[str], out: Path) -> None:
     released = accelerate.read_checkpoint(source, lambda name, weight: decays(name, weight, "released"))
-    weights_folder = source / "unwrapped_model" if (source / "unwrapped_model").is_dir() else source
-    values = open_source(weights_folder, config_name, overrides).meta["config"]
+    values = open_source(accelerate.weights_folder(source), config_name, overrides).meta["config"]
     with _alone(out):
         write_portable(out, released.step, released.tensors, {"config": values, "optimizer_step": released.step})

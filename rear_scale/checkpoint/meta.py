@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from rear_scale.config import InputError
 from rear_scale.files import checked_name
 from rear_scale.untrusted import StoredTensor, is_count, is_sha256, read_json, safetensors_head, shown
 
+META = "meta.json"
 FORMAT = "rear_scale checkpoint 1"
-
-_LARGEST_STEP = 99_999_999  # folders are named by eight digits
+CONSOLIDATED = "generator"  # what a weight file of ours says that it is
+LARGEST_STEP = 99_999_999  # folders are named by eight digits
 _COUNTS = ("step", "optimizer_step", "images_seen", "skipped_updates", "rewinds", "data_offset", "world_size")
 _KEY = re.compile(r"(param|exp_avg|exp_avg_sq|ema)/[\w.]+", re.ASCII)
 _TEXTS = ("tokenizer_sha256", "data_fingerprint", "commit")
@@ -25,7 +26,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises InputError when there is none, when it is of another format or not whole, and for names that are not those of
     files in the folder.
     """
-    path = folder / "meta.json"
+    path = folder / META
     try:
         meta = read_json(path)
     except FileNotFoundError:
@@ -47,7 +48,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def _wrong(meta: dict[str, Any], path: Path) -> str | None:
     """What in a meta.json of our format cannot be, or None."""
     for name in _COUNTS:
-        if name in meta and not (is_count(meta[name]) and (name != "step" or meta[name] <= _LARGEST_STEP)):
+        if name in meta and not (is_count(meta[name]) and (name != "step" or meta[name] <= LARGEST_STEP)):
             return f"{name}={shown(meta[name])} is not a whole number that it can be"
     for name, kind in (("step", int), ("config", dict), ("files", list), ("index", dict)):
         if not isinstance(meta.get(name), kind):
@@ -77,21 +78,25 @@ def _wrong_files(files: list[Any], index: dict[str, Any], path: Path) -> str | N
     return None
 
 
-def stored_tensors(folder: Path, meta: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder by key, out of the heads of its files.
+def stored_tensors(
+    folder: Path, meta: Mapping[str, Any], files: Collection[str] | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint folder by key, out of the heads of its files (by default, all of them).
 
     Raises InputError when a file is missing or none, holds anything but float32, or lacks what the index says of it.
     """
     heads: dict[str, dict[str, StoredTensor]] = {}
-    for item in meta["files"]:
-        path = folder / item["file"]
+    for name in [item["file"] for item in meta["files"]] if files is None else files:
+        path = folder / name
         try:
-            _, heads[item["file"]] = safetensors_head(path)
+            _, heads[name] = safetensors_head(path)
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{path} cannot be read ({reason}). Copy it again, or use another checkpoint") from error
     found = {}
     for key, file in meta["index"].items():
+        if file not in heads:
+            continue
         stored = heads[file].get(key)
         if stored is None or stored.dtype != "F32":
             what = "lacks" if stored is None else f"has {stored.dtype} instead of F32 for"

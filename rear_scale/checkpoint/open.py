@@ -1,12 +1,12 @@
-"""Where weights come from: a run folder, one of its checkpoints, a weight file of ours, or a released one; and the portable
-form of what did not come from a strategy."""
+"""The finder: a run folder, one of its checkpoints, a weight file of ours, or a released one, opened as a checkpoint.
+
+Two rules say which checkpoint of a run is meant: training resumes by `newest_intact`, everything else by `newest_or_refuse`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,28 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rear_scale import config
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint import released_config as published
-from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.meta import stored_tensors
+from rear_scale.checkpoint.folder import (
+    CHECKPOINTS,
+    Checkpoint,
+    complete,
+    damage,
+    fault,
+    folders,
+    open_checkpoint,
+    set_aside,
+)
+from rear_scale.checkpoint.meta import CONSOLIDATED, META, stored_tensors
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.fields import declaration
 from rear_scale.config.values import leaves
-from rear_scale.files import atomic_folder, file_sha256, write_text_atomically
-from rear_scale.model import Generator, meta_model
+from rear_scale.files import file_sha256
+from rear_scale.model import meta_model
 from rear_scale.parallel.strategy import Kind
 from rear_scale.untrusted import is_count, shown
-from rear_scale.weight_file import find_weights, read_head, save_tensors, write_tensors
-from rear_scale.world import discover
-
-_CONSOLIDATED = "generator"
+from rear_scale.weight_file import find_weights, read_head
+from rear_scale.world import World, discover
 
 
 @dataclass(frozen=True)
@@ -66,27 +72,83 @@ class WeightFile(Checkpoint):
         return list(self.tensors)
 
 
-def open_source(path: Path, config_name: str | None = None, overrides: tuple[str, ...] | list[str] = ()) -> Checkpoint:
-    """The checkpoint of a run folder (its newest), a checkpoint folder, or a weight file of ours or of a released model.
+def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
+    """The rule of resuming: the newest intact checkpoint in a `checkpoints` folder, or None when it has none.
+
+    A damaged one is passed over: renamed to step_XXXXXXXX.damaged and named through `report` on rank 0. All ranks must call
+    this, with the run locked.
+    """
+    for path in reversed(world.from_main(folders(root) if world.is_main else None)):
+        # The ranks share the reading out among themselves, and learn of each other's findings.
+        faults = [found for found in world.gather(fault(path, share=(world.rank, world.size))) if found]
+        if not faults:
+            return open_checkpoint(path)
+        if world.is_main:
+            report(set_aside(path, faults[0]))
+    return None
+
+
+def newest_or_refuse(path: Path, named: str) -> Path:
+    """The rule of all else, which never takes another checkpoint by itself: what a path stands for, a folder or a file.
+
+    A checkpoint folder stands for itself, a run folder for its newest checkpoint, a weight file or the folder of a published
+    model for the file of weights. named: the path with its option or key, for errors. Raises InputError for any other path.
+    """
+    if (path / META).exists():
+        # Not relative: what is made of a checkpoint goes to the folder two above, whatever the current one is.
+        return Path(os.path.abspath(path))
+    if found := complete(path / CHECKPOINTS):
+        return found[-1]
+    if not path.exists():
+        raise InputError(
+            f"not found: {named}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
+        )
+    weights = find_weights(path)
+    if (path / CHECKPOINTS).is_dir() or weights.is_dir():
+        raise InputError(
+            f"{named}: it has no {CHECKPOINTS}/step_XXXXXXXX. Name a run folder with a checkpoint, or a checkpoint folder"
+        )
+    return weights
+
+
+def open_source(path: Path, config_name: str | None = None, overrides: Sequence[str] = ()) -> Checkpoint:
+    """The checkpoint that a path stands for by `newest_or_refuse`; a weight file is read as one.
 
     config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
     YAML of the released trainers. overrides are needed early only to tell the shape of a weight file's model. Raises
     InputError when there is no such source, when a file of it is missing or is not the one that was written, and when a
     weight file does not fit its config.
     """
-    if (path / "meta.json").exists():
-        # Not relative: what is made of a checkpoint goes to the folder two above, whatever the current one is.
-        return _intact(Path(os.path.abspath(path)))
-    if folders := _complete(path / "checkpoints"):
-        return _intact(folders[-1])
-    if not path.exists():
-        raise InputError(
-            f"not found: --checkpoint {path}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
-        )
-    if (path / "checkpoints").is_dir() or find_weights(path).is_dir():
-        return checkpoint.find(path)  # its error says what a checkpoint looks like
-    tensors = official.read_weights(path, "--checkpoint")
-    head = _own_head(path)
+    place = newest_or_refuse(path, f"--checkpoint {path}")
+    return _intact(place) if place.is_dir() else _weight_file(path, place, config_name, overrides)
+
+
+def open_with_config(
+    path: Path, config_name: str | None, overrides: Sequence[str]
+) -> tuple[Checkpoint, ExperimentConfig]:
+    """`open_source`, and the config of its training with overrides. Raises InputError when they ask for another model."""
+    found = open_source(path, config_name, overrides)
+    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
+    check_overrides(found, cfg)
+    return found, cfg
+
+
+def read_weights(path: Path, field: str) -> dict[str, Tensor]:
+    """All tensors of what a path stands for by `newest_or_refuse`, on the CPU, whatever model they are of.
+
+    `field` is the config key that names the path in errors. Raises InputError as `open_source` does.
+    """
+    place = newest_or_refuse(path, f"{field}={path}")
+    if place.is_file():
+        return official.read_weights(place, field)
+    found = _intact(place)
+    read = found.reader("param")
+    return {name: read(name) for name in found.names()}
+
+
+def _weight_file(path: Path, file: Path, config_name: str | None, overrides: Sequence[str]) -> WeightFile:
+    tensors = official.read_weights(file, "--checkpoint")
+    head = _own_head(file)
     if config_name is not None:
         cfg = load_config(config_name, overrides)
     elif head:
@@ -98,16 +160,10 @@ def open_source(path: Path, config_name: str | None = None, overrides: tuple[str
         "optimizer_step": 0,
         "config": to_dict(cfg),
         "tokenizer_sha256": head.get("tokenizer_sha256", ""),
-        "files": [{"file": path.name, "sha256": file_sha256(find_weights(path))}],
+        "files": [{"file": path.name, "sha256": file_sha256(file)}],
     }
     _check_fits({name: tuple(value.shape) for name, value in tensors.items()}, cfg, str(path))
     return WeightFile(path, meta, tensors)
-
-
-def _complete(root: Path) -> list[Path]:
-    """The checkpoint folders that were written to their end, oldest first."""
-    named = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
-    return sorted(path for path in named if (path / "meta.json").is_file())
 
 
 def _intact(folder: Path) -> Checkpoint:
@@ -115,30 +171,15 @@ def _intact(folder: Path) -> Checkpoint:
 
     Checksums are taken once per node, by its first process: whoever starts the ranks ends the others when it is gone.
     """
-    found = checkpoint.open_checkpoint(folder)
-    takes_checksums = discover().local_rank == 0
-    listed = {item["file"]: (item["size"], item["sha256"]) for item in found.meta["files"]}
-    for name, (size, sha256) in sorted(listed.items()):
-        file = folder / name
-        if not file.is_file():
-            raise InputError(f"not found: {file}, which meta.json lists. {_another(folder)}")
-        if file.stat().st_size != size:
-            raise InputError(
-                f"{file} has {file.stat().st_size} bytes, but meta.json says {size}: it is truncated or altered. "
-                f"{_another(folder)}"
-            )
-        if takes_checksums and file_sha256(file) != sha256:
-            raise InputError(f"{file} does not match its checksum in meta.json: it is damaged. {_another(folder)}")
+    found = open_checkpoint(folder)
+    if wrong := damage(found, checksums=discover().local_rank == 0):
+        others = [other for other in complete(folder.parent) if other.name != folder.name]
+        raise InputError(f"{folder}/{wrong}. Copy it again, or use {others[-1] if others else 'another checkpoint'}")
+    cfg = config.from_file(found.meta["config"], source=str(folder / META))
     stored = stored_tensors(folder, found.meta)
-    cfg = config.from_file(found.meta["config"], source=str(folder / "meta.json"))
     shapes = {key.removeprefix("param/"): one.shape for key, one in stored.items() if key.startswith("param/")}
     _check_fits(shapes, cfg, str(folder))
     return found
-
-
-def _another(folder: Path) -> str:
-    others = [path for path in _complete(folder.parent) if path.name != folder.name]
-    return f"Copy it again, or use {others[-1] if others else 'another checkpoint'}"
 
 
 def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
@@ -154,26 +195,6 @@ def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
             )
 
 
-def load_generator_weights(found: Checkpoint, model: Generator) -> None:
-    """Fills a model without heads in place, whatever its device and dtype, one weight at a time.
-
-    Raises InputError unless all weights of the source but heads have their place in it, and are finite.
-    """
-    read, own = found.reader("param"), model.state_dict()
-    names = [name for name in found.names() if not official.is_head(name)]
-    shapes = {name: read(name).to("meta") for name in names}
-    official.check_fits(shapes, model, str(found.path), heads_optional=True)
-    for name in names:
-        # Through a mapping of its own: what was read through one counts as memory of the process while that one lasts.
-        weight = found.reader("param")(name)
-        if not weight.isfinite().all():
-            raise InputError(
-                f"{found.path}: {name} holds values that are not finite, which samples cannot be drawn from. "
-                "Use an earlier checkpoint, or get the file again"
-            )
-        own[name].copy_(weight)
-
-
 def _check_fits(shapes: Mapping[str, tuple[int, ...]], cfg: ExperimentConfig, source: str) -> None:
     """Raises InputError when a source's tensors are not those of its config's model. Only their shapes are looked at, and
     the depth comes first: a model, even without memory, takes time for every block."""
@@ -187,7 +208,7 @@ def _check_fits(shapes: Mapping[str, tuple[int, ...]], cfg: ExperimentConfig, so
     official.check_fits(weights, meta_model(cfg), source, heads_optional=True)
 
 
-def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> ExperimentConfig:
+def load_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """A config of ours, or of a YAML of the released trainers."""
     if published.is_released_yaml(Path(name)):
         return published.config_of_yaml(Path(name), overrides)
@@ -199,7 +220,7 @@ def _own_head(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         return {}
     head = read_head(path, "--checkpoint").own
-    if head.get("kind") != _CONSOLIDATED:
+    if head.get("kind") != CONSOLIDATED:
         return {}
     step, made_by = head.get("step"), head.get("tokenizer_sha256")
     if not is_count(step) or not isinstance(made_by, str) or "config" not in head:
@@ -208,24 +229,3 @@ def _own_head(path: Path) -> dict[str, Any]:
             "Make the file again with launchers/convert.py"
         )
     return head
-
-
-def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """One safetensors file of float32 weights by official names, with the config and step of their source in its head."""
-    head = {"kind": _CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
-    head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
-    write_tensors(path, weights, head)
-
-
-def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    """A checkpoint folder of whole tensors (kind -> name -> tensor), complete when it becomes visible."""
-    keyed = {
-        f"{kind}/{name}": value.float().contiguous() for kind, named in tensors.items() for name, value in named.items()
-    }
-    with atomic_folder(folder) as temporary:
-        file = temporary / "part-00000.safetensors"
-        save_tensors(file, keyed)
-        files = [{"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}]
-        index = dict.fromkeys(keyed, file.name)
-        meta = {"format": checkpoint.FORMAT, "step": step, **meta, "files": files, "index": index}
-        write_text_atomically(temporary / "meta.json", json.dumps(meta, indent=1))

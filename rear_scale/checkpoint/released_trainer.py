@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rear_scale.checkpoint.meta import LARGEST_STEP
 from rear_scale.checkpoint.released import read_weights
 from rear_scale.config import InputError
 from rear_scale.untrusted import check_file, is_count, read_json, shown
@@ -32,17 +33,21 @@ def is_released_checkpoint(path: Path) -> bool:
     return path.is_dir() and (path / "optimizer.bin").exists() and (path / "metadata.json").exists()
 
 
+def weights_folder(path: Path) -> Path:
+    """Where such a checkpoint has its weights."""
+    return path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path
+
+
 def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> ReleasedCheckpoint:
     """Weights and optimizer state of a checkpoint-N folder. `decays` is the released rule of weight decay.
 
     The optimizer numbers its parameters: those without weight decay first, each group in the order of the model's
     state_dict. Raises InputError when files are missing or do not fit each other.
     """
-    weights = read_weights(path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path, "train.init_from")
+    weights = read_weights(weights_folder(path), "train.init_from")
     try:
         step = read_json(path / "metadata.json")["global_step"]
-        # Folders of checkpoints have eight digits.
-        if not is_count(step) or step > 99_999_999:
+        if not is_count(step) or step > LARGEST_STEP:
             raise ValueError(f"global_step={shown(step)} is no number of steps")
         check_file(path / "optimizer.bin")
         optimizer = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True)

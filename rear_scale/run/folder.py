@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
+from rear_scale.checkpoint.folder import CHECKPOINTS, last_step
 from rear_scale.config import ExperimentConfig, InputError, to_yaml
 from rear_scale.files import DISK_ERRORS, atomic_file, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import say
 from rear_scale.run.line_log import LineLog
-from rear_scale.run.requeue import last_step
 from rear_scale.run.versions import commit, versions
 from rear_scale.world import World
 
@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> Path:

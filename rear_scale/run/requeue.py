@@ -14,30 +14,11 @@ import sys
 from pathlib import Path
 
 from rear_scale import config
+from rear_scale.checkpoint.folder import last_step, saved_steps
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
 
 _EXIT_INPUT_ERROR = 2
-
-
-def last_step(folder: str | Path) -> int:
-    """The step of the newest intact checkpoint of a run folder, 0 without one."""
-    return max(saved_steps(folder), default=0)
-
-
-def saved_steps(folder: str | Path) -> list[int]:
-    """The steps of the checkpoints whose files are there in their sizes, newest first. Checksums are not taken."""
-    folders = Path(folder).glob("checkpoints/step_????????")
-    steps = [int(path.name[5:]) for path in folders if path.name[5:].isdecimal() and _is_whole(path)]
-    return sorted(steps, reverse=True)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        files = json.loads((checkpoint / "meta.json").read_text())["files"]
-        return all((checkpoint / item["file"]).stat().st_size == item["size"] for item in files)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def verdict(folder: str | Path, step_before: int, code: int) -> tuple[bool, str]:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rear_scale.checkpoint.folder import folders
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
@@ -215,7 +216,7 @@ def check_wandb(cfg: ExperimentConfig, rank: int) -> None:
             f"wandb.mode=online needs a key for {server}, and none was found. Run `wandb login`, set WANDB_API_KEY, or use "
             "wandb.mode=offline"
         )
-    resumes = any(RunFolder(cfg.run.dir).checkpoints.glob("step_????????"))
+    resumes = bool(folders(RunFolder(cfg.run.dir).checkpoints))
     if rank == 0 and not resumes and (problem := _unreachable(server)) is not None:
         raise InputError(
             f"wandb.mode=online, but {server} does not answer ({problem}). Use wandb.mode=offline and `wandb sync` later"

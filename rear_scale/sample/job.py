@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.open import load_generator_weights
+from rear_scale.checkpoint.folder import Checkpoint, step_name
+from rear_scale.checkpoint.restore import load_generator_weights
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import write_text_atomically
 from rear_scale.model import Generator, empty_model
@@ -82,7 +82,7 @@ def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
     """Where the samples of a checkpoint go: one name for one set of settings."""
     identity = job_identity(cfg, checkpoint)
-    return checkpoint.run / "samples" / f"step_{checkpoint.step:08d}_n{cfg.sample.num_images}_{identity[:8]}.npz"
+    return checkpoint.run / "samples" / f"{step_name(checkpoint.step)}_n{cfg.sample.num_images}_{identity[:8]}.npz"
 
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:

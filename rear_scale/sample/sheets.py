@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rear_scale.checkpoint.folder import open_checkpoint
+from rear_scale.checkpoint.folder import open_checkpoint, step_name
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS, atomic_file
 from rear_scale.progress import say
@@ -81,7 +81,7 @@ class SampleGrids:
             self(step, path)
 
     def _file(self, step: int) -> Path:
-        return Path(self.cfg.run.dir) / FOLDER / f"step_{step:08d}.png"
+        return Path(self.cfg.run.dir) / FOLDER / f"{step_name(step)}.png"
 
     def _draw(self, step: int, path: Path) -> None:
         cfg, device = self.cfg, self.world.device

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from rear_scale.checkpoint.folder import last_step
 from rear_scale.config import ExperimentConfig
 from rear_scale.progress import say
-from rear_scale.run import requeue
 from rear_scale.run.folder import RunFolder
 from rear_scale.world import World
 
@@ -92,7 +92,7 @@ class StopSignal:
     def _end(self) -> None:
         try:
             if self.world.is_main:
-                saved = last_step(self.run)
+                saved = last_step(self.run.path)
                 self.run.set_status("failed", saved, f"ended by Ctrl-C; the same command continues from step {saved}")
                 say(f"stopped; the same command continues from step {saved}")
         finally:
@@ -164,7 +164,7 @@ class Watchdog:
                     reason = f"{reason}. {lost}"
                 self.world.peers.tell(reason)
             if self.world.is_main:
-                self.run.set_status("failed", last_step(self.run), reason)
+                self.run.set_status("failed", last_step(self.run.path), reason)
             # NCCL's own watchdog would write it later than this one ends the process.
             dump_collectives(self.run.path / "collectives" / f"rank_{self.world.rank}")
         finally:
@@ -203,11 +203,6 @@ class Spikes:
                 return True
         self.window.append(loss)
         return False
-
-
-def last_step(run: RunFolder) -> int:
-    """The step of the newest intact checkpoint: what a failed run can be resumed from."""
-    return requeue.last_step(run.path)
 
 
 def shard_positions(ids: list[int], shards: list[Any], folder: str | Path) -> str:

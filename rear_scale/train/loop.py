@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale import rng
-from rear_scale.checkpoint import folder as checkpoint
+from rear_scale.checkpoint.folder import Checkpoint, clear, last_step
+from rear_scale.checkpoint.open import newest_intact
+from rear_scale.checkpoint.restore import load_weights, restore
+from rear_scale.checkpoint.writer import Unwritten, Writer
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, settled, to_dict
 from rear_scale.model import build_model
 from rear_scale.model.attention import choose_kernel, use_kernel
@@ -33,7 +36,7 @@ from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.garbage import CollectAtSteps
-from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, last_step, shard_positions
+from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, shard_positions
 from rear_scale.train.setup import data_order
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
 from rear_scale.world import World
@@ -62,9 +65,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
     with ExitStack() as stack:
         stack.enter_context(world.alone(*run.lock))
         if world.is_main:
-            checkpoint.clear(run.checkpoints)
+            clear(run.checkpoints)
             run.clear()
-        found = checkpoint.newest(run.checkpoints, world, report=say)
+        found = newest_intact(run.checkpoints, world, report=say)
         cfg = settled(cfg, found.meta["config"] if found else None)
         if found is None and cfg.train.init_from is not None:
             found = start.take_over(cfg, tokens, run, world)
@@ -79,7 +82,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             for on_resume in hooks.on_resume:
                 on_resume(done, found.path)
             if world.is_main:
-                checkpoint.Writer(run.checkpoints, world, cfg.checkpoint, found).settle()
+                Writer(run.checkpoints, world, cfg.checkpoint, found).settle()
                 if run.state() != "done":
                     # Killed between the last checkpoint and its word for it.
                     run.set_status("done", done, _why_done(plan))
@@ -99,9 +102,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         except BaseException as error:
             cause = world.explained(error)
             if world.is_main:
-                run.set_status("failed", last_step(run), _why_failed(cause))
+                run.set_status("failed", last_step(run.path), _why_failed(cause))
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"the same command continues from step {last_step(run)}") from None
+                raise KeyboardInterrupt(f"the same command continues from step {last_step(run.path)}") from None
             if cause is not error:
                 raise cause from None
             raise
@@ -122,7 +125,7 @@ class _Run:
         codebook: Tensor,
         hooks: Hooks,
         run: RunFolder,
-        found: checkpoint.Checkpoint | None,
+        found: Checkpoint | None,
         spikes: Spikes,
         stop: StopSignal,
         watchdog: Watchdog,
@@ -135,7 +138,7 @@ class _Run:
         # Steps of data that a rewind has passed over.
         self.data_offset = meta.get("data_offset", 0)
         self.objective = Objective(cfg, plan, codebook, world.device)
-        self.writer = checkpoint.Writer(run.checkpoints, world, cfg.checkpoint, found)
+        self.writer = Writer(run.checkpoints, world, cfg.checkpoint, found)
         if world.is_main:
             run.cut_metrics(self.first - 1)
             run.set_status("running", self.first - 1, "")
@@ -143,7 +146,7 @@ class _Run:
         if world.is_main and found:
             say(f"resumed from {found.path}")
 
-    def go(self) -> checkpoint.Checkpoint | None:
+    def go(self) -> Checkpoint | None:
         """None at the end; else the checkpoint to rewind to, with its meta.json's data_offset and rewinds moved on."""
         cfg, plan, world, strategy, objective = self.cfg, self.plan, self.world, self.strategy, self.objective
         batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
@@ -251,7 +254,7 @@ class _Run:
         elif problem is not None:
             self._report_unsaved(step, problem)
         if problem is not None and step == self.plan.last_step:
-            raise checkpoint.Unwritten(
+            raise Unwritten(
                 f"the checkpoint of the last step was not written: {problem}. The same command trains from the one before it"
             )
 
@@ -278,7 +281,7 @@ class _Run:
 
     def _preempt(self, step: int, meeting: _Meeting) -> None:
         if self.world.is_main:
-            saved = last_step(self.run)
+            saved = last_step(self.run.path)
             ranks = ", ".join(map(str, meeting.stop_ranks))
             self.run.set_status("preempted", saved, f"rank {ranks} was asked to stop during step {step}")
             say(f"stopped by a signal to rank {ranks}: step {saved} is saved. The same command continues")
@@ -313,7 +316,7 @@ class _Run:
             "Lower optim.lr, use train.precision=fp32, or leave such updates out with guard.on_nonfinite=skip"
         )
 
-    def _rewind(self, step: int, loss: float) -> checkpoint.Checkpoint | None:
+    def _rewind(self, step: int, loss: float) -> Checkpoint | None:
         """Says that a loss is a spike; the checkpoint to go back to where that is wanted and possible."""
         guard = self.cfg.guard
         wanted = guard.on_spike == "rewind" and self.rewinds < guard.max_rewinds
@@ -324,7 +327,7 @@ class _Run:
             return None
         if self.writer.thread is not None:
             self._finish_save()
-        found = checkpoint.newest(self.run.checkpoints, self.world, report=say)
+        found = newest_intact(self.run.checkpoints, self.world, report=say)
         if found is None:
             return None
         # The data between the checkpoint and the spike is passed over.
@@ -338,7 +341,7 @@ class _Run:
 class _Meeting:
     """What all ranks learn of each other before an update: one small collective."""
 
-    def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: checkpoint.Writer) -> None:
+    def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: Writer) -> None:
         # Loss and norm stay on the device until all ranks have sent theirs: the one time that a step waits for it.
         self.rows = world.table([stop, writer.state], [loss, grad_norm])
         stops, states, losses, norms = self.rows.T
@@ -346,7 +349,7 @@ class _Meeting:
         self.loss = losses.mean().item()
         self.bad_ranks = (~losses.isfinite()).nonzero()[:, 0].tolist()
         self.stop_ranks = stops.nonzero()[:, 0].tolist()
-        self.all_written = bool((states >= checkpoint.Writer.WRITTEN).all())
+        self.all_written = bool((states >= Writer.WRITTEN).all())
         # The norm is global: the same on all ranks.
         self.finite = not self.bad_ranks and math.isfinite(self.grad_norm)
 
@@ -368,9 +371,7 @@ class _Computation:
             return self.objective.loss(output, task)
 
 
-def _build(
-    cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, found: checkpoint.Checkpoint | None
-) -> Strategy:
+def _build(cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, found: Checkpoint | None) -> Strategy:
     """The strategy around a model with its first or its saved weights."""
     model = build_model(cfg)
     kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision, say if world.is_main else None)
@@ -382,16 +383,16 @@ def _build(
         start.first_weights(cfg, model, world)
     else:
         # Before the engine takes over: the copies that it makes are right from the start.
-        checkpoint.load_weights(found, model)
+        load_weights(found, model)
     prepare_blocks(model, cfg, world.device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     if found is not None:
-        checkpoint.restore(found, strategy)
+        restore(found, strategy)
     return strategy
 
 
-def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: checkpoint.Checkpoint) -> None:
+def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: Checkpoint) -> None:
     check_resumable(cfg, found.meta["config"], str(found.path))
     before, now = found.meta["data_fingerprint"], tokens.manifest.fingerprint
     if before != now and "data.train" not in cfg.resume.allow:

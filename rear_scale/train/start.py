@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from rear_scale.checkpoint import folder as checkpoint
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint import released_trainer as accelerate
-from rear_scale.checkpoint.open import open_source, write_portable
+from rear_scale.checkpoint.folder import Checkpoint, step_name
+from rear_scale.checkpoint.open import newest_intact, read_weights
+from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.model import Generator, build_model
 from rear_scale.parallel.strategy import decays
@@ -17,7 +18,6 @@ from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
-from rear_scale.weight_file import find_weights
 from rear_scale.world import World
 
 
@@ -35,21 +35,13 @@ def first_weights(cfg: ExperimentConfig, model: Generator, world: World) -> None
     model.init_weights(cfg.run.seed)
     if cfg.train.init_from is None:
         return
-    weights = _weights_of(Path(cfg.train.init_from))
+    weights = read_weights(Path(cfg.train.init_from), "train.init_from")
     fresh = official.load(weights, model, f"train.init_from={cfg.train.init_from}", heads_optional=True)
     if world.is_main:
         say(f"weights of {cfg.train.init_from}" + (f"; drawn anew: {', '.join(fresh[:4])} ..." if fresh else ""))
 
 
-def _weights_of(path: Path) -> dict[str, torch.Tensor]:
-    if find_weights(path).is_file():
-        return official.read_weights(path, "train.init_from")
-    source = open_source(path)
-    read = source.reader("param")
-    return {name: read(name) for name in source.names()}
-
-
-def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: World) -> checkpoint.Checkpoint | None:
+def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: World) -> Checkpoint | None:
     """The state of a released trainer's checkpoint-N folder as the first checkpoint of this run, or None for other sources.
 
     Weights, moments and step go on from there; the order of data is ours. All ranks must call this. Raises InputError
@@ -59,7 +51,7 @@ def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: Wo
     if not accelerate.is_released_checkpoint(source):
         return None
     world.on_main(lambda: _write_first(cfg, tokens, run, source, world))
-    return checkpoint.newest(run.checkpoints, world, report=say)
+    return newest_intact(run.checkpoints, world, report=say)
 
 
 def _write_first(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, source: Path, world: World) -> None:
@@ -77,7 +69,7 @@ def _write_first(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, source
         "versions": versions(),
         "commit": commit(),
     }
-    folder = run.checkpoints / f"step_{released.step:08d}"
+    folder = run.checkpoints / step_name(released.step)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_portable(folder, released.step, released.tensors, meta)
     say(f"goes on from {source}: {released.step} updates done")

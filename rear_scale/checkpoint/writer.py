@@ -1,0 +1,259 @@
+"""Writes checkpoints: of a strategy while training goes on, of tensors that are there already, and as one weight file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rear_scale.checkpoint.folder import (
+    LATEST,
+    Checkpoint,
+    clear,
+    fault,
+    folders,
+    part_name,
+    reason,
+    set_aside,
+    step_name,
+    step_of,
+    unpublished,
+)
+from rear_scale.checkpoint.meta import CONSOLIDATED, FORMAT, META
+from rear_scale.config import CheckpointConfig
+from rear_scale.files import atomic_folder, file_sha256, publish_folder, remove_folder, write_text_atomically
+from rear_scale.parallel.strategy import Strategy
+from rear_scale.progress import say
+from rear_scale.weight_file import save_tensors, write_tensors
+from rear_scale.world import World
+
+# Room for the names and meta.json.
+_SPACE_MARGIN = 1.02
+
+
+class Unwritten(OSError):
+    """A checkpoint without which nothing can go on was not written."""
+
+
+class Writer:
+    """Writes checkpoints of a run while it goes on: training waits for the copy to host memory alone.
+
+    Each rank writes a part of the folder in a thread of its own. Nothing collective happens there: the ranks tell each other
+    `state` in step with training, and when all have written, `finish` makes the checkpoint visible.
+    """
+
+    IDLE, WRITING, WRITTEN, FAILED = range(4)
+
+    def __init__(self, root: Path, world: World, config: CheckpointConfig, resumed: Checkpoint | None = None) -> None:
+        """resumed: the checkpoint that the run goes on from, which stays for as long as this writer is in use."""
+        self.root, self.world, self.config = root, world, config
+        self.resumed = resumed.path if resumed else None
+        self.intact = {self.resumed} if self.resumed else set()  # on rank 0: known to be, by their checksums
+        self.damaged: dict[Path, str] = {}  # on rank 0: found by the thread, to be set aside
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
+        self.meta: dict[str, Any] = {}
+        self.mine: dict[str, Tensor] = {}
+        self.file = part_name(world.rank)
+
+    @property
+    def state(self) -> int:
+        """This rank's part: IDLE, WRITING, WRITTEN or FAILED."""
+        if self.thread is None:
+            return Writer.IDLE
+        if self.thread.is_alive():
+            return Writer.WRITING
+        return Writer.WRITTEN if self.error is None else Writer.FAILED
+
+    def begin(self, step: int, strategy: Strategy, meta: dict[str, Any]) -> str | None:
+        """Copies the state of a step and starts to write it. All ranks must call this, with no write going on.
+
+        Returns what is wrong when it cannot be written here (too little disk space), on all ranks.
+        """
+        assert self.thread is None
+        self.mine, self.error, self.meta = _own_share(strategy, self.world), None, {"step": step, **meta}
+        problem = self._prepare_folder()
+        if problem is None:
+            self.thread = threading.Thread(target=self._write, daemon=True)
+            self.thread.start()
+        return problem
+
+    def finish(self) -> tuple[Path | None, str | None]:
+        """Waits for all parts and makes the checkpoint visible: (its folder, None), or (None, what went wrong).
+
+        All ranks must call this while a write goes on, and all get the same answer.
+        """
+        assert self.thread is not None
+        self.thread.join()
+        self.thread = None
+        written = self.world.gather((self.error, self.meta.get("part")))
+        problem = next((f"rank {rank}: {error}" for rank, (error, _) in enumerate(written) if error), None)
+        final = self.root / step_name(self.meta["step"])
+        if self.world.is_main:
+            try:
+                if problem is None:
+                    self._publish(final, [part for _, part in written])
+            except Exception as error:  # whatever it is, training goes on
+                problem = f"rank 0: {reason(error)}"
+            if problem is not None:
+                shutil.rmtree(unpublished(final), ignore_errors=True)
+        problem = self.world.from_main(problem)
+        return (final, None) if problem is None else (None, problem)
+
+    def _prepare_folder(self) -> str | None:
+        part = unpublished(self.root / step_name(self.meta["step"]))
+        needed = int(self.world.sum([sum(tensor.nbytes for tensor in self.mine.values())]).item())
+        problem = None
+        if self.world.is_main:
+            try:
+                clear(self.root)
+                part.mkdir(parents=True)
+                free = shutil.disk_usage(self.root).free
+                if free < needed * _SPACE_MARGIN:
+                    problem = f"{self.root} has {free / 2**20:,.1f} MiB free, but a checkpoint takes {needed / 2**20:,.1f} MiB"
+                    shutil.rmtree(part)
+            except OSError as error:
+                problem = str(error)
+        return self.world.from_main(problem)
+
+    def _write(self) -> None:
+        path = unpublished(self.root / step_name(self.meta["step"])) / self.file
+        try:
+            save_tensors(path, self.mine)
+            _verify(path, self.mine)
+            self.meta["part"] = {**_listed(path), "keys": list(self.mine)}
+            if self.world.is_main:
+                self._look_at_older()
+        except Exception as error:  # whatever it is, training goes on
+            self.error = f"{path}: {reason(error)}"
+        self.mine = {}
+
+    def _look_at_older(self) -> None:
+        """Takes the checksums, once, of those that checkpoint.keep_last counts beside the new one."""
+        wanted = self.config.keep_last - 1
+        for path in reversed(folders(self.root)):
+            if wanted == 0 or step_of(path) >= self.meta["step"]:
+                continue
+            if path not in self.intact and (found := fault(path)):
+                self.damaged[path] = found
+                continue
+            self.intact.add(path)
+            wanted -= 1
+
+    def _publish(self, final: Path, parts: list[dict[str, Any]]) -> None:
+        part = unpublished(final)
+        files = [{name: item[name] for name in ("file", "size", "sha256")} for item in parts]
+        index = {key: item["file"] for item in parts for key in item["keys"]}
+        meta = {name: value for name, value in self.meta.items() if name != "part"}
+        _write_meta(part, meta, files, index)
+        publish_folder(part, final)  # in place of the same step, where it is saved again after a resume from before it
+        self.intact.add(final)
+        self._tidy(final)
+
+    def settle(self) -> None:
+        """What a kill has left undone of publishing the checkpoint that the run goes on from. Rank 0 alone."""
+        assert self.resumed is not None
+        if len(folders(self.root)) > self.config.keep_last:
+            self.meta = {"step": step_of(self.resumed)}
+            self._look_at_older()
+        self._tidy(self.resumed)
+
+    def _tidy(self, newest: Path) -> None:
+        """Names the newest checkpoint in `latest`, and removes those that are not kept. What goes wrong there is said: that
+        checkpoint is visible by now."""
+        latest, text = self.root / LATEST, f"{newest.name}\n"
+        try:
+            if not latest.exists() or latest.read_text() != text:
+                write_text_atomically(latest, text)
+            for path, found in self.damaged.items():
+                say(set_aside(path, found))
+            self.damaged = {}
+            self._remove_older()
+        except Exception as error:
+            say(f"{newest} is written, but its surroundings are not in order: {reason(error)}")
+
+    def _remove_older(self) -> None:
+        """Removes what checkpoint.keep_last and keep_every do not keep. Intact ones alone count."""
+        visible = folders(self.root)
+        intact = [path for path in visible if path in self.intact]
+        if len(intact) < self.config.keep_last:
+            return
+        oldest_kept = intact[-self.config.keep_last]
+        for old in visible[: visible.index(oldest_kept)]:
+            if old != self.resumed and (self.config.keep_every is None or step_of(old) % self.config.keep_every):
+                remove_folder(old)
+
+
+def save(
+    root: Path, step: int, strategy: Strategy, world: World, meta: dict[str, Any], config: CheckpointConfig
+) -> Path:
+    """Writes the checkpoint of a step and waits for it. All ranks must call this. Returns its folder.
+
+    Raises OSError, on all ranks, when it cannot be written.
+    """
+    writer = Writer(root, world, config)
+    problem = writer.begin(step, strategy, meta)
+    path = None
+    if problem is None:
+        path, problem = writer.finish()
+    if path is None:
+        raise Unwritten(f"the checkpoint of step {step} was not written: {problem}")
+    return path
+
+
+def _own_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
+    """Host copies of the tensors that this rank writes: about the same number of bytes on each."""
+    mine: dict[str, Tensor] = {}
+    filled = [0] * world.size
+    for kind in strategy.kinds:
+        # Gathering is collective, so every rank walks through all of them and keeps its own.
+        for name, tensor in strategy.tensors(kind):
+            owner = filled.index(min(filled))
+            filled[owner] += tensor.numel()
+            if owner == world.rank:
+                mine[f"{kind}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+    return mine
+
+
+def _verify(path: Path, expected: dict[str, Tensor]) -> None:
+    """Reads a part back. Raises OSError when the disk gives something else."""
+    with safe_open(path, "pt") as file:
+        for key, tensor in expected.items():
+            # As bits: a number that is not one differs from itself.
+            if not torch.equal(file.get_tensor(key).view(torch.int32), tensor.view(torch.int32)):
+                raise OSError(f"{key} reads back as something else")
+
+
+def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """A checkpoint folder of whole tensors (kind -> name -> tensor), complete when it becomes visible."""
+    keyed = {
+        f"{kind}/{name}": value.float().contiguous() for kind, named in tensors.items() for name, value in named.items()
+    }
+    with atomic_folder(folder) as temporary:
+        file = temporary / part_name(0)
+        save_tensors(file, keyed)
+        _write_meta(temporary, {"step": step, **meta}, [_listed(file)], dict.fromkeys(keyed, file.name))
+
+
+def _listed(file: Path) -> dict[str, Any]:
+    """A finished part, as meta.json lists it."""
+    return {"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def _write_meta(folder: Path, meta: dict[str, Any], files: list[dict[str, Any]], index: dict[str, str]) -> None:
+    """Writes meta.json, after which the folder is complete. index: from a tensor's key to the file that holds it."""
+    text = json.dumps({"format": FORMAT, **meta, "files": files, "index": index}, indent=1)
+    write_text_atomically(folder / META, text)
+
+
+def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor]) -> None:
+    """One safetensors file of float32 weights by official names, with the config and step of their source in its head."""
+    head = {"kind": CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
+    head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
+    write_tensors(path, weights, head)
