@@ -8,12 +8,11 @@ Run again after a kill, it continues; finished stages are not run again. Overrid
 """
 
 import argparse
-import shlex
 
 from rear_scale import cli
 from rear_scale.config import InputError
+from rear_scale.demo.commands import FOLDER, open_folder, stages
 from rear_scale.demo.report import write_report
-from rear_scale.demo.stages import FOLDER, Progress, stages
 from rear_scale.demo.summary import print_table, write_summary
 from rear_scale.world import locked
 
@@ -31,20 +30,15 @@ def main() -> None:
     seeds = list(range(args.seeds))
     planned = stages(seeds, args.overrides)
     if args.dry_run:
-        print("\n".join(shlex.join(stage.command) for stage in planned))
+        print("\n".join(stage.line for stage in planned))
         return
     in_use = f"{FOLDER} is in use by another demo. Wait for it, or start in another folder"
     # Beside the folder, which is moved when it was made by other settings.
     with locked(FOLDER.with_name(f".{FOLDER.name}.lock"), in_use):
-        progress = Progress(args.overrides)
-        for number, stage in enumerate(planned, start=1):
-            try:
-                progress.run(stage, number, len(planned))
-            except KeyboardInterrupt:
-                again = f"the same command continues with stage {number} of {len(planned)}, {stage.title}"
-                raise KeyboardInterrupt(again) from None
+        folder = open_folder(args.overrides)
+        folder.run_all(planned)
         summary = write_summary(seeds)
-        print_table(summary, write_report(summary, planned, progress))
+        print_table(summary, write_report(summary, planned, folder))
 
 
 if __name__ == "__main__":

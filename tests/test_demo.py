@@ -17,7 +17,7 @@ from helpers import ROOT, command_line, environment, launch
 
 from rear_scale.config import InputError
 from rear_scale.demo import report
-from rear_scale.demo.stages import FOLDER, Progress, Stage, stages
+from rear_scale.demo.commands import FOLDER, open_folder, stages
 from rear_scale.demo.summary import SCORES
 from rear_scale.world import locked
 
@@ -30,29 +30,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def a_stage(product: Path) -> Stage:
-    """Each run of it adds a line to its product."""
-    code = f"import pathlib; open({str(product)!r}, 'a').write('x')"
-    return Stage("one", "make one", ["python", "-c", code], product)
-
-
-def test_a_stage_without_its_product_is_run_again(here: Path) -> None:
-    stage = a_stage(Path("product"))
-    for expected in ("x", "x"):
-        Progress([]).run(stage, 1, 1)
-        assert stage.product.read_text() == expected
-    stage.product.unlink()
-    Progress([]).run(stage, 1, 1)
-    assert stage.product.read_text() == "x"
-
-
 def test_a_start_does_not_touch_what_is_as_it_was(here: Path) -> None:
-    Progress(["a"])
+    open_folder(["a"])
     mark = FOLDER / "stages/fingerprint"
     before = mark.stat()
-    Progress(["a"])
+    open_folder(["a"])
     assert (mark.stat().st_ino, mark.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    Progress(["b"])
+    open_folder(["b"])
     assert (FOLDER.with_name("demo.old1") / "stages/fingerprint").exists()
 
 
@@ -103,7 +87,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_wrong_arguments_leave_good_results_where_they_are(
     here: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: str
 ) -> None:
-    Progress(SHORT)
+    open_folder(SHORT)
     with pytest.raises(InputError, match=expected):
         demo(monkeypatch, override)
     assert [path.name for path in (here / "runs").iterdir()] == ["demo"]
@@ -116,17 +100,6 @@ def test_a_second_demo_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         demo(monkeypatch)
     assert not list((here / "runs").iterdir())
-
-
-def test_ctrl_c_names_the_stage_that_is_next(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Progress, stage: Stage, number: int, total: int) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Progress, "run", interrupted)
-    # The launcher's end says it.
-    with pytest.raises(KeyboardInterrupt, match="the same command continues with stage 2 of 10, train the tokenizer"):
-        demo(monkeypatch)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -181,7 +154,7 @@ def check_results(folder: Path, seeds: int) -> dict:
 def test_the_demo_survives_a_kill_and_does_nothing_twice(tmp_path: Path) -> None:
     demo = tmp_path / "runs/demo"
     kill_when(start(tmp_path, *SHORT), demo / "ar_seed0/checkpoints/latest", delay=0)
-    assert not (demo / "stages/train_ar_0.done").exists()
+    assert not (demo / "stages/train_ar_0.json").exists()
     process = start(tmp_path, *SHORT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -23,6 +23,7 @@ from rear_scale.model import meta_model
 from rear_scale.progress import say
 from rear_scale.scaling.cost import step_time
 from rear_scale.scaling.devices import cluster_of, devices
+from rear_scale.text_table import aligned
 from rear_scale.world import Ranks
 
 _LONGEST_WAIT = timedelta(hours=6)
@@ -140,12 +141,12 @@ def _efficiency(images_per_s: dict[int, float], size: int) -> float | None:
 
 def table(scaling: dict[str, list[dict[str, Any]]]) -> str:
     """For reading, of what `measure` gives."""
-    lines = [f"{'scaling':8} {'ranks':>6} {'batch':>8} {'images/s':>12} {'efficiency':>11} {'planned':>8}"]
+    lines = [["scaling", "ranks", "batch", "images/s", "efficiency", "planned"]]
     for name, rows in scaling.items():
         for row in rows:
             expected = row["planned_efficiency"]
-            lines.append(
-                f"{name:8} {row['world_size']:6} {row['global_batch_size']:8} {row['images_per_s']:12.1f} "
-                f"{row['efficiency']:11.1%} {'-' if expected is None else f'{expected:.1%}':>8}"
-            )
-    return "\n".join(lines)
+            lines.append([
+                name, str(row["world_size"]), str(row["global_batch_size"]), f"{row['images_per_s']:.1f}",
+                f"{row['efficiency']:.1%}", "-" if expected is None else f"{expected:.1%}",
+            ])  # fmt: skip
+    return aligned(lines)

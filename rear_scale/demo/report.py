@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from rear_scale.config import load
-from rear_scale.demo.stages import FOLDER, MODELS, Progress, Stage, run_folder, samples_file
+from rear_scale.demo.commands import FOLDER, MODELS, run_folder, samples_file
 from rear_scale.demo.summary import table
 from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.networks.classifier import NUM_FEATURES
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
+from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.sample.sheets import FOLDER as GRIDS
 from rear_scale.shards.images import open_images
 
@@ -22,7 +22,7 @@ _PER_CLASS = 12
 _TITLES = {"ar": "vanilla AR", "rear": "reAR"}
 
 
-def write_report(summary: dict[str, Any], stages: list[Stage], progress: Progress) -> Path:
+def write_report(summary: dict[str, Any], stages: list[Stage], folder: StageFolder) -> Path:
     """Writes FOLDER/report.html from finished stages. Returns its path."""
     path = FOLDER / "report.html"
     seed = summary["seeds"][0]
@@ -34,7 +34,7 @@ def write_report(summary: dict[str, Any], stages: list[Stage], progress: Progres
             _samples(seed),
             _scores(summary, result),
             _training(seed),
-            _commands(stages, progress),
+            _commands(stages, folder),
             _versions(result),
         ],
     )
@@ -100,8 +100,8 @@ def _training(seed: int) -> Section:
     return Section("Training", [text], pictures=pictures)
 
 
-def _commands(stages: list[Stage], progress: Progress) -> Section:
-    lines = [f"{shlex.join(stage.command)}   # {progress.seconds(stage):.0f} s" for stage in stages]
+def _commands(stages: list[Stage], folder: StageFolder) -> Section:
+    lines = [f"{stage.line}   # {folder.seconds(stage):.0f} s" for stage in stages]
     return Section("Commands", ["Each stage can be typed by itself, from the project's root."], code="\n".join(lines))
 
 

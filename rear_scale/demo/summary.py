@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rear_scale.demo.stages import FOLDER, MODELS, run_folder, samples_file
+from rear_scale.demo.commands import FOLDER, MODELS, run_folder, samples_file
 from rear_scale.files import write_text_atomically
+from rear_scale.text_table import aligned
 
 # name in summary.json -> (what the report calls it, digits)
 SCORES = {
@@ -105,12 +106,5 @@ def _cell(value: float | dict[str, Any] | None, digits: int) -> str:
 
 def print_table(summary: dict[str, Any], report: Path) -> None:
     header, rows = table(summary)
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        print(
-            "  ".join(
-                cell.ljust(width) if not number else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    print(aligned([header, *rows]))
     print(f"report: {report}", flush=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rear_scale.text_table import aligned
+
 ACCEPTED_FID_DIFFERENCE = 0.05
 
 
@@ -77,12 +79,4 @@ def published_row(row: PublishedRow) -> list[str]:
 def table(ours: list[list[str]], published: Mapping[str, PublishedRow] = ROWS) -> str:
     """Ours first, the published rows below, columns aligned."""
     rows = [list(_HEADER), *ours, *(published_row(row) for row in published.values())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 7) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, left=(0, len(_HEADER) - 1))

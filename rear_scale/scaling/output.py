@@ -11,6 +11,7 @@ from rear_scale.scaling import cost, widening
 from rear_scale.scaling.devices import Cluster
 from rear_scale.scaling.planner import PARTS, USABLE, Choice
 from rear_scale.scaling.widening import Width
+from rear_scale.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _table(report: Report) -> str:
             times = [str(one.cfg.train.micro_batch_size), f"{one.time.total_s:.3f}", f"{hidden:.3f}"]
             times += [f"{one.run_s / 86_400:.2f}", f"{one.gpu_hours:,.0f}"]
         rows.append([one.name, one.checkpointing, *memory, *times])
-    return "memory per GPU in GiB, with the largest micro-batch that fits\n" + _aligned(rows, left=2)
+    return "memory per GPU in GiB, with the largest micro-batch that fits\n" + aligned(rows, left=(0, 1))
 
 
 def _recommendation(report: Report) -> str:
@@ -168,7 +169,7 @@ def _scaling(report: Report) -> str:
     last = widening.last_that_pays(report.widths)
     verdict = f"a global batch of {batch:,} pays up to {last} GPUs" if last else "nothing fits"
     rule = f"pays: twice the GPUs are at least {widening.PAYS} times as fast"
-    return f"on more GPUs: {verdict} ({rule})\n" + _aligned(rows, left=0)
+    return f"on more GPUs: {verdict} ({rule})\n" + aligned(rows, left=())
 
 
 def _simulation(found: dict[str, Any]) -> str:
@@ -182,15 +183,4 @@ def _simulation(found: dict[str, Any]) -> str:
     for kind, sent in found["collectives"].items():
         rows.append([f"{kind} calls", str(sent["calls"]), str(sent["formula_calls"])])
         rows.append([f"{kind} GiB", f"{sent['gib']:.3f}", f"{sent['formula_gib']:.3f}"])
-    return f"{head}\n{_aligned(rows, left=1)}"
-
-
-def _aligned(rows: list[list[str]], left: int) -> str:
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if at < left else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return f"{head}\n{aligned(rows)}"

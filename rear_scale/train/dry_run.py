@@ -13,6 +13,7 @@ from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.reader import check_agree
 from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
+from rear_scale.text_table import aligned
 from rear_scale.train import fit
 from rear_scale.world import Ranks
 
@@ -116,6 +117,5 @@ def _both_units(steps: int, cfg: ExperimentConfig, plan: Plan) -> str:
 
 def _model_lines(cfg: ExperimentConfig) -> list[str]:
     parts = parameters_by_part(cfg)
-    width = max(map(len, parts))
-    lines = ["parameters:", *(f"  {name.ljust(width)} {count:>15,}" for name, count in parts.items())]
-    return [*lines, f"training FLOPs per image: {train_flops_per_image(cfg):.4g}"]
+    table = aligned([[f"  {name}", f"{count:,}"] for name, count in parts.items()])
+    return ["parameters:", table, f"training FLOPs per image: {train_flops_per_image(cfg):.4g}"]

@@ -1,0 +1,174 @@
+"""Work in stages, each a command line of its own: run in order, not twice, and continued after a kill.
+
+FOLDER/stages/NAME.json     command, inputs and seconds of a stage that has ended well
+FOLDER/logs/NAME.log        standard output of every start of a stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rear_scale.config import InputError
+from rear_scale.files import write_text_atomically
+from rear_scale.progress import say
+from rear_scale.shards.inputs import Inputs, fingerprint
+from rear_scale.world import end_with_parent, free_port
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command line, the files that it makes, and what these depend on."""
+
+    name: str  # of its record and its log
+    title: str  # for the user
+    command: Sequence[str]  # as it is typed in the project's root
+    products: tuple[Path, ...]  # files or folders that must be there afterwards
+    inputs: Inputs = field(default_factory=dict)  # what the products depend on beside the command
+    processes: int = 1  # that the command starts on this machine, and which share its cores
+
+    @property
+    def key(self) -> str:
+        """A hash of command and inputs. Among the inputs of a later stage, it has that one run again when this one changes."""
+        return fingerprint({"command": self.line, "inputs": fingerprint(self.inputs)})
+
+    @property
+    def line(self) -> str:
+        return shlex.join(self.command)
+
+
+class StageFolder:
+    """Which stages have ended well, and their logs. Several processes may use a folder, but not for the same stages."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def run_all(self, stages: Sequence[Stage]) -> None:
+        """Runs the stages that are not finished, in order. Raises InputError, as `run` does, for the first that fails, and
+        KeyboardInterrupt with the stage that is next."""
+        names = [stage.name for stage in stages]
+        assert len({*names}) == len(names), names
+        for number, stage in enumerate(stages, start=1):
+            try:
+                self.run(stage, f"[{number}/{len(stages)}] ")
+            except KeyboardInterrupt:
+                again = f"the same command continues with stage {number} of {len(stages)}, {stage.title}"
+                raise KeyboardInterrupt(again) from None
+
+    def run(self, stage: Stage, place: str = "") -> None:
+        """Runs a stage unless it is finished. place: what the user reads before its title.
+
+        Raises InputError when the command cannot be started, when it fails, and when it ends well without its products.
+        """
+        changed = self._changed(stage)
+        if changed is None:
+            say(f"{place}{stage.title}: finished before")
+            return
+        say(f"{place}{stage.title}{f' again: {changed}' if changed else ''}\n    {stage.line}")
+        # From here on the products are no longer those of the record, even if the command is killed.
+        self._record(stage).unlink(missing_ok=True)
+        started = time.monotonic()
+        self._start(stage)
+        missing = _missing(stage)
+        if missing:
+            raise InputError(
+                f"the stage '{stage.title}' ended well, but {missing[0]} is not there; see {self._log(stage)}"
+            )
+        seconds = round(time.monotonic() - started, 1)
+        record = {"command": stage.line, "inputs": stage.inputs, "seconds": seconds}
+        write_text_atomically(self._record(stage), json.dumps(record, indent=1) + "\n")
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Whether its products are there and were made by this command from these inputs."""
+        return self._changed(stage) is None
+
+    def seconds(self, stage: Stage) -> float:
+        """How long the start took that finished a stage."""
+        found = self._read(stage)
+        assert found is not None, stage.name
+        return found["seconds"]
+
+    def _changed(self, stage: Stage) -> str | None:
+        """Why a stage is to be run: "" when it has never ended well, None when it is finished."""
+        before = self._read(stage)
+        if before is None:
+            return ""
+        if before["command"] != stage.line:
+            return f"its command was {before['command']}"
+        names = sorted(before["inputs"].keys() | stage.inputs.keys())
+        others = [name for name in names if before["inputs"].get(name) != stage.inputs.get(name)]
+        if others:
+            return f"its inputs changed ({', '.join(others)})"
+        missing = _missing(stage)
+        return f"{missing[0]} is not there" if missing else None
+
+    def _read(self, stage: Stage) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._record(stage).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _start(self, stage: Stage) -> None:
+        log = self._log(stage)
+        for folder in (log.parent, self._record(stage).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            # Progress comes on stderr; what the launchers themselves have to say goes to the log.
+            try:
+                code = subprocess.run(
+                    _arguments(stage.command),
+                    stdout=output,
+                    env=_environment(stage.processes),
+                    preexec_fn=partial(end_with_parent, signal.SIGTERM),
+                ).returncode
+            except FileNotFoundError as error:
+                raise InputError(
+                    f"the stage '{stage.title}' needs the program {stage.command[0]}, which is not there. Install it, or put "
+                    "its folder into PATH"
+                ) from error
+        if code:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            raise InputError(f"the stage '{stage.title}' {how}; see above and {log}. The same command continues it")
+
+    def _record(self, stage: Stage) -> Path:
+        return self.path / "stages" / f"{stage.name}.json"
+
+    def _log(self, stage: Stage) -> Path:
+        return self.path / "logs" / f"{stage.name}.log"
+
+
+def _missing(stage: Stage) -> list[Path]:
+    return [path for path in stage.products if not path.exists()]
+
+
+def _arguments(command: Sequence[str]) -> list[str]:
+    """The command with the project's own files by their full paths, and on a port that nobody else uses."""
+    program, *arguments = command
+    arguments = [str(_ROOT / word) if word.startswith(("launchers/", "data/")) else word for word in arguments]
+    if program == "deepspeed":
+        arguments = ["--master_port", str(free_port()), *arguments]
+    if program == "torchrun":
+        arguments = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments]
+    return [program, *arguments]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Programs are those beside this Python, whatever stands first in PATH; deepspeed starts `python` by name too."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    found = {**os.environ, "PATH": path}
+    if processes > 1:
+        # Set here: otherwise torchrun sets 1 and prints a warning.
+        found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    return found
