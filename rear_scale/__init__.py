@@ -1,9 +1,10 @@
 """Scale-out training, sampling and evaluation of visual autoregressive models with reAR.
 
-The path of the data, in the order in which the modules may import each other:
+Its folders and files in their import order: each imports only those before it, and itself. README.md has a line for each.
 
-    config, rng, files, locks, world -> tokenizer -> shards -> model -> interop -> objective -> parallel -> train
-        -> sample -> evaluate -> analysis -> scaling -> report -> bench, demo
+    config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
+        -> tokenizer -> shards -> model -> objective -> optim -> parallel -> checkpoint -> run -> cli -> scaling
+        -> sample -> evaluate -> analysis -> train -> report -> bench, demo
 """
 
 import os

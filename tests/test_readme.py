@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
+import rear_scale
 from rear_scale import config
 from rear_scale.config.overrides import field_type
 
@@ -56,20 +60,85 @@ def test_the_first_screen_has_the_two_commands() -> None:
     assert any("bash launchers/test.sh" in line for line in first)
 
 
-def test_folders_import_only_what_stands_to_their_left() -> None:
-    order = ["config", "device", "untrusted", "progress", "rng", "files", "locks", "weight_file", "peers", "world"]
-    order += ["tokenizer", "shards", "model", "objective", "optim", "parallel", "checkpoint", "run", "cli"]
-    order += ["scaling", "train", "sample", "evaluate", "analysis", "report", "bench", "demo"]
-    for path in (ROOT / "rear_scale").rglob("*.py"):
-        here = path.relative_to(ROOT / "rear_scale").parts[0].removesuffix(".py")
-        if here == "__init__":
-            continue
-        for imported in re.findall(r"^\s*(?:from|import) rear_scale(?:\.(\w+))?", path.read_text(), re.MULTILINE):
-            names = (
-                [imported] if imported else re.findall(r"from rear_scale import (.*)", path.read_text())[0].split(", ")
-            )
-            for name in names:
-                assert order.index(name) <= order.index(here), f"{path.relative_to(ROOT)} imports {name}"
+def import_order() -> list[str]:
+    """The folders and files of rear_scale, as its docstring lists them."""
+    assert rear_scale.__doc__ is not None
+    return re.findall(r"\w+", rear_scale.__doc__.split("\n\n")[-1])
+
+
+def name_of(path: Path) -> str:
+    """As the import statement has it, without rear_scale in front; of a package's __init__.py the package."""
+    return ".".join(path.relative_to(ROOT / "rear_scale").with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in (ROOT / "rear_scale").rglob("*.py")}
+
+# Modules that are imported inside a function, by the module that does it, and why.
+LATE = {
+    "parallel": (
+        "parallel.ddp parallel.deepspeed parallel.fsdp",
+        "an engine is imported by the strategy that runs on it",
+    ),
+    "optim.adamw": ("optim.deepspeed_adam", "it imports DeepSpeed, which other optimizers do without"),
+    "run.requeue": ("checkpoint.open", "it imports torch, and the answer is to be there within a second"),
+    "scaling.command": ("scaling.measure scaling.simulate", "a plan on paper needs neither engines nor the objective"),
+}
+
+
+@cache
+def imports_of(name: str) -> tuple[set[str], set[str]]:
+    """Modules of rear_scale that a module imports, and those of them that it imports inside a function."""
+    tree = ast.parse(MODULES[name].read_text())
+    everywhere, late = set(), set()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        imported = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            whole = [f"{node.module}.{item.name}" for item in node.names]
+            imported = [one if one.removeprefix("rear_scale.") in MODULES else str(node.module) for one in whole]
+        elif isinstance(node, ast.Import):
+            imported = [item.name for item in node.names]
+        ours = {one.removeprefix("rear_scale.") for one in imported if one.startswith("rear_scale.")}
+        everywhere |= ours
+        late |= ours if id(node) in inside else set()
+    return everywhere, late
+
+
+def test_the_import_order_is_that_of_the_readme_and_complete() -> None:
+    order = import_order()
+    shown = (ROOT / "README.md").read_text().split("## Map of the code")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in shown.splitlines() if line.startswith("| `rear_scale")]
+    assert [name for row in rows for name in re.findall(r"`rear_scale/(\w+)", row)] == order
+    assert {name.partition(".")[0] for name in MODULES} - {"__init__"} == {*order}
+
+
+@pytest.mark.parametrize("name", import_order())
+def test_a_folder_imports_only_what_stands_before_it(name: str) -> None:
+    order = import_order()
+    for module in MODULES:
+        if module.partition(".")[0] == name:
+            for imported in imports_of(module)[0]:
+                assert imported.partition(".")[0] in order[: order.index(name) + 1], f"{module} imports {imported}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {}
+    for name in MODULES:
+        imported = {*imports_of(name)[0]}
+        # Importing a.b runs a/__init__.py first, which counts for modules outside of a.
+        packages = {one.rpartition(".")[0] for one in imported if "." in one}
+        graph[name] = imported | {one for one in packages if not name.startswith(one)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_imports_inside_functions_have_a_reason() -> None:
+    found = {name: " ".join(sorted(late)) for name in MODULES if (late := imports_of(name)[1])}
+    assert found == {name: imported for name, (imported, _) in LATE.items()}
 
 
 def test_engines_are_imported_where_they_belong() -> None:
