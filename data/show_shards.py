@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.files import file_sha256
-from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.grid import write_sheet
 from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
@@ -59,7 +58,7 @@ def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> 
             print(f"no picture: it takes the weights of {manifest.tokenizer} (--weights; {published})")
             return
         pixels = decoded_images(shards, manifest, weights, samples)
-    Image.fromarray(contact_sheet(pixels, _COLUMNS)).save(out)
+    write_sheet(out, pixels, _COLUMNS)
     print(f"{len(pixels)} samples, spread over the set in its order: {out}")
 
 

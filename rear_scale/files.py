@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -15,7 +16,9 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from rear_scale.config import InputError
 
@@ -79,6 +82,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_open(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """`atomic_file`, opened for writing, for what writes to an open file."""
+    with atomic_file(path) as temporary, open(temporary, mode) as file:
+        yield file
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which is renamed to `path` when the block ends well, in place of an earlier one.
 
@@ -118,6 +128,15 @@ def publish_folder(temporary: Path, path: str | Path) -> None:
 def write_text_atomically(path: str | Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(text)
+
+
+def write_array_atomically(path: str | Path, values: np.ndarray) -> None:
+    """Writes a .npy file as np.save does, and raises an error of a full disk that names it as such."""
+    data = io.BytesIO()
+    np.save(data, values)
+    # Not to the file: of a full disk np.save says how many items it wrote, and not that there is no room.
+    with atomic_open(path) as file:
+        file.write(data.getbuffer())
 
 
 def remove_folder(path: Path) -> None:

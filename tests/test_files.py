@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,14 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_token_shards
+from helpers import ROOT, write_token_shards
 
 from rear_scale import files, weight_file
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint.writer import write_portable
 from rear_scale.evaluate.metrics.statistics_file import write_statistics
-from rear_scale.files import atomic_file, atomic_folder, remove_leftovers, sync, write_text_atomically
-from rear_scale.sample import files as sample_files
+from rear_scale.files import (
+    atomic_file,
+    atomic_folder,
+    remove_leftovers,
+    sync,
+    write_array_atomically,
+    write_text_atomically,
+)
 from rear_scale.sample import npz_writer as npz
 from rear_scale.shards.reader import open_tokens
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -35,7 +43,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "released.bin": lambda path: official.write(path, WEIGHTS),
     "tokenizer": lambda path: CompactTokenizer(16, 32, 8, 16).save(path),
     "samples.npz": lambda path: npz.write_samples(path, [np.zeros((2, 4, 4, 3), np.uint8)], 2, 4, np.zeros(2)),
-    "array.npy": lambda path: sample_files.save(path, np.zeros(5)),
+    "array.npy": lambda path: write_array_atomically(path, np.zeros(5)),
     "statistics.npz": lambda path: write_statistics(path, {}, {}, {"count": 0}),
     "shards": lambda path: write_token_shards(path, 10),
     "cache": lambda path: open_tokens(write_token_shards(path.with_name("tokens"), 10), str(path)),
@@ -267,3 +275,32 @@ def test_a_killed_safetensors_writer_leaves_nothing_of_the_library(
     assert len(names(tmp_path)) == 2
     write_tensors(tmp_path / "file", WEIGHTS, None)
     assert names(tmp_path) == {"file"}
+
+
+# Calls that write a part and rename it, or take the checksum of a file: by the modules that may make them.
+_OWN_WAYS = {
+    "rear_scale/files.py": "the one way",
+    "rear_scale/locks.py": "takes over the file of a lock",
+    "rear_scale/weight_file.py": "the library writes under a name of its own",
+    "rear_scale/checkpoint/folder.py": "sets a damaged folder aside",
+}
+
+
+def _renames(path: Path) -> bool:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, arguments = node.func.attr, len(node.args) + len(node.keywords)
+            # With one argument it is a path's: those of texts take two.
+            if name in {"rename", "renames", "fsync", "fdatasync", "file_digest", "mkstemp"}:
+                return True
+            if name == "replace" and (arguments == 1 or ast.unparse(node.func) == "os.replace"):
+                return True
+    return False
+
+
+def test_files_are_replaced_and_steps_are_named_in_one_place() -> None:
+    paths = [path for folder in ("rear_scale", "data", "launchers") for path in (ROOT / folder).rglob("*.py")]
+    places = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    assert {place for place, path in places.items() if _renames(path)} == set(_OWN_WAYS)
+    named = [place for place, path in places.items() if re.search(r"step_(\{|%)|step_[?*]", path.read_text())]
+    assert named == ["rear_scale/checkpoint/folder.py"]

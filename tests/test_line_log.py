@@ -138,7 +138,7 @@ def test_what_was_logged_after_a_step_is_cut_without_room(tmp_path: Path, monkey
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step, "host": "ü"}, ensure_ascii=False) for step in range(1, 5)]
     folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "ho')
-    monkeypatch.setattr(run_folder, "atomic_file", failing(errno.ENOSPC))
+    monkeypatch.setattr(run_folder, "atomic_open", failing(errno.ENOSPC))
     folder.cut_metrics(3)
     assert folder.metrics.read_text().splitlines() == lines[:3]
 

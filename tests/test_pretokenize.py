@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 
 from rear_scale import config
 from rear_scale.config import DataConfig, ExperimentConfig, InputError
-from rear_scale.files import file_sha256
+from rear_scale.files import file_sha256, unfinished
 from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, BadImage, center_crop, cut, decode_image
 from rear_scale.shards.image_sources import load_crops, open_source
@@ -84,7 +84,7 @@ def test_the_bytes_do_not_depend_on_ranks_or_kills(tmp_path: Path, monkeypatch: 
 
     def killed(folder, index, *rest, **named):
         if index == 3:
-            (folder / "shard-000003.part").write_bytes(b"half")
+            unfinished(folder / "shard-000003.tar").write_bytes(b"half")
             raise KeyboardInterrupt
         return written(folder, index, *rest, **named)
 

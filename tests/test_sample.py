@@ -22,7 +22,7 @@ from rear_scale.checkpoint.open import open_source
 from rear_scale.config import ExperimentConfig, GuidanceConfig, InputError, SampleConfig, load
 from rear_scale.files import file_sha256
 from rear_scale.model import Generator, build_model
-from rear_scale.sample import files, job
+from rear_scale.sample import job
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
 from rear_scale.sample.grid import contact_sheet
@@ -315,7 +315,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(atomic_files, "unfinished", lambda path: tmp_path / "full")
     monkeypatch.setattr(atomic_files, "_create", lambda path: 0o666)
     with pytest.raises(OSError, match="No space left") as raised:
-        files.save(tmp_path / "unit.npy", np.zeros(100_000))
+        atomic_files.write_array_atomically(tmp_path / "unit.npy", np.zeros(100_000))
     assert raised.value.errno == errno.ENOSPC
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import InputError
-from rear_scale.files import atomic_file
+from rear_scale.files import atomic_open
 from rear_scale.model.generator import Shape
 from rear_scale.model.transformer import SPARE_POSITIONS
 from rear_scale.weight_file import find_weights, read_state, save_tensors
@@ -143,7 +143,7 @@ def write(path: Path, weights: Mapping[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         save_tensors(path, plain)
     else:
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        with atomic_open(path) as file:
             torch.save(plain, file)
 
 

@@ -28,7 +28,7 @@ import torch
 
 from rear_scale.checkpoint.folder import CHECKPOINTS, last_step
 from rear_scale.config import ExperimentConfig, InputError, to_yaml
-from rear_scale.files import DISK_ERRORS, atomic_file, remove_leftovers, write_text_atomically
+from rear_scale.files import DISK_ERRORS, atomic_open, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import say
 from rear_scale.run.line_log import LineLog
@@ -109,8 +109,8 @@ class RunFolder:
             if data.startswith(kept):
                 os.truncate(self.metrics, len(kept))  # takes no room on the disk
             else:
-                with atomic_file(self.metrics) as part:
-                    part.write_bytes(kept)
+                with atomic_open(self.metrics) as file:
+                    file.write(kept)
 
     def log(self, metrics: dict[str, Any]) -> None:
         self._append("metrics.jsonl", metrics)
@@ -176,7 +176,7 @@ def provenance(world: World) -> dict[str, Any]:
 
 
 def _write_over(path: Path, data: bytes) -> None:
-    """Replaces the bytes of a file where they lie, which takes no room on a full disk."""
+    """Replaces the bytes of a file where they lie, which takes no room on a full disk, as a second file would."""
     handle = os.open(path, os.O_WRONLY)
     try:
         os.write(handle, data)

@@ -21,6 +21,7 @@ from typing import Any
 
 from rear_scale.checkpoint.folder import folders
 from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 
@@ -130,7 +131,7 @@ class WandbSink:
         # The id makes a resumed run continue its curve.
         identity = self.run.path / "wandb_id"
         if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
+            write_text_atomically(identity, secrets.token_hex(4))
         # wandb reads the variable itself, and only in its own spelling.
         if "WANDB_MODE" in os.environ:
             os.environ["WANDB_MODE"] = self.mode

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.files import atomic_file, remove_leftovers
+from rear_scale.files import atomic_file, atomic_open, remove_leftovers, write_array_atomically
 from rear_scale.progress import progress
-from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.grid import write_sheet
 from rear_scale.sample.npz_writer import open_samples, write_samples
 from rear_scale.world import World
 
@@ -44,10 +44,10 @@ class Parts:
     def save(self, number: int, near_ties: np.ndarray, tokens: np.ndarray, images: np.ndarray | None) -> None:
         """Writes near_ties int64 [B, 2], tokens int64 [B, N], images uint8 [B, S, S, 3] of a unit, the last one last."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save(self._file(number, "near_ties"), near_ties)
-        save(self._file(number, "tokens"), tokens.astype(np.uint16))
+        write_array_atomically(self._file(number, "near_ties"), near_ties)
+        write_array_atomically(self._file(number, "tokens"), tokens.astype(np.uint16))
         if images is not None:
-            save(self._file(number, "images"), images)
+            write_array_atomically(self._file(number, "images"), images)
 
     def near_ties(self, units: list[np.ndarray]) -> np.ndarray:
         """int64 [n, 2], in image order: tokens near a tie, and tokens within rounding, of each image."""
@@ -100,7 +100,7 @@ def check_space(output: Path, parts: Parts, to_make: int, count: int, tokenizer:
 
 def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.ndarray, image_size: int) -> None:
     """Writes the .npz, the token ids and a grid in image order; token ids alone where the parts have no images."""
-    save(output.with_suffix(".tokens.npy"), parts.tokens(units))
+    write_array_atomically(output.with_suffix(".tokens.npy"), parts.tokens(units))
     if not parts.with_images:
         return
     count = len(labels)
@@ -118,8 +118,7 @@ def assemble(output: Path, parts: Parts, units: list[np.ndarray], labels: np.nda
             yield some(slice(start, start + _WRITE_BLOCK))
 
     columns = min(len(np.unique(labels)), _GRID_COLUMNS)
-    with atomic_file(output.with_suffix(".png")) as temporary:
-        Image.fromarray(contact_sheet(some(slice(columns * _GRID_ROWS)), columns)).save(temporary, format="PNG")
+    write_sheet(output.with_suffix(".png"), some(slice(columns * _GRID_ROWS)), columns)
     write_samples(output, blocks(), count, image_size, labels)
 
 
@@ -181,8 +180,8 @@ def _write_pngs(folder: Path, images: np.ndarray, ids: range) -> None:
     for number in ids:
         path = folder / f"{number:06d}.png"
         if not path.exists():
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(_png(images[number]))
+            with atomic_open(path) as file:
+                file.write(_png(images[number]))
 
 
 def _write_shard(path: Path, images: np.ndarray, labels: np.ndarray, ids: range) -> None:
@@ -200,12 +199,3 @@ def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def save(path: Path, values: np.ndarray) -> None:
-    """np.save, complete or not at all."""
-    data = io.BytesIO()
-    np.save(data, values)
-    # Not np.save itself: of a full disk it says how many items it wrote, and not that there is no room.
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data.getbuffer())

@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
+
+from rear_scale.files import atomic_file
 
 _GAP = 2  # pixels
 _CELL = 64  # pixels that a cell should at least have
@@ -23,3 +28,10 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
     cells = np.pad(cells.repeat(scale, 1).repeat(scale, 2), ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
     side = cells.shape[1]
     return cells.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
+
+
+def write_sheet(path: Path, images: np.ndarray, columns: int) -> None:
+    """Writes the `contact_sheet` of images as a picture: PNG, unless the path ends in the suffix of another format."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    with atomic_file(path) as temporary:
+        Image.fromarray(contact_sheet(images, columns)).save(temporary, format=form)

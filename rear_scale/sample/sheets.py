@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from rear_scale.checkpoint.folder import open_checkpoint, step_name
 from rear_scale.config import ExperimentConfig, InputError
-from rear_scale.files import DISK_ERRORS, atomic_file
+from rear_scale.files import DISK_ERRORS
 from rear_scale.progress import say
 from rear_scale.run.wandb import log_image
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.grid import contact_sheet
+from rear_scale.sample.grid import write_sheet
 from rear_scale.sample.job import check_trained_on, labels_of, load_generator, make_images, units_of
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
@@ -93,8 +92,7 @@ class SampleGrids:
             images[ids] = make_images(decoder, tokenizer, ids, cfg, device)
         file = self._file(step)
         file.parent.mkdir(exist_ok=True)
-        with atomic_file(file) as temporary:
-            Image.fromarray(contact_sheet(images, self.columns)).save(temporary, format="PNG")
+        write_sheet(file, images, self.columns)
         say(f"{file}: {len(images)} samples, classes {', '.join(map(str, labels_of(cfg, np.arange(self.columns))))}")
         log_image(step, "samples", file)
 

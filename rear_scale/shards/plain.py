@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.files import atomic_file, file_sha256, write_text_atomically
+from rear_scale.files import file_sha256, write_array_atomically, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import progress
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
@@ -94,8 +94,7 @@ def _build(
             found = np.bincount(rows[:, 3], minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
-            with atomic_file(place / f"{tar.name}.offsets.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, rows)
+            write_array_atomically(place / f"{tar.name}.offsets.npy", rows)
             shards.append(TarShard(tar.name, len(rows), tar.stat().st_size, file_sha256(tar)))
             bar.update()
     samples = int(counts.sum())

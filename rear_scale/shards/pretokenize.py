@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig
-from rear_scale.files import atomic_file, file_sha256
+from rear_scale.files import file_sha256, write_array_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.crops import CROPS, BadImage, cut
@@ -222,8 +222,7 @@ def _finish(
     shards: list[writer.FinishedShard],
 ) -> None:
     codebook = tokenizer.codebook.float().cpu().numpy()
-    with atomic_file(out / "codebook.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, codebook)
+    write_array_atomically(out / "codebook.npy", codebook)
     classes = len(source.class_names) if source.class_names else max(len(shard.label_counts) for shard in shards)
     label_counts = np.zeros(max(classes, *(len(shard.label_counts) for shard in shards)), dtype=np.int64)
     for shard in shards:

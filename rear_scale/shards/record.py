@@ -19,7 +19,7 @@ import numpy as np
 import webdataset
 
 from rear_scale.config import InputError
-from rear_scale.files import atomic_file, checked_name, file_sha256, write_text_atomically
+from rear_scale.files import atomic_open, checked_name, file_sha256, write_text_atomically
 from rear_scale.shards.storage import is_remote, read_remote
 from rear_scale.untrusted import (
     is_count,
@@ -300,9 +300,8 @@ def write_tar(folder: Path, index: int, samples: Iterable[dict[str, str | bytes]
     """
     path = folder / shard_name(index)
     with (
-        atomic_file(path) as temporary,
         # A stream, because TarWriter expands URLs in a name.
-        open(temporary, "wb") as stream,
+        atomic_open(path) as stream,
         webdataset.TarWriter(stream, mtime=0, user="root", group="root", mode=0o444) as tar,
     ):
         for sample in samples:

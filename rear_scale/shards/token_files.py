@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
-from rear_scale.files import atomic_file, file_sha256, inside
+from rear_scale.files import atomic_open, file_sha256, inside, write_array_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.blocks import open_blocks
@@ -100,7 +100,7 @@ def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map:
 def export_jsonl(folder: Path, path: Path) -> None:
     """Writes the sequences of packed shards as jsonl, a block in memory at a time. Raises InputError for damaged shards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, open(temporary, "w") as lines:
+    with atomic_open(path, "w") as lines:
         for _, label, tokens in _sequences(folder):
             lines.write(json.dumps({"class_id": label, "tokens": tokens.tolist()}) + "\n")
 
@@ -123,7 +123,7 @@ def export_alitok(folder: Path, cache: Path) -> None:
         crops = list(islice(sequences, manifest.crops_per_image))
         place = places[crops[0][1]]
         place.mkdir(parents=True, exist_ok=True)
-        with atomic_file(place / f"{number:08d}.npz") as temporary, open(temporary, "wb") as file:
+        with atomic_open(place / f"{number:08d}.npz") as file:
             np.savez(file, codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
 
 
@@ -281,8 +281,7 @@ def _finish(
     codebook_sha256 = None
     if tokenizer.weights is not None:
         codebook = open_tokenizer(tokenizer, torch.device("cpu")).codebook.detach().float().numpy()
-        with atomic_file(out / "codebook.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, codebook)
+        write_array_atomically(out / "codebook.npy", codebook)
         codebook_sha256 = file_sha256(out / "codebook.npy")
     manifest = Manifest(
         tokenizer=tokenizer.name,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rear_scale.config import InputError
-from rear_scale.files import file_sha256, write_text_atomically
+from rear_scale.files import file_sha256, remove_leftovers, write_text_atomically
 from rear_scale.shards.record import (
     BLOCK_SAMPLES,
     SHARD_SAMPLES,
@@ -110,9 +110,9 @@ def check_skipped(skipped: Sequence[tuple[str, str]], total: int, limit: float, 
 
 def remove_records(folder: Path) -> None:
     """Once the manifest holds them, the records of single shards and leftovers of killed writers go."""
-    for pattern in (".shard-*.json", "*.part"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    for path in folder.glob(".shard-*.json"):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder, "*")
 
 
 def shard_ranges(num_samples: int, per_shard: int = SHARD_SAMPLES) -> Iterator[tuple[int, int, int]]:

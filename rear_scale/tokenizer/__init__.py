@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.files import file_sha256
 from rear_scale.tokenizer.alitok import AliTok
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -25,8 +24,7 @@ def weights_sha256(cfg: TokenizerConfig) -> str | None:
         return None
     if cfg.weights is None or not find_weights(cfg.weights).is_file():
         open_tokenizer(cfg, torch.device("cpu"))  # which says what is wrong with it
-    with open(find_weights(cfg.weights), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(find_weights(cfg.weights))
 
 
 def decoder_identity(cfg: TokenizerConfig) -> str | None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
 from rear_scale.config.values import leaves
-from rear_scale.files import atomic_file, remove_leftovers
+from rear_scale.files import atomic_open, remove_leftovers
 from rear_scale.progress import progress
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
@@ -164,7 +164,7 @@ class _TrainingRun:
             "tracker": self.tracker.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        with atomic_open(path) as file:
             torch.save(state, file)
 
     def resume(self, path: Path) -> None:

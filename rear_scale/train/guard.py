@@ -153,6 +153,7 @@ class Watchdog:
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Under its own name at once: what is written before the process ends is all that there will be.
             with open(path, "w") as file:
                 file.write(f"{what}\n")
                 file.flush()
@@ -180,6 +181,7 @@ def dump_collectives(path: Path) -> None:
     if dump is None:
         return
     path.parent.mkdir(exist_ok=True)
+    # Under its own name at once, as the stacks.
     writer = threading.Thread(target=lambda: path.write_bytes(dump()), daemon=True)
     writer.start()
     writer.join(_DUMP_S)

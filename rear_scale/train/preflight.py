@@ -147,7 +147,7 @@ def _look(cfg: ExperimentConfig, ranks: Ranks) -> Report:
         try:
             path = _place(cfg) / str(ranks.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(report.token)
+            path.write_text(report.token)  # a probe, which the other nodes read once this report has reached them
         except OSError as error:
             report.faults.append(f"run.dir={cfg.run.dir} cannot be written to: {error.strerror}")
     try:

@@ -22,7 +22,7 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.images.image_set import ImageSet
 from rear_scale.evaluate.images.npz import StoredArray, open_array
 from rear_scale.evaluate.networks.base import Extractor
-from rear_scale.files import atomic_file, write_text_atomically
+from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.progress import progress
 from rear_scale.sample.decode_worker import Beside
 from rear_scale.untrusted import read_json
@@ -181,7 +181,7 @@ def _features(
 
 
 def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_open(path) as file:
         np.savez(file, **arrays)
 
 
