@@ -36,7 +36,8 @@ if [[ "${1:-}" == --install-slurm ]]; then
     install_slurm
 fi
 if (($# == 0)); then
-    # The whole suite, two files at a time: many tests wait for processes that they started.
-    set -- --numprocesses 2 --dist loadfile
+    # The whole suite, two files at a time: many tests wait for processes that they started. The longest files come first
+    # (tests/conftest.py), so that none of them is left for the end, alone.
+    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

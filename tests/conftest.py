@@ -42,7 +42,23 @@ def hide_gpus() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # the deepspeed launcher replaces the other variable
 
 
+# Minutes each.
+_LONGEST = (
+    "test_slurm.py",
+    "test_demo.py",
+    "test_strategy_matrix.py",
+    "test_guard.py",
+    "test_resume.py",
+    "test_tokenizers.py",
+    "test_eval_e2e.py",
+    "test_communication.py",
+    "test_launchers.py",
+    "test_config.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     hidden = gpus_of_the_machine() and not asks_for_gpus(config.option.markexpr or "")
     long = pytest.mark.skip(reason="takes minutes; run with -m long")

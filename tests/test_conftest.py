@@ -48,6 +48,8 @@ def test_processes_of_tests_see_no_gpus() -> None:
 
 
 class _Item:
+    path = Path(__file__)
+
     def __init__(self, *marks: pytest.MarkDecorator) -> None:
         self.marks = {mark.name: mark.mark for mark in marks}
         self.reasons: list[str] = []

@@ -23,7 +23,7 @@ def check(found: dict) -> None:
 @pytest.mark.parametrize(
     ("depth", "policy"),
     [
-        (10, "none"),
+        (4, "none"),
         pytest.param(10, "full", marks=pytest.mark.long),
         pytest.param(40, "none", marks=pytest.mark.long),
         pytest.param(40, "full", marks=pytest.mark.long),
