@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rear_scale import cli, config
-from rear_scale.config import InputError, check_override
+from rear_scale.config import InputError, check_override, combinations
 from rear_scale.config.overrides import quoted
 from rear_scale.evaluate.subjects import _settings
 from rear_scale.run.requeue import _run_dir
@@ -191,6 +191,17 @@ def test_options_that_are_fields_are_told_to_drop_the_dashes(monkeypatch: pytest
     monkeypatch.setattr("sys.argv", ["launcher", "--config", "demo.yaml", *words])
     with pytest.raises(InputError, match=r"set without dashes: (optim\.lr|strategy)=VALUE"):
         cli.parse(cli.make_parser(""))
+
+
+def test_sweeps_give_every_combination() -> None:
+    assert combinations([], "--grid") == [[]]
+    assert combinations(["optim.lr=1e-4,2e-4", "optim.betas=[0.9,0.95]", "run.seed=0,1"], "--grid") == [
+        ["optim.lr=1e-4", "optim.betas=[0.9,0.95]", "run.seed=0"], ["optim.lr=1e-4", "optim.betas=[0.9,0.95]", "run.seed=1"],
+        ["optim.lr=2e-4", "optim.betas=[0.9,0.95]", "run.seed=0"], ["optim.lr=2e-4", "optim.betas=[0.9,0.95]", "run.seed=1"],
+    ]  # fmt: skip
+    for sweep in ("optim.lr", "optim.lr=", "=1"):
+        with pytest.raises(InputError, match=f"--grid '?{sweep}'?: the form is section.field=VALUE,VALUE"):
+            combinations([sweep], "--grid")
 
 
 def test_sweeps_of_an_evaluation_keep_lists_together() -> None:

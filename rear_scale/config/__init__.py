@@ -12,7 +12,7 @@ from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
 from rear_scale.config.errors import InputError, UnknownLength, first_line
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
-from rear_scale.config.overrides import CONFIG_DIR, check_override, in_quotes, shown, split
+from rear_scale.config.overrides import CONFIG_DIR, check_override, combinations, in_quotes, shown
 from rear_scale.config.schema import (
     CheckpointConfig,
     ClassifierConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "check_resumable",
     "check_references",
     "check_yaml",
+    "combinations",
     "derive",
     "figure_overrides",
     "find_config",
@@ -66,7 +67,6 @@ __all__ = [
     "load",
     "settled",
     "shown",
-    "split",
     "to_dict",
     "to_yaml",
     "wants_compile",

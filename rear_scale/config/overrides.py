@@ -7,8 +7,10 @@ numbers and true or false are read by Hydra's grammar.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -188,6 +190,22 @@ def split(text: str, key: str, separator: str = ",") -> list[str]:
         fault = "a quote is not closed" if quote else "a value is missing between commas"
         raise InputError(f"{key}={shown(text)}: {fault}. Lists have the form {key}=[VALUE,VALUE]")
     return parts
+
+
+def combinations(sweeps: Sequence[str], option: str) -> list[list[str]]:
+    """Overrides of every combination of swept values (`section.field=VALUE,VALUE,...` each), the last field's changing first.
+
+    option: what gave the sweeps, for errors. Raises InputError for a sweep of another form.
+    """
+    choices = []
+    for text in sweeps:
+        field, _, values = text.partition("=")
+        if not field or not values:
+            raise InputError(
+                f"{option} {shown(text)}: the form is section.field=VALUE,VALUE,..., as in optim.lr=1e-4,2e-4"
+            )
+        choices.append([f"{field}={value}" for value in split(values, f"{option} {field}")])
+    return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def _inner(text: str, brackets: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,15 +112,13 @@ def _check_distinct(subjects: Sequence[Subject]) -> None:
 
 
 def _settings(sweeps: Sequence[str]) -> list[list[str]]:
-    choices = []
     for text in sweeps:
         field, _, values = text.partition("=")
         if not field.startswith("sample.") or not values:
             raise InputError(
                 f"--sweep {text}: the form is sample.FIELD=VALUE,VALUE,..., as in sample.guidance.scale=4.0,6.9"
             )
-        choices.append([f"{field}={value}" for value in config.split(values, f"--sweep {field}")])
-    return [list(setting) for setting in itertools.product(*choices)]
+    return config.combinations(sweeps, "--sweep")
 
 
 class Opener:
