@@ -173,6 +173,23 @@ def test_a_section_is_overridden_alike_in_files_and_checkpoints(tmp_path: Path) 
     assert (guidance.schedule, guidance.scale, guidance.power) == ("power_cosine", 3.0, cfg.sample.guidance.power)
 
 
+def test_a_config_is_read_anew_when_a_file_that_it_is_composed_of_has_changed(tmp_path: Path) -> None:
+    mine, under = tmp_path / "mine.yaml", tmp_path / "under.yaml"
+    mine.write_text("defaults: [under, _self_]\n")
+    under.write_text("defaults: [demo, _self_]\noptim: {lr: 0.1}\n")
+    assert [config.load(str(mine)).optim.lr for _ in range(2)] == [0.1, 0.1]
+    under.write_text("defaults: [demo, _self_]\noptim: {lr: 0.2}\n")
+    assert config.load(str(mine)).optim.lr == 0.2
+    # A file that comes to stand before one of ours.
+    (tmp_path / "strategy").mkdir()
+    (tmp_path / "strategy/zero1.yaml").write_text("name: ddp\n")
+    assert config.load(str(mine)).strategy.name == "ddp"
+    # What one caller does to a config is not in the next one.
+    config.load(str(mine), ["optim.betas=[0.1,0.2]"]).resume.allow.append("optim")
+    cfg = config.load(str(mine))
+    assert (cfg.optim.betas, cfg.resume.allow) == ([0.9, 0.96], [])
+
+
 def test_a_choice_on_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(

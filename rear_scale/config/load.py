@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,6 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from rear_scale.config import arrived
 from rear_scale.config.bounds import MOST_DIGITS, check_references, check_yaml
+from rear_scale.config.defaults import texts_composed
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
 from rear_scale.config.overrides import (
@@ -100,24 +102,43 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
     """The values of a file with the groups of its defaults list, and which of `groups` that list has."""
     ours = path.is_relative_to(CONFIG_DIR)
     folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
-    # In quotes: the folder may have any name.
-    search = [] if ours else ["hydra.searchpath=['file://{}']".format(str(CONFIG_DIR).replace("'", "\\'"))]
-    groups = dict(groups)
     check_yaml(_text_of(path), str(path))
+    chosen = tuple(groups.items())
+    texts = texts_composed(dict.fromkeys((folder, CONFIG_DIR)), name.with_suffix("").as_posix(), chosen)
+    compose_once = _composed if texts is not None else _composed.__wrapped__
+    values, listed = compose_once(path, folder, name, chosen, texts)
+    return OmegaConf.create(values), set(listed)
+
+
+@lru_cache(maxsize=256)  # a study of many runs loads one file again and again, with other overrides
+def _composed(
+    path: Path, folder: Path, name: Path, groups: tuple[tuple[str, str], ...], texts: object
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The plain values of a file, not to be changed, and which of `groups` its defaults list has.
+
+    texts: of all files that it may be composed of, which thereby are part of what is looked up.
+    """
+    # In quotes: the folder may have any name.
+    search = (
+        [] if folder == CONFIG_DIR else ["hydra.searchpath=['file://{}']".format(str(CONFIG_DIR).replace("'", "\\'"))]
+    )
+    listed = dict(groups)
     while True:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(folder), version_base="1.3"):
-                chosen = [f"{group}={choice}" for group, choice in groups.items()]
+                chosen = [f"{group}={choice}" for group, choice in listed.items()]
                 values = compose(name.with_suffix("").as_posix(), overrides=search + chosen)
         except ConfigCompositionException as error:
             # Such as the config.yaml of a run folder, which has its sections written out.
             unlisted = re.match(r"Could not override '(\w+)'", str(error))
-            if unlisted is None or groups.pop(unlisted[1], None) is None:
+            if unlisted is None or listed.pop(unlisted[1], None) is None:
                 raise InputError(f"{path}: {_one_line(error)}") from error
         except RecursionError:
             here = sorted(
-                file.name for file in folder.glob("*.yaml") if not ours and (CONFIG_DIR / file.name).is_file()
+                file.name
+                for file in folder.glob("*.yaml")
+                if folder != CONFIG_DIR and (CONFIG_DIR / file.name).is_file()
             )
             raise InputError(
                 f"{path}: its defaults lead back to themselves, since {', '.join(here) or 'a file'} in {folder} takes the place "
@@ -130,7 +151,7 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
             # Hydra reads a defaults list of wrong types without checks, so its errors are of all kinds.
             raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from error
         else:
-            return OmegaConf.create(OmegaConf.to_container(values, resolve=False)), set(groups)
+            return OmegaConf.to_container(values, resolve=False), tuple(listed)
 
 
 def _text_of(path: Path) -> str:
@@ -167,7 +188,7 @@ def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> Ex
     _check_values(values, ExperimentConfig, "", source)
     check_references((value for value in leaves(values).values() if isinstance(value, str)), source)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), values)
+        typed = OmegaConf.merge(_schema(), values)
         cfg = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise InputError(_wrong_value(error, values, source)) from None
@@ -179,6 +200,12 @@ def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> Ex
             )
     validate(cfg)
     return cfg
+
+
+@cache
+def _schema() -> DictConfig:
+    """The schema as OmegaConf has it, which takes longer to make than all else of a config; `merge` copies it."""
+    return OmegaConf.structured(ExperimentConfig)
 
 
 def _check_values(values: dict[Any, Any], kind: Any, section: str, source: str) -> None:
@@ -256,7 +283,8 @@ def _one_line(error: Exception | str) -> str:
 
 def _name_reference(values: dict[str, Any]) -> None:
     """A path in place of evaluate.reference is one reference of that name."""
-    path = OmegaConf.select(OmegaConf.create(values), "evaluate.reference")
+    evaluate = values.get("evaluate")
+    path = evaluate.get("reference") if isinstance(evaluate, dict) else None
     if isinstance(path, str):
         values["evaluate"]["reference"] = {Path(path).stem: path}
 

@@ -1,0 +1,72 @@
+"""Which files a config may be composed of, found without composing it: the key under which a composition is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_FILES = 100
+
+Texts = tuple[tuple[str, tuple[bytes | None, ...]], ...]
+
+
+def texts_composed(folders: Iterable[Path], name: str, groups: Iterable[tuple[str, str]]) -> Texts | None:
+    """The names of the files that the config `name` may be composed of, with the text of each in every folder of the search
+    path, or None where it is not there. groups: (group, choice), as on the command line.
+
+    None as a whole where the defaults lists are not plain names, so that only Hydra knows.
+    """
+    found: dict[str, tuple[bytes | None, ...]] = {}
+    waiting = [name, *(f"{group}/{choice}" for group, choice in groups)]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found[name] = tuple(_text(folder / f"{name}.yaml") for folder in folders)
+        for text in found[name]:
+            entries = () if text is None else _defaults(text)
+            if entries is None or len(found) > _MOST_FILES:
+                return None
+            # Names without a leading slash are looked up beside the file.
+            parent = PurePosixPath(name).parent
+            waiting += [one[1:] if one.startswith("/") else (parent / one).as_posix() for one in entries]
+    return tuple(sorted(found.items()))
+
+
+def _text(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _defaults(text: bytes) -> tuple[str, ...] | None:
+    """The entries of a file's defaults list as GROUP/NAME or NAME. None for entries of other forms, and for no YAML."""
+    try:
+        values = yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError):
+        return None
+    entries = values.get("defaults", []) if isinstance(values, dict) else []
+    if not isinstance(entries, list) or (isinstance(values, dict) and "hydra" in values):
+        return None
+    plain = [_plain(entry) for entry in entries]
+    return None if None in plain else tuple(entry for entry in plain if entry and entry != "_self_")
+
+
+def _plain(entry: Any) -> str | None:
+    if isinstance(entry, str):
+        name = entry
+    elif isinstance(entry, dict) and len(entry) == 1:
+        ((group, choice),) = entry.items()
+        if not isinstance(group, str) or not isinstance(choice, str):
+            return None
+        name = f"{group.removeprefix('override ')}/{choice}"
+    else:
+        return None
+    return None if set(name) & set(" @$:.") else name
