@@ -18,8 +18,10 @@ import ctypes
 import errno
 import functools
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import random
 import re
 import runpy
@@ -481,8 +483,12 @@ def _import_everything() -> None:
     import torch.utils.serialization.config  # noqa: F401
     from PIL import Image
 
-    from rear_scale.parallel import build, communication, ddp, fsdp  # noqa: F401
+    from rear_scale import optim, parallel
 
+    for room in (optim, parallel):
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            if "deepspeed" not in module.name:
+                importlib.import_module(module.name)
     Image.init()
     torch.set_num_threads(1)
     for launcher in sorted({job.launcher for job in JOBS.values()}):
