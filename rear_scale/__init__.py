@@ -1,6 +1,7 @@
 """Scale-out training, sampling and evaluation of visual autoregressive models with reAR.
 
 Its folders and files in their import order: each imports only those before it, and itself. README.md has a line for each.
+parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
     config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> model -> objective -> optim -> parallel -> checkpoint -> run -> cli -> scaling

@@ -191,7 +191,7 @@ def test_a_run_that_ended_early_has_no_verdict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "factor", "verdict"), [("fsdp2", 1.04, "ok: "), ("selective", 0.94, "not ok: ")])
 def test_memory_beside_the_formula(name: str, factor: float, verdict: str, tmp_path: Path) -> None:
     cfg = config.load("rear_s.yaml", gpu_runs.overrides_of(RUNS[name], tmp_path, gpu_runs.LARGE))
-    formula = memory_per_rank(cfg, 1, 2, device="cuda").height / 2**30
+    formula = memory_per_rank(cfg, 1, 2, device="cuda").peak / 2**30
     write_metrics(tmp_path, name, [8.0] * 20, factor * formula)
     line = gpu_runs.memory(RUNS[name], tmp_path, gpu_runs.LARGE, "cuda")
     assert line.startswith(f"{verdict}peak {factor * formula:.2f} GiB, formula {formula:.2f} GiB ({factor - 1:+.1%}")

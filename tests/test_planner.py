@@ -11,6 +11,7 @@ from helpers import launch, tiny_config
 
 from rear_scale import config
 from rear_scale.config import CONFIG_DIR, InputError
+from rear_scale.config.devices import bf16_tflops
 from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
 from rear_scale.parallel.memory import memory_per_rank
@@ -53,10 +54,11 @@ def test_every_config_has_a_plan_whose_numbers_agree(name: str) -> None:
     assert names == {(s, p) for s in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for p in RECOMPUTE_POLICIES}
     for row in found["strategies"]:
         memory = row["memory_gib"]
-        assert memory.keys() == {*PARTS, "total"}
+        assert memory.keys() == {*PARTS, "total", "peak"}
         assert sum(memory[part] for part in PARTS) == pytest.approx(memory["total"])
+        assert memory["peak"] <= memory["total"]
         assert (memory["heads"] > 0) == bool(heads)
-        assert row["fits"] == (memory["total"] <= found["usable_memory_gib"])
+        assert row["fits"] == (memory["peak"] <= found["usable_memory_gib"])
         if row["fits"]:
             assert cfg.train.global_batch_size == 8 * row["micro_batch_size"] * row["accumulation"]
             assert row["gpu_hours"] == pytest.approx(row["step_time_s"] * found["steps"] * 8 / 3600)
@@ -302,6 +304,23 @@ def test_the_batch_stops_paying_on_many_gpus_and_a_larger_one_pays() -> None:
 def test_a_cluster_without_a_number_is_one_full_machine() -> None:
     assert open_cluster(config.load("rear_b.yaml")).gpus == 8
     assert {"a100-40g", "a100-80g", "a800-80g", "h100-80g", "h200-141g", "b200-192g"} <= devices().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA RTX 6000 Ada Generation", None),
+    ],
+)
+def test_the_planner_and_mfu_have_one_table_of_gpus(name: str, tflops: float | None) -> None:
+    assert bf16_tflops(name) == tflops
 
 
 def test_grouped_batches_take_less_time_by_the_work_of_adaln_that_they_save() -> None:

@@ -14,6 +14,7 @@ from helpers import ROOT
 import rear_scale
 from rear_scale import config
 from rear_scale.config.overrides import field_type
+from rear_scale.parallel import facts
 
 TEXTS = [
     ROOT / "README.md",
@@ -71,14 +72,12 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "rear_scale").with_suffix("").parts).removesuffix(".__init__")
 
 
+# Imports nothing, so that config/ may read it; it stands before all folders.
+FACTS = "parallel.facts"
 MODULES = {name_of(path): path for path in (ROOT / "rear_scale").rglob("*.py")}
 
 # Modules that are imported inside a function, by the module that does it, and why.
 LATE = {
-    "parallel": (
-        "parallel.ddp parallel.deepspeed parallel.fsdp",
-        "an engine is imported by the strategy that runs on it",
-    ),
     "optim.adamw": ("optim.deepspeed_adam", "it imports DeepSpeed, which other optimizers do without"),
     "run.requeue": ("checkpoint.open", "it imports torch, and the answer is to be there within a second"),
     "scaling.command": ("scaling.measure scaling.simulate", "a plan on paper needs neither engines nor the objective"),
@@ -86,10 +85,12 @@ LATE = {
 
 
 @cache
-def imports_of(name: str) -> tuple[set[str], set[str]]:
-    """Modules of rear_scale that a module imports, and those of them that it imports inside a function."""
+def imports_of(name: str) -> tuple[set[str], set[str], set[str]]:
+    """Modules of rear_scale that a module imports, and those of them that it imports inside a function, or for type checkers."""
     tree = ast.parse(MODULES[name].read_text())
-    everywhere, late = set(), set()
+    everywhere, late, typed = set(), set(), set()
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {id(node) for check in checks for node in ast.walk(check)}
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
@@ -103,7 +104,8 @@ def imports_of(name: str) -> tuple[set[str], set[str]]:
         ours = {one.removeprefix("rear_scale.") for one in imported if one.startswith("rear_scale.")}
         everywhere |= ours
         late |= ours if id(node) in inside else set()
-    return everywhere, late
+        typed |= ours if id(node) in for_types else set()
+    return everywhere, late, typed
 
 
 def test_the_import_order_is_that_of_the_readme_and_complete() -> None:
@@ -119,14 +121,19 @@ def test_a_folder_imports_only_what_stands_before_it(name: str) -> None:
     order = import_order()
     for module in MODULES:
         if module.partition(".")[0] == name:
-            for imported in imports_of(module)[0]:
+            for imported in imports_of(module)[0] - {FACTS}:
                 assert imported.partition(".")[0] in order[: order.index(name) + 1], f"{module} imports {imported}"
+
+
+def test_the_facts_of_strategies_import_nothing() -> None:
+    assert imports_of(FACTS)[0] == set()
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {}
     for name in MODULES:
-        imported = {*imports_of(name)[0]}
+        everywhere, _, typed = imports_of(name)
+        imported = everywhere - typed
         # Importing a.b runs a/__init__.py first, which counts for modules outside of a.
         packages = {one.rpartition(".")[0] for one in imported if "." in one}
         graph[name] = imported | {one for one in packages if not name.startswith(one)}
@@ -139,6 +146,32 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_imports_inside_functions_have_a_reason() -> None:
     found = {name: " ".join(sorted(late)) for name in MODULES if (late := imports_of(name)[1])}
     assert found == {name: imported for name, (imported, _) in LATE.items()}
+
+
+def test_a_strategy_is_named_by_its_section_and_read_as_its_row() -> None:
+    """Whatever depends on the strategy reads parallel/facts.py; the key itself is written once."""
+    named = {
+        str(path.relative_to(ROOT))
+        for folder in ("rear_scale", "launchers")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"strategy\.name|strategy_name", path.read_text())
+    }
+    assert named == {"rear_scale/config/schema.py"}
+
+
+def test_the_table_of_strategies_is_that_of_their_facts() -> None:
+    lines = ["| `strategy=` | engine | shards | ranks | compiles | fp8 | `cpu_offload` | `--simulate` |"]
+    default = config.load("rear_xl.yaml").strategy.name
+    for row in facts.rows():
+        shards = ", ".join(row.shards) + (", in each of `strategy.replicas` groups of ranks" if row.replicates else "")
+        ranks = "1" if row.alone else "any number" if row.fewest_ranks == 1 else f"{row.fewest_ranks} and more"
+        features = (row.no_compile is None, row.no_fp8 is None, row.offloads, row.simulated)
+        marks = " | ".join("yes" if has else "-" for has in features)
+        name = f"`{row.name}`{' (default)' if row.name == default else ''}"
+        lines.append(f"| {name} | {row.title} | {shards or 'nothing'} | {ranks} | {marks} |")
+    text = (ROOT / "README.md").read_text()
+    for line in lines:
+        assert line in text, line
 
 
 def test_engines_are_imported_where_they_belong() -> None:

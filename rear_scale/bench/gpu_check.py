@@ -34,6 +34,7 @@ from rear_scale.bench.gpu_probes import PROBES
 from rear_scale.config import InputError
 from rear_scale.device import uses_cuda
 from rear_scale.files import write_text_atomically
+from rear_scale.parallel import facts
 from rear_scale.progress import say
 from rear_scale.report.page import Section, Table, write_page
 from rear_scale.run.versions import commit
@@ -168,7 +169,7 @@ def _scaling(out: Path, strategy: str) -> Part:
         "train",
     ]
     command += ["--config", "rear_l.yaml", f"strategy={strategy}", "train.micro_batch_size=32"]
-    needs = "deepspeed" if strategy.startswith("zero") else None
+    needs = facts.named(strategy).needs
     file = str(out / "parts" / f"{name}.object.json")
     return Part(name, "images/s of all GPUs of this machine", 150, [*command, "--out", file], needs, 2)
 

@@ -21,6 +21,7 @@ import numpy as np
 from rear_scale import config
 from rear_scale.config import ExperimentConfig
 from rear_scale.files import file_sha256
+from rear_scale.parallel import facts
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.shards import writer
 from rear_scale.shards.record import Manifest, write_manifest
@@ -74,11 +75,10 @@ RUNS = (
     Run(REFERENCE, ("strategy=single",)),
     Run("again", ("strategy=single",), _SAME_BITS, formula=False),
     Run("fp32", ("strategy=single", "train.precision=fp32"), 0.02),
-    Run("fsdp2", ("strategy=fsdp2",)),
-    Run("zero1", ("strategy=zero1",), needs="deepspeed"),
-    Run("zero2", ("strategy=zero2",), needs="deepspeed"),
-    Run("zero3", ("strategy=zero3",), needs="deepspeed"),
-    Run("ddp", ("strategy=ddp",)),
+    *(
+        Run(name, (f"strategy={name}",), needs=facts.named(name).needs)
+        for name in ("fsdp2", "zero1", "zero2", "zero3", "ddp")
+    ),
     Run("compiled", ("strategy=single", "train.compile=true")),
     Run("selective", ("strategy=single", "train.activation_checkpointing=selective")),
     Run("half", ("strategy=single",), 1e-3, half=True, formula=False),
@@ -212,7 +212,7 @@ def memory(run: Run, out: Path, sizes: Sizes, device: str) -> str:
     """The peak of a finished run beside the formula's for that kind of device, and whether they agree."""
     peak = max(line["peak_mem_gib"] for line in _metrics(run.name, out, steps_of(run, sizes)))
     cfg: ExperimentConfig = config.load(sizes.config, overrides_of(run, out, sizes))
-    formula = memory_per_rank(cfg, 1, sizes.global_batch // sizes.micro_batch, device=device).height / 2**30
+    formula = memory_per_rank(cfg, 1, sizes.global_batch // sizes.micro_batch, device=device).peak / 2**30
     if device != "cuda":
         return f"not compared on a CPU, whose peak counts the whole process: {peak:.3f} GiB, formula {formula:.3f} GiB"
     off = peak / formula - 1

@@ -31,7 +31,7 @@ from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_i
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, Task, shared_classes
-from rear_scale.parallel import open_strategy
+from rear_scale.parallel import facts, open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress
 from rear_scale.world import World, discover, joined
@@ -131,7 +131,7 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         "distinct_classes": len(batch.classes.unique()),
         "flops_per_s": train_flops_per_image(cfg, len(batch.classes) / len(batch.ids)) * medians["ours"],
         "world_size": world.size,
-        "strategy": cfg.strategy.name,
+        "strategy": facts.of(cfg.strategy).name,
         "global_batch_size": cfg.train.global_batch_size,
         "micro_batch_size": cfg.train.micro_batch_size,
         "precision": cfg.train.precision,

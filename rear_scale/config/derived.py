@@ -8,8 +8,9 @@ from typing import Any
 
 from rear_scale.config.errors import InputError, UnknownLength
 from rear_scale.config.fields import declaration
-from rear_scale.config.schema import ExperimentConfig, TrainConfig
+from rear_scale.config.schema import ExperimentConfig, StrategyConfig, TrainConfig
 from rear_scale.config.values import leaves, to_dict
+from rear_scale.parallel import facts
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,7 @@ class Plan:
 def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None) -> Plan:
     """The numbers that follow from a config. Raises InputError for an indivisible batch or an unknown epoch length."""
     train = cfg.train
-    if cfg.strategy.name == "single" and world_size != 1:
-        raise InputError(
-            f"strategy=single runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
-        )
-    replicas = cfg.strategy.replicas
-    if cfg.strategy.name == "hsdp" and (world_size % replicas or world_size < 2 * replicas):
-        raise InputError(
-            f"strategy=hsdp with strategy.replicas={replicas} needs a multiple of {replicas} ranks, at least {2 * replicas}, but "
-            f"{world_size} were started. Use strategy=fsdp2, or another strategy.replicas"
-        )
+    _check_ranks(cfg.strategy, world_size)
     _check_batch(train, world_size)
     images_per_epoch = images_per_epoch or cfg.data.assumed_images
     if train.total_steps is not None:
@@ -67,6 +59,24 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         permutation_start_step=_as_steps(permutation.start, total_steps),
         permutation_end_step=_as_steps(permutation.end, total_steps),
     )
+
+
+def _check_ranks(strategy: StrategyConfig, world_size: int) -> None:
+    row, replicas = facts.of(strategy), strategy.replicas
+    if row.alone and world_size != 1:
+        raise InputError(
+            f"strategy={row.name} runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
+        )
+    if row.replicates and (world_size % replicas or world_size < 2 * replicas):
+        raise InputError(
+            f"strategy={row.name} with strategy.replicas={replicas} needs a multiple of {replicas} ranks, at least "
+            f"{2 * replicas}, but {world_size} were started. Use strategy=fsdp2, or another strategy.replicas"
+        )
+    if world_size < row.fewest_ranks:
+        raise InputError(
+            f"strategy={row.name} needs at least {row.fewest_ranks} ranks, but {world_size} were started. Start more, or use "
+            "strategy=fsdp2"
+        )
 
 
 def _as_steps(value: float, total_steps: int) -> int:
@@ -120,7 +130,7 @@ def wants_compile(cfg: ExperimentConfig, device: str) -> bool:
     under what compilation does not work with."""
     if cfg.train.compile != "auto":
         return bool(cfg.train.compile)
-    works = cfg.strategy.name != "zero3" and cfg.train.activation_checkpointing != "selective"
+    works = facts.of(cfg.strategy).no_compile is None and cfg.train.activation_checkpointing != "selective"
     return device == "cuda" and works
 
 

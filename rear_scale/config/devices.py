@@ -44,12 +44,24 @@ def devices() -> dict[str, Device]:
     return found
 
 
+def bf16_tflops(name: str) -> float | None:
+    """Dense bf16 peak of a GPU by the name that torch reports, whatever its memory and its machine. None for one that is not in
+    the table."""
+    fitting = [device for gpu, device in devices().items() if _chip(gpu) in name.lower()]
+    return fitting[0].bf16_tflops if fitting else None
+
+
 def device_named(name: str, memory_gib: float) -> Device | None:
     """The row of a GPU by the name and memory that torch reports. None for one that is not in the table, and for cards with
     PCIe alone, whose machines are built in many ways."""
     name = name.lower()
     if "pcie" in name:
         return None
-    fitting = [row for row in devices().items() if row[0].split("-")[0] in name]
+    fitting = [row for row in devices().items() if _chip(row[0]) in name]
     same = [row for _, row in fitting if abs(row.memory_gib - memory_gib) <= _SAME_MEMORY * row.memory_gib]
     return same[0] if same else None
+
+
+def _chip(gpu: str) -> str:
+    """h100 of h100-80g."""
+    return gpu.split("-")[0]

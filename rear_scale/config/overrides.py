@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
-from rear_scale.config.schema import ExperimentConfig
+from rear_scale.config.schema import STRATEGY_KEY, ExperimentConfig
+from rear_scale.parallel import facts
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 LONGEST_TEXT = 4096  # characters; no path is longer
@@ -60,6 +61,8 @@ def check_override(text: str) -> Override:
         )
     if key != key.strip():
         raise InputError(f"override {shown(text)}: {_FORM}, without spaces around the =")
+    if key == "strategy" and value in facts.names() and not (CONFIG_DIR / key / f"{value}.yaml").is_file():
+        return Override(STRATEGY_KEY, value)  # a registered strategy without a file of defaults
     if is_group(key):
         return Override(key, _choice(key, value), is_group=True)
     return Override(key, _read(value, field_type(key), key))

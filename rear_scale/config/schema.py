@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rear_scale.config.fields import Rule, choice, choices, mark, number, path, section, seed, setting, share
+from rear_scale.parallel import facts
 
-STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+STRATEGY_KEY = "strategy.name"
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE_POLICIES = {
     "none": "nothing",
@@ -217,7 +218,7 @@ class OptimConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = choice("zero1", "who holds which weights, gradients and optimizer states", among=STRATEGIES)
+    name: str = choice("zero1", "who holds which weights, gradients and optimizer states", among=facts.names)
     cpu_offload: bool = setting(False, "zero1, zero2, zero3: optimizer state and update on the CPU")
     defer_reduction: bool = setting(True,
         "fsdp2, hsdp, zero2, zero3, when accumulating: whole gradients stay on each rank and travel once per update (true), or "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import check_fields
 from rear_scale.config.schema import ExperimentConfig
+from rear_scale.parallel import facts
 
 
 def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
@@ -23,6 +25,12 @@ def validate(cfg: ExperimentConfig) -> None:
     _validate_objective(cfg)
     _validate_training(cfg)
     _validate_sampling(cfg)
+
+
+def _listed(names: Sequence[str], joint: str = "and") -> str:
+    """As in "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} {joint} {last}" if most else last
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
@@ -131,13 +139,6 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         f"with train.epochs={train.epochs}: exactly one of the two sets the length of a run",
         "Set train.total_steps=N or train.epochs=N",
     )
-    _require(
-        optim.backend not in ("deepspeed", "apex") or cfg.strategy.name not in ("fsdp2", "hsdp"),
-        "optim.backend",
-        optim.backend,
-        f"cannot update the sharded tensors of strategy={cfg.strategy.name}",
-        "Use optim.backend=auto",
-    )
     _validate_strategy(cfg)
     _require(
         cfg.train.val_every is None or cfg.data.val is not None,
@@ -156,36 +157,43 @@ def _validate_training(cfg: ExperimentConfig) -> None:
 
 
 def _validate_strategy(cfg: ExperimentConfig) -> None:
-    strategy = cfg.strategy
+    section, row = cfg.strategy, facts.of(cfg.strategy)
     _require(
-        not strategy.cpu_offload or strategy.name.startswith("zero"),
+        row.offloads or not section.cpu_offload,
         "strategy.cpu_offload",
-        strategy.cpu_offload,
-        f"is offered by zero1, zero2 and zero3, not by strategy={strategy.name}",
+        section.cpu_offload,
+        f"is offered by {_listed(facts.names(lambda row: row.offloads))}, not by strategy={row.name}",
         "Use one of them, or strategy.cpu_offload=false",
     )
     _require(
-        strategy.reshard_after_forward or strategy.name in ("fsdp2", "hsdp"),
+        row.reshards or section.reshard_after_forward,
         "strategy.reshard_after_forward",
-        strategy.reshard_after_forward,
-        f"is offered by fsdp2 and hsdp, not by strategy={strategy.name}",
+        section.reshard_after_forward,
+        f"is offered by {_listed(facts.names(lambda row: row.reshards))}, not by strategy={row.name}",
         "Use one of them, or strategy.reshard_after_forward=true",
     )
     _require(
-        strategy.replicas >= 2 or strategy.name != "hsdp",
+        section.replicas >= 2 or not row.replicates,
         "strategy.replicas",
-        strategy.replicas,
-        "must be at least 2 under hsdp",
+        section.replicas,
+        f"must be at least 2 under {row.name}",
         "Use 2 or more, or strategy=fsdp2",
+    )
+    _require(
+        cfg.optim.backend not in ("deepspeed", "apex") or not row.dtensors,
+        "optim.backend",
+        cfg.optim.backend,
+        f"cannot update the sharded tensors of strategy={row.name}",
+        "Use optim.backend=auto",
     )
     if cfg.train.fp8:
         _validate_fp8(cfg)
     if cfg.train.compile is True:
         _require(
-            strategy.name != "zero3",
+            row.no_compile is None,
             "train.compile",
             True,
-            "does not work with strategy=zero3, whose hooks gather the weights of each layer and break every block's graph",
+            f"does not work with strategy={row.name}, {row.no_compile}",
             "Use strategy=fsdp2, or train.compile=false",
         )
         _require(
@@ -199,6 +207,9 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
 
 
 def _validate_fp8(cfg: ExperimentConfig) -> None:
+    row = facts.of(cfg.strategy)
+    # Those that shard most are named first.
+    others = sorted(facts.names(lambda row: row.no_fp8 is None), key=lambda name: -len(facts.named(name).shards))
     _require(
         cfg.train.precision == "bf16",
         "train.fp8",
@@ -207,12 +218,11 @@ def _validate_fp8(cfg: ExperimentConfig) -> None:
         "Use train.precision=bf16, or train.fp8=false",
     )
     _require(
-        not cfg.strategy.name.startswith("zero"),
+        row.no_fp8 is None,
         "train.fp8",
         True,
-        f"is not offered with strategy={cfg.strategy.name}: torchao's layers are verified with torch's own engines alone, and "
-        "under ZeRO-3 they would keep their gathered weights until the backward pass",
-        "Use strategy=fsdp2, hsdp, ddp or single, or train.fp8=false",
+        f"is not offered with strategy={row.name}: {row.no_fp8}",
+        f"Use strategy={_listed(others, 'or')}, or train.fp8=false",
     )
     _require(
         cfg.model.width % 16 == 0,

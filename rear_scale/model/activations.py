@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import mlp_width
+from rear_scale.parallel import facts
 
 _FP32 = 4
 
@@ -32,7 +33,7 @@ def compute_width(cfg: ExperimentConfig) -> int:
 
 def autocasts(cfg: ExperimentConfig) -> bool:
     """Whether bf16 comes by autocast, which leaves the residual stream and the norms in float32."""
-    return cfg.train.precision == "bf16" and cfg.strategy.name in ("single", "ddp")
+    return cfg.train.precision == "bf16" and facts.of(cfg.strategy).autocasts
 
 
 def one_block_bytes(cfg: ExperimentConfig, device: str = "cpu") -> int:

@@ -1,15 +1,20 @@
-"""torch's DistributedDataParallel, and the same code without it for a world of one."""
+"""torch's DistributedDataParallel, and the same code without it for a world of one; what a rank holds and sends, by formula."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rear_scale.parallel.communication import FP32, Traffic
+from rear_scale.parallel.memory import Memory, Update, elements
 from rear_scale.parallel.strategy import Compute
 from rear_scale.parallel.torch_strategy import TorchStrategy
+
+_MIB = 2**20
 
 
 class DDPStrategy(TorchStrategy):
@@ -37,3 +42,34 @@ class DDPStrategy(TorchStrategy):
 
     def compute_precision(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16")
+
+
+def memory(update: Update) -> Memory:
+    """Float32 weights trained in bf16 by autocast: 4 psi of weights and no masters, the same 16 psi as in the textbook."""
+    psi = elements(update.model)
+    gradients = FP32 * psi
+    # DDP's gradients are views of its buckets, which stay.
+    kept = gradients if update.world_size > 1 else 0
+    # Autocast keeps its casts until the end of the forward pass.
+    casts = 2 * psi if update.cfg.train.precision == "bf16" else 0
+    return Memory(
+        FP32 * psi, update.optimizer_bytes(psi), gradients=gradients - kept, kept_gradients=kept, gathered=casts
+    )
+
+
+def traffic(update: Update) -> Traffic:
+    """Buckets of 1 and then 25 MiB, in the order of the backward pass."""
+    found = Traffic()
+    for bucket in _buckets(update.model):
+        found.add("all_reduce", bucket, FP32)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _buckets(model: nn.Module) -> list[int]:
+    """Elements per bucket."""
+    weights = list(reversed(list(model.parameters())))
+    found, _ = torch.distributed._compute_bucket_assignment_by_size(
+        [torch.empty(weight.shape, device="meta") for weight in weights], [_MIB, 25 * _MIB]
+    )
+    return [sum(weights[index].numel() for index in bucket) for bucket in found]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rear_scale.optim.adamw import set_step
 from rear_scale.optim.deepspeed_adam import deepspeed
-from rear_scale.parallel.memory import ZERO_BUCKET_ELEMENTS
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
+from rear_scale.parallel.zero import BUCKET_ELEMENTS, stage_of
 
 # isort: split
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -39,7 +39,7 @@ class DeepSpeedStrategy(Strategy):
 
     @property
     def stage(self) -> int:
-        return int(self.cfg.strategy.name.removeprefix("zero"))
+        return stage_of(self.cfg)
 
     def build(self, model: nn.Module) -> None:
         # Takes over the process group that is there.
@@ -87,8 +87,8 @@ class DeepSpeedStrategy(Strategy):
             "communication_data_type": "fp32",
             "zero_optimization": {
                 "stage": self.stage,
-                "reduce_bucket_size": ZERO_BUCKET_ELEMENTS,
-                "allgather_bucket_size": ZERO_BUCKET_ELEMENTS,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
                 # A bucket then goes to the rank that owns it, instead of to all of them.
                 "use_multi_rank_bucket_allreduce": False,

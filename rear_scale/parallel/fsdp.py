@@ -1,10 +1,18 @@
 """torch's FSDP2: the one file that imports the engine. One mesh axis shards everything (fsdp2); two shard inside a group
-of ranks and replicate over the groups (hsdp)."""
+of ranks and replicate over the groups (hsdp). Then what a rank holds and sends, by formula.
+
+Where the engine departs from the usual formulas of memory.py and communication.py:
+
+- It keeps float32 shards that are weights and masters at once; deferred gradients are whole and float32.
+- It pads each parameter to a multiple of the ranks along the dimension that it shards, and keeps the group of the root
+  (embeddings, positions, output) gathered between forward and backward pass.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from rear_scale.parallel.communication import fsdp_units
-from rear_scale.parallel.memory import shard_dimension
+from rear_scale.parallel import facts
+from rear_scale.parallel.communication import FP32, Traffic
+from rear_scale.parallel.memory import Memory, Update, elements, elements_padded, shard_dimension
 from rear_scale.parallel.strategy import Compute, Kind
 from rear_scale.parallel.torch_strategy import TorchStrategy
 
@@ -29,7 +38,7 @@ class FSDPStrategy(TorchStrategy):
     """
 
     def build(self, model: nn.Module) -> None:
-        self.model = wrap(model.to(self.world.device), self.mesh(), self.cfg.train.precision, self._reshard)
+        self.model = wrap(model.to(self.world.device), self.mesh, self.cfg.train.precision, self._reshard)
         self.engine = self.model
         self.prepare_optimizer()
 
@@ -37,10 +46,15 @@ class FSDPStrategy(TorchStrategy):
     def _reshard(self) -> bool:
         return self.cfg.strategy.reshard_after_forward
 
+    def prepare(self) -> None:
+        # A mesh reads the numbers of its ranks, which only real tensors have.
+        _ = self.mesh
+
+    @cached_property
     def mesh(self) -> DeviceMesh:
-        """The ranks, in one row or in one row per replica. All ranks must call this."""
+        """The ranks, in one row or in one row per replica. All ranks must ask for it."""
         kind, strategy = self.world.device.type, self.cfg.strategy
-        if strategy.name == "fsdp2":
+        if not facts.of(strategy).replicates:
             return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))
         shape = (strategy.replicas, self.world.size // strategy.replicas)
         # Neighbouring ranks shard: they are the ones on one machine.
@@ -90,7 +104,57 @@ def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forwa
     settings = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
     ranks = mesh.size(mesh.ndim - 1)
     settings["shard_placement_fn"] = lambda weight: Shard(shard_dimension(weight, ranks))
-    for unit in fsdp_units(model):
+    for unit in units(model):
         fully_shard(unit, **settings, reshard_after_forward=reshard_after_forward)
     # What is left is needed first and last: the backward pass begins where the forward pass ends.
     return fully_shard(model, **settings, reshard_after_forward=False)
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at once, the root apart: each block and each reAR head."""
+    heads = [child for name, child in model.named_children() if name.endswith("_align_mlp")]
+    return [*model.blocks, *heads]
+
+
+def memory(update: Update) -> Memory:
+    cfg, width, model = update.cfg, update.width, update.model
+    ranks = _sharding_ranks(update)
+    shard = elements_padded(model, ranks) // ranks
+    psi, block = elements(model), elements(model.blocks[0])
+    root = psi - cfg.model.depth * block
+    # In the backward pass: gradients of the block before on their way as float32, weights and gradients of this one, weights
+    # of the next one. What was kept for the two that are done is gone.
+    freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * update.block_activations
+    passing = max(0, FP32 * block + width * block - freed)
+    blocks = 2 * width * block if cfg.strategy.reshard_after_forward else width * (psi - root)
+    deferring = update.accumulation > 1 and cfg.strategy.defer_reduction
+    return Memory(
+        FP32 * shard,
+        update.optimizer_bytes(shard),
+        gradients=FP32 * shard,
+        deferred=FP32 * psi if deferring else 0,
+        gathered=width * root + blocks + passing,
+    )
+
+
+def traffic(update: Update) -> Traffic:
+    strategy, model, width, found = update.cfg.strategy, update.model, update.width, Traffic()
+    ranks = _sharding_ranks(update)
+    sizes = [elements_padded(unit, ranks) for unit in units(model)]
+    root = elements_padded(model, ranks) - sum(sizes)
+    gathers = 2 * update.accumulation if strategy.reshard_after_forward else 1
+    reductions = 1 if strategy.defer_reduction else update.accumulation
+    for size in sizes:
+        found.add("all_gather", size, width, gathers)
+    found.add("all_gather", root, width, update.accumulation if strategy.reshard_after_forward else 1)
+    for size in (*sizes, root):
+        found.add("reduce_scatter", size, FP32, reductions)
+        if ranks < update.world_size:
+            found.add("all_reduce", size / ranks, FP32)
+    return found
+
+
+def _sharding_ranks(update: Update) -> int:
+    """Ranks that share one copy of the model."""
+    strategy = update.cfg.strategy
+    return update.world_size // (strategy.replicas if facts.of(strategy).replicates else 1)

@@ -20,6 +20,9 @@ class TorchStrategy(Strategy):
     engine: nn.Module  # what is called: the model or its wrapper
     optimizer: torch.optim.Optimizer
 
+    def prepare(self) -> None:
+        """Makes what `build` needs of the process group, where build itself runs on tensors without memory."""
+
     def grad_norm(self) -> Tensor:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         self.norm = torch.nn.utils.get_total_norm(gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rear_scale.config import ExperimentConfig, check_override
+from rear_scale.config.schema import STRATEGY_KEY
 from rear_scale.config.values import leaves
 from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part
@@ -32,7 +33,7 @@ def make_plan(
     parsed = [check_override(text) for text in overrides]
     # train={micro_batch_size: 16} says what train.micro_batch_size=16 says.
     keys = {key for one in parsed for key in leaves({one.key: one.value})}
-    fixed = frozenset(key for key in _KEPT if key in keys or (key == "strategy" and "strategy.name" in keys))
+    fixed = frozenset(key for key in _KEPT if key in keys or (key == "strategy" and STRATEGY_KEY in keys))
     cluster = open_cluster(cfg)
     model = meta_model(cfg)
     rate = _measure(cfg, cluster) if measured else None
@@ -61,10 +62,10 @@ def _measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
 
 
 def _simulate(cluster: Cluster, found: list[Choice], best: Choice, fixed: frozenset[str]) -> dict[str, Any]:
-    from rear_scale.scaling.simulate import STRATEGIES, beside_formula
+    from rear_scale.scaling.simulate import beside_formula
 
     chosen = best
-    others = [one for one in found if one.fits and one.name in STRATEGIES]
-    if best.name not in STRATEGIES and "strategy" not in fixed and others:
+    others = [one for one in found if one.fits and one.row.simulated]
+    if not best.row.simulated and "strategy" not in fixed and others:
         chosen = min(others, key=lambda one: one.time.total_s)
     return beside_formula(chosen.cfg, cluster.gpus)

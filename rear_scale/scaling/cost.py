@@ -16,6 +16,7 @@ from torch import nn
 from rear_scale.config import ExperimentConfig, wants_compile
 from rear_scale.model.activations import block_activation_bytes, compute_width
 from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
+from rear_scale.parallel import facts
 from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.parallel.memory import elements
 from rear_scale.scaling.devices import Cluster
@@ -64,14 +65,15 @@ def step_time(
     """Of a strategy on a cluster. slowness: measured time of a step over compute_time of the same step."""
     psi = elements(model)
     compute = accumulation * slowness * compute_time(cfg, cluster, psi)
-    sharded = 1 if cfg.strategy.name in ("single", "ddp") else _shard_ranks(cfg, cluster)
+    row = facts.of(cfg.strategy)
+    sharded = _shard_ranks(cfg, cluster) if "optimizer" in row.shards else 1
     update = _UPDATE_BYTES_PER_PARAMETER * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
     if cfg.strategy.cpu_offload:
         # Gradients of every micro-step go to the host, which updates, and weights come back.
         moved = (4 * accumulation + compute_width(cfg)) / _LINK_GB_PER_S + _UPDATE_BYTES_PER_PARAMETER / _HOST_GB_PER_S
         update = psi / sharded * moved / 1e9
     gradients, weights, late = _travel_times(cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model))
-    repeated = cfg.strategy.name not in ("single", "ddp", "zero1") and not cfg.strategy.defer_reduction
+    repeated = row.defers and not cfg.strategy.defer_reduction
     sending = compute if repeated else compute / accumulation
     exposed = max(0.0, gradients - HIDDEN_GRADIENTS * sending, gradients + weights - HIDDEN_WEIGHTS * compute)
     return StepTime(compute, update, gradients + weights + late, exposed + late)
@@ -103,22 +105,20 @@ def _kept_bytes(cfg: ExperimentConfig) -> tuple[int, int]:
 
 
 def _shard_ranks(cfg: ExperimentConfig, cluster: Cluster) -> int:
-    return cluster.gpus // (cfg.strategy.replicas if cfg.strategy.name == "hsdp" else 1)
+    return cluster.gpus // (cfg.strategy.replicas if facts.of(cfg.strategy).replicates else 1)
 
 
 def _travel_times(cfg: ExperimentConfig, cluster: Cluster, traffic: Traffic) -> tuple[float, float, float]:
     """Seconds of reductions of gradients, of gathers of weights, and of what is sent when there is nothing left to do."""
-    name, payload = cfg.strategy.name, traffic.payload
-    ranks = _shard_ranks(cfg, cluster)
+    payload, ranks = traffic.payload, _shard_ranks(cfg, cluster)
     gather = _ring(cluster, ranks, payload["all_gather"], traffic.calls["all_gather"])
     reduce = sum(_ring(cluster, ranks, payload[kind], traffic.calls[kind]) for kind in ("reduce", "reduce_scatter"))
-    if name == "hsdp":
+    if facts.of(cfg.strategy).replicates:
         reduce += _between_replicas(cfg, cluster, payload["all_reduce"], traffic.calls["all_reduce"])
     else:
         reduce += _ring(cluster, ranks, 2 * payload["all_reduce"], traffic.calls["all_reduce"])
-    if name == "zero1" and cfg.train.precision == "bf16":
-        return 0.0, 0.0, reduce + gather
-    return (reduce, 0.0, gather) if name in ("zero1", "zero2") else (reduce, gather, 0.0)
+    late = reduce * traffic.late_reductions + gather * traffic.late_gathers
+    return reduce * (not traffic.late_reductions), gather * (not traffic.late_gathers), late
 
 
 def _ring(cluster: Cluster, ranks: int, payload: int, calls: int) -> float:

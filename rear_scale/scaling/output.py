@@ -117,17 +117,20 @@ def _head(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    head = ["strategy", "recompute", *PARTS, "total GiB", "micro-batch", "step s", "hidden s", "days", "GPU-hours"]
+    head = ["strategy", "recompute", *PARTS, "peak GiB", "micro-batch", "step s", "hidden s", "days", "GPU-hours"]
     rows = [head]
     for one in report.choices:
-        memory = [f"{one.memory_gib[part]:.1f}" for part in (*PARTS, "total")]
+        memory = [f"{one.memory_gib[part]:.1f}" for part in (*PARTS, "peak")]
         times = ["does not fit"]
         if one.fits:
             hidden = one.time.communication_s - one.time.exposed_s
             times = [str(one.cfg.train.micro_batch_size), f"{one.time.total_s:.3f}", f"{hidden:.3f}"]
             times += [f"{one.run_s / 86_400:.2f}", f"{one.gpu_hours:,.0f}"]
         rows.append([one.name, one.checkpointing, *memory, *times])
-    return "memory per GPU in GiB, with the largest micro-batch that fits\n" + aligned(rows, left=(0, 1))
+    return (
+        "memory per GPU in GiB, with the largest micro-batch that fits (peak: the most at one time, not the sum)\n"
+        + aligned(rows, left=(0, 1))
+    )
 
 
 def _recommendation(report: Report) -> str:

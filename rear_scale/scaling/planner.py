@@ -13,9 +13,11 @@ import yaml
 from torch import nn
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
-from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGIES, StrategyConfig
+from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGY_KEY, StrategyConfig
 from rear_scale.config.validate import validate
 from rear_scale.model.activations import head_activation_bytes
+from rear_scale.parallel import facts
+from rear_scale.parallel.facts import Facts
 from rear_scale.parallel.memory import elements, memory_per_rank
 from rear_scale.scaling.cost import StepTime, step_time
 from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
@@ -26,12 +28,12 @@ USABLE = 0.92
 # Plans whose steps are as fast to this share count as equal: the one that needs less memory is taken.
 _AS_FAST = 0.01
 PARTS = ("weights", "gradients", "optimizer", "activations", "heads", "buffers")
-# Fields of the strategy section beside its name, and the strategies that heed them.
+# Fields of the strategy section beside its name, and the fact of a strategy that heeds them.
 _HEEDED = {
-    "replicas": ("hsdp",),
-    "cpu_offload": ("zero1", "zero2", "zero3"),
-    "defer_reduction": ("fsdp2", "hsdp", "zero2", "zero3"),
-    "reshard_after_forward": ("fsdp2", "hsdp"),
+    "replicas": "replicates",
+    "cpu_offload": "offloads",
+    "defer_reduction": "defers",
+    "reshard_after_forward": "reshards",
 }
 STRATEGY_KEYS = tuple(f"strategy.{field}" for field in _HEEDED)
 
@@ -43,13 +45,18 @@ class Choice:
     cfg: ExperimentConfig
     asked: StrategyConfig  # what the config itself has
     plan: Plan
-    memory_gib: dict[str, float]  # PARTS and their sum, total: of the fullest rank at the height of an update
+    # Of the fullest rank: PARTS, their sum (total), and the most there is at one time (peak), which decides whether it fits
+    memory_gib: dict[str, float]
     fits: bool
     time: StepTime
 
     @property
+    def row(self) -> Facts:
+        return facts.of(self.cfg.strategy)
+
+    @property
     def name(self) -> str:
-        return self.cfg.strategy.name
+        return self.row.name
 
     @property
     def checkpointing(self) -> str:
@@ -72,7 +79,7 @@ class Choice:
             # strategy=NAME leaves fields alone that a file or another override has set.
             same = value == getattr(defaults, field) == getattr(self.asked, field)
             if field == "replicas":
-                same = self.name != "hsdp"
+                same = not self.row.replicates
             if not same:
                 found.append(f"strategy.{field}={str(value).lower()}")
         return [
@@ -96,11 +103,11 @@ def choices(
     """
     _check_divides(cfg, cluster)
     found = []
-    for name in STRATEGIES:
+    for row in facts.rows():
         for policy in RECOMPUTE_POLICIES:
             variants = [
                 _largest(one, cfg.strategy, cluster, fixed, model, slowness)
-                for one in _variants(cfg, cluster, name, policy, fixed)
+                for one in _variants(cfg, cluster, row, policy, fixed)
             ]
             if variants:
                 found.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
@@ -121,7 +128,7 @@ def recommend(
         raise InputError(_impossible(cfg, cluster, model, found, allowed, fixed))
     fastest = min(one.time.total_s for one in fitting)
     equal = [one for one in fitting if one.time.total_s <= (1 + _AS_FAST) * fastest]
-    return min(equal, key=lambda one: one.memory_gib["total"])
+    return min(equal, key=lambda one: one.memory_gib["peak"])
 
 
 def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice) -> str:
@@ -138,7 +145,7 @@ def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice)
 
 def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[str]:
     settings = choice.settings
-    ours = {text.split("=")[0] for text in settings} | {"strategy.name", "cluster.gpus", "cluster.gpu"}
+    ours = {text.split("=")[0] for text in settings} | {STRATEGY_KEY, "cluster.gpus", "cluster.gpu"}
     own = [text for text in overrides if text.split("=")[0].lstrip("+") not in ours]
     # Ours last: one of theirs may set a whole section.
     return [*own, *settings, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
@@ -146,8 +153,9 @@ def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[s
 
 @cache
 def group_defaults(name: str) -> StrategyConfig:
-    """What `strategy=NAME` alone means."""
-    return StrategyConfig(**yaml.safe_load((CONFIG_DIR / "strategy" / f"{name}.yaml").read_text()))
+    """What `strategy=NAME` alone means. A strategy without a file of defaults has those of the schema."""
+    path = CONFIG_DIR / "strategy" / f"{name}.yaml"
+    return StrategyConfig(**yaml.safe_load(path.read_text())) if path.is_file() else StrategyConfig(name=name)
 
 
 def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
@@ -166,18 +174,18 @@ def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
 
 
 def _variants(
-    cfg: ExperimentConfig, cluster: Cluster, name: str, policy: str, fixed: frozenset[str]
+    cfg: ExperimentConfig, cluster: Cluster, row: Facts, policy: str, fixed: frozenset[str]
 ) -> Iterator[ExperimentConfig]:
     """The ways to run a strategy with a policy that the rules allow: reductions in each micro-step, or once."""
-    if (name == "single" and cluster.gpus > 1) or (name == "hsdp" and cluster.nodes < 2):
+    if not row.runs_on(cluster.gpus) or (row.replicates and cluster.nodes < 2):
         return
-    strategy = cfg.strategy if name == cfg.strategy.name else group_defaults(name)
-    for field, heeding in _HEEDED.items():
-        if name in heeding and (f"strategy.{field}" in fixed or field == "cpu_offload"):
+    strategy = cfg.strategy if row is facts.of(cfg.strategy) else group_defaults(row.name)
+    for field, heeds in _HEEDED.items():
+        if getattr(row, heeds) and (f"strategy.{field}" in fixed or field == "cpu_offload"):
             strategy = replace(strategy, **{field: getattr(cfg.strategy, field)})
-    if name == "hsdp" and "strategy.replicas" not in fixed:
+    if row.replicates and "strategy.replicas" not in fixed:
         strategy = replace(strategy, replicas=cluster.nodes)
-    free = name in ("fsdp2", "hsdp") and "strategy.defer_reduction" not in fixed
+    free = row.defers_in_fp32 and "strategy.defer_reduction" not in fixed
     for deferred in (True, False) if free else (strategy.defer_reduction,):
         train = replace(cfg.train, activation_checkpointing=policy)
         variant = replace(cfg, strategy=replace(strategy, defer_reduction=deferred), train=train)
@@ -205,14 +213,14 @@ def _largest(
         cfg = replace(cfg, train=replace(cfg.train, micro_batch_size=size))
         plan = derive(cfg, cluster.gpus, None)
         memory = memory_gib(cfg, cluster.gpus, plan.accumulation, model)
-        fits = memory["total"] <= USABLE * cluster.device.memory_gib
+        fits = memory["peak"] <= USABLE * cluster.device.memory_gib
         if fits:
             break
     return Choice(cfg, asked, plan, memory, fits, step_time(cfg, cluster, plan.accumulation, model, slowness))
 
 
 def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
-    """PARTS and total of memory_per_rank, in GiB.
+    """PARTS, total and peak of memory_per_rank, in GiB.
 
     optimizer holds moments and float32 masters; heads all that the reAR heads add to the other parts; buffers those of
     collectives, and gathered or cast weights.
@@ -232,11 +240,11 @@ def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model:
         "heads": of_heads * sum(states.values()) + head_activations,
         "buffers": memory.buffers + memory.gathered,
     }
-    return {**{part: parts[part] / GIB for part in PARTS}, "total": memory.peak / GIB}
+    return {**{part: parts[part] / GIB for part in PARTS}, "total": memory.total / GIB, "peak": memory.peak / GIB}
 
 
 _KEPT_BY_CHOICE = {
-    "strategy": lambda one, cfg: one.name == cfg.strategy.name,
+    "strategy": lambda one, cfg: one.row is facts.of(cfg.strategy),
     "train.activation_checkpointing": lambda one, cfg: one.checkpointing == cfg.train.activation_checkpointing,
     "strategy.cpu_offload": lambda one, cfg: one.cfg.strategy.cpu_offload == cfg.strategy.cpu_offload,
     "strategy.reshard_after_forward": lambda one, cfg: (
@@ -260,12 +268,13 @@ def _impossible(
     asked = [key for key in (*_KEPT_BY_CHOICE, "train.micro_batch_size") if key in fixed]
     if not allowed:
         others = ", ".join(sorted({f"strategy={one.name}" for one in found}))
+        policy = f"train.activation_checkpointing={cfg.train.activation_checkpointing}"
         return (
-            f"strategy={cfg.strategy.name}, train.activation_checkpointing={cfg.train.activation_checkpointing} cannot run on "
-            f"cluster.gpus={cluster.gpus} (machines: {cluster.nodes}). Use one of {others}, or another number of GPUs"
+            f"strategy={facts.of(cfg.strategy).name}, {policy} cannot run on cluster.gpus={cluster.gpus} (machines: "
+            f"{cluster.nodes}). Use one of {others}, or another number of GPUs"
         )
-    least = min(allowed, key=lambda one: one.memory_gib["total"])
-    need = least.memory_gib["total"]
+    least = min(allowed, key=lambda one: one.memory_gib["peak"])
+    need = least.memory_gib["peak"]
     what = " ".join(least.settings)
     if not asked:
         what = f"every strategy is too large, the smallest ({what})"

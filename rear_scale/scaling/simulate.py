@@ -23,7 +23,7 @@ from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
 from rear_scale.optim.adamw import set_step
-from rear_scale.parallel import open_strategy
+from rear_scale.parallel import facts, open_strategy
 from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.counting import Collectives
 from rear_scale.parallel.memory import memory_per_rank
@@ -32,7 +32,6 @@ from rear_scale.progress import progress
 from rear_scale.world import Ranks, World
 
 _GIB = 2**30
-STRATEGIES = ("single", "fsdp2", "hsdp")
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,11 @@ def simulate(cfg: ExperimentConfig, world_size: int) -> Simulated:
     Of an update's micro-steps it runs the first and the last, which reduces (`shortened`). Raises InputError for strategies
     whose engine needs tensors with memory.
     """
-    name = cfg.strategy.name
-    if name not in STRATEGIES:
+    row = facts.of(cfg.strategy)
+    if not row.simulated:
         raise InputError(
-            f"strategy={name} cannot be simulated: its engine needs tensors with memory. Use one of "
-            + ", ".join(f"strategy={one}" for one in STRATEGIES)
+            f"strategy={row.name} cannot be simulated: its engine needs tensors with memory. Use one of "
+            + ", ".join(f"strategy={one}" for one in facts.names(lambda row: row.simulated))
         )
     if cfg.train.fp8:
         raise InputError(
@@ -120,9 +119,7 @@ def simulate(cfg: ExperimentConfig, world_size: int) -> Simulated:
     with fake_world(world_size) as world:
         strategy = open_strategy(cfg, plan, world)
         assert isinstance(strategy, TorchStrategy)
-        if name in ("fsdp2", "hsdp"):
-            mesh = strategy.mesh()  # reads the numbers of its ranks, which only real tensors have
-            strategy.mesh = lambda: mesh
+        strategy.prepare()
         with _bool_masks(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
             _build(cfg, strategy)
             return _update(cfg, plan, world, strategy, live)
@@ -138,7 +135,7 @@ def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
         "weights": memory.weights,
         "gradients": memory.gradients + memory.kept_gradients,
         "optimizer": memory.optimizer,
-        "total": memory.height,
+        "total": memory.peak,
     }
     run = {
         "weights": found.weights,
@@ -147,7 +144,7 @@ def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
         "total": found.peak,
     }
     return {
-        "strategy": cfg.strategy.name,
+        "strategy": facts.of(cfg.strategy).name,
         "checkpointing": cfg.train.activation_checkpointing,
         "world_size": world_size,
         "micro_batch_size": cfg.train.micro_batch_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
+from rear_scale.parallel import facts
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.shards.codebook import read_checked
 from rear_scale.shards.plain import plain_tars
@@ -82,7 +83,7 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     # Of a GPU: a config is sized for GPUs, and a dry run is made where there is none.
     memory = memory_per_rank(cfg, plan.world_size, plan.accumulation, device="cuda")
     lines = [
-        f"ranks: {plan.world_size}, strategy {cfg.strategy.name}, {train.precision}",
+        f"ranks: {plan.world_size}, strategy {facts.of(cfg.strategy).name}, {train.precision}",
         f"global batch: {train.global_batch_size:,} images = {train.micro_batch_size} per micro-step "
         f"x {plan.accumulation} micro-steps x {plan.world_size} ranks",
         f"memory per rank, by formula: {memory.peak / fit.GIB:.1f} GiB ({fit.in_words(memory)})",

@@ -7,6 +7,7 @@ import torch
 
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.device import uses_cuda
+from rear_scale.parallel import facts
 from rear_scale.parallel.memory import Memory, memory_per_rank
 from rear_scale.world import Ranks
 
@@ -14,8 +15,8 @@ GIB = 2**30
 
 
 def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
-    """Raises InputError where the formula wants more than the whole memory of the rank's GPU (or its share of the machine's,
-    on a CPU), unless train.check_memory is false."""
+    """Raises InputError where the formula's peak is more than the whole memory of the rank's GPU (or its share of the
+    machine's, on a CPU), unless train.check_memory is false."""
     if not cfg.train.check_memory:
         return
     device = "cuda" if uses_cuda() else "cpu"
@@ -23,7 +24,7 @@ def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
     if need.peak <= there:
         return
     train = cfg.train
-    what = f"strategy={cfg.strategy.name} train.activation_checkpointing={train.activation_checkpointing}"
+    what = f"strategy={facts.of(cfg.strategy).name} train.activation_checkpointing={train.activation_checkpointing}"
     place = "its GPU" if uses_cuda() else f"its share of this machine (ranks: {ranks.local_world_size})"
     raise InputError(
         f"train.micro_batch_size={train.micro_batch_size} {what} needs {need.peak / GIB:.1f} GiB per rank by formula "
@@ -35,15 +36,16 @@ def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
 def in_words(memory: Memory) -> str:
     """The parts that matter, in GiB."""
     parts = {
-        "weights, gradients and optimizer": memory.peak - memory.activations - memory.buffers - memory.gathered,
+        "weights, gradients and optimizer": memory.total - memory.activations - memory.buffers - memory.gathered,
         "activations": memory.activations,
         "buffers": memory.buffers + memory.gathered,
     }
-    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    return listed if memory.peak == memory.total else f"{listed}; gradients come while activations go"
 
 
 def _way_out(need: Memory, there: int) -> str:
-    if need.peak - need.activations > there:
+    if need.total - need.activations > there:
         return "Use strategy=fsdp2 or more ranks (launchers/plan.py says which fit)"
     return "Use a smaller train.micro_batch_size or train.activation_checkpointing=full"
 

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 
 from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.config.devices import bf16_tflops
 from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.objective import STATISTICS
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import open_sink, show_images_on
 from rear_scale.world import World
-
-# Dense bf16 peak of one device in TFLOP/s, by a part of its name. An unknown device has no MFU.
-_PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class Clock:
@@ -95,6 +93,8 @@ class Telemetry:
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World, run: RunFolder) -> None:
         self.cfg, self.plan, self.world, self.run = cfg, plan, world, run
         self.flops_per_image = train_flops_per_image(cfg, distinct_classes_per_image(cfg))
+        on_gpu = world.device.type == "cuda"
+        self.peak_tflops = bf16_tflops(torch.cuda.get_device_name(world.device)) if on_gpu else None
         self.hosts = world.gather(socket.gethostname())
         self.clock = Clock(world.device)
         self.steps = 0
@@ -176,11 +176,9 @@ class Telemetry:
 
     def _mfu(self, images_per_s: float) -> float | None:
         """Model FLOPs of the images over the peak of all devices; None where the peak is not known."""
-        if self.world.device.type != "cuda":
+        if self.peak_tflops is None:
             return None
-        name = torch.cuda.get_device_name(self.world.device)
-        peak = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
-        return None if peak is None else images_per_s * self.flops_per_image / (peak * 1e12 * self.world.size)
+        return images_per_s * self.flops_per_image / (self.peak_tflops * 1e12 * self.world.size)
 
 
 def _peak_memory_gib(world: World) -> float:

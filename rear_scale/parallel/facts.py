@@ -1,0 +1,120 @@
+"""Facts about each strategy, one row each. Validation, planner, cost model and trainer decide by these, never by a name.
+
+A strategy of your own is a class (strategy.py) and a row, in any file:
+
+    facts.register(Facts(name="mine", engine="my_file:MyStrategy", formulas="rear_scale.parallel.ddp", title="mine"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a strategy does, and where its code is."""
+
+    name: str  # strategy=NAME
+    engine: str  # MODULE:CLASS of its Strategy, imported when it is opened
+    formulas: (
+        str  # module with memory(update) -> Memory and traffic(update) -> Traffic; imports nothing that `needs` names
+    )
+    title: str  # the engine, as README.md names it
+    needs: str | None = None  # a package beyond torch
+    shards: tuple[str, ...] = ()  # of optimizer, gradients, weights, in this order
+    alone: bool = False  # runs one process only
+    fewest_ranks: int = 1
+    replicates: bool = False  # heeds strategy.replicas: shards inside groups of ranks that each hold the whole model
+    offloads: bool = False  # heeds strategy.cpu_offload
+    defers: bool = False  # heeds strategy.defer_reduction
+    defers_in_fp32: bool = False  # sums deferred gradients in float32, so that deferring does not change them
+    reshards: bool = False  # heeds strategy.reshard_after_forward
+    autocasts: bool = False  # bf16 comes by autocast over float32 weights
+    dtensors: bool = False  # weights are DTensors, which only torch's own optimizers update
+    simulated: bool = False  # runs on tensors without memory (scaling/simulate.py)
+    no_compile: str | None = None  # why train.compile does not work, after "strategy=NAME,"
+    no_fp8: str | None = "its engine has not been tried with torchao's layers"  # why train.fp8 is refused
+
+    def runs_on(self, ranks: int) -> bool:
+        return self.fewest_ranks <= ranks and (ranks == 1 or not self.alone)
+
+
+class Named(Protocol):
+    """The strategy section of a config."""
+
+    name: str
+
+
+_OPTIMIZER, _GRADIENTS, _WEIGHTS = "optimizer", "gradients", "weights"
+_ROWS: dict[str, Facts] = {}
+
+
+def register(row: Facts) -> None:
+    """Adds a strategy. Raises ValueError for a name that is taken by another row."""
+    if _ROWS.get(row.name, row) != row:
+        raise ValueError(f"strategy={row.name} is registered already, with other facts")
+    _ROWS[row.name] = row
+
+
+def rows() -> tuple[Facts, ...]:
+    return tuple(_ROWS.values())
+
+
+def named(name: str) -> Facts:
+    """Raises KeyError for a name that no row has."""
+    return _ROWS[name]
+
+
+def of(section: Named) -> Facts:
+    """The row of the strategy that a validated config names."""
+    return _ROWS[section.name]
+
+
+def names(having: Callable[[Facts], Any] = lambda row: True) -> tuple[str, ...]:
+    """The names of the rows of which `having` is true."""
+    return tuple(row.name for row in rows() if having(row))
+
+
+def engine_class(row: Facts) -> Any:
+    """The subclass of Strategy, after its module was imported."""
+    module, _, name = row.engine.partition(":")
+    return getattr(import_module(module), name)
+
+
+def formulas(row: Facts) -> ModuleType:
+    return import_module(row.formulas)
+
+
+_DDP, _FSDP = "rear_scale.parallel.ddp", "rear_scale.parallel.fsdp"
+_TORCH_FSDP: dict[str, Any] = {
+    "engine": f"{_FSDP}:FSDPStrategy", "formulas": _FSDP, "title": "torch FSDP2",
+    "shards": (_OPTIMIZER, _GRADIENTS, _WEIGHTS), "defers": True, "defers_in_fp32": True, "reshards": True,
+    "dtensors": True, "simulated": True, "no_fp8": None,
+}  # fmt: skip
+_ZERO: dict[str, Any] = {
+    "engine": "rear_scale.parallel.deepspeed:DeepSpeedStrategy", "formulas": "rear_scale.parallel.zero",
+    "title": "DeepSpeed", "needs": "deepspeed", "offloads": True,
+    "no_fp8": "torchao's layers are verified with torch's own engines alone, and under ZeRO-3 they would keep their gathered "
+    "weights until the backward pass",
+}  # fmt: skip
+_BUILT_IN = (
+    Facts("single", f"{_DDP}:DDPStrategy", _DDP, "torch", alone=True, autocasts=True, simulated=True, no_fp8=None),
+    Facts("ddp", f"{_DDP}:DDPStrategy", _DDP, "torch DistributedDataParallel", autocasts=True, no_fp8=None),
+    Facts("fsdp2", **_TORCH_FSDP),
+    Facts("hsdp", **_TORCH_FSDP, replicates=True, fewest_ranks=4),
+    Facts("zero1", **_ZERO, shards=(_OPTIMIZER,)),
+    Facts("zero2", **_ZERO, shards=(_OPTIMIZER, _GRADIENTS), defers=True),
+    Facts(
+        "zero3",
+        **_ZERO,
+        shards=(_OPTIMIZER, _GRADIENTS, _WEIGHTS),
+        defers=True,
+        no_compile="whose hooks gather the weights of each layer and break every block's graph",
+    ),
+)
+for _row in _BUILT_IN:
+    register(_row)
