@@ -215,6 +215,18 @@ def test_a_dry_run_without_data_says_what_it_cannot_know(capsys: pytest.CaptureF
         dry_run.show(config.load("rear_xl.yaml", [*overrides, "train.micro_batch_size=7"]), ALONE)
 
 
+@pytest.mark.parametrize("key", ["optim.betas", "sample.labels", "profile.steps", "resume.allow"])
+@pytest.mark.parametrize("item", [{"a": 1}, {}, [1], [[]], None])
+def test_an_entry_of_a_list_is_one_value(key: str, item: object) -> None:
+    values = config.to_dict(config.load("demo.yaml"))
+    section, name = key.split(".")
+    values[section][name] = [item, 1]
+    with pytest.raises(
+        InputError, match=rf"^{key}\[0\]=.* in FILE is of the wrong type: it takes a .*\. Write one value"
+    ):
+        config.from_file(values, "FILE")
+
+
 def test_an_unknown_config_lists_the_known_ones() -> None:
     message = error_of("rear_titok.yaml")
     assert "did you mean rear_titok_b64.yaml?" in message

@@ -231,6 +231,12 @@ def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
     elif isinstance(value, list) and get_origin(plain) is list:
         for i, item in enumerate(value):
             _check_value(f"{key}[{i}]", item, get_args(plain)[0], source)
+    elif key.endswith("]") and (value is None or isinstance(value, (dict, list))):
+        # OmegaConf lets them pass.
+        raise InputError(
+            f"{key}={'null' if value is None else shown(str(value))} in {source} is of the wrong type: it takes "
+            f"{type_name(kind)}. Write one value"
+        )
     elif isinstance(value, str):
         if len(value) > LONGEST_TEXT or not value.isprintable():
             raise InputError(
