@@ -1,4 +1,9 @@
-"""Work in stages, each a command line of its own: run in order, not twice, and continued after a kill.
+"""Runs stages, each a command line of its own, in order. Finished ones are not run again, and after a kill the next start
+continues.
+
+    train = Stage("train", "train at 1e-4", ["deepspeed", "launchers/train.py", ...], (run / "checkpoints/latest",))
+    sample = Stage("sample", "sample at 1e-4", [...], (run / "samples.npz",), {"training": train.key})
+    StageFolder("runs/study").run_all([train, sample])
 
 FOLDER/stages/NAME.json     command, inputs and seconds of a stage that has ended well
 FOLDER/logs/NAME.log        standard output of every start of a stage
@@ -36,7 +41,7 @@ class Stage:
     title: str  # for the user
     command: Sequence[str]  # as it is typed in the project's root
     products: tuple[Path, ...]  # files or folders that must be there afterwards
-    inputs: Inputs = field(default_factory=dict)  # what the products depend on beside the command
+    inputs: Inputs = field(default_factory=dict)  # what the products depend on besides the command
     processes: int = 1  # that the command starts on this machine, and which share its cores
 
     @property
@@ -125,7 +130,7 @@ class StageFolder:
         for folder in (log.parent, self._record(stage).parent):
             folder.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
-            # Progress comes on stderr; what the launchers themselves have to say goes to the log.
+            # Progress bars and errors are printed on standard error, which stays the terminal.
             try:
                 code = subprocess.run(
                     _arguments(stage.command),
