@@ -95,10 +95,6 @@ class StageFolder:
         record = {"command": stage.line, "inputs": stage.inputs, "seconds": seconds}
         write_text_atomically(self._record(stage), json.dumps(record, indent=1) + "\n")
 
-    def is_finished(self, stage: Stage) -> bool:
-        """Whether its products are there and were made by this command from these inputs."""
-        return self._changed(stage) is None
-
     def seconds(self, stage: Stage) -> float:
         """How long the start took that finished a stage."""
         found = self._read(stage)
@@ -106,7 +102,8 @@ class StageFolder:
         return found["seconds"]
 
     def _changed(self, stage: Stage) -> str | None:
-        """Why a stage is to be run: "" when it has never ended well, None when it is finished."""
+        """Why a stage is to be run: "" when it has no record, None when it is finished: its products are there and were made by
+        this command from these inputs."""
         before = self._read(stage)
         if before is None:
             return ""
