@@ -222,7 +222,7 @@ def test_an_entry_of_a_list_is_one_value(key: str, item: object) -> None:
     section, name = key.split(".")
     values[section][name] = [item, 1]
     with pytest.raises(
-        InputError, match=rf"^{key}\[0\]=.* in FILE is of the wrong type: it takes a .*\. Write one value"
+        InputError, match=rf"^{key}\[0\]=.* in FILE is of the wrong type: it takes .*\. Write one value"
     ):
         config.from_file(values, "FILE")
 
