@@ -496,9 +496,10 @@ def _import_everything() -> None:
     from test_evaluate import _Small
 
     from rear_scale.evaluate import job
+    from rear_scale.evaluate.networks import row
 
     # In place of a network of 95 MB that takes seconds for an image.
-    job.check_weight_file = lambda *arguments: None
+    row.check_weight_file = lambda *arguments: None
     job.open_networks = lambda cfg, world: [] if cfg.evaluate.inception_weights is None else [_Small()]
     _remember()
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,10 +56,9 @@ def summary_of(rate: float) -> dict:
 
 def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates, draws and marks may be overridden, and what the figures show may be anything."""
-    result = {
-        "sample": {"guidance": {"schedule": "linear", "scale": 3}},
-        "tokens": {"val_noisy": {"draws": 5}},
-    }
+    result = SimpleNamespace(
+        sample={"guidance": {"schedule": "linear", "scale": 3}}, tokens={"val_noisy": {"draws": 5}}
+    )
     section = report._scores(summary_of(0.35), result)
     text = " ".join(section.text)
     assert "with probability 0.35 by a random one, over 5 fixed draws" in text

@@ -28,7 +28,7 @@ from rear_scale.evaluate.networks.classifier import ClassifierFeatures, check_sa
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract
 from rear_scale.evaluate.networks.inception import Inception, resize_tf1
 from rear_scale.evaluate.published import ROWS, our_rows, table
-from rear_scale.evaluate.result import check_result
+from rear_scale.evaluate.result import ImageScores, check_result
 from rear_scale.evaluate.subjects import Opener, Subject
 from rear_scale.sample.npz_writer import write_samples
 from rear_scale.shards.images import open_images, write_images
@@ -66,7 +66,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _score(world: World, cfg: ExperimentConfig, samples: Path, cache: Path, block: int = 20) -> dict:
     sources.BLOCK_IMAGES = block
-    return Evaluation(cfg, cache, world).score(open_image_set(samples, world))
+    return Evaluation(cfg, cache, world).score(open_image_set(samples, world)).to_json()
 
 
 def test_scores_by_a_classifier_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_classifier_learns_and_refuses_foreign_files(tmp_path: Path) -> None
 class _Small:
     """A feature network that costs nothing: a fixed projection of the pixels."""
 
-    name, sizes, neighbours = "inception", {"pool": 8, "spatial": 6}, "pool"
+    name, sizes = "inception", {"pool": 8, "spatial": 6}
     weights_sha256, is_published = "0" * 64, False
 
     def __init__(self, seed: int = 0) -> None:
@@ -182,7 +182,7 @@ def _open(cfg: ExperimentConfig, cache: Path, world: World, seed: int = 0) -> Ev
 def _score_small(world: World, cfg: ExperimentConfig, samples: Path, cache: Path) -> dict:
     sources.BLOCK_IMAGES = 20
     neighbours._ROWS, neighbours._COLUMNS = 16, 24
-    return _open(cfg, cache, world).score(open_image_set(samples, world))
+    return _open(cfg, cache, world).score(open_image_set(samples, world)).to_json()
 
 
 def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
     assert found["inception_score"]["bootstrap"]["std"] > 0
     assert set(shards["precision"]) == set(shards["recall"]) == {"exact", "adm_fp16"}
     assert any("its file has no statistics" in note for note in plain["notes"])
-    printed = table(our_rows("ours", found))
+    printed = table(our_rows("ours", ImageScores.from_json(expected)))
     assert all(row.model in printed for row in ROWS.values())
     assert f"{shards['fid']:.3f}" in printed
 
@@ -372,7 +372,7 @@ def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path, capsy
 class _Counting:
     """Features that note which images they were asked for."""
 
-    identity = "counting"
+    name = identity = "counting"
 
     def __init__(self) -> None:
         self.seen: list[int] = []

@@ -100,7 +100,7 @@ def _score_subject(world: World, cfg: ExperimentConfig, found: Checkpoint, cache
     evaluation.networks = [_Small()]
     samples = Opener(world).images(subject)
     assert samples.name.endswith(".npz") == write
-    return evaluation.score(samples)
+    return evaluation.score(samples).to_json()
 
 
 def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp_path: Path, tokens: Path) -> None:
@@ -153,7 +153,7 @@ class _Planned:
 
 
 class _Pixels:
-    identity = "pixels"
+    name = identity = "pixels"
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         return {"pool": images.reshape(len(images), -1).astype(np.float32)}
@@ -187,7 +187,7 @@ def test_an_evaluation_that_fails_keeps_the_blocks_before(tmp_path: Path, fails:
 
 def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:
     reconstruction.open_networks = lambda cfg, world: [_Small()]
-    return reconstruction.score_reconstruction(cfg, images, cache, world)[1]
+    return reconstruction.score_reconstruction(cfg, images, cache, world)[1].to_json()
 
 
 def _tf32(world: World) -> list[bool]:
@@ -202,7 +202,7 @@ def _tf32(world: World) -> list[bool]:
         return noted
 
     tokenizer.encode, tokenizer.decode = noting(tokenizer.encode), noting(tokenizer.decode)
-    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), None, "round", "")
+    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), {}, "round", "")
     features(np.zeros((1, 16, 16, 3), np.uint8))
     return seen
 

@@ -13,10 +13,11 @@ from scipy.spatial.distance import cdist
 
 from rear_scale.config import InputError
 from rear_scale.evaluate.metrics import precision_recall as neighbours
-from rear_scale.evaluate.metrics.distances import codebook_use, frechet_distance, nearest_distances, psnr
+from rear_scale.evaluate.metrics.distances import codebook_use, frechet_distance, psnr
 from rear_scale.evaluate.metrics.inception_score import InceptionScoreSums, unbalanced_splits
 from rear_scale.evaluate.metrics.moments import Moments, MomentSums, moments_of
 from rear_scale.evaluate.metrics.precision_recall import overlap, radii
+from rear_scale.evaluate.networks.pixels import nearest_distances
 from rear_scale.world import World
 
 

@@ -23,8 +23,8 @@ from rear_scale.evaluate.images.npz import read_samples, read_sha256
 from rear_scale.evaluate.metrics.moments import moments_of
 from rear_scale.evaluate.metrics.statistics_file import MadeOf, images_of, read_statistics, write_statistics
 from rear_scale.evaluate.networks.base import as_batch, checked
-from rear_scale.evaluate.networks.inception import Inception, resize_tf1
-from rear_scale.evaluate.networks.weights import INCEPTION, PublishedFile, fill, read_weight_file
+from rear_scale.evaluate.networks.inception import INCEPTION, Inception, resize_tf1
+from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
 from rear_scale.evaluate.reference import check_reference
 from rear_scale.files import file_sha256
 from rear_scale.sample.npz_writer import write_samples

@@ -18,6 +18,7 @@ from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.networks.weights import PublishedFile
 from rear_scale.evaluate.published import ROWS
 from rear_scale.evaluate.reproduce import ENTRIES, MASKGIT_VQGAN, Entry, entry_of, reproduce, verdicts
+from rear_scale.evaluate.result import NetworkScores
 from rear_scale.model import build_model
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import World
@@ -138,7 +139,7 @@ def test_a_generator_of_another_size_is_named(tmp_path: Path, tokens: Path) -> N
 def test_a_verdict_needs_the_published_conditions(
     fid: float | None, samples: int, published: bool, accepted: bool | None
 ) -> None:
-    scores = {"samples": samples, "references": {"adm": {"fid": fid}}}
-    (verdict,) = verdicts(ROWS["rar_b"], scores, published)
+    scores = NetworkScores("0" * 64, published, samples, {}, {"adm": {"fid": fid}})
+    (verdict,) = verdicts(ROWS["rar_b"], scores)
     assert verdict.accepted is accepted
     assert "RAR-B against adm" in verdict.text

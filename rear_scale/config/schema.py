@@ -348,6 +348,8 @@ class EvaluateConfig:
     dinov2_weights: str | None = path(None, "dinov2_vitl14_pretrain.pth: the Fréchet distance on DINOv2 features")
     vgg_weights: str | None = path(None, "vgg16-397923af.pth: LPIPS of reconstructions, with lpips_weights")
     lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16")
+    network_weights: dict[str, str] = setting(
+        {}, "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
     cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs")
     neighbour_modes: list[str] = choices(["exact", "adm_fp16"], "arithmetic of precision and recall", among=NEIGHBOUR_MODES)
     neighbour_reference_images: int | None = number(10_000, "evenly spaced, for precision and recall; null = all", above=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rear_scale.demo.commands import FOLDER, MODELS, run_folder, samples_file
 from rear_scale.demo.summary import table
 from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.networks.classifier import NUM_FEATURES
+from rear_scale.evaluate.result import Result, read_result
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
@@ -26,7 +26,7 @@ def write_report(summary: dict[str, Any], stages: list[Stage], folder: StageFold
     """Writes FOLDER/report.html from finished stages. Returns its path."""
     path = FOLDER / "report.html"
     seed = summary["seeds"][0]
-    result = json.loads((run_folder("rear", seed) / "result.json").read_text())
+    result = read_result(run_folder("rear", seed) / "result.json")
     write_page(
         path,
         "rear_scale demo: reAR and vanilla AR on handwritten digits",
@@ -53,9 +53,11 @@ def _samples(seed: int) -> Section:
     return Section("Samples", [text], pictures=pictures)
 
 
-def _scores(summary: dict[str, Any], result: dict[str, Any]) -> Section:
+def _scores(summary: dict[str, Any], result: Result) -> Section:
     header, rows = table(summary)
-    guidance, draws = result["sample"]["guidance"], result["tokens"]["val_noisy"]["draws"]
+    assert result.sample is not None
+    assert result.tokens is not None
+    guidance, draws = result.sample["guidance"], result.tokens["val_noisy"]["draws"]
     size = load("demo.yaml").tokenizer.image_size
     ratios = [
         f"{_TITLES[model]} {_mean(summary[model]['ctr_train']):.3f} against {_mean(summary[model]['ctr_clean']):.3f}"
@@ -105,8 +107,8 @@ def _commands(stages: list[Stage], folder: StageFolder) -> Section:
     return Section("Commands", ["Each stage can be typed by itself, from the project's root."], code="\n".join(lines))
 
 
-def _versions(result: dict[str, Any]) -> Section:
-    provenance = result["provenance"]
+def _versions(result: Result) -> Section:
+    provenance = result.provenance
     rows = [[name, version] for name, version in provenance["versions"].items()]
     rows.append(["device", f"{provenance['device']}, {provenance['world_size']} processes"])
     rows.append(["commit", str(provenance["commit"])])

@@ -8,15 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.demo.commands import FOLDER, MODELS, run_folder, samples_file
+from rear_scale.evaluate.metrics import METRICS
+from rear_scale.evaluate.metrics.base import Metric
+from rear_scale.evaluate.result import OF_SMALL_IMAGES, Result, SetScores, read_result
 from rear_scale.files import write_text_atomically
 from rear_scale.text_table import aligned
 
+# (metric, reference) -> name in summary.json where it is not METRIC or METRIC_REFERENCE; None = not in the summary
+_NAMES = {
+    ("frechet_distance", "validation"): "frechet_distance",
+    ("frechet_distance", "training"): "frechet_distance_train",
+    ("nearest_distance", "validation"): None,  # only training images can have been memorised
+    ("nearest_distance", "training"): "nearest_distance",
+}
+
+
+def _name(metric: Metric, reference: str | None) -> str | None:
+    plain = metric.name if reference is None else f"{metric.name}_{reference}"
+    return _NAMES.get((metric.name, reference), plain)
+
+
+def _of_images() -> dict[str, tuple[Metric, str | None]]:
+    """By name in summary.json: the metrics of small images, each against each of the demo's references."""
+    metrics = [metric for metric in METRICS if metric.network in OF_SMALL_IMAGES]
+    pairs = [
+        (metric, reference)
+        for metric in metrics
+        for reference in (("validation", "training") if metric.against_references else (None,))
+    ]
+    return {name: pair for pair in pairs if (name := _name(*pair)) is not None}
+
+
 # name in summary.json -> (what the report calls it, digits)
 SCORES = {
-    "class_accuracy": ("class accuracy of the samples", 3),
-    "frechet_distance": ("Fréchet distance to the validation images", 2),
-    "frechet_distance_train": ("Fréchet distance to the training images", 2),
-    "nearest_distance": ("distance to the nearest training image", 1),
+    **{
+        name: ((metric.label or name).format(reference=reference), metric.digits)
+        for name, (metric, reference) in _of_images().items()
+    },
     "ctr_clean": ("correct token ratio, validation, clean context", 4),
     "ctr_noisy": ("correct token ratio, validation, {replaced} of the context replaced", 4),
     "ctr_train": ("correct token ratio, training, clean context", 4),
@@ -27,9 +55,7 @@ SCORES = {
 
 def write_summary(seeds: list[int]) -> dict[str, Any]:
     """Reads each run's result.json and writes FOLDER/summary.json. Returns its content."""
-    results = {
-        model: [json.loads((run_folder(model, seed) / "result.json").read_text()) for seed in seeds] for model in MODELS
-    }
+    results = {model: [read_result(run_folder(model, seed) / "result.json") for seed in seeds] for model in MODELS}
     summary: dict[str, Any] = {}
     for model, found in results.items():
         scores = [_scores(result) for result in found]
@@ -38,20 +64,23 @@ def write_summary(seeds: list[int]) -> dict[str, Any]:
             "samples": str(samples_file(model, seeds[0])),
             **{name: _over_seeds([score[name] for score in scores]) for name in SCORES},
         }
-    images = results["ar"][0]["images"]
-    summary["real"] = _image_scores(images["references"]["validation"])
+    images = results["ar"][0].images.classifier
+    assert images is not None, "the demo's config has a classifier"
+    summary["real"] = _image_scores(images.references["validation"])
     summary["seeds"] = seeds
-    summary["num_samples"] = images["samples"]["count"]
-    summary["features"] = images["features"]
-    summary["replace_rate"] = results["ar"][0]["evaluate"]["replace_rate"]
+    summary["num_samples"] = images.samples.count
+    summary["features"] = images.features
+    summary["replace_rate"] = results["ar"][0].evaluate["replace_rate"]
     write_text_atomically(FOLDER / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _scores(result: dict[str, Any]) -> dict[str, float]:
-    tokens = result["tokens"]
+def _scores(result: Result) -> dict[str, float]:
+    tokens, images = result.tokens, result.images.classifier
+    assert tokens is not None
+    assert images is not None
     return {
-        **_image_scores(result["images"]["samples"]),
+        **_image_scores(images.samples),
         "ctr_clean": tokens["val_clean"]["ctr"],
         "ctr_noisy": tokens["val_noisy"]["ctr"],
         "ctr_train": tokens["train_clean"]["ctr"],
@@ -60,14 +89,14 @@ def _scores(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _image_scores(images: dict[str, Any]) -> dict[str, float]:
-    found = {
-        "class_accuracy": images["class_accuracy"],
-        "frechet_distance_train": images["frechet_distance"]["training"],
-        "nearest_distance": images["nearest_distance"]["training"],
-    }
-    if "validation" in images["frechet_distance"]:
-        found["frechet_distance"] = images["frechet_distance"]["validation"]
+def _image_scores(scores: SetScores) -> dict[str, float]:
+    """By name in summary.json; a reference is not compared with itself."""
+    found = {}
+    for name, (metric, reference) in _of_images().items():
+        values = scores.of_samples if reference is None else scores.by_reference.get(metric.name, {})
+        key = metric.name if reference is None else reference
+        if key in values:
+            found[name] = values[key]
     return found
 
 

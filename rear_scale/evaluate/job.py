@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,18 @@ import numpy as np
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
-from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics import metrics_of
+from rear_scale.evaluate.metrics.base import FeatureSet, Inputs, block_moments
 from rear_scale.evaluate.metrics.statistics_file import is_ours, write_statistics
-from rear_scale.evaluate.networks.base import Extractor, FeatureNetwork, InceptionFeatures
-from rear_scale.evaluate.networks.classifier import (
-    ClassifierFeatures,
-    NearestPixels,
-    check_same_training,
-    train_classifier,
-)
-from rear_scale.evaluate.networks.dinov2 import DinoV2Features
+from rear_scale.evaluate.networks import check_network_names, rows_in_use, statistics_arrays
+from rear_scale.evaluate.networks.base import Extractor, FeatureNetwork
+from rear_scale.evaluate.networks.classifier import ClassifierFeatures, check_same_training, train_classifier
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract, feature_folder, is_complete
-from rear_scale.evaluate.networks.weights import DINOV2_VITL14, INCEPTION, check_weight_file
-from rear_scale.evaluate.reference import Reference, block_moments, check_reference, open_reference, read_reference
-from rear_scale.evaluate.scores import network_scores
+from rear_scale.evaluate.networks.inception import INCEPTION
+from rear_scale.evaluate.networks.pixels import NearestPixels
+from rear_scale.evaluate.reference import Reference, check_reference, open_reference, read_reference
+from rear_scale.evaluate.result import ClassifierScores, ImageScores, SetScores
+from rear_scale.evaluate.scores import network_scores, run_metrics
 from rear_scale.progress import say
 from rear_scale.shards.classes import check_same_classes
 from rear_scale.shards.images import open_images
@@ -45,15 +44,15 @@ def check_evaluation(cfg: ExperimentConfig, statistics: Path | None = None) -> N
             "evaluate.reference is empty. Set evaluate.reference.NAME=PATH to an .npz, a folder of images or tar shards to "
             "compare with"
         )
-    if evaluate.classifier is None and evaluate.inception_weights is None and evaluate.dinov2_weights is None:
+    rows = rows_in_use(evaluate)
+    if evaluate.classifier is None and not rows:
         raise InputError(
             "there are no features to compare by. Set evaluate.inception_weights to the path of "
             f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
         )
-    if evaluate.inception_weights is not None:
-        check_weight_file(evaluate.inception_weights, "evaluate.inception_weights", INCEPTION)
-    if evaluate.dinov2_weights is not None:
-        check_weight_file(evaluate.dinov2_weights, "evaluate.dinov2_weights", DINOV2_VITL14)
+    for row in rows:
+        row.check(evaluate)
+    check_network_names(evaluate)
     for name, path in evaluate.reference.items():
         check_reference(name, path)
 
@@ -68,7 +67,7 @@ def _check_statistics_file(cfg: ExperimentConfig, path: Path) -> None:
         raise InputError(
             f"--write-statistics {path} is there and holds no statistics of ours. Name another file, or move that one"
         )
-    if cfg.evaluate.inception_weights is None and cfg.evaluate.dinov2_weights is None:
+    if not rows_in_use(cfg.evaluate):
         raise InputError(
             f"--write-statistics {path} is of the features of a published network, and none is set. Set "
             f"evaluate.inception_weights to the path of {INCEPTION.name}, published at {INCEPTION.source}, or "
@@ -94,9 +93,10 @@ class Evaluation:
             for name, images in self.small_sets.items():
                 check_class_names(cfg, f"evaluate.reference.{name}", images)
             self.nearest = NearestPixels(self.small_sets)
+        self.small_features: dict[str, dict[str, FeatureSet]] | None = None  # of them, by name and extractor
         self.references: dict[int, list[Reference]] = {}  # by size of the samples
 
-    def score(self, samples: ImageSet) -> dict[str, Any]:
+    def score(self, samples: ImageSet) -> ImageScores:
         """All scores of a set of images against every reference."""
         if self.classifier is not None:
             _check_sizes(samples, self.small_sets)
@@ -104,15 +104,24 @@ class Evaluation:
         # Before the samples: a reference that does not fit fails before 50,000 images are made.
         references = self._references_for(samples) if self.networks else []
         # All networks at once: a generated set is then generated once.
-        extract(samples, self.extractors(), self.cache, self.cfg.evaluate.batch_size, self.world)
-        scores = {} if self.classifier is None else self._classifier_scores(samples)
-        if self.networks:
-            found = extract(samples, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world)
-            for network, blocks in zip(self.networks, found, strict=True):
-                scores[network.name] = network_scores(network, blocks, references, self.cfg.evaluate, self.world)
-            scores["reference_sets"] = {reference.name: reference.describe() for reference in references}
-            scores["labels"] = _label_counts(found[0])
-        return scores
+        features = self._extract(samples, self.extractors())
+        classifier = None if self.classifier is None else self._classifier_scores(samples, features)
+        if not self.networks:
+            return ImageScores(classifier)
+        return ImageScores(
+            classifier,
+            {
+                network.name: network_scores(network, features[network.name], references, self.cfg.evaluate, self.world)
+                for network in self.networks
+            },
+            reference_sets={reference.name: reference.describe() for reference in references},
+            labels=_label_counts(features[self.networks[0].name]),
+        )
+
+    def _extract(self, images: ImageSet, extractors: Sequence[Extractor]) -> dict[str, FeatureBlocks]:
+        """By name of the extractor."""
+        found = extract(images, extractors, self.cache, self.cfg.evaluate.batch_size, self.world)
+        return {extractor.name: blocks for extractor, blocks in zip(extractors, found, strict=True)}
 
     def extract_part(self, samples: ImageSet, part: Part) -> bool:
         """Computes a share of the features, of samples and references, for a job that is split.
@@ -128,13 +137,18 @@ class Evaluation:
         self.world.barrier()
         return bool(self.world.from_main(all(map(is_complete, found)) if self.world.is_main else None))
 
-    def folder(self, samples: ImageSet, extractor: Extractor) -> Path:
-        """Where the features of a set are kept."""
-        return feature_folder(samples, extractor, self.cache, self.cfg.evaluate.batch_size)
+    def remove_features(self, samples: ImageSet) -> None:
+        """Removes the stored features of a set. One rank calls this, when no other reads them any more."""
+        for extractor in self.extractors():
+            folder = feature_folder(samples, extractor, self.cache, self.cfg.evaluate.batch_size)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def extractors(self) -> Sequence[Extractor]:
         """Of the samples."""
-        return [*self.networks, *(part for part in (self.classifier, self.nearest) if part is not None)]
+        return [*self.networks, *self._small_extractors()]
+
+    def _small_extractors(self) -> list[Extractor]:
+        return [part for part in (self.classifier, self.nearest) if part is not None]
 
     def write_statistics(self, images: ImageSet, path: Path, part: Part | None = None) -> bool:
         """Means and covariances of a set, as a reference for other evaluations.
@@ -149,15 +163,16 @@ class Evaluation:
         found = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
         complete = bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
         if self.world.is_main and complete:
-            kinds = [
-                (network, blocks, kind)
+            features = [
+                (network, blocks, feature)
                 for network, blocks in zip(self.networks, found, strict=True)
-                for kind in network.sizes
+                for feature in network.sizes
+                if feature in statistics_arrays()
             ]
             write_statistics(
                 path,
-                {kind: block_moments(blocks, kind, self.world.device) for _, blocks, kind in kinds},
-                {kind: network.identity for network, _, kind in kinds},
+                {feature: block_moments(blocks, feature, self.world.device) for _, blocks, feature in features},
+                {feature: network.identity for network, _, feature in features},
                 {
                     "identity": images.identity,
                     "count": images.count,
@@ -182,50 +197,48 @@ class Evaluation:
                 _warn_about_size(samples, reference, self.world)
         return self.references[size]
 
-    def _classifier_scores(self, samples: ImageSet) -> dict[str, Any]:
+    def _classifier_scores(self, samples: ImageSet, features: dict[str, FeatureBlocks]) -> ClassifierScores:
         """By the config's own classifier, and of the references against each other as a yardstick."""
         assert self.classifier is not None
-        assert self.nearest is not None
-        extractors: list[Extractor] = [self.classifier, self.nearest]
-        batch_size = self.cfg.evaluate.batch_size
-        sets = {"": samples, **self.small_sets}
-        found = {name: extract(images, extractors, self.cache, batch_size, self.world) for name, images in sets.items()}
-        moments = {
-            name: block_moments(blocks[0], "features", self.world.device)
-            for name, blocks in found.items()
-            if blocks[0].count >= 2
-        }
-
-        def score(name: str) -> dict[str, Any]:
-            classes, nearest = found[name]
-            labels = classes.column("label")
-            others = [other for other in self.small_sets if self.small_sets[other].identity != sets[name].identity]
-            return {
-                "count": sets[name].count,
-                "class_accuracy": None if labels is None else float((classes.column("classes") == labels).mean()),
-                "frechet_distance": {
-                    other: frechet_distance(moments[name], moments[other])
-                    if name in moments and other in moments
-                    else None
-                    for other in others
-                },
-                "nearest_distance": {other: float(nearest.column(other).mean()) for other in others},
+        if self.small_features is None:
+            extractors = self._small_extractors()
+            self.small_features = {
+                name: self._feature_sets(name, self._extract(images, extractors))
+                for name, images in self.small_sets.items()
             }
-
         weights = self.cfg.evaluate.classifier.weights
-        return {
-            "features": f"penultimate layer of the classifier {weights} (sha256 {self.classifier.weights_sha256[:16]})",
-            "samples": score(""),
-            "references": {name: score(name) for name in self.small_sets},
-        }
+        return ClassifierScores(
+            f"penultimate layer of the classifier {weights} (sha256 {self.classifier.weights_sha256[:16]})",
+            self._small_scores(samples, self._feature_sets(samples.name, features)),
+            {name: self._small_scores(images, self.small_features[name]) for name, images in self.small_sets.items()},
+        )
+
+    def _feature_sets(self, name: str, features: dict[str, FeatureBlocks]) -> dict[str, FeatureSet]:
+        return {extractor: FeatureSet(name, blocks, self.world.device) for extractor, blocks in features.items()}
+
+    def _small_scores(self, images: ImageSet, features: dict[str, FeatureSet]) -> SetScores:
+        """Of one set against the references that are not this set itself."""
+        assert self.small_features is not None
+        others = [name for name, other in self.small_sets.items() if other.identity != images.identity]
+        of_samples: dict[str, Any] = {}
+        by_reference: dict[str, dict[str, float | None]] = {}
+        for extractor in self._small_extractors():
+            metrics = metrics_of(extractor.name)
+            sets = [self.small_features[name][extractor.name] for name in others]
+            inputs = Inputs(extractor, features[extractor.name], sets, self.cfg.evaluate, self.world)
+            found = run_metrics(metrics, inputs)
+            of_samples |= found.of_samples
+            by_reference |= {
+                metric.name: {name: found.by_reference[name][metric.name] for name in others}
+                for metric in metrics
+                if metric.against_references
+            }
+        return SetScores(images.count, of_samples, by_reference)
 
 
 def open_networks(cfg: ExperimentConfig, world: World) -> list[FeatureNetwork]:
-    networks: list[FeatureNetwork] = []
-    if cfg.evaluate.inception_weights is not None:
-        networks.append(InceptionFeatures(cfg.evaluate.inception_weights, world.device))
-    if cfg.evaluate.dinov2_weights is not None:
-        networks.append(DinoV2Features(cfg.evaluate.dinov2_weights, world.device))
+    """The networks whose weights are set. Raises InputError for a missing, damaged or foreign weight file."""
+    networks = [row.open(cfg.evaluate, world.device) for row in rows_in_use(cfg.evaluate)]
     for network in networks:
         if network.is_published is False and world.is_main:
             say(
@@ -248,7 +261,7 @@ def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures 
 
 
 def _label_counts(blocks: FeatureBlocks) -> dict[str, Any] | None:
-    """How many images each class has; null when the images bring no classes."""
+    """How many images each class has; None when the images bring no classes."""
     labels = blocks.column("label")
     if labels is None:
         return None

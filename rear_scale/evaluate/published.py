@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
+from rear_scale.evaluate.metrics import METRICS
+from rear_scale.evaluate.result import ImageScores
 from rear_scale.text_table import aligned
 
 ACCEPTED_FID_DIFFERENCE = 0.05
@@ -42,41 +43,52 @@ ROWS = {
     "alitok_b": PublishedRow("AR-AliTok-B", 1.50, None, None, None, _REAR_TOKENIZERS, _VAL),
 }
 
-_HEADER = ("model", "FID", "sFID", "IS", "precision", "recall", "samples", "against")
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of the table; its cells by the title of their column."""
+
+    model: str
+    cells: Mapping[str, str]
+    samples: str
+    against: str
 
 
-def our_rows(name: str, scores: Mapping[str, Any]) -> list[list[str]]:
-    """One row per reference, of `images.inception` in a result. Precision and recall in ADM's arithmetic where taken."""
+def our_rows(name: str, scores: ImageScores) -> list[TableRow]:
+    """One row per reference; none where no metric with a column was computed."""
+    metrics = [metric for metric in METRICS if metric.columns and metric.network in scores.networks]
+    networks = [scores.networks[metric.network] for metric in metrics]
+    references = dict.fromkeys(reference for network in networks for reference in network.references)
     rows = []
-    for reference, found in scores["references"].items():
-        rows.append(
-            [
-                name,
-                _cell(found["fid"], 3),
-                _cell(found["sfid"], 3),
-                _cell(scores["inception_score"]["value"], 1),
-                *(_cell(_as_adm(found[key]), 4) for key in ("precision", "recall")),
-                f"{scores['samples']:,}",
-                reference,
-            ]
-        )
+    for reference in references:
+        cells = {}
+        for metric in metrics:
+            values = scores.values(metric).get(reference if metric.against_references else None, {})
+            cells |= {column.title: _cell(column.read(values), column.digits) for column in metric.columns}
+        rows.append(TableRow(name, cells, f"{networks[0].samples:,}", reference))
     return rows
-
-
-def _as_adm(values: Mapping[str, float] | None) -> float | None:
-    return None if values is None else values.get("adm_fp16", next(iter(values.values()), None))
 
 
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def published_row(row: PublishedRow) -> list[str]:
-    cells = (_cell(row.fid, 2), "-", _cell(row.inception_score, 1), _cell(row.precision, 2), _cell(row.recall, 2))
-    return [row.model, *cells, "50,000", f"{row.reference} [{row.source}]"]
+def published_row(row: PublishedRow) -> TableRow:
+    values = asdict(row)
+    cells = {
+        column.title: _cell(values[column.published], column.published_digits)
+        for metric in METRICS
+        for column in metric.columns
+        if column.published is not None
+    }
+    return TableRow(row.model, cells, "50,000", f"{row.reference} [{row.source}]")
 
 
-def table(ours: list[list[str]], published: Mapping[str, PublishedRow] = ROWS) -> str:
+def table(ours: list[TableRow], published: Mapping[str, PublishedRow] = ROWS) -> str:
     """Ours first, the published rows below, columns aligned."""
-    rows = [list(_HEADER), *ours, *(published_row(row) for row in published.values())]
-    return aligned(rows, left=(0, len(_HEADER) - 1))
+    rows = [*ours, *map(published_row, published.values())]
+    titles = [column.title for metric in METRICS for column in metric.columns]
+    titles = [title for title in titles if any(title in row.cells for row in rows)]
+    lines = [["model", *titles, "samples", "against"]]
+    lines += [[row.model, *(row.cells.get(title, "-") for title in titles), row.samples, row.against] for row in rows]
+    return aligned(lines, left=(0, len(titles) + 2))

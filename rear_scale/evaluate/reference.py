@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from rear_scale.config import EvaluateConfig, InputError
 from rear_scale.evaluate.images.image_set import ImageSet, is_tar, open_image_set
 from rear_scale.evaluate.images.npz import array_names, read_sha256
-from rear_scale.evaluate.metrics.moments import Moments, moments_of
-from rear_scale.evaluate.metrics.precision_recall import NEIGHBOURS, Rows, radii
-from rear_scale.evaluate.metrics.statistics_file import KINDS, MadeOf, images_of, read_statistics, write_statistics
+from rear_scale.evaluate.metrics import distance_on
+from rear_scale.evaluate.metrics.base import FeatureSet, Rows, block_moments
+from rear_scale.evaluate.metrics.moments import Moments
+from rear_scale.evaluate.metrics.precision_recall import NEIGHBOURS
+from rear_scale.evaluate.metrics.statistics_file import MadeOf, images_of, read_statistics, write_statistics
+from rear_scale.evaluate.networks import statistics_arrays
 from rear_scale.evaluate.networks.base import FeatureNetwork
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, extract, is_whole
 from rear_scale.world import World
@@ -26,57 +27,50 @@ from rear_scale.world import World
 
 @dataclass
 class Reference:
-    """One reference set. Its features are computed once and kept in the cache, its statistics and radii with them."""
+    """One reference set. Its features are computed once and kept in the cache, its statistics with them."""
 
     name: str
     path: str
     identity: str
-    stored: Mapping[str, Moments]  # by kind of features; what the file brings along
+    stored: Mapping[str, Moments]  # by feature; what the file brings along
     images: ImageSet | None
-    blocks: Mapping[str, FeatureBlocks]  # by kind of features; of the images, where there are any
-    networks: Mapping[str, str]  # the identity of each kind's network
+    blocks: Mapping[str, FeatureBlocks]  # by feature; of the images, where there are any
+    networks: Mapping[str, str]  # the identity of each feature's network
+    device: torch.device
     notes: list[str] = field(default_factory=list)
     made_of: MadeOf | None = None  # of stored statistics, where they say it
     _moments: dict[str, Moments] = field(default_factory=dict)
-    _radii: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)  # what metrics compute of it alone, for the next samples
 
-    def moments(self, kind: str, device: torch.device) -> Moments | None:
-        """Of one kind of features; null when neither statistics nor images give them. One rank may call this alone."""
-        if kind in self.stored:
-            return self.stored[kind]
-        if kind not in self.blocks or self.images is None or self.images.count < 2:
+    def moments(self, feature: str) -> Moments | None:
+        """Of one feature; None when neither statistics nor images give them. One rank may call this alone."""
+        if feature in self.stored:
+            return self.stored[feature]
+        if feature not in self.blocks or self.images is None or self.images.count < 2:
             return None
-        if kind not in self._moments:
-            blocks = self.blocks[kind]
-            cached = blocks.folder / f"statistics_{kind}.npz"
-            if is_whole(cached):
-                size = blocks.array(0, kind).shape[1]
-                self._moments[kind] = read_statistics(cached, self.networks, {kind: size})[kind]
+        if feature not in self._moments:
+            blocks = self.blocks[feature]
+            cached = blocks.folder / f"statistics_{feature}.npz"
+            if feature not in statistics_arrays():
+                self._moments[feature] = block_moments(blocks, feature, self.device)
+            elif is_whole(cached):
+                size = blocks.array(0, feature).shape[1]
+                self._moments[feature] = read_statistics(cached, self.networks, {feature: size})[feature]
             else:
-                self._moments[kind] = block_moments(blocks, kind, device)
+                self._moments[feature] = block_moments(blocks, feature, self.device)
                 images = {"identity": self.identity, "count": self.images.count}
-                write_statistics(cached, {kind: self._moments[kind]}, self.networks, images)
-        return self._moments[kind]
+                write_statistics(cached, {feature: self._moments[feature]}, self.networks, images)
+        return self._moments[feature]
 
-    def rows(self, kind: str, most: int | None) -> Rows | None:
-        """Features of the images for nearest neighbours: all, or `most` evenly spaced ones. Null when there are no images."""
-        if kind not in self.blocks:
+    def rows(self, feature: str, most: int | None = None) -> Rows | None:
+        """A feature of all images, or of `most` evenly spaced ones. None when there are no images."""
+        if feature not in self.blocks:
             return None
-        rows = self.blocks[kind].rows(kind)
-        if most is None or len(rows) <= most:
-            return rows
-        chosen = np.arange(most) * len(rows) // most
-        return np.concatenate([rows[int(number) : int(number) + 1] for number in chosen])
-
-    def radii(self, kind: str, mode: str, rows: Rows, world: World) -> Tensor:
-        """All ranks must call this."""
-        if (kind, mode) not in self._radii:
-            self._radii[kind, mode] = radii(rows, mode, world)
-        return self._radii[kind, mode]
+        return FeatureSet(self.name, self.blocks[feature], self.device).rows(feature, most)
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels of the images, or of those behind the statistics; null when that is not known."""
+        """Height and width in pixels of the images, or of those behind the statistics; None when that is not known."""
         if self.images is not None:
             return self.images.height, self.images.width
         if self.made_of is None or self.made_of.size is None:
@@ -90,16 +84,11 @@ class Reference:
         return {
             "path": self.path,
             "identity": self.identity,
-            "stored_statistics": sorted(KINDS[kind].metric for kind in self.stored),
+            "stored_statistics": sorted(map(distance_on, self.stored)),
             "images": None if images is None else images.count,
             "size": None if self.size is None else list(self.size),
             "preprocessing": made_of if images is None else images.preprocessing,
         }
-
-
-def block_moments(blocks: FeatureBlocks, kind: str, device: torch.device) -> Moments:
-    """Added up block by block in their order."""
-    return moments_of((blocks.array(number, kind) for number in range(len(blocks.ids))), device)
 
 
 def check_reference(name: str, path: str) -> None:
@@ -120,33 +109,37 @@ def open_reference(
     size: of the samples, to which image files are cropped. Raises InputError for files that cannot be read or do not fit.
     """
     stored, images = read_reference(name, path, networks, size, world, cfg.exif)
-    identities, sizes = _kinds(networks)
+    identities, sizes = _features(networks)
     found = extract(images, networks, cache, cfg.batch_size, world) if images else []
-    blocks = {kind: part for network, part in zip(networks, found, strict=False) for kind in network.sizes}
+    blocks = {feature: part for network, part in zip(networks, found, strict=False) for feature in network.sizes}
     identity = images.identity if images else world.on_main(lambda: read_sha256(path))
     notes = []
+    published = [feature for feature, arrays in statistics_arrays().items() if arrays.is_published]
     if images is None:
         notes.append("it holds statistics alone: no precision and recall")
-    for kind in sizes:
-        if kind not in stored and images is not None:
-            if Path(path).is_file() and kind != "cls":
-                notes.append(f"its file has no statistics: {KINDS[kind].metric} is against its {images.count:,} images")
+    for feature in sizes:
+        if feature not in stored and images is not None:
+            if Path(path).is_file() and feature in published:
+                notes.append(
+                    f"its file has no statistics: {distance_on(feature)} is against its {images.count:,} images"
+                )
             if images.count <= NEIGHBOURS:
                 notes.append(f"{images.count} images are too few for precision and recall")
     made_of = images_of(path) if stored else None
-    return Reference(name, path, identity, stored, images, blocks, identities, list(dict.fromkeys(notes)), made_of)
+    notes = list(dict.fromkeys(notes))
+    return Reference(name, path, identity, stored, images, blocks, identities, world.device, notes, made_of)
 
 
 def read_reference(
     name: str, path: str, networks: Sequence[FeatureNetwork], size: int, world: World, exif: str
 ) -> tuple[Mapping[str, Moments], ImageSet | None]:
-    """Stored statistics by kind of features, and the images (null for statistics alone). All ranks must call this.
+    """Stored statistics by feature, and the images (None for statistics alone). All ranks must call this.
 
     Raises InputError for a file with neither, and for one that does not fit the networks.
     """
     if not Path(path).is_file() or is_tar(Path(path)):
         return {}, open_image_set(path, world, size, exif)
-    stored = read_statistics(Path(path), *_kinds(networks))
+    stored = read_statistics(Path(path), *_features(networks))
     if "arr_0" in array_names(path):
         return stored, open_image_set(path, world, size, exif)
     if not stored:
@@ -157,9 +150,9 @@ def read_reference(
     return stored, None
 
 
-def _kinds(networks: Sequence[FeatureNetwork]) -> tuple[dict[str, str], dict[str, int]]:
-    """By kind of features: the identity of its network, and how many features there are."""
+def _features(networks: Sequence[FeatureNetwork]) -> tuple[dict[str, str], dict[str, int]]:
+    """By feature: the identity of its network, and how many values it has."""
     return (
-        {kind: network.identity for network in networks for kind in network.sizes},
-        {kind: number for network in networks for kind, number in network.sizes.items()},
+        {feature: network.identity for network in networks for feature in network.sizes},
+        {feature: number for network in networks for feature, number in network.sizes.items()},
     )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,10 @@ from rear_scale.checkpoint.open import WeightFile
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.job import Evaluation
-from rear_scale.evaluate.networks.weights import INCEPTION, PublishedFile, read_weight_file
+from rear_scale.evaluate.networks.inception import INCEPTION
+from rear_scale.evaluate.networks.weights import PublishedFile, read_weight_file
 from rear_scale.evaluate.published import ACCEPTED_FID_DIFFERENCE, ROWS, PublishedRow, our_rows, table
-from rear_scale.evaluate.result import write_result
+from rear_scale.evaluate.result import NetworkScores, write_result
 from rear_scale.model import Generator
 from rear_scale.progress import say
 from rear_scale.sample.job import load_generator
@@ -156,13 +156,13 @@ def reproduce(
     model, checkpoint = open_generator(entry, cfg, folder, world.device)
     samples = generated_images(cfg, checkpoint, model, tokenizer, world)
     images = evaluation.score(samples)
-    judged = verdicts(entry.row, images["inception"], evaluation.networks[0].is_published)
-    images["published"] = {**asdict(entry.row), "verdicts": [asdict(verdict) for verdict in judged]}
+    judged = verdicts(entry.row, images.networks["inception"])
+    images = replace(images, published={**asdict(entry.row), "verdicts": [asdict(verdict) for verdict in judged]})
     if world.is_main:
         seconds = time.monotonic() - started
         write_result(out / "result.json", cfg, checkpoint, samples, "generated", images, None, seconds, world)
         say(f"{out / 'result.json'}: written")
-    ours = our_rows(f"{entry.name}, ours", images["inception"])
+    ours = our_rows(f"{entry.name}, ours", images)
     return [table(ours, {entry.name: entry.row}), *(verdict.text for verdict in judged)]
 
 
@@ -177,20 +177,20 @@ class Verdict:
     text: str
 
 
-def verdicts(row: PublishedRow, scores: dict[str, Any], is_published: bool | None) -> list[Verdict]:
-    """Of `images.inception` of a result, one per reference."""
+def verdicts(row: PublishedRow, scores: NetworkScores) -> list[Verdict]:
+    """Of the scores by Inception, one per reference."""
     found = []
-    for name, against in scores["references"].items():
+    for name, against in scores.references.items():
         fid = against["fid"]
         if fid is None:
-            text = f"{row.model} against {name}: no FID of {scores['samples']:,} samples, published {row.fid:.2f}"
+            text = f"{row.model} against {name}: no FID of {scores.samples:,} samples, published {row.fid:.2f}"
             found.append(Verdict(name, None, row.fid, None, f"{text}: not comparable"))
             continue
         difference = fid - row.fid
         text = f"{row.model} against {name}: FID {fid:.3f}, published {row.fid:.2f} ({difference:+.3f})"
-        if scores["samples"] != PUBLISHED_SAMPLES:
-            accepted, reason = None, f"not comparable: {scores['samples']:,} samples instead of {PUBLISHED_SAMPLES:,}"
-        elif not is_published:
+        if scores.samples != PUBLISHED_SAMPLES:
+            accepted, reason = None, f"not comparable: {scores.samples:,} samples instead of {PUBLISHED_SAMPLES:,}"
+        elif not scores.weights_are_published:
             accepted, reason = None, "not comparable: other Inception weights than the published ones"
         else:
             accepted = abs(difference) <= ACCEPTED_FID_DIFFERENCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.result import ImageScores
 from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.sample.job import check_trained_on, load_generator
@@ -71,8 +71,7 @@ class TrainingScores:
         if world.is_main:
             # The next checkpoint has other samples; the features of the references stay. Before the line, which says that nothing
             # is left to do here.
-            for extractor in self.evaluation.extractors():
-                shutil.rmtree(self.evaluation.folder(samples, extractor), ignore_errors=True)
+            self.evaluation.remove_features(samples)
             line = {"step": step, "images_seen": step * cfg.train.global_batch_size, **_named(scores, samples.count)}
             _write(run / FILE, line)
             say(", ".join(f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float)))
@@ -85,23 +84,10 @@ class TrainingScores:
             self(step, path)
 
 
-def _named(scores: dict[str, Any], count: int) -> dict[str, float]:
+def _named(scores: ImageScores, count: int) -> dict[str, float]:
     """Flat, each name with its number of samples: fid_n1000/REFERENCE."""
-    found: dict[str, float] = {}
-    for network in ("inception", "dinov2"):
-        if network not in scores:
-            continue
-        for reference, values in scores[network]["references"].items():
-            for metric in ("fid", "sfid", "fd_dinov2"):
-                if values.get(metric) is not None:
-                    found[f"{metric}_n{count}/{reference}"] = values[metric]
-        if "inception_score" in scores[network]:
-            found[f"inception_score_n{count}"] = scores[network]["inception_score"]["one_split"]
-    if "samples" in scores:
-        for reference, value in scores["samples"]["frechet_distance"].items():
-            if value is not None:
-                found[f"classifier_frechet_distance_n{count}/{reference}"] = value
-    return found
+    numbers = scores.numbers(in_training=True)
+    return {"/".join(filter(None, (f"{one.name}_n{count}", one.reference))): one.value for one in numbers}
 
 
 def _write(path: Path, line: dict[str, Any]) -> None:

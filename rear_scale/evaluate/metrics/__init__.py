@@ -1,1 +1,44 @@
-"""What is computed of features and images."""
+"""What is computed of features. `METRICS` is the list of all metrics: results, scores during training, the summary for wandb
+and the printed table walk it."""
+
+from __future__ import annotations
+
+from rear_scale.evaluate.metrics.base import Metric
+from rear_scale.evaluate.metrics.classes import ClassAccuracy, ClassifierDistance, NearestDistance
+from rear_scale.evaluate.metrics.frechet import FrechetDistance
+from rear_scale.evaluate.metrics.inception_score import InceptionScoreMetric
+from rear_scale.evaluate.metrics.precision_recall import NeighbourShares
+from rear_scale.evaluate.metrics.reconstruction import Lpips, Psnr, TokenUse
+
+METRICS: list[Metric] = [
+    FrechetDistance("fid", "inception", "pool", title="FID", published="fid"),
+    FrechetDistance("sfid", "inception", "spatial", title="sFID"),
+    InceptionScoreMetric(),
+    NeighbourShares("inception", "pool", in_table=True),
+    FrechetDistance("fd_dinov2", "dinov2", "cls"),
+    NeighbourShares("dinov2", "cls", prefix="dinov2_"),
+    ClassAccuracy(),
+    ClassifierDistance(),
+    NearestDistance(),
+    Psnr(),
+    Lpips(),
+    TokenUse(),
+]
+
+
+def register(metric: Metric) -> Metric:
+    """Adds a metric from another file. Its name must be new."""
+    assert metric.name not in [other.name for other in METRICS], metric.name
+    METRICS.append(metric)
+    return metric
+
+
+def metrics_of(network: str) -> list[Metric]:
+    """The metrics that read a network's features, in the order of the list."""
+    return [metric for metric in METRICS if metric.network == network]
+
+
+def distance_on(feature: str) -> str:
+    """The name of the Fréchet distance on a feature, or the feature's own name where there is none."""
+    found = (metric.name for metric in METRICS if isinstance(metric, FrechetDistance) and metric.feature == feature)
+    return next(found, feature)

@@ -1,6 +1,6 @@
 """Scores of two sets of features or images, in float64."""
 
-# n samples, m reference images, F features, S side in pixels, K codes
+# n samples, F features, S side in pixels, K codes
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rear_scale.evaluate.metrics.moments import Moments
 
@@ -24,18 +23,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root_trace = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return ((a.mean - b.mean).square().sum() + traces - 2 * root_trace).item()
-
-
-def nearest_distances(samples: Tensor, reference: Tensor, chunk: int = 256) -> Tensor:
-    """float64 [n]: root mean square difference of each sample to the nearest reference row, in the rows' own unit.
-
-    samples: [n, F]; reference: [m, F].
-    """
-    reference = reference.double()
-    return (
-        torch.cat([torch.cdist(part.double(), reference).min(1).values for part in samples.split(chunk)])
-        / samples.shape[1] ** 0.5
-    )
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:

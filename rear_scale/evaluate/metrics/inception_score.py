@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rear_scale.evaluate.metrics.base import Column, FeatureSet, Inputs, SampleMetric
 
 SPLIT_IMAGES = 5000
 
@@ -87,3 +91,64 @@ def unbalanced_splits(labels: np.ndarray) -> list[int]:
         if distance > 2 * at_random:
             found.append(split)
     return found
+
+
+class _Classifies(Protocol):
+    classifier: Tensor  # float64 [C, F]: features @ classifier.T are the logits
+
+
+class InceptionScoreMetric(SampleMetric):
+    """The score on the features that the network's output layer reads, with the value of all images as one split."""
+
+    name = "inception_score"
+    network = "inception"
+    feature = "pool"
+    columns = (Column("IS", 1, lambda values: values.get("inception_score", {}).get("value"), "inception_score", 1),)
+    resamples: ClassVar = True
+
+    def score(self, inputs: Inputs) -> dict[str, Any]:
+        found = self._score(inputs)
+        described = asdict(found) | {
+            "std": None if len(found.per_split) < 2 else found.std,
+            "split_images": SPLIT_IMAGES,
+        }
+        warning = self._warning(inputs.samples, inputs.network)
+        return described if warning is None else {**described, "warning": warning}
+
+    def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
+        return {None: self._score(inputs, weights).value}
+
+    def numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        return {self.name: values.get(self.name, {}).get("value")}
+
+    def training_numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        return {self.name: values.get(self.name, {}).get("one_split")}
+
+    def _score(self, inputs: Inputs, weights: np.ndarray | None = None) -> InceptionScore:
+        """weights: int64 [n], how often each image counts; None = once."""
+        network: _Classifies = inputs.network
+        sums = InceptionScoreSums(inputs.samples.count, len(network.classifier))
+        for ids, features in inputs.samples.parts(self.feature):
+            chosen = None if weights is None else torch.from_numpy(weights[ids]).double()
+            sums.add(_logits(network, features), torch.from_numpy(ids), chosen)
+        return sums.score()
+
+    def _warning(self, samples: FeatureSet, network: _Classifies) -> str | None:
+        labels, known = samples.column("label"), "classes"
+        if labels is None:
+            predicted = [(ids, _logits(network, part).argmax(1)) for ids, part in samples.parts(self.feature)]
+            order = np.argsort(np.concatenate([ids for ids, _ in predicted]))
+            labels = np.concatenate([classes.cpu().numpy() for _, classes in predicted])[order]
+            known = "predicted classes (the file has no labels)"
+        unbalanced = unbalanced_splits(labels)
+        if not unbalanced:
+            return None
+        return (
+            f"the {known} of splits {unbalanced} are not distributed as those of all images, which lowers the score: put the "
+            f"images in an order that mixes classes (image i of class i mod C), or read the one-split value"
+        )
+
+
+def _logits(network: _Classifies, features: np.ndarray) -> Tensor:
+    """float64 [n, C] of features [n, F]."""
+    return torch.from_numpy(features).to(network.classifier.device).double() @ network.classifier.T

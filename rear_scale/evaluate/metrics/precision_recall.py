@@ -8,9 +8,9 @@ Kynkäänniemi et al. 2019, arXiv:1904.06991; density and coverage: Naeem et al.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rear_scale.config import InputError
 from rear_scale.config.schema import NEIGHBOUR_MODES
+from rear_scale.evaluate.metrics.base import Column, FeatureSet, Inputs, Metric, Output, ReferenceSet, Rows
+from rear_scale.evaluate.metrics.bootstrap import share_draws, share_interval
 from rear_scale.evaluate.networks.base import exact_arithmetic
 from rear_scale.world import World
 
@@ -27,14 +29,6 @@ _ROWS = 2000  # of a task; a rank holds _ROWS x _COLUMNS distances at a time
 _COLUMNS = 5000
 _ADM_BLOCK = 10_000  # side of the blocks in which ADM decides between half and single precision
 _HALF_MAX = 65504.0
-
-
-class Rows(Protocol):
-    """Features that are read in parts: an array, a mapped file, or blocks on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -187,3 +181,77 @@ def overlap(
 
 def _own(tasks: Sequence[int], world: World | None) -> Sequence[int]:
     return tasks[world.rank :: world.size] if world else tasks
+
+
+_NAMES = ("precision", "recall", "density", "coverage")
+
+
+class NeighbourShares(Metric):
+    """Precision, recall, density and coverage on one feature, each in the arithmetics of evaluate.neighbour_modes."""
+
+    against_references = True
+
+    def __init__(self, network: str, feature: str, prefix: str = "", *, in_table: bool = False) -> None:
+        """prefix: of the names on dashboards, where several networks give the same numbers."""
+        self.name, self.network, self.feature, self.prefix = f"{prefix}precision_recall", network, feature, prefix
+        if in_table:
+            self.columns = tuple(
+                Column(name, 4, lambda values, name=name: _as_adm(values.get(name)), name)
+                for name in ("precision", "recall")
+            )
+
+    def together(self, inputs: Inputs) -> list[Output]:
+        """The distances of all pairs are the work, so that all ranks share it out within one reference."""
+        return [self._against(inputs, reference) for reference in inputs.references]
+
+    def _against(self, inputs: Inputs, reference: ReferenceSet) -> Output:
+        cfg, world, samples = inputs.cfg, inputs.world, inputs.samples
+        rows = reference.rows(self.feature, cfg.neighbour_reference_images)
+        if rows is None or min(len(rows), samples.count) <= NEIGHBOURS:
+            return Output(dict.fromkeys(_NAMES), reference.name)
+        sample_rows = samples.rows(self.feature)
+        found: dict[str, dict[str, float]] = {name: {} for name in _NAMES}
+        for mode in cfg.neighbour_modes:
+            reference_radii = self._radii(reference, rows, mode, world)
+            sample_radii = self._radii(samples, sample_rows, mode, world)
+            both = overlap(rows, sample_rows, reference_radii, sample_radii, mode, world)
+            for name in _NAMES:
+                found[name][mode] = getattr(both, name)
+        values = {**found, "neighbours": NEIGHBOURS, "neighbour_reference_images": len(rows)}
+        counts = {"precision": samples.count, "recall": len(rows)} if cfg.bootstrap else {}
+        return Output(values, reference.name, intervals=_intervals(found, counts, cfg.seed))
+
+    def _radii(self, images: FeatureSet | ReferenceSet, rows: Rows, mode: str, world: World) -> Tensor:
+        """Computed once per set. All ranks must call this."""
+        key = ("radii", self.feature, mode)
+        if key not in images.kept:
+            images.kept[key] = radii(rows, mode, world)
+        return images.kept[key]
+
+    def numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        return {
+            f"{self.prefix}{name}_{mode}": value for name in _NAMES for mode, value in (values.get(name) or {}).items()
+        }
+
+    def training_numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        return {}  # a manifold of a few images says little
+
+
+def _intervals(
+    shares: Mapping[str, Mapping[str, float]], counts: Mapping[str, int], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Bootstrap intervals by name and arithmetic.
+
+    Precision and recall are means of 0/1 flags, so with the balls held fixed their bootstrap distribution is exactly
+    binomial and no images need resampling.
+    """
+    found = {}
+    for name, count in counts.items():
+        generator = share_draws(seed)
+        found[name] = {mode: share_interval(share, count, generator) for mode, share in shares[name].items()}
+    return found
+
+
+def _as_adm(values: Mapping[str, float] | None) -> float | None:
+    """The value in ADM's arithmetic where it was taken, as published figures have it."""
+    return None if values is None else values.get("adm_fp16", next(iter(values.values()), None))

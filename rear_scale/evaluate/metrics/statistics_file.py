@@ -19,6 +19,8 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.images.image_set import crop_rule, preprocessing_rule
 from rear_scale.evaluate.images.npz import array_names, open_array
 from rear_scale.evaluate.metrics.moments import Moments
+from rear_scale.evaluate.networks import statistics_arrays
+from rear_scale.evaluate.networks.row import StatisticsArrays
 from rear_scale.files import atomic_file
 from rear_scale.shards.crops import EXIF
 from rear_scale.untrusted import is_count, parse_json
@@ -26,22 +28,6 @@ from rear_scale.untrusted import is_count, parse_json
 _FORMAT = "rear_scale statistics 1"
 _MOST_MANIFEST = 1 << 20  # bytes
 _TIME = (1980, 1, 1, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of features: which array of which network, and what its Fréchet distance is called."""
-
-    metric: str
-    mean: str  # arrays of a statistics file
-    covariance: str
-
-
-KINDS = {
-    "pool": Kind("fid", "mu", "sigma"),
-    "spatial": Kind("sfid", "mu_s", "sigma_s"),
-    "cls": Kind("fd_dinov2", "mu_dinov2", "sigma_dinov2"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,23 +94,24 @@ def _manifest(path: str | Path, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Moments]:
-    """The moments that a file holds, by kind of features, of the kinds in `sizes` (their F).
+    """The moments that a file holds, by feature, of the features in `sizes` (their F).
 
-    networks: the identity of each kind's network as it is used now. A file of ours says which it was made with, and is
+    networks: the identity of each feature's network as it is used now. A file of ours says which it was made with, and is
     refused if that is another one; published files do not say. Raises InputError for that, and for arrays of the wrong
     shape, not finite or not symmetric.
     """
     names = array_names(path)
     manifest = _manifest(path, names)
-    found = {}
-    for kind, size in sizes.items():
-        arrays = KINDS[kind]
-        if arrays.mean not in names or arrays.covariance not in names:
+    found, known = {}, statistics_arrays()
+    for feature, size in sizes.items():
+        arrays = known.get(feature)
+        if arrays is None or arrays.mean not in names or arrays.covariance not in names:
             continue
-        if manifest is not None and manifest["networks"].get(kind) != networks[kind]:
+        if manifest is not None and manifest["networks"].get(feature) != networks[feature]:
             raise InputError(
-                f"{path}: {arrays.mean} was made with other weights or preprocessing ({manifest['networks'].get(kind)}) than "
-                f"those in use ({networks[kind]}). Make it again with --write-statistics, or use the weights it was made with"
+                f"{path}: {arrays.mean} was made with other weights or preprocessing ({manifest['networks'].get(feature)}) "
+                f"than those in use ({networks[feature]}). Make it again with --write-statistics, or use the weights that it was "
+                "made with"
             )
         found_shapes = [open_array(path, name).shape for name in (arrays.mean, arrays.covariance)]
         if found_shapes != [(size,), (size, size)]:
@@ -135,11 +122,11 @@ def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str,
         mean, covariance = (open_array(path, name)[:] for name in (arrays.mean, arrays.covariance))
         _check(path, arrays, mean, covariance)
         count = None if manifest is None else manifest["images"]["count"]
-        found[kind] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
+        found[feature] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
     return found
 
 
-def _check(path: Path, arrays: Kind, mean: np.ndarray, covariance: np.ndarray) -> None:
+def _check(path: Path, arrays: StatisticsArrays, mean: np.ndarray, covariance: np.ndarray) -> None:
     for name, array in ((arrays.mean, mean), (arrays.covariance, covariance)):
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise InputError(f"{path}: {name} is not made of finite floats. Get or make the file again")
@@ -152,11 +139,13 @@ def _check(path: Path, arrays: Kind, mean: np.ndarray, covariance: np.ndarray) -
 def write_statistics(
     path: Path, moments: Mapping[str, Moments], networks: Mapping[str, str], images: dict[str, Any]
 ) -> None:
-    """Moments by kind with their networks and images (`count` among the latter). The same content gives the same bytes."""
-    manifest = {"format": _FORMAT, "networks": {kind: networks[kind] for kind in moments}, "images": images}
+    """Moments by feature with their networks and images (`count` among the latter). The same content gives the same bytes."""
+    manifest = {"format": _FORMAT, "networks": {feature: networks[feature] for feature in moments}, "images": images}
     arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
-    for kind, found in moments.items():
-        arrays[KINDS[kind].mean], arrays[KINDS[kind].covariance] = found.mean.numpy(), found.covariance.numpy()
+    known = statistics_arrays()
+    for feature, found in moments.items():
+        arrays[known[feature].mean] = found.mean.numpy()
+        arrays[known[feature].covariance] = found.covariance.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():

@@ -1,1 +1,63 @@
-"""Networks whose features are scored, and their features in blocks."""
+"""Networks whose features are scored, and their features in blocks. `NETWORKS` has a row for each of them."""
+
+from __future__ import annotations
+
+from rear_scale.config import EvaluateConfig, InputError
+from rear_scale.evaluate.networks.base import InceptionFeatures
+from rear_scale.evaluate.networks.dinov2 import DINOV2_VITL14, DinoV2Features
+from rear_scale.evaluate.networks.inception import INCEPTION
+from rear_scale.evaluate.networks.lpips import LPIPS_VGG, VGG16, LpipsDistance
+from rear_scale.evaluate.networks.row import NetworkRow, StatisticsArrays
+
+NETWORKS: list[NetworkRow] = [
+    NetworkRow(
+        "inception",
+        {"inception_weights": INCEPTION},
+        InceptionFeatures,
+        {
+            "pool": StatisticsArrays("mu", "sigma", is_published=True),
+            "spatial": StatisticsArrays("mu_s", "sigma_s", is_published=True),
+        },
+    ),
+    NetworkRow(
+        "dinov2",
+        {"dinov2_weights": DINOV2_VITL14},
+        DinoV2Features,
+        {"cls": StatisticsArrays("mu_dinov2", "sigma_dinov2")},
+    ),
+    NetworkRow("lpips", {"vgg_weights": VGG16, "lpips_weights": LPIPS_VGG}, LpipsDistance, of_pairs=True),
+]
+
+
+def register(row: NetworkRow) -> NetworkRow:
+    """Adds a network from another file. Its name and the names of its features must be new."""
+    assert row.name not in [other.name for other in NETWORKS], row.name
+    assert not row.statistics.keys() & statistics_arrays().keys(), row.statistics
+    NETWORKS.append(row)
+    return row
+
+
+def rows_in_use(cfg: EvaluateConfig, *, of_pairs: bool = False) -> list[NetworkRow]:
+    """The networks whose weights are set: those of single images, or those of pairs."""
+    return [row for row in NETWORKS if row.of_pairs == of_pairs and row.is_set(cfg)]
+
+
+def weight_fields(cfg: EvaluateConfig) -> dict[str, str | None]:
+    """The weight files of all networks by full field name; None where a field is not set."""
+    return {name: path for row in NETWORKS for name, path in row.paths(cfg).items()}
+
+
+def check_network_names(cfg: EvaluateConfig) -> None:
+    """Raises InputError for an entry of evaluate.network_weights that is no network without a field of its own."""
+    known = [row.name for row in NETWORKS if f"network_weights.{row.name}" in row.weights]
+    for name in cfg.network_weights:
+        if name not in known:
+            raise InputError(
+                f"evaluate.network_weights.{name} is of no network here ({', '.join(known) or 'all have fields of their own'}). "
+                "Add a row to NETWORKS in rear_scale/evaluate/networks, or leave it out"
+            )
+
+
+def statistics_arrays() -> dict[str, StatisticsArrays]:
+    """By feature, of all networks: the arrays of a statistics file."""
+    return {feature: arrays for row in NETWORKS for feature, arrays in row.statistics.items()}

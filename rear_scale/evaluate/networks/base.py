@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, Protocol
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.evaluate.networks.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
-from rear_scale.evaluate.networks.weights import INCEPTION, fill, read_weight_file
+from rear_scale.evaluate.networks.inception import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Inception
+from rear_scale.evaluate.networks.weights import fill, read_weight_file
 
 
 class Extractor(Protocol):
+    name: str
     identity: str  # a hash of the weights and of what is done to the images before them
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -26,14 +27,21 @@ class Extractor(Protocol):
 
 
 class FeatureNetwork(Extractor, Protocol):
-    """An extractor whose features have Fréchet distances."""
+    """An extractor with published weights, whose features metrics read."""
 
-    name: str
-    sizes: dict[str, int]  # by kind of features (evaluate.statistics.KINDS): how many there are
-    neighbours: str  # the kind that precision and recall are taken on
+    sizes: Mapping[str, int]  # by name: how many values the feature of an image has
     weights_sha256: str
-    is_published: bool | None  # whether the weights are the published ones; null = no checksum is published
-    classifier: Tensor | None  # float64 [classes, F]: features @ classifier.T are the logits of the Inception Score
+    is_published: bool | None  # whether the weights are the published ones; None = no checksum is published
+
+
+class PairDistance(Protocol):
+    """A distance of an image and its reconstruction."""
+
+    identity: str  # a hash of the weights and of what is done to the images before them
+
+    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """float [n] of pairs of images (uint8 [n, H, W, 3] each)."""
+        ...
 
 
 class InceptionFeatures:
@@ -44,7 +52,6 @@ class InceptionFeatures:
 
     name = "inception"
     sizes: ClassVar = {"pool": POOL_FEATURES, "spatial": SPATIAL_FEATURES}
-    neighbours = "pool"
 
     def __init__(self, path: str | None, device: torch.device) -> None:
         weights = read_weight_file(path, "evaluate.inception_weights", INCEPTION)

@@ -6,7 +6,6 @@ penultimate layer gives the features of the Fréchet distance and its output the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +16,6 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ClassifierConfig, InputError
-from rear_scale.evaluate.images.image_set import ImageSet
-from rear_scale.evaluate.metrics.distances import nearest_distances
 from rear_scale.files import file_sha256
 from rear_scale.progress import progress
 from rear_scale.shards.images import open_images
@@ -67,6 +64,8 @@ class Classifier(nn.Module):
 class ClassifierFeatures:
     """The feature extractor of an evaluation: uint8 images in, features and predicted classes out."""
 
+    name = "classifier"
+
     def __init__(self, cfg: ClassifierConfig, device: torch.device) -> None:
         self.classifier = Classifier.from_file(cfg.weights).to(device).eval()
         self.device = device
@@ -80,22 +79,6 @@ class ClassifierFeatures:
         features = self.classifier.features(to_unit_range(torch.from_numpy(images).to(self.device)))
         classes = self.classifier.output(features).argmax(1)
         return {"features": features.float().cpu().numpy(), "classes": classes.cpu().numpy()}
-
-
-class NearestPixels:
-    """An extractor of distances to the nearest image of small sets, in grey levels (0 to 255)."""
-
-    def __init__(self, sets: Mapping[str, ImageSet]) -> None:
-        self.pixels = {
-            name: np.concatenate([images.read(block)[0] for block in images.blocks]).reshape(images.count, -1)
-            for name, images in sets.items()
-        }
-        self.identity = "nearest pixels " + " ".join(f"{name}={images.identity}" for name, images in sets.items())
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """float64 [n] under the name of each set: root mean square difference to its nearest image."""
-        flat = torch.from_numpy(images).flatten(1)
-        return {name: nearest_distances(flat, torch.from_numpy(pixels)).numpy() for name, pixels in self.pixels.items()}
 
 
 def training_settings(cfg: ClassifierConfig) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic
-from rear_scale.evaluate.networks.weights import DINOV2_VITL14, fill, read_weight_file
+from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
+
+DINOV2_VITL14 = PublishedFile(
+    "dinov2_vitl14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    None,
+)
 
 INPUT_SIZE = 224  # pixels
 _TRAINED_GRID = 37  # patches along a side that the position table is for
@@ -99,8 +105,6 @@ class DinoV2Features:
 
     name = "dinov2"
     sizes: ClassVar = {"cls": 1024}
-    neighbours = "cls"
-    classifier = None
 
     def __init__(self, path: str | None, device: torch.device) -> None:
         weights = read_weight_file(path, "evaluate.dinov2_weights", DINOV2_VITL14)

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rear_scale.evaluate.networks.weights import PublishedFile
+
+INCEPTION = PublishedFile(
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights",
+    "6726825d",
+)
+
 INPUT_SIZE = 299  # pixels
 POOL_FEATURES = 2048
 NUM_LOGITS = 1008

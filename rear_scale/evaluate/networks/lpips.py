@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale.evaluate.networks.base import as_batch, exact_arithmetic
-from rear_scale.evaluate.networks.weights import LPIPS_VGG, VGG16, fill, read_weight_file
+from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
+
+VGG16 = PublishedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+LPIPS_VGG = PublishedFile(
+    "vgg.pth (LPIPS v0.1)",
+    "https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
+    None,
+)
 
 # Channels of the convolutions of each stage; a stage ends after a ReLU, and all but the last are followed by pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -21,24 +21,6 @@ class PublishedFile:
     sha256_prefix: str | None  # null = its publisher gives no checksum
 
 
-INCEPTION = PublishedFile(
-    "pt_inception-2015-12-05-6726825d.pth",
-    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights",
-    "6726825d",
-)
-VGG16 = PublishedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-LPIPS_VGG = PublishedFile(
-    "vgg.pth (LPIPS v0.1)",
-    "https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
-    None,
-)
-DINOV2_VITL14 = PublishedFile(
-    "dinov2_vitl14_pretrain.pth",
-    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    None,
-)
-
-
 @dataclass(frozen=True)
 class WeightFile:
     """A weight file that was read."""

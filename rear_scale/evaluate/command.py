@@ -1,0 +1,225 @@
+"""What launchers/evaluate.py does: images or checkpoints in, result.json and a table out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rear_scale import cli, config
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import open_source
+from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.evaluate.images.image_set import check_image_set
+from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.networks import weight_fields
+from rear_scale.evaluate.networks.feature_cache import Part
+from rear_scale.evaluate.published import TableRow, our_rows, table
+from rear_scale.evaluate.reconstruction import score_reconstruction
+from rear_scale.evaluate.result import ImageScores, check_result, summary, write_result
+from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
+from rear_scale.model import Generator
+from rear_scale.progress import say
+from rear_scale.run import wandb
+from rear_scale.run.folder import RunFolder
+from rear_scale.world import World, joined
+
+TokenScores = Mapping[str, Mapping[str, float]]
+ScoreTokens = Callable[[ExperimentConfig, Generator, World], TokenScores]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=Path, metavar="PATH", help="score these images instead of generating")
+    parser.add_argument("--reconstruct", type=Path, metavar="PATH", help="score the tokenizer on these images instead")
+    parser.add_argument("--also", type=Path, action="append", default=[], metavar="PATH", help="another checkpoint")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
+    )
+    parser.add_argument("--part", type=_part, metavar="I/N", help="only a share of the features")
+    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="makes a reference of the images")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
+
+
+def _part(text: str) -> Part:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I below N, as in 0/8")
+    return Part(int(index), int(count))
+
+
+def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
+    """Scores what the command line names, writes the results and prints the table.
+
+    score_tokens: the token predictions of a checkpoint, from analysis.token_prediction. Raises InputError for a request
+    that contradicts itself, before any process group exists.
+    """
+    args = command.args
+    if args.out is not None:
+        check_result(args.out)
+    if args.dry_run:
+        _show_paths(command)
+    elif args.reconstruct is not None:
+        _check_alone(args)
+        check_image_set(args.reconstruct)
+        _reconstruct(command, args.reconstruct)
+    else:
+        subjects = _subjects(command)
+        check_evaluation(command.cfg, args.write_statistics)
+        if args.samples is not None:
+            check_image_set(args.samples)
+        with joined(command.ranks, same_for_any_world=True) as world:
+            _Job(command, subjects, score_tokens, world).run()
+
+
+def _show_paths(command: cli.Command) -> None:
+    named = [name for name in weight_fields(command.cfg.evaluate) if "network_weights" not in name]
+    inputs = ("tokenizer.weights", "data.train", "data.val", *named, "evaluate.classifier.images")
+    cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",), given=_given(command))
+
+
+def _given(command: cli.Command) -> list[tuple[str, str | Path]]:
+    """The inputs that options and the entries of evaluate.reference and evaluate.network_weights name."""
+    args, cfg = command.args, command.cfg.evaluate
+    given = [
+        ("--samples", args.samples),
+        ("--reconstruct", args.reconstruct),
+        *(("--also", path) for path in args.also),
+    ]
+    return [
+        *((option, path) for option, path in given if path is not None),
+        *((f"evaluate.reference.{name}", path) for name, path in cfg.reference.items()),
+        *((f"evaluate.network_weights.{name}", path) for name, path in cfg.network_weights.items()),
+    ]
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Raises InputError for an option that --reconstruct has no use for."""
+    for option in ("samples", "also", "sweep", "part", "write_statistics"):
+        if getattr(args, option):
+            raise InputError(
+                f"--{option.replace('_', '-')} does not go with --reconstruct, which scores the tokenizer on its own images. "
+                "Leave one of them out"
+            )
+
+
+def _reconstruct(command: cli.Command, images: Path) -> None:
+    started = time.monotonic()
+    out = command.args.out or beside(images, "reconstruction.json")
+    with joined(command.ranks, same_for_any_world=True) as world:
+        originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
+        if world.is_main:
+            seconds = time.monotonic() - started
+            write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
+            say(f"{out}: written")
+            print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores), {}))
+            print(json.dumps(scores.to_json()["reconstruction"], indent=1))
+
+
+def _subjects(command: cli.Command) -> list[Subject]:
+    """Raises InputError for --also without --checkpoint, and for one statistics file of several sets."""
+    args = command.args
+    checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
+    if args.also and not checkpoints:
+        raise InputError(
+            f"--also {args.also[0]} adds to --checkpoint, which is missing. Use --checkpoint {args.also[0]}"
+        )
+    checkpoints += [_open_other(command, path) for path in args.also]
+    subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
+    if args.write_statistics is not None and len(subjects) > 1:
+        raise InputError(
+            f"--write-statistics {args.write_statistics} is one file, but there are {len(subjects)} sets of images. "
+            "Leave --sweep and --also away"
+        )
+    return subjects
+
+
+def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Checkpoint]:
+    other = open_source(path)
+    cfg = config.from_file(other.meta["config"], str(other.path), command.args.overrides)
+    # One evaluation scores all: what another run's config says of its own is not what is done.
+    return replace(cfg, evaluate=command.cfg.evaluate), other
+
+
+@dataclass
+class _Job:
+    """One evaluation of several subjects. All ranks make it and run it."""
+
+    command: cli.Command
+    subjects: list[Subject]
+    score_tokens: ScoreTokens
+    world: World
+    tokens: dict[Path, TokenScores | None] = field(default_factory=dict)  # by checkpoint
+
+    def __post_init__(self) -> None:
+        self.args: Any = self.command.args
+        self.opener = Opener(self.world)
+        self.evaluation = Evaluation(self.command.cfg, self.subjects[0].output.parent / "features", self.world)
+
+    def run(self) -> None:
+        rows: list[TableRow] = []
+        for subject in self.subjects:
+            if self.command.cfg.evaluate.reference:
+                rows += self._score(subject)
+            if self.args.write_statistics is not None:
+                self._write_statistics(subject)
+        if self.world.is_main and rows:
+            print(table(rows))
+
+    def _score(self, subject: Subject) -> list[TableRow]:
+        """Rows for the table."""
+        started = time.monotonic()
+        samples = self.opener.images(subject)
+        if self.args.part is not None and not self.evaluation.extract_part(samples, self.args.part):
+            self._say_others_are_missing(subject)
+            return []
+        images = self.evaluation.score(samples)
+
+        def write(predictions: TokenScores | None) -> None:
+            if self.world.is_main:
+                source, seconds = str(subject.samples or "generated"), time.monotonic() - started
+                out, cfg = subject.output, subject.cfg
+                write_result(out, cfg, subject.checkpoint, samples, source, images, predictions, seconds, self.world)
+
+        # Once before: a damaged token shard must not cost the scores of the images.
+        write(None)
+        if subject.checkpoint is not None:
+            # Sampling settings do not touch them: once a checkpoint.
+            if subject.checkpoint.path not in self.tokens:
+                self.tokens[subject.checkpoint.path] = self._token_scores(subject)
+            write(self.tokens[subject.checkpoint.path])
+        return self._report(subject, images) if self.world.is_main else []
+
+    def _report(self, subject: Subject, images: ImageScores) -> list[TableRow]:
+        say(f"{subject.output}: written")
+        if subject.run is not None:
+            wandb.log_summary(subject.cfg, RunFolder(subject.run), summary(images, subject.setting))
+        return our_rows(subject.name, images)
+
+    def _token_scores(self, subject: Subject) -> TokenScores | None:
+        data = subject.cfg.data
+        folders = [folder for folder in (data.train, data.val) if folder is not None]
+        if data.train is None and self.world.is_main:
+            say(
+                "data.train is not set: the config that came with the weights names a command or a remote place, which is taken "
+                "from the command line alone"
+            )
+        if not folders or not all((Path(folder) / "index.json").exists() for folder in folders):
+            if self.world.is_main:
+                say(f"no token shards at {', '.join(folders) or 'data.train'}: token predictions are left out")
+            return None
+        return self.score_tokens(subject.cfg, self.opener.model(subject), self.world)
+
+    def _write_statistics(self, subject: Subject) -> None:
+        # As images of a reference are: files of any size are cropped.
+        images = self.opener.images(subject, subject.cfg.tokenizer.image_size)
+        if not self.evaluation.write_statistics(images, self.args.write_statistics, self.args.part):
+            self._say_others_are_missing(subject)
+
+    def _say_others_are_missing(self, subject: Subject) -> None:
+        if self.world.is_main:
+            part = self.args.part
+            say(f"{subject.name}: share {part.index} of {part.of} is done; others are still missing")

@@ -1,0 +1,187 @@
+"""What a metric is: which features it reads, how it is computed from them, and how its numbers are called and printed.
+
+A metric of its own is a subclass of SampleMetric (a number of the scored images alone) or ReferenceMetric (a number
+against each reference set) with one instance in the list of metrics/__init__.py. From there it is in result.json, in the
+scores during training, in the summary for wandb and, where it has columns, in the printed table.
+"""
+
+# n images, F values of a feature
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from rear_scale.config import EvaluateConfig
+from rear_scale.evaluate.metrics.moments import Moments, moments_of
+from rear_scale.evaluate.networks.feature_cache import FeatureBlocks
+from rear_scale.world import World
+
+
+class Rows(Protocol):
+    """Features that are read in parts: an array, a mapped file, or blocks on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> np.ndarray: ...
+
+
+class FeatureSet:
+    """The stored features of one set of images by one network."""
+
+    def __init__(self, name: str, blocks: FeatureBlocks, device: torch.device) -> None:
+        self.name, self.blocks, self.device = name, blocks, device
+        self.kept: dict[Any, Any] = {}  # what metrics compute of this set alone, for the next comparison
+        self._moments: dict[str, Moments] = {}
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return self.blocks.count
+
+    def moments(self, feature: str) -> Moments | None:
+        """Mean and covariance of a feature, added up block by block; None for fewer than two images."""
+        if self.count < 2:
+            return None
+        if feature not in self._moments:
+            self._moments[feature] = block_moments(self.blocks, feature, self.device)
+        return self._moments[feature]
+
+    def rows(self, feature: str, most: int | None = None) -> Rows:
+        """A feature of all images or of `most` evenly spaced ones, [n, F], in the order of the blocks."""
+        rows = self.blocks.rows(feature)
+        if most is None or len(rows) <= most:
+            return rows
+        chosen = np.arange(most) * len(rows) // most
+        return np.concatenate([rows[int(number) : int(number) + 1] for number in chosen])
+
+    def parts(self, feature: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Block by block: int64 [n] image numbers, and a feature of these images, [n, F]."""
+        for number, ids in enumerate(self.blocks.ids):
+            yield ids, self.blocks.array(number, feature)
+
+    def column(self, name: str) -> np.ndarray | None:
+        """One value per image in the order of the images; None where the set has no such values."""
+        return self.blocks.column(name)
+
+
+class ReferenceSet(Protocol):
+    """What metrics read of a reference, which may be a file of statistics without images."""
+
+    name: str
+    kept: dict[Any, Any]  # as in FeatureSet
+
+    def moments(self, feature: str) -> Moments | None:
+        """None where neither statistics nor images give them. One rank may call this alone."""
+        ...
+
+    def rows(self, feature: str, most: int | None = None) -> Rows | None:
+        """As FeatureSet.rows; None where there are no images."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the metrics of one network are computed from."""
+
+    network: Any  # the opened network, a FeatureNetwork or Extractor
+    samples: FeatureSet
+    references: Sequence[ReferenceSet]
+    cfg: EvaluateConfig
+    world: World
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one computation adds to the scores."""
+
+    values: Mapping[str, Any]  # by key of result.json
+    reference: str | None = None  # None: of the samples alone
+    notes: Sequence[str] = ()  # for the reader of the numbers; those of the samples go to every reference
+    intervals: Mapping[str, Any] = field(default_factory=dict)  # by key: bootstrap intervals that need no resampling
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the printed table."""
+
+    title: str
+    digits: int
+    read: Callable[[Mapping[str, Any]], float | None]  # from the values of the metric, see Metric.numbers
+    published: str | None = None  # the field of PublishedRow that stands in this column
+    published_digits: int = 2
+
+
+class Metric(ABC):
+    """One entry of the list of metrics."""
+
+    name: str  # unique in the list; the key in result.json, unless `numbers` says otherwise
+    network: str  # whose features it reads: a row of networks/__init__.py, `classifier`, `pixels` or `reconstruction`
+    against_references: bool  # False: of the scored images alone
+    columns: Sequence[Column] = ()  # in the printed table; those of classifier and pixels have none
+    label: str = ""  # on pages, with {reference} for the name of one
+    digits: int = 3  # behind the point, on pages
+    resamples = False  # whether `resampled` gives values for bootstrap intervals
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        """Computations that ranks share out; each is done by one rank, and all ranks get what it returns."""
+        return []
+
+    def together(self, inputs: Inputs) -> list[Output]:
+        """Computations that all ranks do together; each rank returns the same."""
+        return []
+
+    def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
+        """The number by reference (None: of the samples alone) where image i counts weights[i] times (int64 [n])."""
+        raise NotImplementedError
+
+    def numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        """The numbers under flat names for dashboards, out of the part of result.json that holds this metric's keys."""
+        return {self.name: values.get(self.name)}
+
+    def training_numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        """As `numbers`, of the few images that are scored during training."""
+        return self.numbers(values)
+
+
+class SampleMetric(Metric):
+    """A metric of the scored images alone."""
+
+    against_references: ClassVar = False
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        return [partial(self._parts, inputs)]
+
+    def _parts(self, inputs: Inputs) -> list[Output]:
+        return [Output({self.name: self.score(inputs)})]
+
+    @abstractmethod
+    def score(self, inputs: Inputs) -> Any:
+        """The value in result.json: a number, None, or a dict with `value` in it."""
+
+
+class ReferenceMetric(Metric):
+    """A metric of the scored images against each reference."""
+
+    against_references: ClassVar = True
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        return [partial(self._parts, inputs)]
+
+    def _parts(self, inputs: Inputs) -> list[Output]:
+        return [Output({self.name: self.score(inputs, other)}, other.name) for other in inputs.references]
+
+    @abstractmethod
+    def score(self, inputs: Inputs, reference: ReferenceSet) -> float | None:
+        """The value in result.json; None where the reference or the number of images does not allow one."""
+
+
+def block_moments(blocks: FeatureBlocks, feature: str, device: torch.device) -> Moments:
+    """Added up block by block in their order."""
+    return moments_of((blocks.array(number, feature) for number in range(len(blocks.ids))), device)

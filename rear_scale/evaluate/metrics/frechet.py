@@ -1,0 +1,117 @@
+"""Fréchet distances on the features of a network: FID, sFID, FD-DINOv2."""
+
+# n images, F values of a feature
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from rear_scale.evaluate.metrics.base import Column, Inputs, Metric, Output
+from rear_scale.evaluate.metrics.distances import frechet_distance
+from rear_scale.evaluate.metrics.moments import Moments, MomentSums
+
+_EXTRAPOLATION_POINTS = 8
+
+
+class FrechetDistance(Metric):
+    """The Fréchet distance on one feature, with its value at infinitely many images under evaluate.extrapolate."""
+
+    against_references = True
+    resamples: ClassVar = True
+
+    def __init__(
+        self, name: str, network: str, feature: str, title: str | None = None, published: str | None = None
+    ) -> None:
+        """title: of its column in the printed table; None = it has none."""
+        self.name, self.network, self.feature = name, network, feature
+        if title is not None:
+            self.columns = (Column(title, 3, lambda values: values.get(name), published),)
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        found = [partial(self._distances, inputs)]
+        if inputs.cfg.extrapolate:
+            found.append(partial(self._extrapolated, inputs))
+        return found
+
+    def _distances(self, inputs: Inputs) -> list[Output]:
+        own, size = inputs.samples.moments(self.feature), inputs.network.sizes[self.feature]
+        parts = []
+        for reference in inputs.references:
+            other = reference.moments(self.feature)
+            values = {
+                self.name: None if own is None or other is None else frechet_distance(own, other),
+                f"{self.name}_reference_images": None if other is None else other.count,
+            }
+            notes = []
+            if other is not None and other.is_singular:
+                notes.append(self._singular(other.count, len(other.mean), "reference"))
+            parts.append(Output(values, reference.name, notes))
+        if inputs.samples.count <= size:
+            parts.append(Output({}, notes=[self._singular(inputs.samples.count, size, "sample")]))
+        return parts
+
+    def _singular(self, count: int, size: int, whose: str) -> str:
+        return (
+            f"{self.name}: {count:,} {whose} images give a singular covariance of {size} features; the value is exact for "
+            "them, but compares only with values of as many"
+        )
+
+    def _extrapolated(self, inputs: Inputs) -> list[Output]:
+        """At infinitely many samples: a line in 1/N through growing subsets (Chong & Forsyth 2020, arXiv:1911.07023)."""
+        key, count = f"{self.name}_extrapolated", inputs.samples.count
+        sizes = np.unique(np.linspace(count / 4, count, _EXTRAPOLATION_POINTS).round().astype(int))
+        sizes = sizes[sizes >= 2]  # images that have a covariance
+        if len(sizes) < 2:
+            return [Output({key: None}, reference.name) for reference in inputs.references]
+        values: dict[str, list[float]] = {reference.name: [] for reference in inputs.references}
+        for own in self._moments_of_subsets(inputs, sizes):
+            for reference in inputs.references:
+                other = reference.moments(self.feature)
+                if other is not None:
+                    values[reference.name].append(frechet_distance(own, other))
+        return [Output({key: _line(sizes, found) if found else None}, name) for name, found in values.items()]
+
+    def _moments_of_subsets(self, inputs: Inputs, sizes: np.ndarray) -> Iterator[Moments]:
+        """Of subsets of `sizes` images, each inside the next."""
+        # Image i joins at a place of its own, so the subsets do not depend on the blocks.
+        places = np.random.default_rng([inputs.cfg.seed, 1]).permutation(inputs.samples.count)
+        groups = np.searchsorted(sizes, places, side="right")
+        device = inputs.world.device
+        sums: dict[int, MomentSums] = {}
+        shift: torch.Tensor | None = None
+        for ids, array in inputs.samples.parts(self.feature):
+            features = torch.from_numpy(array)
+            if shift is None:
+                shift = features.to(device).double().mean(0)
+            for group in np.unique(groups[ids]):
+                sums.setdefault(int(group), MomentSums(features.shape[1], device, shift)).add(
+                    features[torch.from_numpy(groups[ids] == group)]
+                )
+        assert shift is not None
+        total = MomentSums(len(shift), device, shift)
+        for group in range(len(sizes)):
+            total.add_sums(sums[group])
+            yield total.moments()
+
+    def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
+        sums: MomentSums | None = None
+        for ids, array in inputs.samples.parts(self.feature):
+            sums = sums or MomentSums(array.shape[1], inputs.world.device)
+            sums.add(torch.from_numpy(array), torch.from_numpy(weights[ids]).double())
+        assert sums is not None
+        own = sums.moments() if inputs.samples.count > 1 else None
+        found: dict[str | None, float | None] = {}
+        for reference in inputs.references:
+            other = reference.moments(self.feature)
+            found[reference.name] = None if own is None or other is None else frechet_distance(own, other)
+        return found
+
+
+def _line(sizes: np.ndarray, values: list[float]) -> dict[str, Any]:
+    slope, intercept = np.polyfit(1 / sizes, values, 1)
+    return {"value": float(intercept), "slope": float(slope), "samples": sizes.tolist(), "values": values}

@@ -1,0 +1,60 @@
+"""Scores of images that a tokenizer gives back: how they differ from the originals, and the use of its codebook."""
+
+# n images, N tokens of an image, K codes
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from rear_scale.evaluate.metrics.base import Inputs, Metric, Output, SampleMetric
+from rear_scale.evaluate.metrics.distances import codebook_use
+
+
+class Psnr(Metric):
+    """The mean over images of each image's value, peak 255; images that came back unchanged have none."""
+
+    name = "psnr"
+    network = "reconstruction"
+    against_references = False
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        return [partial(self._parts, inputs)]
+
+    def _parts(self, inputs: Inputs) -> list[Output]:
+        ratios = inputs.samples.column("psnr")
+        assert ratios is not None
+        finite = ratios[np.isfinite(ratios)]
+        mean = float(finite.mean()) if len(finite) else None
+        return [Output({self.name: mean, "psnr_unchanged_images": int(len(ratios) - len(finite))})]
+
+
+class Lpips(SampleMetric):
+    """The mean over images; None where the weights of LPIPS are not set."""
+
+    name = "lpips"
+    network = "reconstruction"
+
+    def score(self, inputs: Inputs) -> float | None:
+        distances = inputs.samples.column("lpips")
+        return None if distances is None else float(distances.mean())
+
+
+class TokenUse(Metric):
+    """The share of the codes that occur, and the entropy of their distribution in bits."""
+
+    name = "codebook_used"
+    network = "reconstruction"
+    against_references = False
+
+    def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
+        return [partial(self._parts, inputs)]
+
+    def _parts(self, inputs: Inputs) -> list[Output]:
+        counts = np.zeros(inputs.network.tokenizer.codebook_size, np.int64)
+        for _, tokens in inputs.samples.parts("tokens"):
+            counts += np.bincount(tokens.ravel(), minlength=len(counts))
+        use = codebook_use(counts)
+        return [Output({self.name: use.used, "codebook_entropy_bits": use.entropy})]

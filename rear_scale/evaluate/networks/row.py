@@ -1,0 +1,56 @@
+"""What the project knows of a feature network before it is opened: its name, weight files, config fields and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rear_scale.config import EvaluateConfig
+from rear_scale.evaluate.networks.weights import PublishedFile, check_weight_file
+
+
+@dataclass(frozen=True)
+class StatisticsArrays:
+    """The arrays of a statistics file that hold the moments of one feature."""
+
+    mean: str
+    covariance: str
+    is_published: bool = False  # whether the files that others publish may hold them
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One feature network."""
+
+    name: str  # of its section in result.json
+    # By field of `evaluate`, or `network_weights.NAME` for a network without a field of its own. Where one is set, the
+    # network is in use.
+    weights: Mapping[str, PublishedFile]
+    make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or a distance for `of_pairs`
+    statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature that has moments
+    of_pairs: bool = False  # it compares an image with its reconstruction
+
+    def paths(self, cfg: EvaluateConfig) -> dict[str, str | None]:
+        """The weight file of each field, under its full name (`evaluate.inception_weights`)."""
+        return {f"evaluate.{name}": _value(cfg, name) for name in self.weights}
+
+    def is_set(self, cfg: EvaluateConfig) -> bool:
+        return any(path is not None for path in self.paths(cfg).values())
+
+    def check(self, cfg: EvaluateConfig) -> None:
+        """Raises InputError when a weight file is missing."""
+        for (name, path), published in zip(self.paths(cfg).items(), self.weights.values(), strict=True):
+            check_weight_file(path, name, published)
+
+    def open(self, cfg: EvaluateConfig, device: torch.device) -> Any:
+        """The network with its weights. Raises InputError for a missing, damaged or foreign weight file."""
+        return self.make(*self.paths(cfg).values(), device)
+
+
+def _value(cfg: EvaluateConfig, name: str) -> str | None:
+    section, _, key = name.partition(".")
+    found = getattr(cfg, section)
+    return found.get(key) if key else found
