@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rear_scale.scaling import cost, output
 from rear_scale.scaling.command import make_plan
 from rear_scale.scaling.devices import cluster_of, devices, open_cluster
 from rear_scale.scaling.planner import GIB, PARTS, USABLE
-from rear_scale.train import dry_run
+from rear_scale.train import dry_run, fit
 from rear_scale.train.setup import check_data
 from rear_scale.world import discover
 
@@ -277,6 +278,31 @@ def test_the_trainer_refuses_a_run_that_cannot_fit(
         assert word in str(refused.value)
     forced = tiny_config(tmp_path, tokens, "strategy=single", "train.check_memory=false", *overrides)
     assert check_data(forced, discover({})).plan.accumulation >= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gib", "refused"),
+    [
+        # Gradients come while activations go: 37.6 GiB at once, of 41.1 in all.
+        (["strategy=single", "train.global_batch_size=32"], 40.0, None),
+        (
+            ["strategy=single", "train.global_batch_size=32"],
+            37.0,
+            r"needs 37\.6 GiB .*activations go\), and .* has 37\.0",
+        ),
+        # They are there already where micro-steps add up, and where the engine keeps them from step to step.
+        (["strategy=single", "train.global_batch_size=64"], 40.0, r"needs 41\.1 GiB .* buffers 1\.8\), and"),
+        (["strategy=zero1", "train.global_batch_size=32"], 39.0, r"needs 39\.7 GiB .*\), and .* has 39\.0"),
+    ],
+)
+def test_a_run_is_refused_by_the_most_that_it_holds_at_one_time(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], gib: float, refused: str | None
+) -> None:
+    """reAR-XL, 32 images on one rank."""
+    monkeypatch.setattr(fit, "_bytes_there", lambda ranks: gib * GIB)
+    cfg = config.load("rear_xl.yaml", ["train.micro_batch_size=32", *overrides])
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        fit.check(cfg, config.derive(cfg, 1, None), discover({}))
 
 
 def test_rings_pass_what_the_formula_says() -> None:
