@@ -4,7 +4,7 @@ Its folders and files in their import order: each imports only those before it, 
 parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
     config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
-        -> tokenizer -> shards -> model -> objective -> optim -> parallel -> checkpoint -> run -> cli -> scaling
+        -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> scaling
         -> sample -> evaluate -> analysis -> train -> report -> bench, demo
 """
 

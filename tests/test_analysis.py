@@ -48,7 +48,7 @@ def test_noise_lowers_the_ratio_by_its_rate(tmp_path: Path, tokens: Path) -> Non
 
 
 def test_ranks_and_batches_do_not_matter(tmp_path: Path, tokens: Path) -> None:
+    # This model's scores of a sequence do not depend on the others of its batch, so all numbers have the same bits.
     expected = run_alone(_predict, tokens, tmp_path, 2, 50)
     for found in run_ranks(3, _predict, tokens, tmp_path, 2, 9):
-        assert found.ctr == expected.ctr
-        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+        assert found == expected

@@ -14,10 +14,10 @@ from torch import Tensor
 from rear_scale import config
 from rear_scale.config import InputError, settled, wants_compile
 from rear_scale.model import compiled, modulation
-from rear_scale.model.modulation import rows_of, sums_by_product, sums_in_order, worth_sharing
+from rear_scale.model.modulation import rows_of, sums_by_product, sums_in_order
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.model.transformer import Block
-from rear_scale.objective import shared_classes
+from rear_scale.objective import shared_classes, worth_sharing
 
 IMAGES = 24
 SUMS = pytest.mark.parametrize("sums", [sums_by_product, sums_in_order])

@@ -80,7 +80,7 @@ MODULES = {name_of(path): path for path in (ROOT / "rear_scale").rglob("*.py")}
 LATE = {
     "optim.adamw": ("optim.deepspeed_adam", "it imports DeepSpeed, which other optimizers do without"),
     "run.requeue": ("checkpoint.open", "it imports torch, and the answer is to be there within a second"),
-    "scaling.command": ("scaling.measure scaling.simulate", "a plan on paper needs neither engines nor the objective"),
+    "scaling.command": ("scaling.measure scaling.simulate", "a plan on paper needs no engines"),
 }
 
 

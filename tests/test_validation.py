@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,14 +9,16 @@ import torch
 from helpers import metrics, run_alone, run_ranks, tiny_config, write_token_shards
 from test_parallel import QUIET, build, run_steps
 
+from rear_scale.analysis import token_prediction
 from rear_scale.config import InputError
 from rear_scale.objective import Objective, Task
+from rear_scale.objective.prediction import batches_of_rank
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
-from rear_scale.train import setup
+from rear_scale.train import setup, validation
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation
-from rear_scale.world import World, discover
+from rear_scale.world import Ranks, World, discover
 
 # No number of ranks or micro-batch divides it.
 HELD_OUT = 29
@@ -52,6 +56,47 @@ def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path, tokens: 
         assert found == pytest.approx({key: alone[key] for key in found}, rel=1e-5), name
         # And it leaves no trace in training.
         assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+
+
+def test_validation_and_evaluation_agree_to_the_bit_on_every_number_of_ranks(
+    tmp_path: Path, tokens: Path, val: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a world one after the other, in one process."""
+    monkeypatch.setattr(token_prediction, "_DRAW_SEED", validation._DRAW_SEED)
+
+    def scores(world: World) -> None:
+        cfg = tiny_config(tmp_path, tokens, "strategy=single", f"data.val={val}", *QUIET)
+        strategy, held_out = build(world, cfg), open_tokens(val, cfg.data.cache_dir)
+        codebook = torch.from_numpy(read_codebook(val, held_out.manifest))
+        found = []
+        for size in (1, 2, 3, 7):
+            worlds = [replace(world, ranks=Ranks(r, r, size, size, None, None, "single")) for r in range(size)]
+            rows = [Validation(cfg, held_out, codebook, one).rows(strategy) for one in worlds]
+            found.append(Validation(cfg, held_out, codebook, world).metrics(rows))
+        assert all(one == found[0] for one in found), found
+        settings = {"batch_size": cfg.train.micro_batch_size, "replace_rate": cfg.evaluate.replace_rate}
+        clean, noisy = (
+            token_prediction.predict_tokens(strategy.model, held_out, world, draws=draws, **settings)
+            for draws in (0, 1)
+        )
+        assert (clean.ctr, noisy.ctr) == (found[0]["val_ctr"], found[0]["val_ctr_noisy"])
+        assert clean.perplexity == math.exp(found[0]["val_loss_ar"])
+
+    run_alone(scores)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "batch_size", "ranks"), [(29, 6, 1), (29, 6, 3), (29, 6, 5), (4, 6, 3), (12, 6, 2)]
+)
+def test_each_batch_counts_on_one_rank_in_as_many_passes_as_on_the_others(
+    sequences: int, batch_size: int, ranks: int
+) -> None:
+    passes = [list(batches_of_rank(sequences, batch_size, rank, ranks)) for rank in range(ranks)]
+    assert len({len(one) for one in passes}) == 1
+    turns = [turn for together in zip(*passes, strict=True) for turn in together]
+    assert torch.equal(torch.cat([ids for ids, counted in turns if counted]), torch.arange(sequences))
+    alone = [ids.tolist() for ids, _ in batches_of_rank(sequences, batch_size, 0, 1)]
+    assert all(ids.tolist() in alone for ids, _ in turns)
 
 
 def test_the_loss_is_that_of_a_plain_model(tmp_path: Path, tokens: Path, val: Path) -> None:

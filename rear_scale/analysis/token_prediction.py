@@ -1,7 +1,7 @@
 """Next-token prediction under teacher forcing: correct token ratio and perplexity, clean and under noise (reAR, appendix
 B.1 and C.1, Figure 8a)."""
 
-# B images, N tokens of an image
+# B sequences of a batch, N tokens of an image
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.objective import noise, permutation
+from rear_scale.objective import permutation
+from rear_scale.objective.prediction import (
+    Replacement,
+    batches_of_rank,
+    exact_sums,
+    held_out_task,
+    ratio_and_loss,
+    sequence_scores,
+)
 from rear_scale.progress import progress
 from rear_scale.shards.codebook import read_both
 from rear_scale.shards.reader import TokenSet, open_set, open_tokens
@@ -53,31 +60,28 @@ def predict_tokens(
     (Eq. 4), `draws` times over; the tokens to predict stay the true ones. orders: the order of prediction of each sample;
     None = as tokens are stored.
     """
-    mine = torch.arange(len(tokens))[world.rank :: world.size]
-    totals = torch.zeros(3, dtype=torch.float64)
-    occasions = range(draws) if draws else [None]
+    rows = [torch.zeros(0, 2, dtype=torch.float64)]
+    replacements = [
+        Replacement(replace_rate, _DRAW_SEED, draw, tokens.manifest.codebook_size) for draw in range(draws)
+    ] or [None]
+    batches = batches_of_rank(len(tokens), batch_size, world.rank, world.size)
+    mine = [ids for ids, counted in batches if counted]
     training = model.training
     model.eval()
     description = f"predict {draws} x {len(tokens)} noisy" if draws else f"predict {len(tokens)} clean"
-    with progress(description, len(occasions) * len(mine), "sequence", show=world.is_main) as bar:
-        for occasion in occasions:
-            for ids in mine.split(batch_size):
+    with progress(description, len(replacements) * sum(map(len, mine)), "sequence", show=world.is_main) as bar:
+        for replacement in replacements:
+            for ids in mine:
                 truth, labels = (part.to(world.device) for part in tokens.rows(ids))
-                context = truth
-                if occasion is not None:
-                    context = noise.replaced(
-                        truth, replace_rate, ids.to(world.device), occasion, _DRAW_SEED, tokens.manifest.codebook_size
-                    )
-                order = orders(ids.to(world.device)) if orders else None
-                context, truth = permutation.in_order(context, order), permutation.in_order(truth, order)
-                logits = model(context, labels, None, order)["logits"].flatten(0, 1).float()
-                loss = F.cross_entropy(logits, truth.flatten(), reduction="none")
-                correct = logits.argmax(1) == truth.flatten()
-                totals += torch.stack((correct.sum(), loss.double().sum(), torch.tensor(truth.numel()))).double().cpu()
+                ids = ids.to(world.device)
+                task = held_out_task(truth, ids, orders(ids) if orders else None, replacement)
+                logits = model(task.context, labels, None, task.order)["logits"]
+                rows.append(sequence_scores(logits, task.tokens).cpu())
                 bar.update(len(ids))
     model.train(training)
-    correct, loss, count = world.sum(totals).tolist()
-    return TokenPrediction(correct / count, math.exp(loss / count), len(tokens), draws)
+    sums = exact_sums(world.gather(torch.cat(rows)))
+    ctr, loss = ratio_and_loss(*sums, len(replacements) * len(tokens) * tokens.manifest.num_tokens)
+    return TokenPrediction(ctr, math.exp(loss), len(tokens), draws)
 
 
 def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[str, dict[str, float]]:

@@ -175,7 +175,7 @@ def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task:
         statistics_of_step = strategy.forward_backward(compute, micro_step)
     strategy.grad_norm()
     strategy.step(_LEARNING_RATE)
-    return statistics_of_step[0].item()
+    return objective.statistic(statistics_of_step, "loss").item()
 
 
 class _PlainStep:

@@ -52,7 +52,7 @@ def convert(
     read = found.reader("ema" if ema else "param")
     weights = {name: read(name) for name in found.names()}
     with torch.device("meta"):
-        model = build_model(cfg)
+        model = build_model(cfg, with_heads=False)
     official.check_fits(weights, model, str(found.path), heads_optional=True)
     if form in ("official", "merged"):
         weights = _official(cfg, weights, merge=form == "merged")
@@ -106,11 +106,12 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
             f"model.tie_codebook={model.tie_codebook} has no released form: the tokenizer has its embeddings. "
             "Use --to consolidated"
         )
-    if cfg.objective.heads.form != "released" or cfg.objective.heads.shared:
-        dropped = [name for name in weights if official.is_head(name)]
-        if dropped:
-            say(f"left out: {len(dropped)} weights of the reAR heads; the released code has heads of another form")
-        weights = {name: value for name, value in weights.items() if not official.is_head(name)}
+    heads = cfg.objective.heads
+    released = heads.form == "released" and not heads.shared
+    dropped = [name for name in weights if official.is_head(name) and not (released and "align_mlp" in name)]
+    if dropped:
+        say(f"left out: {len(dropped)} weights of heads that the released code does not have, or has in another form")
+    weights = {name: value for name, value in weights.items() if name not in dropped}
     if not merge:
         return weights
     if model.architecture != "rar":

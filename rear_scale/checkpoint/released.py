@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import InputError
 from rear_scale.files import atomic_open
-from rear_scale.model.generator import Shape
+from rear_scale.model.generator import Shape, is_head
 from rear_scale.model.transformer import SPARE_POSITIONS
 from rear_scale.weight_file import find_weights, read_state, save_tensors
 
@@ -39,11 +39,6 @@ def read_weights(path: Path, field: str) -> dict[str, Tensor]:
     if not file.exists():
         raise InputError(f"not found: {field}={path}. Set the path of a weight file")
     return read_state(file, field)
-
-
-def is_head(name: str) -> bool:
-    """Whether a parameter belongs to a reAR head."""
-    return "align_mlp" in name
 
 
 def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str, Shape]:

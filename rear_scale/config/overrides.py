@@ -92,6 +92,8 @@ def _read(text: str, kind: Any, key: str) -> Any:
     InputError for what is empty, belongs to a sweep, or cannot be taken apart.
     """
     plain = strip_optional(kind)
+    if kind is Any:
+        return _read_any(text, key)
     if plain is not kind and _NULL.fullmatch(text.strip()):
         return None
     if not text.strip():
@@ -109,6 +111,18 @@ def _read(text: str, kind: Any, key: str) -> Any:
         # A path in place of named ones is a text; one in place of a section is refused by the schema's check.
         return _read_text(text, key) if inner is None else _read_entries(inner, plain, key)
     return _read_scalar(text, key)
+
+
+def _read_any(text: str, key: str) -> Any:
+    """A value whose type the schema leaves open (a setting of a term of the loss): null, a list, a number, or a text."""
+    if _NULL.fullmatch(text.strip()):
+        return None
+    if not text.strip():
+        raise InputError(f"{key}= is empty: it takes a value. Leave it out for the one of the config")
+    if (inner := _inner(text, "[]")) is not None:
+        return [_read_any(item, f"{key}[{i}]") for i, item in enumerate(split(inner, key))]
+    found = _read_scalar(text, key)
+    return _read_text(text, key) if isinstance(found, str) else found
 
 
 def _read_entries(text: str, kind: Any, key: str) -> dict[str, Any]:

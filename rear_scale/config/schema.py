@@ -6,6 +6,7 @@ configs/README.md lists them. fields.py says how a field is declared; rules betw
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rear_scale.config.fields import Rule, choice, choices, mark, number, path, section, seed, setting, share
 from rear_scale.parallel import facts
@@ -194,6 +195,11 @@ class ObjectiveConfig:
     noise: NoiseConfig = section(NoiseConfig)
     heads: HeadsConfig = section(HeadsConfig)
     permutation: PermutationConfig = section(PermutationConfig)
+    terms: dict[str, dict[str, Any]] = setting(
+        {},
+        "settings of more terms of the loss by name, such as {weight: 0.1}; rear_scale/objective/terms.py says how one is added",
+        by_weights=False,
+    )
 
 
 @dataclass

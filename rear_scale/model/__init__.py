@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from rear_scale.config import ExperimentConfig, HeadsConfig
 from rear_scale.model.alitok import AliTokTransformer, feed_forward_width
 from rear_scale.model.generator import Generator, Shape
 from rear_scale.model.transformer import AdaLNTransformer, PlainTransformer
+from rear_scale.objective.rear_terms import alignment_features
+from rear_scale.objective.terms import Feature, features_of
 
 
 def build_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
-    """The generator of a config, with uninitialised weights. Sampling needs no heads."""
-    return build_generator(cfg.model.architecture, shape_of(cfg), cfg.objective.heads if with_heads else None)
+    """The generator of a config, with uninitialised weights. Sampling needs no features and heads.
+
+    Raises InputError for terms of the loss that do not fit (`terms_of`).
+    """
+    return build_generator(cfg.model.architecture, shape_of(cfg), features=features_of(cfg) if with_heads else ())
 
 
 def meta_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
@@ -42,11 +48,26 @@ class _Undrawn(TorchFunctionMode):
         return (*inputs, named.get("tensor"))[0] if function in draws else function(*inputs, **named)
 
 
-def build_generator(architecture: str, shape: Shape, heads: HeadsConfig | None) -> Generator:
-    """A generator of a shape, with uninitialised weights. architecture: rar (RAR and reAR) or alitok."""
+def build_generator(
+    architecture: str, shape: Shape, heads: HeadsConfig | None = None, features: Sequence[Feature] = ()
+) -> Generator:
+    """A generator of a shape, with uninitialised weights. architecture: rar (RAR and reAR) or alitok.
+
+    heads: those of reAR, for a model that no config describes; features: all others.
+    """
+    if heads is not None:
+        features = (*alignment_features(heads, shape.width, shape.codebook_dim), *features)
     if architecture == "alitok":
-        return AliTokTransformer(shape, heads)
-    return (AdaLNTransformer if shape.conditioning == "adaln" else PlainTransformer)(shape, heads)
+        return AliTokTransformer(shape, features)
+    return (AdaLNTransformer if shape.conditioning == "adaln" else PlainTransformer)(shape, features)
+
+
+def head_products(feature: Feature) -> int:
+    """Multiplications of a feature's head at one position: the elements of its matrices."""
+    if feature.make_head is None:
+        return 0
+    with torch.device("meta"), _Undrawn():
+        return sum(weight.numel() for weight in feature.make_head().parameters() if weight.ndim > 1)
 
 
 def shape_of(cfg: ExperimentConfig) -> Shape:

@@ -7,6 +7,7 @@ A sequence is [class, token 1 .. token N-1]. The first tokens of an image are a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import isqrt
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale.config import HeadsConfig
 from rear_scale.model.attention import Attend, Attention
 from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
+from rear_scale.objective.terms import Feature
 
 _ROTARY_BASE = 10_000.0
 _norm = partial(nn.RMSNorm, eps=1e-5)
@@ -83,8 +84,8 @@ class AliTokTransformer(Generator):
     prefix = 1
     output_name = "output"
 
-    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
-        super().__init__(shape, heads)
+    def __init__(self, shape: Shape, features: Sequence[Feature]) -> None:
+        super().__init__(shape, features)
         self.blocks = nn.ModuleList(AliTokBlock(shape) for _ in range(shape.depth))
         # Rows: codes, one mask token, classes, the null class.
         self.embeddings = nn.Embedding(shape.codebook_size + 1 + shape.num_classes + 1, shape.width)

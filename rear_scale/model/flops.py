@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from rear_scale.config import ExperimentConfig, groups_by_class
-from rear_scale.model import meta_model, mlp_width
-from rear_scale.model.modulation import worth_sharing
+from rear_scale.model import head_products, meta_model, mlp_width
+from rear_scale.model.generator import is_head
+from rear_scale.objective import worth_sharing
+from rear_scale.objective.terms import features_of
 
 
 def parameters_by_part(cfg: ExperimentConfig, model: nn.Module | None = None) -> dict[str, int]:
@@ -32,8 +34,9 @@ def parameters_by_part(cfg: ExperimentConfig, model: nn.Module | None = None) ->
 
 
 def _part(name: str) -> str:
+    if is_head(name):
+        return "heads"
     for fragment, part in (
-        ("align_mlp", "heads"),
         ("adaLN_modulation", "modulation"),
         (".attn.", "attention"),
         (".mlp.", "feed_forward"),
@@ -78,14 +81,11 @@ def train_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
     S, block = _positions(cfg), _block_forward(cfg, distinct)
     tied = cfg.model.tie_codebook
     output = 2 * N * (2 * D * D * adaln + D * K) + 2 * K * Z * D * {None: 0, "both": 2}.get(tied, 1)
-    heads = cfg.objective.heads
-    taps = [tap for tap in (heads.encode_tap, heads.decode_tap) if tap is not None]
-    every = heads.positions == "all"
-    inner = heads.hidden * heads.hidden if heads.form == "released" else 0
-    head = 2 * (N if every else N - 1) * (heads.hidden * (D + Z) + inner)
-    # An encode head that counts the last token has it run through the blocks before it.
-    last = (heads.encode_tap or 0) * (block / S) if every and heads.encode_tap is not None else 0
-    return round(3 * (cfg.model.depth * block + output + len(taps) * head + last))
+    features = features_of(cfg)
+    heads = sum(2 * (N - (feature.positions == "inner")) * head_products(feature) for feature in features)
+    # A feature of the last token has it run through the blocks before it.
+    last = max((feature.tap for feature in features if feature.positions == "own"), default=0) * (block / S)
+    return round(3 * (cfg.model.depth * block + output + heads + last))
 
 
 def recomputed_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:

@@ -1,8 +1,8 @@
-"""What the generators share: token prediction from embedded sequences, the taps of the reAR heads, tied embeddings.
+"""What the generators share: token prediction from embedded sequences, features for terms of the loss, tied embeddings.
 
 A sequence is a prefix (the class, and what a model puts before it) and tokens 1 .. N-1. Position s = prefix - 1 + t
 predicts token t (t = 0 .. N-1 in the code). The last token predicts nothing and nobody attends to it, so it is run only
-as far as an encode head that counts it.
+as far as a feature that counts it.
 """
 
 # B images, U distinct classes of a batch, N tokens of an image, P prefix positions, S positions of a sequence, D width,
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -21,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rear_scale import rng
-from rear_scale.config import HeadsConfig
 from rear_scale.model.attention import Attend
-from rear_scale.model.heads import alignment_head
+from rear_scale.objective.terms import Feature
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ class Shape:
 class Generator(nn.Module, ABC):
     """Class-conditional next-token prediction over one image's tokens.
 
-    heads: reAR side modules at their taps; None, or taps of None, build none at all.
+    features: what it gives out beside the logits, with the heads that it has for that; none for sampling.
     """
 
     prefix: int  # P
     output_name: str  # of the output matrix
     blocks: nn.ModuleList
 
-    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
+    def __init__(self, shape: Shape, features: Sequence[Feature]) -> None:
         super().__init__()
-        self.shape, self.heads = shape, heads or HeadsConfig()
+        self.shape, self.features = shape, tuple(features)
         # Plain attributes, set by `with_fixed_codes` alone: no weight file has them.
         self.fixed_codes: Tensor | None = None
         self.fixed_table: Tensor | None = None
@@ -67,11 +68,6 @@ class Generator(nn.Module, ABC):
             shape.codebook_size,
             shape.num_tokens,
         )
-        self.taps = {
-            name: tap
-            for name, tap in (("encode", self.heads.encode_tap), ("decode", self.heads.decode_tap))
-            if heads is not None and tap is not None
-        }
 
     def _build_ends(self) -> None:
         """Embeddings, output matrix and heads: called by the subclasses where these stand in their weight files."""
@@ -82,18 +78,23 @@ class Generator(nn.Module, ABC):
             # Taken from the tokenizer (`set_codebook`), so it is in no checkpoint and has no gradient.
             self.register_buffer("codebook", torch.empty(shape.codebook_size, shape.codebook_dim), persistent=False)
             self.codebook_proj = nn.Linear(shape.codebook_dim, shape.width, bias=False)
-        if self.heads.shared and self.taps:
-            self.align_mlp = self._new_head()
-        else:
-            for name in self.taps:
-                setattr(self, f"{name}_align_mlp", self._new_head())
+        for feature in self.features:
+            if feature.make_head is not None:
+                *folder, name = feature.head.split(".")
+                if folder and not hasattr(self, *folder):
+                    self.add_module(*folder, nn.Module())
+                parent = self.get_submodule(".".join(folder))
+                if not hasattr(parent, name):  # a feature before it may share its head
+                    parent.add_module(name, feature.make_head())
 
-    def _new_head(self) -> nn.Sequential:
-        return alignment_head(self.shape.width, self.heads.hidden, self.shape.codebook_dim, self.heads.form)
+    def heads(self) -> dict[str, nn.Module]:
+        """The modules that features pass through, by name."""
+        return {feature.head: self.get_submodule(feature.head) for feature in self.features if feature.head is not None}
 
-    def head(self, name: str) -> nn.Module:
-        """The head of "encode" or "decode"."""
-        return self.align_mlp if self.heads.shared else getattr(self, f"{name}_align_mlp")
+    def separate_heads(self) -> list[nn.Module]:
+        """Those that run once in a forward pass, because one feature alone passes through each."""
+        uses = Counter(feature.head for feature in self.features)
+        return [head for name, head in self.heads().items() if uses[name] == 1]
 
     @property
     def null_class(self) -> int:
@@ -108,28 +109,26 @@ class Generator(nn.Module, ABC):
     def forward(
         self, tokens: Tensor, classes: Tensor, rows: Tensor | None, order: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits of every token given the tokens before it, and what the heads say.
+        """Logits of every token given the tokens before it, and the features.
 
         tokens: int64 [B, N], the context (noisy or not), in the order of prediction. classes: int64 [U], class ids with
         null_class = no class. rows: int64 [B], which of `classes` belongs to each image; None when they are one per
         image. order: int64 [B or 1, N], the place in the image of each token; None = as they are stored.
 
-        Returns logits [B, N, K] (logits[:, t] predicts token t) and, where the heads exist, "encode" and "decode". With
-        heads.positions=eq6 both are [B, N-1, Z] at the positions of tokens 0 .. N-2 (Eq. 6, i = 1 .. N-1): encode
-        recovers that token's embedding, decode predicts the next one's. With heads.positions=all both are [B, N, Z] and
-        speak of tokens 0 .. N-1.
+        Returns "logits" [B, N, K] (logits[:, t] predicts token t) and each feature by its name: [B, N, D] or [B, N-1, D] at
+        its positions, or what its head makes of that.
         """
         class_embedding = self.class_embedding(classes)
-        every = self.heads.positions == "all"
-        last_until = self.taps.get("encode", -1) if every else -1
+        last_until = max((feature.tap for feature in self.features if feature.positions == "own"), default=-1)
         length = self.prefix + self.num_tokens - (last_until < 0)
         x = self.sequence(tokens, class_embedding if rows is None else class_embedding[rows], order, length)
         arguments = self.block_arguments(class_embedding, rows, order, length)
         output: dict[str, Tensor] = {}
         for done in range(len(self.blocks) + 1):
-            for name, tap in self.taps.items():
-                if done == tap:
-                    output[name] = self.head(name)(self._tapped(name, x, every))
+            for feature in self.features:
+                if done == feature.tap:
+                    found = self._at(feature.positions, x)
+                    output[feature.name] = found if feature.head is None else self.get_submodule(feature.head)(found)
             if done == last_until:
                 length = self.prefix + self.num_tokens - 1
                 x, arguments = x[:, :length], self.block_arguments(class_embedding, rows, order, length)
@@ -138,12 +137,10 @@ class Generator(nn.Module, ABC):
         output["logits"] = self.logits(x[:, self.prefix - 1 :], class_embedding, rows)
         return output
 
-    def _tapped(self, name: str, x: Tensor, every: bool) -> Tensor:
-        start = self.prefix
-        if not every:
-            return x[:, start : start + self.num_tokens - 1]
-        start -= name == "decode"
-        return x[:, start : start + self.num_tokens]
+    def _at(self, positions: str, x: Tensor) -> Tensor:
+        """The positions of a feature in x [B, length, D]."""
+        start = self.prefix - (positions == "predicting")
+        return x[:, start : start + self.num_tokens - (positions == "inner")]
 
     @abstractmethod
     def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
@@ -219,6 +216,11 @@ class Generator(nn.Module, ABC):
             else:
                 drawn = torch.empty(weight.shape, dtype=torch.float32)
                 weight.copy_(nn.init.trunc_normal_(drawn, std=0.02, a=-2.0, b=2.0, generator=generator))
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to a head of a term of the loss, which sampling does without."""
+    return "align_mlp" in name or name.startswith("term_heads.")
 
 
 class OutputBias(nn.Module):

@@ -1,4 +1,4 @@
-"""Rows of a table of modulation for the images of a batch, and when such a table is worth its gather."""
+"""Rows of a table of modulation for the images of a batch."""
 
 # B images, U distinct classes of a batch
 
@@ -8,15 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Of the work of AdaLN for an image, the gather of its rows and the sum of their gradients cost about an eighth: both read and
-# write what the product has written. Above this share of distinct classes, one row per image is faster.
-_LARGEST_SHARE = 7 / 8
-
-
-def worth_sharing(distinct: float, images: float) -> bool:
-    """Whether images share the modulation of their class, by distinct classes and images of a micro-batch."""
-    return distinct <= _LARGEST_SHARE * images
 
 
 def rows_of(table: Tensor, rows: Tensor) -> Tensor:

@@ -8,16 +8,17 @@ use the plain form, in which the class stands in the sequence and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale.config import HeadsConfig
 from rear_scale.model.attention import Attend, Attention
 from rear_scale.model.generator import Decoding, Generator, Shape, output_matrix
 from rear_scale.model.modulation import rows_of
+from rear_scale.objective.terms import Feature
 
 # The released tables are longer than any sequence; the rows beyond N + 2 are never used and never trained.
 SPARE_POSITIONS = 1024
@@ -105,8 +106,8 @@ class ViTGenerator(Generator):
     prefix = 2
     output_name = "lm_head"
 
-    def __init__(self, shape: Shape, heads: HeadsConfig | None) -> None:
-        super().__init__(shape, heads)
+    def __init__(self, shape: Shape, features: Sequence[Feature]) -> None:
+        super().__init__(shape, features)
         N, D = shape.num_tokens, shape.width
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, N + SPARE_POSITIONS, D))

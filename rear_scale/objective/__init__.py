@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +15,18 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ExperimentConfig, Plan
-from rear_scale.model.modulation import worth_sharing
-from rear_scale.objective import losses, noise, permutation, schedules
+from rear_scale.objective import noise, permutation, schedules
+from rear_scale.objective.terms import Task, Term, features_of, terms_of
+
+__all__ = ["MicroBatch", "Objective", "Task", "shared_classes", "worth_sharing"]
+
+# A file of this folder may register a term: all of them are imported.
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+# Of the work of AdaLN for an image, the gather of its rows and the sum of their gradients cost about an eighth: both read and
+# write what the product has written. Above this share of distinct classes, one row per image is faster.
+_LARGEST_SHARE = 7 / 8
 
 
 @dataclass
@@ -37,14 +50,9 @@ class MicroBatch:
         return MicroBatch(**{name: None if value is None else value.pin_memory() for name, value in vars(self).items()})
 
 
-@dataclass
-class Task:
-    """What the model is shown and asked, in the order of prediction."""
-
-    context: Tensor  # int64 [B, N], noisy or not
-    tokens: Tensor  # int64 [B, N], clean
-    order: Tensor | None  # int64 [B or 1, N], the place of each token; None = as stored
-    replaced: Tensor | None  # bool [B, N], which tokens of the context were drawn anew; None = none
+def worth_sharing(distinct: float, images: float) -> bool:
+    """Whether images share the modulation of their class, by distinct classes and images of a micro-batch."""
+    return distinct <= _LARGEST_SHARE * images
 
 
 def shared_classes(classes: Tensor, modulation: str) -> tuple[Tensor, Tensor | None]:
@@ -60,19 +68,19 @@ def shared_classes(classes: Tensor, modulation: str) -> tuple[Tensor, Tensor | N
     return distinct, rows
 
 
-# The order of the packed statistics that `Objective.loss` returns.
-STATISTICS = ("loss", "loss_ar", "loss_encode", "loss_decode", "accuracy")
-
-
 class Objective:
-    """Next-token prediction under noisy context plus codebook embedding regularization (reAR Eq. 7).
+    """Next-token prediction under noisy context plus codebook embedding regularization (reAR Eq. 7), and own terms.
 
     codebook: float32 [K, D] of the shards, the target of the heads; it is not trained. Every draw is a function of
-    (run.seed, sample id, epoch).
+    (run.seed, sample id, epoch). `names` are those of the packed statistics that `loss` returns: the loss, the value of
+    each term, and what terms report beside it. Raises InputError as `terms_of` does.
     """
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, codebook: Tensor, device: torch.device) -> None:
         self.cfg, self.plan = cfg, plan
+        self.terms = terms_of(cfg)
+        reports = (name for term in self.terms for name in term.reports)
+        self.names = ("loss", *(f"loss_{term.name}" for term in self.terms), *reports)
         # Cosine distances need directions only: normalised once, not in every step.
         self.directions = F.normalize(codebook.float(), dim=1).to(device)
         order, num_tokens = cfg.objective.permutation, cfg.tokenizer.num_tokens
@@ -133,36 +141,30 @@ class Objective:
             None if replaced is None else permutation.in_order(replaced, order),
         )
 
-    def loss(self, output: dict[str, Tensor], task: Task) -> tuple[Tensor, Tensor]:
-        """The loss (scalar, float32) of a forward pass against the clean tokens, and STATISTICS (float32 [5], detached).
+    def loss(self, output: Mapping[str, Tensor], task: Task) -> tuple[Tensor, Tensor]:
+        """The loss (scalar, float32) of a forward pass against the clean tokens, and its statistics (detached, float32), one
+        for each of `names`.
 
-        Terms without a head are nan.
+        Those of a term whose features are not in the output are nan.
         """
-        loss_ar, accuracy = losses.next_token(output["logits"], task.tokens)
-        nan = torch.full_like(loss_ar, torch.nan)
-        loss = loss_ar
-        terms = {"encode": nan, "decode": nan}
-        for name in terms:
-            if name in output:
-                terms[name] = self._head_term(name, output, task)
-                loss = loss + self.cfg.objective.heads.weight * terms[name]
-        return loss, torch.stack((loss, loss_ar, terms["encode"], terms["decode"], accuracy)).detach()
+        total, values, reports = None, [], []
+        for term in self.terms:
+            if any(name not in output for name in term.reads):
+                value, *reported = (total.new_full((), torch.nan) for _ in ("value", *term.reports))
+            else:
+                found = term(output, task, self.directions)
+                value, *reported = found if isinstance(found, tuple) else (found,)
+                weighted = value if term.weight == 1 else term.weight * value
+                total = weighted if total is None else total + weighted
+            values.append(value)
+            reports += reported
+        return total, torch.stack((total, *values, *reports)).detach()
 
-    def _head_term(self, name: str, output: dict[str, Tensor], task: Task) -> Tensor:
-        """One term of Eq. 6, or what the released code makes of it where the other is missing."""
-        heads = self.cfg.objective.heads
-        # Clean targets under noisy context: "the embedding of the ground truth token as well" (section 3.2).
-        targets, replaced = task.tokens, task.replaced
-        if heads.positions == "eq6":
-            part = slice(0, -1) if name == "encode" else slice(1, None)
-            targets, replaced = targets[:, part], None if replaced is None else replaced[:, part]
-        unperturbed = ~replaced if heads.encode_counts == "unperturbed" and replaced is not None else None
-        counted = [unperturbed if name == "encode" else None]
-        if heads.lone_term == "twice" and len(output) == 2:
-            counted = [unperturbed, None]
-        directions = self.directions[targets]
-        offset = 1.0 if heads.distance == "one_minus_cosine" else 0.0
-        return sum(
-            losses.embedding_distance(output[name], directions, task.tokens.numel(), counted=mask, offset=offset)
-            for mask in counted
-        )
+    def statistic(self, statistics: Tensor, name: str) -> Tensor:
+        """The scalar of a name in packed statistics."""
+        return statistics[self.names.index(name)]
+
+    def trained_terms(self) -> list[Term]:
+        """The terms that the config's model has the features for."""
+        there = {feature.name for feature in features_of(self.cfg)}
+        return [term for term in self.terms if there.issuperset(term.reads)]

@@ -111,9 +111,8 @@ def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forwa
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at once, the root apart: each block and each reAR head."""
-    heads = [child for name, child in model.named_children() if name.endswith("_align_mlp")]
-    return [*model.blocks, *heads]
+    """What is gathered at once, the root apart: each block, and each head that one feature alone passes through."""
+    return [*model.blocks, *model.separate_heads()]
 
 
 def memory(update: Update) -> Memory:

@@ -93,11 +93,15 @@ def _shortened(cfg: ExperimentConfig, device: str) -> ExperimentConfig:
         name: None if tap is None else min(tap, depth)
         for name, tap in (("encode_tap", heads.encode_tap), ("decode_tap", heads.decode_tap))
     }
+    terms = {
+        term: {name: min(value, depth) if name.endswith("tap") else value for name, value in settings.items()}
+        for term, settings in cfg.objective.terms.items()
+    }
     return replace(
         cfg,
         # One row of modulation per image, in the measured step as in the modelled one.
         model=replace(cfg.model, depth=depth, modulation="per_sample"),
-        objective=replace(cfg.objective, heads=replace(heads, **taps)),
+        objective=replace(cfg.objective, heads=replace(heads, **taps), terms=terms),
         strategy=replace(cfg.strategy, name="single", cpu_offload=False, reshard_after_forward=True),
         optim=replace(cfg.optim, backend="auto"),
         train=replace(cfg.train, global_batch_size=images, micro_batch_size=images),

@@ -222,12 +222,11 @@ def _largest(
 def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
     """PARTS, total and peak of memory_per_rank, in GiB.
 
-    optimizer holds moments and float32 masters; heads all that the reAR heads add to the other parts; buffers those of
-    collectives, and gathered or cast weights.
+    optimizer holds moments and float32 masters; heads all that those of the loss's terms add to the other parts; buffers
+    those of collectives, and gathered or cast weights.
     """
     memory = memory_per_rank(cfg, world_size, accumulation, model, "cuda")
-    heads = {name: module for name, module in model.named_children() if name.endswith("align_mlp")}
-    of_heads = sum(elements(module) for module in heads.values()) / elements(model)
+    of_heads = sum(elements(module) for module in model.heads().values()) / elements(model)
     states = {
         "weights": memory.weights,
         "gradients": memory.all_gradients,

@@ -163,7 +163,7 @@ class _Run:
                 with clock("data"):
                     micro_batches = next(batches)
 
-                statistics = torch.zeros(5, device=world.device)
+                statistics = torch.zeros(len(objective.names), device=world.device)
                 for micro_step, batch in enumerate(micro_batches):
                     self.watchdog.beat(f"forward and backward of micro-step {micro_step}", step)
                     # Dropout masks belong to the place in the run, so that no generator state needs saving.
@@ -175,7 +175,8 @@ class _Run:
                 with clock("optimizer"):
                     norm = strategy.grad_norm()
                 self.watchdog.beat("meeting of the ranks", step)
-                meeting = _Meeting(world, statistics[0], norm, self.stop.received is not None, self.writer)
+                loss = objective.statistic(statistics, "loss")
+                meeting = _Meeting(world, loss, norm, self.stop.received is not None, self.writer)
 
                 if not meeting.finite:
                     self._stop_unless_skipped(step, meeting, micro_batches)
@@ -200,7 +201,8 @@ class _Run:
                 validated = self._validate(step)
                 if validated or telemetry.due(step):
                     extra = {"skipped_updates": self.skips, **validated}
-                    metrics = telemetry.log(step, statistics, meeting.grad_norm, lr, objective.noise_max(step), extra)
+                    named = dict(zip(objective.names, statistics.tolist(), strict=True))
+                    metrics = telemetry.log(step, named, meeting.grad_norm, lr, objective.noise_max(step), extra)
                     bar.set_postfix(
                         loss=f"{metrics['loss'] or float('nan'):.4f}",
                         images_per_s=f"{metrics['images_per_s']:.0f}",

@@ -12,6 +12,7 @@ from rear_scale.device import uses_cuda
 from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.objective import Objective
+from rear_scale.objective.terms import terms_of
 from rear_scale.progress import Say, say
 from rear_scale.shards.codebook import codebook_of, read_both, read_checked
 from rear_scale.shards.reader import (
@@ -51,8 +52,9 @@ class Data:
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, a rank has too
-    little memory, or the attention kernel or fp8 cannot run here."""
+    little memory, the attention kernel or fp8 cannot run here, or a term of the loss does not fit."""
     start.check(cfg)
+    terms_of(cfg)
     device = torch.device("cuda" if uses_cuda() else "cpu")
     choose_kernel(cfg.model.kernel, device, cfg.train.precision)
     check_fp8(cfg, device)

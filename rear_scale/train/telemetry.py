@@ -15,7 +15,6 @@ import torch
 from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.config.devices import bf16_tflops
 from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
-from rear_scale.objective import STATISTICS
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import open_sink, show_images_on
 from rear_scale.world import World
@@ -107,19 +106,20 @@ class Telemetry:
     def log(
         self,
         step: int,
-        statistics: torch.Tensor,
+        statistics: dict[str, float],
         grad_norm: float,
         lr: float,
         noise_max: float,
         extra: dict[str, Any],
     ) -> dict[str, Any]:
-        """Writes a logged step. statistics: STATISTICS of this rank's share of the step's batch. Returns the metrics."""
+        """Writes a logged step. statistics: the objective's, of this rank's share of the step's batch. Returns the metrics."""
         # One packed collective: losses and times of all ranks.
         parts = self.clock.take()
-        rows = self.world.table([*statistics.tolist(), *parts.values(), _peak_memory_gib(self.world)])
-        losses = dict(zip(STATISTICS, rows[:, : len(STATISTICS)].mean(0).tolist(), strict=True))
+        packed = {**statistics, **parts, "peak_mem_gib": _peak_memory_gib(self.world)}
+        rows = self.world.table(list(packed.values()))
+        means, of_ranks = dict(zip(packed, rows.mean(0).tolist(), strict=True)), dict(zip(packed, rows.T, strict=True))
         steps = max(1, self.steps)
-        ranks_parts = dict(zip(parts, rows[:, len(STATISTICS) : -1].T / steps, strict=True))
+        ranks_parts = {part: of_ranks[part] / steps for part in parts}
         now = time.perf_counter()
         step_time_s = (now - self.since) / steps
         images_per_s = self.cfg.train.global_batch_size / step_time_s
@@ -129,7 +129,7 @@ class Telemetry:
         metrics = {
             "step": step,
             "images_seen": step * self.cfg.train.global_batch_size,
-            **losses,
+            **{name: means[name] for name in statistics},
             "grad_norm": grad_norm,
             "lr": lr,
             "noise_max": noise_max,
@@ -147,7 +147,7 @@ class Telemetry:
             "slowest_rank": slowest,
             "slowest_host": self.hosts[slowest],
             "mfu": self._mfu(images_per_s),
-            "peak_mem_gib": rows[:, -1].max().item(),
+            "peak_mem_gib": of_ranks["peak_mem_gib"].max().item(),
             "time_left_s": (self.plan.last_step - step) * step_time_s,
         }
         # JSON has no number for what is none: a term without a head, a loss that is not finite.

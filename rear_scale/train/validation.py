@@ -1,6 +1,6 @@
 """The loss of training and the correct token ratio on held-out shards, while a run goes on."""
 
-# B sequences of a forward pass, N tokens of an image
+# B sequences of a forward pass
 
 from __future__ import annotations
 
@@ -8,70 +8,86 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.objective import Objective, Task, noise, permutation
+from rear_scale.objective import Objective, permutation
+from rear_scale.objective.prediction import (
+    Replacement,
+    batches_of_rank,
+    exact_sums,
+    held_out_task,
+    ratio_and_loss,
+    sequence_scores,
+)
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.shards.reader import TokenSet
 from rear_scale.world import World
 
 # The replacement draws of the noisy context: the same at every step, and not those of training.
 _DRAW_SEED = 20_251_121
-# Of the global sums: the statistics of the objective, and correct tokens under clean and noisy context.
-_SUMS = ("val_loss", "val_loss_ar", "val_loss_encode", "val_loss_decode", "val_ctr", "val_ctr_noisy")
+# What `sequence_scores` gives, and the statistics that are made of it and of the terms.
+_SCORES = ("negative log-likelihood", "correct")
+_DERIVED = ("loss", "loss_ar", "accuracy")
 
 
 class Validation:
     """A hook of the loop. Each sequence counts once, whatever the ranks, with its class known and no dropout.
 
-    Under clean context: `val_loss` and its parts, and `val_ctr`, the share of correct argmax predictions (reAR Eq. 8). With
-    evaluate.replace_rate of the context replaced (Eq. 4): `val_ctr_noisy`.
+    Under clean context: `val_loss`, the value of each term and what terms report, and `val_ctr`, the share of correct argmax
+    predictions (reAR Eq. 8). With evaluate.replace_rate of the context replaced (Eq. 4): `val_ctr_noisy`.
     """
 
     def __init__(self, cfg: ExperimentConfig, tokens: TokenSet, codebook: Tensor, world: World) -> None:
         self.cfg, self.tokens, self.world = cfg, tokens, world
         self.objective = Objective(cfg, None, codebook, world.device)
-        self.codebook_size = tokens.manifest.codebook_size
+        self.terms = self.objective.trained_terms()
+        names = [name for term in self.terms for name in (f"loss_{term.name}", *term.reports)]
+        self.names = [name for name in names if name not in _DERIVED]
+        rate, codes = cfg.evaluate.replace_rate, tokens.manifest.codebook_size
+        self.contexts = {"clean": None, "noisy": Replacement(rate, _DRAW_SEED, 0, codes)}
 
     def __call__(self, step: int, strategy: Strategy) -> dict[str, float]:
         """The metrics of the model as it is. All ranks must call this."""
-        totals = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.world.device)
-        size = self.cfg.train.micro_batch_size
-        mine = torch.arange(len(self.tokens))[self.world.rank :: self.world.size]
-        longest = -(-len(self.tokens) // self.world.size)
-        # Engines that gather weights need as many passes on every rank: those that have no more sequences repeat one.
-        for first in range(0, longest, size):
-            ids = mine[first : first + size]
-            counted = len(ids)
-            ids = ids if counted else mine[:1] if len(mine) else torch.zeros(1, dtype=torch.long)
-            totals += strategy.evaluate(_Scores(self, ids, noisy=False)) * (counted > 0)
-            totals += strategy.evaluate(_Scores(self, ids, noisy=True)) * (counted > 0)
-        means = (self.world.sum(totals) / len(self.tokens)).tolist()
-        heads = {"val_loss_encode": "encode_tap", "val_loss_decode": "decode_tap"}
-        return {
-            name: value
-            for name, value in zip(_SUMS, means, strict=True)
-            if name not in heads or getattr(self.cfg.objective.heads, heads[name]) is not None
-        }
+        return self.metrics(self.world.gather(self.rows(strategy)))
+
+    def rows(self, strategy: Strategy) -> dict[str, Tensor]:
+        """Of each context, the scores of this rank's sequences: float64 [M, n] on the CPU. The columns are those of _SCORES and,
+        under clean context, `names`."""
+        size, world = self.cfg.train.micro_batch_size, self.world
+        found: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
+        for ids, counted in batches_of_rank(len(self.tokens), size, world.rank, world.size):
+            for context, parts in found.items():
+                rows = strategy.evaluate(_Scores(self, ids, context))
+                parts.append(rows if counted else rows[:0])
+        return {context: torch.cat(parts).cpu() for context, parts in found.items()}
+
+    def metrics(self, ranks: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The metrics, of the rows of all ranks."""
+        sequences = len(self.tokens)
+        clean, noisy = (exact_sums([rows[context] for rows in ranks]) for context in ("clean", "noisy"))
+        tokens = sequences * self.cfg.tokenizer.num_tokens
+        sums = dict(zip((*_SCORES, *self.names), clean, strict=True))
+        ctr, loss_ar = ratio_and_loss(*(sums.pop(name) for name in _SCORES), tokens)
+        means = {"loss_ar": loss_ar, **{name: total / sequences for name, total in sums.items()}}
+        loss = sum(term.weight * means[f"loss_{term.name}"] for term in self.terms)
+        named = {f"val_{name}": value for name, value in {"loss": loss, **means}.items()}
+        return {**named, "val_ctr": ctr, "val_ctr_noisy": ratio_and_loss(*noisy, tokens)[0]}
 
 
 class _Scores:
-    """Sums over sequences (float64, in the order of _SUMS) of one forward pass."""
+    """Rows of one forward pass (see `Validation.rows`). A mean over the batch stands in the row of each of its sequences."""
 
-    def __init__(self, validation: Validation, ids: Tensor, noisy: bool) -> None:
-        self.validation, self.ids, self.noisy = validation, ids, noisy
+    def __init__(self, validation: Validation, ids: Tensor, context: str) -> None:
+        self.validation, self.ids, self.context = validation, ids, context
 
     def __call__(self, forward: nn.Module) -> tuple[Tensor, Tensor]:
-        v, cfg, device = self.validation, self.validation.cfg, self.validation.world.device
+        v, device = self.validation, self.validation.world.device
         truth, labels = (part.to(device) for part in v.tokens.rows(self.ids))
         ids = self.ids.to(device)
-        context = truth
-        if self.noisy:
-            context = noise.replaced(truth, cfg.evaluate.replace_rate, ids, 0, _DRAW_SEED, v.codebook_size)
-        order = permutation.orders_of_model(cfg.objective.permutation, cfg.tokenizer.num_tokens, ids)
-        task = Task(permutation.in_order(context, order), permutation.in_order(truth, order), order, None)
-        loss, statistics = v.objective.loss(forward(task.context, labels, None, order), task)
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
-        if self.noisy:
-            sums[5] = statistics[4]
-        else:
-            sums[:5] = statistics.nan_to_num()  # a term without a head is left out of the metrics
-        return loss, sums * len(truth)
+        order = permutation.orders_of_model(v.cfg.objective.permutation, v.cfg.tokenizer.num_tokens, ids)
+        task = held_out_task(truth, ids, order, v.contexts[self.context])
+        output = forward(task.context, labels, None, order)
+        loss, rows = torch.zeros((), device=device), sequence_scores(output["logits"], task.tokens)
+        if self.context == "clean":
+            loss, statistics = v.objective.loss(output, task)
+            means = [v.objective.statistic(statistics, name).double().expand(len(rows)) for name in v.names]
+            rows = torch.column_stack((rows, *means))
+        return loss, rows

@@ -87,7 +87,7 @@ def run_update(
 ) -> tuple[float, list[float]]:
     """Gradient norm and mean statistics of one update's micro-batches; the caller steps."""
     strategy.plan = dataclasses.replace(strategy.plan, accumulation=len(batches))
-    total = torch.zeros(5)
+    total = torch.zeros(len(objective.names))
     for micro_step, (task, classes) in enumerate(batches):
         unique, rows = classes.unique(return_inverse=True)
 

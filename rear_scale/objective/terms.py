@@ -1,0 +1,187 @@
+"""The terms of the training loss, by name: the features that each reads, its weight, and its value.
+
+A new term is one file. In this folder it is imported by itself; elsewhere, it must be imported before a model is built:
+
+    @register
+    class ZLoss(Term):
+        name = "z"
+
+        def __call__(self, output, task, directions):
+            return output["logits"].float().logsumexp(-1).square().mean()
+
+`objective.terms.z.weight=1e-4`, on the command line or in a file of configs/objective, then adds 1e-4 times that value to
+the loss, and `loss_z` and `val_loss_z` to the metrics.
+"""
+
+# B images, N tokens of an image, K codes, D width of the model
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from rear_scale.config import ExperimentConfig, InputError, shown
+from rear_scale.config.fields import suggest
+from rear_scale.config.overrides import type_name
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass
+class Task:
+    """What the model is shown and asked, in the order of prediction."""
+
+    context: Tensor  # int64 [B, N], noisy or not
+    tokens: Tensor  # int64 [B, N], clean
+    order: Tensor | None  # int64 [B or 1, N], the place of each token; None = as stored
+    replaced: Tensor | None  # bool [B, N], which tokens of the context were drawn anew; None = none
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Hidden features that a model gives out in training; a model for sampling has none, nor their heads.
+
+    positions: "predicting" are the N positions that predict tokens 0 .. N-1; "own" those of tokens 0 .. N-1 themselves;
+    "inner" those of tokens 0 .. N-2 themselves, [B, N-1, D].
+    """
+
+    name: str  # its key in the model's output
+    tap: int  # number of blocks that are done there: 0 = embeddings
+    positions: Literal["predicting", "own", "inner"] = "predicting"
+    make_head: Callable[[], nn.Module] | None = (
+        None  # a module that is applied to the features and trained with the model
+    )
+    head_name: str | None = None  # prefix of the head's weights; None = term_heads.NAME
+
+    @property
+    def head(self) -> str | None:
+        """The head's name in the model; None = the features come as they are."""
+        return None if self.make_head is None else self.head_name or f"term_heads.{self.name}"
+
+
+class Term(ABC):
+    """One term of the loss. `values` are the settings of objective.terms.NAME. Raises InputError for those that do not fit."""
+
+    name: ClassVar[str]
+    reports: ClassVar[tuple[str, ...]] = ()  # metrics beside its value, under names that no other metric has
+    built_in: ClassVar[bool] = False  # part of every loss, with settings elsewhere in the config
+
+    @dataclass
+    class Settings:
+        """All settings, with their defaults; a term with more of them derives its own dataclass from this one."""
+
+        weight: float = 1.0
+
+    weight: float
+
+    def __init__(self, cfg: ExperimentConfig, values: Mapping[str, Any]) -> None:
+        self.cfg = cfg
+        self.settings = _typed(type(self).Settings, values, f"objective.terms.{self.name}")
+        self.weight = self.settings.weight
+        if not math.isfinite(self.weight):
+            raise InputError(
+                f"objective.terms.{self.name}.weight={self.weight} is not finite. Use a number such as 0.1"
+            )
+
+    def features(self) -> list[Feature]:
+        """What it reads of the model beside the logits, under names that no other term uses: its own name, or that and more."""
+        return []
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Without these keys in the model's output there is no such term, and its statistics are nan."""
+        return tuple(feature.name for feature in self.features())
+
+    @abstractmethod
+    def __call__(self, output: Mapping[str, Tensor], task: Task, directions: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The value, a scalar in float32 without the weight, averaged over the batch; with `reports`, these follow it.
+
+        output: "logits" [B, N, K], of which logits[:, t] predicts task.tokens[:, t], and the features by name. directions:
+        float32 [K, Z], the codebook's rows at unit length.
+        """
+
+
+_KINDS: dict[str, type[Term]] = {}
+_Kind = TypeVar("_Kind", bound=type[Term])
+
+
+def register(kind: _Kind) -> _Kind:
+    """Makes a term known under its name (a decorator). Raises ValueError for a name that is taken or not [a-z][a-z0-9_]*."""
+    if not _NAME.fullmatch(kind.name) or kind.name in _KINDS:
+        raise ValueError(f"a term {kind.name!r} cannot be registered: the name is taken, or is not {_NAME.pattern}")
+    _KINDS[kind.name] = kind
+    return kind
+
+
+def terms_of(cfg: ExperimentConfig) -> tuple[Term, ...]:
+    """The terms of a config's loss: the built-in ones, then those of objective.terms in the order of their names.
+
+    Raises InputError for an unknown term, for settings that do not fit it, and for a tap that the model does not have.
+    """
+    given = cfg.objective.terms
+    for name in given:
+        kind = _KINDS.get(name)
+        if kind is None:
+            known = [known for known, kind in _KINDS.items() if not kind.built_in]
+            raise InputError(
+                f"objective.terms.{shown(name)} is not a registered term ({', '.join(known) or 'there are none'})"
+                f"{suggest(name, known)}. Put the file that registers it into rear_scale/objective, or leave it out"
+            )
+        if kind.built_in:
+            raise InputError(
+                f"objective.terms.{name}: {name} is part of every loss and has no settings here. Leave it out; "
+                "objective.heads sets the terms of the reAR heads"
+            )
+    built_in = [kind(cfg, {}) for kind in _KINDS.values() if kind.built_in]
+    terms = (*built_in, *(_KINDS[name](cfg, given[name]) for name in sorted(given)))
+    _check_features(terms, cfg.model.depth)
+    return terms
+
+
+def features_of(cfg: ExperimentConfig) -> list[Feature]:
+    """The features that the terms of a config's loss read. Raises InputError as `terms_of` does."""
+    return [feature for term in terms_of(cfg) for feature in term.features()]
+
+
+def _check_features(terms: tuple[Term, ...], depth: int) -> None:
+    taken = {"logits"}
+    for term in terms:
+        for feature in term.features():
+            if feature.name in taken or not _NAME.fullmatch(feature.name):
+                raise ValueError(
+                    f"feature {feature.name!r} of the term {term.name}: the name is taken, or is not {_NAME.pattern}"
+                )
+            taken.add(feature.name)
+            # The config's own rules hold for the built-in ones.
+            if not (term.built_in or 0 <= feature.tap <= depth):
+                raise InputError(
+                    f"objective.terms.{term.name} reads features after {feature.tap} blocks, outside "
+                    f"0..model.depth={depth}. Use a tap from 0 for the embeddings to {depth} for the last block's output"
+                )
+
+
+def _typed(kind: type[Any], values: Mapping[str, Any], section: str) -> Any:
+    """An instance of a dataclass of settings. Raises InputError for unknown names and wrong types."""
+    known = list(kind.__dataclass_fields__)
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"{section}.{shown(str(name))} is not a setting of that term{suggest(str(name), known)}. "
+                f"Known here: {', '.join(known)}"
+            )
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(values)))
+    except OmegaConfBaseException as error:
+        name = re.split(r"[.\[]", error.full_key or "")[0]
+        wanted = type_name(get_type_hints(kind).get(name))
+        raise InputError(
+            f"{section}.{name}={shown(str(values.get(name)))} is of the wrong type: it takes {wanted}. Set another value"
+        ) from None
