@@ -130,10 +130,10 @@ def terms_of(cfg: ExperimentConfig) -> tuple[Term, ...]:
     for name in given:
         kind = _KINDS.get(name)
         if kind is None:
-            known = [known for known, kind in _KINDS.items() if not kind.built_in]
+            known = sorted(known for known, kind in _KINDS.items() if not kind.built_in)
             raise InputError(
-                f"objective.terms.{shown(name)} is not a registered term ({', '.join(known) or 'there are none'})"
-                f"{suggest(name, known)}. Put the file that registers it into rear_scale/objective, or leave it out"
+                f"objective.terms.{shown(name)} is not a registered term ({', '.join(known) or 'there are none'}). Put the "
+                f"file that registers it into rear_scale/objective, or leave it out{suggest(name, known)}"
             )
         if kind.built_in:
             raise InputError(
