@@ -63,9 +63,9 @@ def build_generator(
 
 
 def head_products(feature: Feature) -> int:
-    """Multiplications of a feature's head at one position: the elements of its matrices."""
-    if feature.make_head is None:
-        return 0
+    """Multiplications of a feature's head at one position."""
+    if feature.make_head is None or feature.head_products is not None:
+        return feature.head_products or 0
     with torch.device("meta"), _Undrawn():
         return sum(weight.numel() for weight in feature.make_head().parameters() if weight.ndim > 1)
 

@@ -22,6 +22,9 @@ class NextToken(Term):
     reports = ("accuracy",)
     built_in = True
 
+    def __init__(self, cfg: ExperimentConfig, values: Mapping[str, Any]) -> None:
+        self.cfg, self.weight = cfg, 1.0
+
     def __call__(self, output: Mapping[str, Tensor], task: Task, directions: Tensor) -> tuple[Tensor, ...]:
         return losses.next_token(output["logits"], task.tokens)
 
@@ -84,6 +87,7 @@ def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> lis
         return alignment_head(width, heads.hidden, codebook_dim, heads.form)
 
     every = heads.positions == "all"
+    products = heads.hidden * (width + codebook_dim + (heads.hidden if heads.form == "released" else 0))
     return [
         Feature(
             name,
@@ -91,6 +95,7 @@ def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> lis
             positions if every else "inner",
             make_head,
             "align_mlp" if heads.shared else f"{name}_align_mlp",
+            products,
         )
         for name, tap, positions in (("encode", heads.encode_tap, "own"), ("decode", heads.decode_tap, "predicting"))
         if tap is not None

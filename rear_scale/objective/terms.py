@@ -60,6 +60,7 @@ class Feature:
         None  # a module that is applied to the features and trained with the model
     )
     head_name: str | None = None  # prefix of the head's weights; None = term_heads.NAME
+    head_products: int | None = None  # its multiplications at one position; None = the elements of its matrices
 
     @property
     def head(self) -> str | None:
