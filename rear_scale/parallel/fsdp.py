@@ -34,7 +34,8 @@ class FSDPStrategy(TorchStrategy):
     """Sharded float32 weights, gradients and optimizer state. In bf16, weights travel and compute in bf16, and gradients
     are summed in float32.
 
-    The units that are gathered together are each block, each reAR head, and the rest (embeddings, positions, output).
+    The units that are gathered together are each block, each head of a term of the loss, and the rest (embeddings,
+    positions, output).
     """
 
     def build(self, model: nn.Module) -> None:
