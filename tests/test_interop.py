@@ -20,7 +20,7 @@ from rear_scale.checkpoint.convert import convert
 from rear_scale.checkpoint.open import open_source
 from rear_scale.config import InputError
 from rear_scale.model import build_model
-from rear_scale.parallel.strategy import decays
+from rear_scale.optim.groups import decays
 from rear_scale.train import dry_run, start
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.setup import check_data

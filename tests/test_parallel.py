@@ -21,8 +21,9 @@ from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, se
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective
+from rear_scale.optim.groups import decays
 from rear_scale.parallel import open_strategy
-from rear_scale.parallel.strategy import KINDS, Strategy, decays
+from rear_scale.parallel.strategy import Strategy
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook
 from rear_scale.train.setup import data_order
@@ -96,7 +97,11 @@ def run_steps(
 
 
 def everything(strategy: Strategy) -> dict[str, np.ndarray]:
-    return {f"{kind}/{name}": value.cpu().numpy().copy() for kind in KINDS for name, value in strategy.tensors(kind)}
+    return {
+        f"{kind}/{name}": value.cpu().numpy().copy()
+        for kind in strategy.kinds
+        for name, value in strategy.tensors(kind)
+    }
 
 
 def _train_save_continue(world: World, cfg: ExperimentConfig, root: Path) -> tuple[list, dict[str, np.ndarray]]:
@@ -545,7 +550,7 @@ def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, t
         found = find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]
-        for kind in KINDS:
+        for kind in strategy.kinds:
             read = found.reader(kind)
             for name, tensor in strategy.tensors(kind):
                 assert read(name).dtype == torch.float32

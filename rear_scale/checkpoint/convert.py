@@ -20,7 +20,7 @@ from rear_scale.files import remove_leftovers
 from rear_scale.locks import locked, remove_unheld
 from rear_scale.model import build_model
 from rear_scale.objective.permutation import scan_order
-from rear_scale.parallel.strategy import KINDS, decays
+from rear_scale.optim.groups import decays
 from rear_scale.progress import say
 
 FORMS = ("portable", "consolidated", "official", "merged")
@@ -94,9 +94,16 @@ def _check_new(out: Path) -> None:
 
 
 def _states(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Weights, and moments and moving average where the source has them."""
-    kinds = [kind for kind in (*KINDS, "ema") if found.has(kind)] if "index" in found.meta else KINDS[:1]
-    return {kind: {name: found.reader(kind)(name) for name in found.names()} for kind in kinds}
+    """All tensors of the source: weights, and the optimizer's states and moving average where it has them."""
+    keys = (
+        [key.split("/") for key in found.meta["index"]]
+        if "index" in found.meta
+        else [("param", name) for name in found.names()]
+    )
+    states: dict[str, dict[str, Tensor]] = {}
+    for kind, name in keys:
+        states.setdefault(kind, {})[name] = found.reader(kind)(name)
+    return states
 
 
 def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ FORMAT = "rear_scale checkpoint 1"
 CONSOLIDATED = "generator"  # what a weight file of ours says that it is
 LARGEST_STEP = 99_999_999  # folders are named by eight digits
 _COUNTS = ("step", "optimizer_step", "images_seen", "skipped_updates", "rewinds", "data_offset", "world_size")
-_KEY = re.compile(r"(param|exp_avg|exp_avg_sq|ema)/[\w.]+", re.ASCII)
+_KEY = re.compile(r"[A-Za-z_]\w*/[\w.]+", re.ASCII)  # param, ema or a state that a rule of optim/ names
 _TEXTS = ("tokenizer_sha256", "data_fingerprint", "commit")
 
 

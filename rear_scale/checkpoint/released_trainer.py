@@ -18,9 +18,8 @@ from torch import Tensor
 from rear_scale.checkpoint.meta import LARGEST_STEP
 from rear_scale.checkpoint.released import read_weights
 from rear_scale.config import InputError
+from rear_scale.optim.adamw import STATES
 from rear_scale.untrusted import check_file, is_count, read_json, shown
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _tensors(
             )
         numbered.update(zip(group["params"], names, strict=True))
     tensors = {"param": {name: value.float() for name, value in weights.items()}}
-    for kind in _MOMENTS:
+    for kind in STATES:
         tensors[kind] = {}
         for number, name in numbered.items():
             moment = state.get(number, {}).get(kind)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from torch import nn
 
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.config import InputError
+from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model import Generator
+from rear_scale.optim.groups import Rule
 from rear_scale.parallel.strategy import Strategy
 
 
@@ -40,9 +43,31 @@ def load_generator_weights(found: Checkpoint, model: Generator) -> None:
 def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
     """Sets master weights and moments of a strategy that was built around a model with the checkpoint's weights in it.
 
-    All ranks must call this. (An engine's copies of the weights are made when it is built, and not set again here.)
+    All ranks must call this. Raises InputError when the checkpoint has the states of other rules (check_states). (An engine's
+    copies of the weights are made when it is built, and not set again here.)
     """
+    check_states(checkpoint, strategy.rules, strategy.cfg)
     for kind in strategy.kinds:
         # Averaging may begin at any time: with the weights as they are then.
         stored = "param" if kind == "ema" and not checkpoint.has("ema") else kind
         strategy.load_tensors(kind, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
+
+
+def check_states(checkpoint: Checkpoint, rules: Mapping[str, Rule], cfg: ExperimentConfig) -> None:
+    """Raises InputError when a checkpoint's optimizer states are not those that the rules of the parameters name."""
+    stored: dict[str, set[str]] = {name: set() for name in rules}
+    for key in checkpoint.meta["index"]:
+        kind, _, name = key.partition("/")
+        if kind not in ("param", "ema") and name in stored:
+            stored[name].add(kind)
+    for name, rule in rules.items():
+        if stored[name] != set(rule.states):
+            raise InputError(
+                f"{checkpoint.path} has {_listed(stored[name])} of {name}, but optim.name={cfg.optim.name} updates it with "
+                f"{_listed(rule.states)}. Set optim.name as it was trained, or begin another run.dir from its weights with "
+                f"train.init_from={checkpoint.path}"
+            )
+
+
+def _listed(states: Collection[str]) -> str:
+    return " and ".join(sorted(states)) or "no optimizer state"

@@ -12,6 +12,8 @@ from rear_scale.config.fields import Rule, choice, choices, mark, number, path, 
 from rear_scale.parallel import facts
 
 STRATEGY_KEY = "strategy.name"
+# By optim.name, the module that registers it (rear_scale/optim/groups.py).
+OPTIMIZERS = {"adamw": "rear_scale.optim.adamw"}
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE_POLICIES = {
     "none": "nothing",
@@ -204,6 +206,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
+    name: str = choice("adamw", "the rules that update the weights", among=lambda: list(OPTIMIZERS))
     lr: float = number(4e-4, "peak, reached at the end of warm-up", above=0)
     end_lr: float = setting(1e-5, "reached at the last step")
     warmup_steps: int = number(62_500, "updates; 0 = none", least=0, way_out="Use 0 for none")

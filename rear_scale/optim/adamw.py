@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rear_scale.config import InputError, OptimConfig
+from rear_scale.config import ExperimentConfig, InputError, OptimConfig
+from rear_scale.optim.groups import Groups, Rule, decays, register
 
-Groups = list[dict[str, Any]]
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+def adamw_rule(name: str, weight: Tensor, cfg: ExperimentConfig) -> Rule:
+    """optim.name=adamw: AdamW for every parameter, in the two published groups, with weight decay and without."""
+    optim = cfg.optim
+    if decays(name, weight, optim.decay):
+        return Rule("adamw", make_adamw, STATES, weight_decay=optim.weight_decay, set_step=set_step)
+    return Rule("adamw_without_decay", make_adamw, STATES, set_step=set_step)
 
 
 def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torch.optim.Optimizer:
@@ -68,3 +77,6 @@ def _apex_adam(device: torch.device) -> Any:
     if device.type != "cuda":
         raise InputError("optim.backend=apex works on CUDA devices only. Use optim.backend=auto")
     return apex.optimizers.FusedAdam
+
+
+register("adamw", adamw_rule)

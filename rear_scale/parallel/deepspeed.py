@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rear_scale.optim.adamw import set_step
 from rear_scale.optim.deepspeed_adam import deepspeed
+from rear_scale.optim.groups import prepare_states, set_rates
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 from rear_scale.parallel.zero import BUCKET_ELEMENTS, stage_of
 
@@ -56,9 +56,9 @@ class DeepSpeedStrategy(Strategy):
         if self.stage < 3 or self._keeps_products:
             torch.nn.functional.linear = _LINEAR
         self.zero = self.engine.optimizer
+        self._prepare_states(0)
         if self.cfg.optim.ema_decay:
             # One more state of the optimizer: sharded, offloaded and read by name like the others.
-            self._create_moments(0)
             for flat in self._master_partitions():
                 self.zero.optimizer.state[flat]["ema"] = flat.detach().clone()
 
@@ -99,6 +99,8 @@ class DeepSpeedStrategy(Strategy):
             },
             # Offloaded states are updated by torch's own fused AdamW for CPUs, which needs no compiler.
             "zero_force_ds_cpu_optimizer": False,
+            # Its own list holds Adam and few others; any elementwise rule works on flat partitions.
+            "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
 
@@ -136,8 +138,7 @@ class DeepSpeedStrategy(Strategy):
         return norm.where(norm >= 0, torch.inf)
 
     def step(self, lr: float) -> None:
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.zero.optimizer, lr)
         self.engine.step()
         if self.cfg.optim.ema_decay:
             self._average()
@@ -175,16 +176,16 @@ class DeepSpeedStrategy(Strategy):
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         self._relink()
-        for name, weight in self.model.named_parameters():
+        for name, weight in self.having(kind):
             full = safe_get_full_fp32_param(weight) if kind == "param" else safe_get_full_optimizer_state(weight, kind)
             assert full is not None, (name, kind, self.stage)
             yield name, full
 
     def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
         if kind != "param":
-            self._create_moments(optimizer_step)
+            self._prepare_states(optimizer_step)
         self._relink()
-        for name, weight in self.model.named_parameters():
+        for name, weight in self.having(kind):
             value = read(name).to(self.world.device)
             if self.stage == 3:
                 self._set_partition(weight, value, kind)
@@ -203,13 +204,11 @@ class DeepSpeedStrategy(Strategy):
         else:
             safe_set_local_optimizer_state(weight, partition, kind)
 
-    def _create_moments(self, optimizer_step: int) -> None:
+    def _prepare_states(self, optimizer_step: int) -> None:
         base = self.zero.optimizer
-        for flat in self._master_partitions():
-            state = base.state[flat]
-            if "exp_avg" not in state:
-                state.update(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            set_step(base, flat, optimizer_step)
+        for index, flat in enumerate(self._master_partitions()):
+            group = base.param_groups[self.zero.sub_group_to_group_id[index] if self.stage == 3 else index]
+            prepare_states(base, group["rule"], flat, optimizer_step)
 
     def _master_partitions(self) -> list[Tensor]:
         """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""

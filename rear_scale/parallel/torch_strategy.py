@@ -1,4 +1,4 @@
-"""What the strategies of torch itself share: AdamW over named weights, whole or as DTensors."""
+"""What the strategies of torch itself share: the optimizer over named weights, whole or as DTensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rear_scale.optim.adamw import set_step
+from rear_scale.optim.groups import prepare_states, set_rates
 from rear_scale.parallel.strategy import Compute, Kind, Strategy
 
 
@@ -30,8 +30,7 @@ class TorchStrategy(Strategy):
 
     def step(self, lr: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.optim.grad_clip, self.norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.cfg.optim.ema_decay:
@@ -52,14 +51,12 @@ class TorchStrategy(Strategy):
         return nullcontext()
 
     def prepare_optimizer(self) -> None:
-        """Makes the optimizer, and the moving average as one more of its states: sharded and stored like the others."""
+        """Makes the optimizer with its states, and the moving average as one more: sharded and stored like the others."""
         self.optimizer = self.make_optimizer(self.model)
-        if self.cfg.optim.ema_decay:
-            for weight in self.model.parameters():
-                # An optimizer that finds a state completes none, so the others are made here too.
-                zeros = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[weight] = {**zeros, "ema": weight.detach().clone()}
-                set_step(self.optimizer, weight, 0)
+        for name, weight in self.model.named_parameters():
+            prepare_states(self.optimizer, self.rules[name], weight, 0)
+            if self.cfg.optim.ema_decay:
+                self.optimizer.state[weight]["ema"] = weight.detach().clone()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -68,17 +65,17 @@ class TorchStrategy(Strategy):
         torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self.model.named_parameters():
+        for name, weight in self.having(kind):
             yield name, _whole((weight if kind == "param" else self.optimizer.state[weight][kind]).detach())
 
     def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
-        for name, weight in self.model.named_parameters():
+        for name, weight in self.having(kind):
             value = _like(weight, read(name))
             if kind == "param":
                 weight.data.copy_(value)
                 continue
             self.optimizer.state[weight][kind] = value
-            set_step(self.optimizer, weight, optimizer_step)
+            prepare_states(self.optimizer, self.rules[name], weight, optimizer_step)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ from functools import lru_cache
 from torch import nn
 
 from rear_scale.config import ExperimentConfig
+from rear_scale.optim.groups import decays
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements
-from rear_scale.parallel.strategy import decays
 
 # Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
 BUCKET_ELEMENTS = 50_000_000

@@ -22,7 +22,6 @@ from rear_scale.config import ExperimentConfig, InputError, Plan, derive
 from rear_scale.model import build_model
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
-from rear_scale.optim.adamw import set_step
 from rear_scale.parallel import facts, open_strategy
 from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.counting import Collectives
@@ -197,12 +196,6 @@ def _build(cfg: ExperimentConfig, strategy: TorchStrategy) -> None:
     # It is there already, and fake weights cannot be moved.
     model.to = lambda device: model
     strategy.build(model)
-    for weight in strategy.model.parameters():
-        if "exp_avg" not in strategy.optimizer.state[weight]:
-            strategy.optimizer.state[weight].update(
-                exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight)
-            )
-            set_step(strategy.optimizer, weight, 1)
 
 
 def _update(cfg: ExperimentConfig, plan: Plan, world: World, strategy: TorchStrategy, live: Live) -> Simulated:

@@ -13,7 +13,7 @@ from rear_scale.checkpoint.open import newest_intact, read_weights
 from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.model import Generator, build_model
-from rear_scale.parallel.strategy import decays
+from rear_scale.optim.groups import decays
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions

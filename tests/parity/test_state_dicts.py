@@ -9,7 +9,7 @@ from generators import released_heads
 
 from rear_scale.checkpoint.released import infer
 from rear_scale.model import build_generator
-from rear_scale.parallel.strategy import decays
+from rear_scale.optim.groups import decays
 
 
 def build(case):

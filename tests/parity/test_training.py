@@ -18,8 +18,9 @@ from rear_scale import config
 from rear_scale.config import ExperimentConfig
 from rear_scale.objective import Objective, Task
 from rear_scale.optim import schedule
+from rear_scale.optim.groups import decays
 from rear_scale.parallel import open_strategy
-from rear_scale.parallel.strategy import Strategy, decays
+from rear_scale.parallel.strategy import Strategy
 from rear_scale.world import World
 
 # Strategy and overrides of two ranks. The number of micro-steps changes on the way, which an engine that counts them itself
