@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from rear_scale import rng
 from rear_scale.checkpoint.folder import Checkpoint, clear, last_step
 from rear_scale.checkpoint.open import newest_intact
-from rear_scale.checkpoint.restore import load_weights, restore
+from rear_scale.checkpoint.restore import check_states, load_weights, restore
 from rear_scale.checkpoint.writer import Unwritten, Writer
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, settled, to_dict
-from rear_scale.model import build_model
+from rear_scale.model import build_model, meta_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective
 from rear_scale.optim import schedule
+from rear_scale.optim.groups import rules_of
 from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.peers import LostRanks
@@ -402,6 +403,7 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: Checkpoint) 
             f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {found.path} was trained on "
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
+    check_states(found, rules_of(meta_model(cfg), cfg), cfg)
 
 
 def _why_failed(error: BaseException) -> str:
