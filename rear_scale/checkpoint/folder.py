@@ -76,6 +76,11 @@ class Checkpoint:
         """All parameters."""
         return [key.removeprefix("param/") for key in self.meta["index"] if key.startswith("param/")]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters, out of the heads of the files."""
+        stored = stored_tensors(self.path, self.meta)
+        return {key.removeprefix("param/"): one.shape for key, one in stored.items() if key.startswith("param/")}
+
 
 def step_name(step: int) -> str:
     """The name of a step's folder, also of what is made of it: its digits sort as its number does."""
@@ -113,31 +118,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, read_meta(path))
 
 
-def damage(found: Checkpoint, *, checksums: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+def damage(found: Checkpoint, *, checksums: bool = True, share: slice = slice(None)) -> str | None:
     """What is wrong with the files of a checkpoint, beginning with a file's name; None when they are as they were written.
 
-    Sizes are compared, and with `checksums` also bytes and heads. share=(i, n): of every n-th file from the i-th on alone.
-    Raises InputError or OSError for a file that cannot be read.
+    Sizes are compared, and with `checksums` also bytes. share: which of the files. Raises OSError for a file that cannot be
+    read.
     """
-    first, apart = share
-    for item in found.meta["files"][first::apart]:
+    for item in found.meta["files"][share]:
         file = found.path / item["file"]
         if not file.is_file():
             return f"{file.name} is listed in meta.json, but not found"
         size = file.stat().st_size
         if size != item["size"]:
             return f"{file.name} has {size} bytes, but meta.json says {item['size']}: it is truncated or altered"
-        if checksums:
-            if file_sha256(file) != item["sha256"]:
-                return f"{file.name} does not match its checksum in meta.json: it is damaged"
-            stored_tensors(found.path, found.meta, (item["file"],))
+        if checksums and file_sha256(file) != item["sha256"]:
+            return f"{file.name} does not match its checksum in meta.json: it is damaged"
     return None
 
 
-def fault(path: Path, *, checksums: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """`damage` of a checkpoint folder, or why it is none; None when it is intact. Raises nothing."""
+def fault(path: Path, *, share: slice = slice(None)) -> str | None:
+    """Why a folder is no intact checkpoint, by its meta.json and by checksums and heads of its files; None when it is one.
+
+    share: which of the files are looked at. Raises nothing.
+    """
     try:
-        return damage(open_checkpoint(path), checksums=checksums, share=share)
+        found = open_checkpoint(path)
+        wrong = damage(found, share=share)
+        if wrong is None:
+            stored_tensors(path, found.meta, [item["file"] for item in found.meta["files"][share]])
+        return wrong
     except Exception as error:  # corrupt files make the readers raise all kinds of exceptions
         return reason(error)
 
@@ -153,7 +162,14 @@ def last_step(run: str | Path) -> int:
 
 
 def _sized(run: str | Path) -> Iterator[Path]:
-    return (path for path in reversed(folders(Path(run) / CHECKPOINTS)) if fault(path, checksums=False) is None)
+    return (path for path in reversed(folders(Path(run) / CHECKPOINTS)) if _has_its_files(path))
+
+
+def _has_its_files(path: Path) -> bool:
+    try:
+        return damage(open_checkpoint(path), checksums=False) is None
+    except (InputError, OSError):
+        return False
 
 
 def set_aside(path: Path, found: str) -> str:

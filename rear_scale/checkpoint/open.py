@@ -28,7 +28,7 @@ from rear_scale.checkpoint.folder import (
     open_checkpoint,
     set_aside,
 )
-from rear_scale.checkpoint.meta import CONSOLIDATED, META, stored_tensors
+from rear_scale.checkpoint.meta import CONSOLIDATED, META
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.fields import declaration
 from rear_scale.config.values import leaves
@@ -71,6 +71,9 @@ class WeightFile(Checkpoint):
     def names(self) -> list[str]:
         return list(self.tensors)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.tensors.items()}
+
 
 def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
     """The rule of resuming: the newest intact checkpoint in a `checkpoints` folder, or None when it has none.
@@ -80,7 +83,7 @@ def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Ch
     """
     for path in reversed(world.from_main(folders(root) if world.is_main else None)):
         # The ranks share the reading out among themselves, and learn of each other's findings.
-        faults = [found for found in world.gather(fault(path, share=(world.rank, world.size))) if found]
+        faults = [found for found in world.gather(fault(path, share=slice(world.rank, None, world.size))) if found]
         if not faults:
             return open_checkpoint(path)
         if world.is_main:
@@ -112,41 +115,43 @@ def newest_or_refuse(path: Path, named: str) -> Path:
 
 
 def open_source(path: Path, config_name: str | None = None, overrides: Sequence[str] = ()) -> Checkpoint:
-    """The checkpoint that a path stands for by `newest_or_refuse`; a weight file is read as one.
-
-    config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
-    YAML of the released trainers. overrides are needed early only to tell the shape of a weight file's model. Raises
-    InputError when there is no such source, when a file of it is missing or is not the one that was written, and when a
-    weight file does not fit its config.
-    """
-    place = newest_or_refuse(path, f"--checkpoint {path}")
-    return _intact(place) if place.is_dir() else _weight_file(path, place, config_name, overrides)
+    """`open_with_config` where the config is not wanted, or is read from the checkpoint's meta."""
+    return open_with_config(path, config_name, overrides)[0]
 
 
 def open_with_config(
     path: Path, config_name: str | None, overrides: Sequence[str]
 ) -> tuple[Checkpoint, ExperimentConfig]:
-    """`open_source`, and the config of its training with overrides. Raises InputError when they ask for another model."""
-    found = open_source(path, config_name, overrides)
+    """The checkpoint that a path stands for by `newest_or_refuse`, and the config of its training with overrides.
+
+    config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
+    YAML of the released trainers. Raises InputError when there is no such source, when a file of it is missing or is not the
+    one that was written, when its weights are not those of its config's model, and when overrides ask for another model.
+    """
+    place = newest_or_refuse(path, f"--checkpoint {path}")
+    found = _intact(place) if place.is_dir() else _weight_file(path, place, config_name, overrides)
     cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
     check_overrides(found, cfg)
+    _check_fits(found.shapes(), cfg, str(found.path))
     return found, cfg
 
 
 def read_weights(path: Path, field: str) -> dict[str, Tensor]:
     """All tensors of what a path stands for by `newest_or_refuse`, on the CPU, whatever model they are of.
 
-    `field` is the config key that names the path in errors. Raises InputError as `open_source` does.
+    `field` is the config key that names the path in errors. Raises InputError when a file is missing or is not the one that
+    was written.
     """
     place = newest_or_refuse(path, f"{field}={path}")
     if place.is_file():
         return official.read_weights(place, field)
     found = _intact(place)
     read = found.reader("param")
-    return {name: read(name) for name in found.names()}
+    return {name: read(name) for name in found.shapes()}
 
 
 def _weight_file(path: Path, file: Path, config_name: str | None, overrides: Sequence[str]) -> WeightFile:
+    """overrides are needed here only to tell the shape of the model of a file that does not say it."""
     tensors = official.read_weights(file, "--checkpoint")
     head = _own_head(file)
     if config_name is not None:
@@ -162,7 +167,6 @@ def _weight_file(path: Path, file: Path, config_name: str | None, overrides: Seq
         "tokenizer_sha256": head.get("tokenizer_sha256", ""),
         "files": [{"file": path.name, "sha256": file_sha256(file)}],
     }
-    _check_fits({name: tuple(value.shape) for name, value in tensors.items()}, cfg, str(path))
     return WeightFile(path, meta, tensors)
 
 
@@ -175,10 +179,6 @@ def _intact(folder: Path) -> Checkpoint:
     if wrong := damage(found, checksums=discover().local_rank == 0):
         others = [other for other in complete(folder.parent) if other.name != folder.name]
         raise InputError(f"{folder}/{wrong}. Copy it again, or use {others[-1] if others else 'another checkpoint'}")
-    cfg = config.from_file(found.meta["config"], source=str(folder / META))
-    stored = stored_tensors(folder, found.meta)
-    shapes = {key.removeprefix("param/"): one.shape for key, one in stored.items() if key.startswith("param/")}
-    _check_fits(shapes, cfg, str(folder))
     return found
 
 
