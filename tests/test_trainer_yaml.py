@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,9 @@ def test_values_mean_what_they_mean_to_the_trainers(
         ("rar", "training.mixed_precision", "fp16", "mixed_precision=fp16 is not one of"),
         ("rar", "training.max_grad_norm", None, "max_grad_norm=null takes a number"),
         ("rar", "training.seed", None, "seed=null takes a whole number"),
+        ("rar", "optimizer.params.learning_rate", 10**400, "learning_rate is a number of more than 30 digits"),
+        ("rear", "model.generator.guidance_scale", -(10**31), "guidance_scale is a number of more than 30 digits"),
+        ("rar", "training.max_train_steps", 10**30, "max_train_steps is a number of more than 30 digits"),
         ("rar", "training.seed", -1, "training.seed is run.seed=-1 must lie"),
         ("rar", "optimizer.params.learning_rate", "fast", "learning_rate=fast takes a number"),
         ("rar", "optimizer.params.learning_rate", "${oc.env:RATE}", "asks a resolver"),
@@ -302,3 +306,13 @@ def test_the_global_batch_may_be_named_on_the_command_line(tmp_path: Path) -> No
     path = written(tmp_path / "mine.yaml", changed(FORMS["rar"], "training.per_gpu_batch_size", 48))
     cfg = trainer_yaml.config_of_yaml(path, ["train.global_batch_size=96", "optim.lr=1e-3"])
     assert (cfg.train.global_batch_size, cfg.train.micro_batch_size, cfg.optim.lr) == (96, 48, 1e-3)
+
+
+@pytest.mark.parametrize("key", ["\0", "a\nb", "\x1b[31m", "a.b"])
+def test_a_key_that_cannot_be_shown_is_refused_in_one_line(key: str, tmp_path: Path) -> None:
+    for value in (1, "${oc.env:HOME}"):
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps({"model": {"generator": {key: value}}}))
+        with pytest.raises(InputError, match="is not a key: sections are nested") as error:
+            trainer_yaml.config_of_yaml(path)
+        assert str(error.value).isprintable()

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, InputError, check_references, check_yaml, in_quotes, shown
+from rear_scale.config.bounds import MOST_DIGITS
 from rear_scale.config.fields import suggest
 
 # (depth, width) -> size of the published configs.
@@ -207,6 +208,8 @@ class _Yaml:
         if key not in self.values:
             return default
         value = self.values[key]
+        if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+            raise InputError(f"{self.path}: {key} is a number of more than {MOST_DIGITS} digits. Write a smaller one")
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 5e4 is a number of steps
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -233,7 +236,7 @@ def _flat(path: Path, values: DictConfig) -> dict[str, Any]:
 
     def add(section: str, inner: dict[Any, Any]) -> None:
         for name, value in inner.items():
-            if not isinstance(name, str) or "." in name:
+            if not isinstance(name, str) or "." in name or not name.isprintable():
                 raise InputError(
                     f"{path}: {shown(str(name))} is not a key: sections are nested, one level of indentation each"
                 )
