@@ -41,7 +41,13 @@ def small(name: str, folder: Path, tokens: Path) -> config.ExperimentConfig:
     ]
     values = {
         "model": {"depth": DEPTH, "width": WIDTH, "num_heads": 2, "mlp_width": 64, "num_classes": NUM_CLASSES},
-        "tokenizer": {"num_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE, "codebook_dim": CODEBOOK_DIM},
+        "tokenizer": {
+            "num_tokens": NUM_TOKENS,
+            "codebook_size": CODEBOOK_SIZE,
+            "codebook_dim": CODEBOOK_DIM,
+            "grid": "[4,4]",
+            "prefix_tokens": 0,
+        },  # fmt: skip
         "data": {"train": tokens, "val": "null", "cache_dir": folder / "cache"},
         "objective.heads": {"hidden": 32},
         "train": {"total_steps": STEPS, "global_batch_size": 24, "micro_batch_size": 6, "precision": "fp32"},

@@ -147,10 +147,11 @@ def test_damaged_and_hostile_files_are_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["row_major", "z_curve"])
 def test_merged_tables_predict_the_same_in_their_order(tmp_path: Path, order: str) -> None:
-    overrides = [f"objective.permutation.order={order}", "objective.heads.decode_tap=null", "tokenizer.num_tokens=16"]
+    overrides = [f"objective.permutation.order={order}", "tokenizer.grid=[4,4]", "objective.heads.decode_tap=null"]
+    overrides += ["tokenizer.num_tokens=16"]
     weights = weights_of("rar_b.yaml", *overrides)
     official.write(tmp_path / "rar.bin", weights)
-    convert(tmp_path / "rar.bin", None, overrides[:1], "merged", tmp_path / "merged.safetensors")
+    convert(tmp_path / "rar.bin", None, overrides[:2], "merged", tmp_path / "merged.safetensors")
     merged = load_file(tmp_path / "merged.safetensors")
     assert not merged["target_aware_pos_embed"].any()
     cfg = config.load("rar_b.yaml", [*SMALL, *overrides])
@@ -161,7 +162,7 @@ def test_merged_tables_predict_the_same_in_their_order(tmp_path: Path, order: st
     for values in (weights, merged):
         model = build_model(cfg).eval()
         model.load_state_dict(values)
-        outputs.append(model(tokens, classes, None, fixed_order(order, 16, tokens.device))["logits"])
+        outputs.append(model(tokens, classes, None, fixed_order(order, cfg.tokenizer, tokens.device))["logits"])
     assert torch.allclose(*outputs, atol=1e-5)
 
 

@@ -596,8 +596,20 @@ def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model.architecture=alitok", "tokenizer.num_tokens=21", "model.width=64"),
-        ("model.architecture=alitok", "tokenizer.num_tokens=21", "strategy.reshard_after_forward=false"),
+        (
+            "model.architecture=alitok",
+            "tokenizer.num_tokens=21",
+            "tokenizer.grid=[4,4]",
+            "tokenizer.prefix_tokens=5",
+            "model.width=64",
+        ),
+        (
+            "model.architecture=alitok",
+            "tokenizer.num_tokens=21",
+            "tokenizer.grid=[4,4]",
+            "tokenizer.prefix_tokens=5",
+            "strategy.reshard_after_forward=false",
+        ),
         ("objective.heads.form=released", "objective.heads.positions=all"),
         ("model.conditioning=in_context", "train.activation_checkpointing=full"),
     ],

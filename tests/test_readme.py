@@ -13,12 +13,15 @@ from helpers import ROOT
 
 import rear_scale
 from rear_scale import config
+from rear_scale.config import ExperimentConfig, reference
+from rear_scale.config.fields import declarations
 from rear_scale.config.overrides import field_type
 from rear_scale.parallel import facts
 
 TEXTS = [
     ROOT / "README.md",
     ROOT / "data/README.md",
+    ROOT / "configs/README.md",
     ROOT / "docs/trust.md",
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted((ROOT / "launchers").iterdir()),
@@ -53,6 +56,13 @@ def test_every_option_of_the_readme_exists() -> None:
     for group, value in re.findall(r"\b(\w+)=(\w+)", text):
         if group in groups:
             assert (config.CONFIG_DIR / group / f"{value}.yaml").is_file(), f"{group}={value}"
+
+
+def test_the_reference_of_fields_is_that_of_the_schema() -> None:
+    written = (config.CONFIG_DIR / "README.md").read_text(encoding="utf-8")
+    assert written == reference.text(), "run: python -m rear_scale.config.reference > configs/README.md"
+    for name, own in declarations(ExperimentConfig).items():
+        assert f"`{name}`" in written or not own.doc, name
 
 
 def test_the_first_screen_has_the_two_commands() -> None:

@@ -36,7 +36,8 @@ RELEASED = HeadsConfig(
 
 def generator(architecture: str, num_tokens: int, heads: HeadsConfig | None = None, **changes: object) -> Generator:
     values = {"depth": 3, "width": WIDTH, "num_heads": 4, "mlp_width": 40, "codebook_dim": 8, **changes}
-    shape = Shape(num_classes=CLASSES, codebook_size=CODES, num_tokens=num_tokens, **values)
+    layout = {"num_tokens": num_tokens, "grid": (4, 4), "prefix_tokens": num_tokens - 16}
+    shape = Shape(num_classes=CLASSES, codebook_size=CODES, **layout, **values)
     model = build_generator(architecture, shape, heads)
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():

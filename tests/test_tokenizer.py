@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def config(path: Path, **training_fields: float) -> TokenizerConfig:
     fields = {"images": "x", "steps": 12, "batch_size": 16, "channels": 16, "continuous_steps": 4, **training_fields}
-    return TokenizerConfig("compact", str(path), 16, 16, 32, 8, TokenizerTrainingConfig(**fields))
+    return TokenizerConfig("compact", str(path), 16, 16, 32, 8, TokenizerTrainingConfig(**fields), grid=[4, 4])
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +175,9 @@ def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> 
     cfg = config(tmp_path / "weights")
     compact_training.train_compact(cfg, images, CPU)
     assert open_tokenizer(cfg, CPU).num_tokens == 16
-    for field, value in (("image_size", 24), ("num_tokens", 9), ("codebook_size", 64), ("codebook_dim", 4)):
-        with pytest.raises(InputError, match=f"tokenizer.{field}={value}, but"):
+    sizes = {"image_size": 24, "num_tokens": 9, "codebook_size": 64, "codebook_dim": 4}
+    for field, value in {**sizes, "grid": [2, 8], "prefix_tokens": 4}.items():
+        with pytest.raises(InputError, match=re.escape(f"tokenizer.{field}={value}, but".replace(", 8", ",8"))):
             open_tokenizer(TokenizerConfig(**{**vars(cfg), field: value}), CPU)
     with pytest.raises(InputError, match="not found: tokenizer.weights"):
         open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": str(tmp_path / "none")}), CPU)
@@ -188,6 +190,8 @@ def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> 
             open_tokenizer(TokenizerConfig(**{**vars(cfg), "weights": str(tmp_path / name)}), CPU)
     with pytest.raises(InputError, match="tokenizer.num_tokens=9"):
         compact_training.train_compact(TokenizerConfig(**{**vars(cfg), "num_tokens": 9}), images, CPU)
+    with pytest.raises(InputError, match=r"tokenizer.grid=\[2, 8\] .*Set tokenizer.grid=\[4,4\]"):
+        compact_training.train_compact(TokenizerConfig(**{**vars(cfg), "grid": [2, 8]}), images, CPU)
     with pytest.raises(InputError, match="the images are 16x16"):
         compact_training.train_compact(TokenizerConfig(**{**vars(cfg), "image_size": 24}), images, CPU)
 

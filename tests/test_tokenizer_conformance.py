@@ -5,6 +5,7 @@ With the weights of the config where its file is there, else with random ones of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def images(cfg: TokenizerConfig) -> Tensor:
 def test_sizes_are_those_of_the_config(cfg: TokenizerConfig, tokenizer: Tokenizer) -> None:
     found = (tokenizer.name, tokenizer.image_size, tokenizer.num_tokens, tokenizer.codebook_size)
     assert found == (cfg.name, cfg.image_size, cfg.num_tokens, cfg.codebook_size)
+    assert tokenizer.grid == (None if cfg.grid is None else tuple(cfg.grid))
+    assert tokenizer.prefix_tokens == cfg.prefix_tokens
+    assert cfg.num_tokens == cfg.prefix_tokens + (math.prod(cfg.grid) if cfg.grid else cfg.num_tokens)
 
 
 def test_round_trip(cfg: TokenizerConfig, tokenizer: Tokenizer, images: Tensor) -> None:

@@ -100,7 +100,7 @@ def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[
                 if name == "train"
                 else open_tokens(cfg.data.val, cfg.data.cache_dir, manifest=manifest)
             )
-    orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer.num_tokens)
+    orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer)
     noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}
     scores = {}
     for name, tokens in opened.items():

@@ -130,7 +130,7 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
             f"--to merged: objective.permutation.end={cfg.objective.permutation.end} leaves the model predicting "
             "in random orders, which need the second table. Use --to official"
         )
-    return official.merged_positions(weights, scan_order(cfg.objective.permutation.order, cfg.tokenizer.num_tokens))
+    return official.merged_positions(weights, scan_order(cfg.objective.permutation.order, cfg.tokenizer))
 
 
 def _portable_of_released(source: Path, config_name: str | None, overrides: list[str], out: Path) -> None:

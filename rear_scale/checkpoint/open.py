@@ -30,6 +30,7 @@ from rear_scale.checkpoint.folder import (
 )
 from rear_scale.checkpoint.meta import CONSOLIDATED, META
 from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.config.derived import completed
 from rear_scale.config.fields import declaration
 from rear_scale.config.values import leaves
 from rear_scale.files import file_sha256
@@ -184,8 +185,7 @@ def _intact(folder: Path) -> Checkpoint:
 
 def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
     """Raises InputError when `cfg`, the config of a source with overrides, asks for another model than its weights are."""
-    # A field that the checkpoint does not know had its default's effect.
-    before, now = {**leaves(to_dict(ExperimentConfig())), **leaves(found.meta["config"])}, leaves(to_dict(cfg))
+    before, now = leaves(completed(found.meta["config"])), leaves(to_dict(cfg))
     for key in sorted(now):
         own = declaration(ExperimentConfig, key)
         if own is not None and own.by_weights and before[key] != now[key]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from rear_scale.config.values import leaves
+
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MOST_FILES = 100
 
@@ -57,6 +59,16 @@ def _defaults(text: bytes) -> tuple[str, ...] | None:
         return None
     plain = [_plain(entry) for entry in entries]
     return None if None in plain else tuple(entry for entry in plain if entry and entry != "_self_")
+
+
+@lru_cache(maxsize=1024)
+def own_keys(text: str) -> frozenset[str]:
+    """The dotted keys that a config file sets itself; none where it is no YAML."""
+    try:
+        values = yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return frozenset()
+    return frozenset(leaves(values)) if isinstance(values, dict) else frozenset()
 
 
 def _plain(entry: Any) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
 
+from rear_scale.config import geometry
 from rear_scale.config.errors import InputError, UnknownLength
 from rear_scale.config.fields import declaration
 from rear_scale.config.schema import ExperimentConfig, StrategyConfig, TrainConfig
@@ -108,7 +109,13 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
 
 # What a checkpoint from before a field was trained with: the field's default, except where the program had no choice yet.
 _DEFAULTS = to_dict(ExperimentConfig())
+del _DEFAULTS["tokenizer"]["grid"], _DEFAULTS["tokenizer"]["prefix_tokens"]
 _DEFAULTS["data"]["group_by_class"] = False
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """The values of a checkpoint's config with those of the fields that it does not know: what they had the effect of."""
+    return geometry.completed(_completed(_DEFAULTS, saved))
 
 
 def _completed(defaults: Any, values: Any) -> Any:
@@ -139,7 +146,7 @@ def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentCo
     run goes on as it began; in a new run (None), with data.group_by_class as its rule says."""
     if saved is None:
         return replace(cfg, data=replace(cfg.data, group_by_class=groups_by_class(cfg)))
-    before = _completed(_DEFAULTS, saved)
+    before = completed(saved)
     grouped, modulation = before["data"]["group_by_class"], before["model"]["modulation"]
     compiled = before["train"]["compile"]
     if cfg.data.group_by_class is None:
@@ -156,7 +163,7 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
 
     `saved` are the values of the checkpoint's config, `source` its name.
     """
-    before = leaves(_completed(_DEFAULTS, saved))
+    before = leaves(completed(saved))
     now = leaves(to_dict(cfg))
     for key in sorted(before.keys() | now.keys()):
         own = declaration(ExperimentConfig, key)

@@ -15,9 +15,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from rear_scale.config import arrived
+from rear_scale.config import arrived, geometry
 from rear_scale.config.bounds import MOST_DIGITS, check_references, check_yaml
-from rear_scale.config.defaults import texts_composed
+from rear_scale.config.defaults import own_keys, texts_composed
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
 from rear_scale.config.overrides import (
@@ -49,7 +49,7 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     path = find_config(config)
     parsed = [check_override(text) for text in overrides]
     values, composed = _compose(path, {item.key: item.value for item in parsed if item.is_group})
-    cfg = _typed(_overridden(values, parsed, composed), parsed, str(path))
+    cfg = _typed(_overridden(values, parsed, composed), parsed, str(path), own_keys(_text_of(path)))
     # Null only in the config of a checkpoint: where the set was remote.
     if cfg.data.train is None:
         raise InputError(f"data.train is null in {path} or on the command line. Set it to a folder: data.train=PATH")
@@ -182,8 +182,12 @@ def _overridden(values: DictConfig, overrides: list[Override], composed: set[str
     return OmegaConf.to_container(values, resolve=False)
 
 
-def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> ExperimentConfig:
-    _keep_one_length(values, {key for item in overrides for key in leaves({item.key: item.value})})
+def _typed(
+    values: dict[str, Any], overrides: list[Override], source: str, own: frozenset[str] = frozenset()
+) -> ExperimentConfig:
+    """own: dotted keys that the user's file sets itself, beside those of the overrides."""
+    overridden = {key for item in overrides for key in leaves({item.key: item.value})}
+    _keep_one_length(values, overridden)
     _name_reference(values)
     _check_values(values, ExperimentConfig, "", source)
     check_references((value for value in leaves(values).values() if isinstance(value, str)), source)
@@ -192,6 +196,7 @@ def _typed(values: dict[str, Any], overrides: list[Override], source: str) -> Ex
         cfg = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise InputError(_wrong_value(error, values, source)) from None
+    geometry.complete(cfg.tokenizer, values.get("tokenizer", {}), own | overridden)
     for key, value in leaves(to_dict(cfg)).items():
         # It would be taken for a key of the config when this one is saved and read again.
         if isinstance(value, str) and "${" in value:

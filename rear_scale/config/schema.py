@@ -43,16 +43,16 @@ class ModelConfig:
     architecture: str = choice("rar", "the generator",
         among={"rar": "the transformer of RAR and reAR", "alitok": "AliTok's generator"})
     depth: int = number(24, "transformer blocks", above=0, most=1024)
-    width: int = number(768, "D", above=0, most=131_072)
+    width: int = number(768, "D, width of embeddings and blocks", above=0, most=131_072)
     num_heads: int = number(16, "attention heads, which divide the width", above=0)
     mlp_width: int | None = number(None, above=0, most=1_048_576,
         doc="hidden width of the feed-forward; null = 4 x width, or AliTok's rule (8/3 x width)")
     num_classes: int = number(1000, "classes of the data; the null class of guidance comes on top", above=0, most=65_536,
         too_large="does not fit the 16-bit labels of the shards. Use at most 65536 classes")
     dropout: float = number(0.1, least=0, below=1, way_out="The papers use 0.1",
-        doc="after the attention projection, after GELU and after the second feed-forward matrix")
-    attn_dropout: float = number(0.1, "on attention probabilities", least=0, below=1, way_out="The papers use 0.1")
-    embed_dropout: float = number(0.0, "on the input sequence; AliTok's generator has 0.1", least=0, below=1,
+        doc="dropout after the attention projection, after GELU and after the second feed-forward matrix")
+    attn_dropout: float = number(0.1, "dropout on attention probabilities", least=0, below=1, way_out="The papers use 0.1")
+    embed_dropout: float = number(0.0, "dropout on the input sequence; AliTok's generator has 0.1", least=0, below=1,
         way_out="The papers use 0.1")
     conditioning: str = choice("adaln", "how the class reaches the blocks",
         among={"adaln": "class and position modulate every block", "in_context": "the class token alone"})
@@ -76,26 +76,33 @@ class TokenizerTrainingConfig:
     lr: float = number(1e-3, "learning rate of the first update; it falls to a tenth", above=0)
     channels: int = number(64, "width of the convolutions", above=0)
     continuous_steps: int = setting(100, "steps without quantization, before k-means places the codes")
-    ema_decay: float = share(0.99, "of the codes, per step")
+    ema_decay: float = share(0.99, "decay of the codes' moving averages, per step")
     restart_below: float = setting(0.5,
         "a code with a smaller moving count per batch is dead and moves to a random latent")
     commitment: float = setting(0.25, "weight of the commitment term")
-    seed: int = seed(0, "of batches, starting weights and codes")
+    seed: int = seed(0, "seed of batches, starting weights and codes")
 
 
 @dataclass
 class TokenizerConfig:
     name: str = setting("???", "compact, maskgit_vqgan, titok_b64, alitok, or vqplus (token ids alone)")
     weights: str | None = path(None, "weight file; training on token shards does not need it")
-    image_size: int = number(256, "pixels, square", above=0, most=65_536)
+    image_size: int = number(256, "side of a square image in pixels", above=0, most=65_536)
     num_tokens: int = number(256, "N, tokens of one image", above=0, most=65_536, by_weights=True)
-    codebook_size: int = number(1024, "K", above=0, most=65_536, by_weights=True,
+    codebook_size: int = number(1024, "K, codes", above=0, most=65_536, by_weights=True,
         too_large="does not fit the 16-bit tokens of the shards. Use at most 65536 codes")
     codebook_dim: int = number(256, "width of one code", above=0, most=65_536, by_weights=True)
     training: TokenizerTrainingConfig | None = section(None, may_change=True,
         doc="training of a tokenizer of our own; null = the weights come from elsewhere")
-    precision: str = choice("fp32", "of decoding (README: the error of images); encoding has its own", among=PRECISIONS,
+    precision: str = choice("fp32", "precision of decoding (README: the error of images); encoding has its own", among=PRECISIONS,
         may_change=True)
+    # At most 1,024 rows or columns: a scan order of a longer line takes long.
+    grid: list[int] | None = setting(None, by_weights=True,
+        doc="[rows, columns] of the tokens behind the prefix, in raster order; null = a sequence without a grid. Where no config "
+            "says it: the one of tokenizer.name for tokenizer.image_size, if it has tokenizer.num_tokens",
+        rules=(Rule(lambda grid: len(grid) == 2 and all(1 <= side <= 1024 for side in grid), "is not two numbers from 1 to 1,024",
+                    "Use tokenizer.grid=[ROWS,COLUMNS], or null for a sequence without a grid", "two in 1 .. 1,024"),))
+    prefix_tokens: int = number(0, "tokens before the grid (AliTok: 17)", least=0, by_weights=True)
 
 
 @dataclass
@@ -128,7 +135,7 @@ class PretokenizeConfig:
         doc="crops encoded at once; fixed by sample index, so it does not depend on the ranks")
     crops: str = choice("center", "crops of each image",
         among={"center": "one", "flip": "that and its mirror image", "ten": "corners and center of a larger crop, and mirrored"})
-    precision: str = choice("fp32", "of the encoder; codes are always assigned in float32", among=PRECISIONS)
+    precision: str = choice("fp32", "precision of the encoder; codes are always assigned in float32", among=PRECISIONS)
     compile: bool = setting(False, "torch.compile the encoder")
     samples_per_shard: int = number(32_768, "sequences of one tar shard: also the unit of work of a rank", most=16_777_216,
         least=10, says="must hold the crops of at least one image")
@@ -158,16 +165,16 @@ class HeadsConfig:
 
     encode_tap: int | None = setting(None, "where the current token's embedding is recovered; null = no such head")
     decode_tap: int | None = setting(None, "where the next token's embedding is predicted; null = no such head")
-    weight: float = number(1.0, "lambda of Eq. 7", least=0, way_out="The paper uses 1")
+    weight: float = number(1.0, "weight of both terms, lambda of Eq. 7", least=0, way_out="The paper uses 1")
     hidden: int = number(2048, "hidden width", above=0, most=1_048_576)
     form: str = choice("paper", "layers of a head", among={"paper": "two with GELU", "released": "three with SiLU"})
     shared: bool = setting(False, "one head for both taps, as Eq. 6 writes it; the released code has two")
     positions: str = choice("eq6", "positions of both terms", among={"eq6": "i = 1 .. N-1", "all": "N each, as released"})
     encode_counts: str = choice("all", "tokens that the encode term counts",
         among={"all": "noisy ones too (section 3.2)", "unperturbed": "without the noisy ones (released)"})
-    distance: str = choice("one_minus_cosine", "of embeddings; the choices differ in a constant, the gradient is the same",
-        among={"one_minus_cosine": "", "negative_cosine": "released"})
-    lone_term: str = choice("once", "how often a term counts that is without the other", among={"once": "", "twice": "released"})
+    distance: str = choice("one_minus_cosine", "distance of embeddings; the two differ in a constant, the gradient is the same",
+        among={"one_minus_cosine": "1 - cos", "negative_cosine": "-cos, as released"})
+    lone_term: str = choice("once", "weight of a term without the other", among={"once": "1", "twice": "2, as released"})
 
 
 @dataclass
@@ -207,15 +214,16 @@ class ObjectiveConfig:
 @dataclass
 class OptimConfig:
     name: str = choice("adamw", "the rules that update the weights", among=lambda: list(OPTIMIZERS))
-    lr: float = number(4e-4, "peak, reached at the end of warm-up", above=0)
-    end_lr: float = setting(1e-5, "reached at the last step")
-    warmup_steps: int = number(62_500, "updates; 0 = none", least=0, way_out="Use 0 for none")
+    lr: float = number(4e-4, "peak learning rate, reached at the end of warm-up", above=0)
+    end_lr: float = setting(1e-5, "learning rate at the last step")
+    warmup_steps: int = number(62_500, "updates of warm-up; 0 = none", least=0, way_out="Use 0 for none")
     schedule: str = choice("paper", "learning rate at the first update of warm-up",
         among={"paper": "lr / warmup_steps", "released": "0, and one step behind throughout"})
-    betas: list[float] = setting([0.9, 0.96], "of AdamW",
+    betas: list[float] = setting([0.9, 0.96], "decay of AdamW's two moments",
         rules=(Rule(lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
                     "must be two numbers in [0, 1)", "The papers use [0.9,0.96]", "two in [0, 1)"),))
-    weight_decay: float = number(0.03, "of the weights that optim.decay names", least=0, way_out="The papers use 0.03")
+    weight_decay: float = number(0.03, "weight decay of the weights that optim.decay names", least=0,
+        way_out="The papers use 0.03")
     decay: str = choice("released", "weights that decay",
         among={"released": "not biases, norms, embeddings, final AdaLN", "matrices": "all of 2 or more dimensions"})
     grad_clip: float = number(1.0, "largest global gradient norm", above=0)
@@ -246,7 +254,7 @@ class TrainConfig:
         may_change=True)
     global_batch_size: int = number(2048, "images per optimizer update, over all ranks and micro-steps", above=0, most=2**31)
     micro_batch_size: int = number(32, "images per rank and micro-step", above=0, most=1_048_576, may_change=True)
-    precision: str = choice("bf16", "of the model's arithmetic; weights and optimizer are float32", among=PRECISIONS)
+    precision: str = choice("bf16", "precision of the model's arithmetic; weights and optimizer are float32", among=PRECISIONS)
     fp8: bool = setting(False,
         "matrix products of the blocks (qkv, projection, feed-forward) in 8 bits, under bf16; needs torchao and Ada, Hopper or "
         "newer GPUs")
@@ -259,14 +267,14 @@ class TrainConfig:
         True: "", False: "", "auto": "on GPUs where it works, not on CPUs (in a run that began with another value, that one)"})
     check_memory: bool = setting(True, may_change=True,
         doc="refuse to start where a rank needs more memory by formula than there is; false = try it")
-    log_every: int = number(10, "steps", above=0, may_change=True)
+    log_every: int = number(10, "steps between two lines of metrics", above=0, may_change=True)
     val_every: int | None = number(None, "steps between validations on data.val; null = none", above=0, may_change=True)
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = number(5000, "steps between two checkpoints", above=0)
-    keep_last: int = number(3, "intact ones; older are deleted, but for the one that the run was resumed from", above=0)
+    keep_last: int = number(3, "intact checkpoints; older are deleted, but for the one that the run was resumed from", above=0)
     keep_every: int | None = number(None, "steps; checkpoints at multiples of it are never deleted", above=0)
 
 
@@ -281,7 +289,7 @@ class GuardConfig:
         among={"log": "write a line", "rewind": "go back to the newest checkpoint, past that data"})
     spike_sigma: float = number(8.0, "standard deviations of the recent losses that make a spike", above=0)
     spike_window: int = number(100, "losses that it is measured against", above=0, most=1_048_576)
-    max_rewinds: int = number(3, "of a run; after that, spikes are only logged", above=0)
+    max_rewinds: int = number(3, "rewinds of a run; after that, spikes are only logged", above=0)
 
 
 @dataclass
@@ -303,7 +311,7 @@ class GuidanceConfig:
     schedule: str = choice("constant", "strength over the steps of an image", among=("constant", "linear", "power_cosine"))
     scale: float = setting(1.0,
         "constant: the strength, 1 = none; power_cosine: what it rises to from 1, 1 = none; linear: what is added to 1, 0 = none")
-    power: float = number(1.0, "of power_cosine", above=0)
+    power: float = number(1.0, "exponent of power_cosine", above=0)
 
 
 @dataclass
@@ -337,7 +345,7 @@ class ClassifierConfig:
     steps: int = setting(600, "updates")
     batch_size: int = setting(64, "images of an update")
     lr: float = setting(2e-3, "learning rate")
-    seed: int = seed(0, "of batches and starting weights")
+    seed: int = seed(0, "seed of batches and starting weights")
 
 
 @dataclass
@@ -361,12 +369,13 @@ class EvaluateConfig:
         {}, "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
     cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs")
     neighbour_modes: list[str] = choices(["exact", "adm_fp16"], "arithmetic of precision and recall", among=NEIGHBOUR_MODES)
-    neighbour_reference_images: int | None = number(10_000, "evenly spaced, for precision and recall; null = all", above=0)
+    neighbour_reference_images: int | None = number(10_000, above=0,
+        doc="reference images, evenly spaced, for precision and recall; null = all")
     bootstrap: int = number(0, "resamplings for intervals; each costs about one pass over the features. 0 = none", most=100_000,
         rules=(Rule(lambda draws: draws == 0 or draws >= 2, "is neither 0 (none) nor at least 2 resamplings", "Use 100",
                     "0, or ≥ 2"),))
     extrapolate: bool = setting(False, "Fréchet distances at infinitely many samples, by a line in 1/N")
-    seed: int = seed(0, "of resampling and subsets")
+    seed: int = seed(0, "seed of resampling and subsets")
     training: TrainingScoresConfig | None = section(None, "scores during training; null = none")
     classifier: ClassifierConfig | None = section(None,
         "its penultimate layer gives the features, its output the class accuracy")

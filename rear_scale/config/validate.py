@@ -8,6 +8,7 @@ from typing import Any
 
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import check_fields
+from rear_scale.config.geometry import fits
 from rear_scale.config.schema import ExperimentConfig
 from rear_scale.parallel import facts
 
@@ -59,6 +60,7 @@ def _validate_model(cfg: ExperimentConfig) -> None:
 
 
 def _validate_tokenizer(cfg: ExperimentConfig) -> None:
+    _validate_geometry(cfg)
     training = cfg.tokenizer.training
     if training is not None:
         _require(
@@ -68,6 +70,32 @@ def _validate_tokenizer(cfg: ExperimentConfig) -> None:
             f"must lie between 0 and tokenizer.training.steps={training.steps}: the codes are placed and used after them",
             f"Use {training.steps // 4}, or more steps",
         )
+
+
+def _validate_geometry(cfg: ExperimentConfig) -> None:
+    tokenizer = cfg.tokenizer
+    _require(
+        tokenizer.grid is not None or tokenizer.prefix_tokens == 0,
+        "tokenizer.prefix_tokens",
+        tokenizer.prefix_tokens,
+        "stands before a grid, but tokenizer.grid=null",
+        "Set tokenizer.grid=[ROWS,COLUMNS], or tokenizer.prefix_tokens=0",
+    )
+    _require(
+        fits(tokenizer),
+        "tokenizer.grid",
+        tokenizer.grid,
+        f"behind tokenizer.prefix_tokens={tokenizer.prefix_tokens} does not give tokenizer.num_tokens={tokenizer.num_tokens}",
+        "Set the three so that PREFIX + ROWS x COLUMNS is the number, or tokenizer.grid=null for a sequence without a grid",
+    )
+    _require(
+        tokenizer.grid is not None or cfg.model.architecture != "alitok",
+        "model.architecture",
+        cfg.model.architecture,
+        f"has rotary positions on a grid, but tokenizer.grid=null: the {tokenizer.num_tokens} tokens of "
+        f"tokenizer.name={tokenizer.name} are a sequence",
+        "Set tokenizer.grid=[ROWS,COLUMNS] and tokenizer.prefix_tokens=N, or use model.architecture=rar",
+    )
 
 
 def _validate_objective(cfg: ExperimentConfig) -> None:
@@ -113,20 +141,21 @@ def _validate_permutation(cfg: ExperimentConfig) -> None:
     )
     if order in ("row_major", "random"):
         return
-    side = math.isqrt(tokenizer.num_tokens)
     _require(
-        not tokenizer.name.startswith("titok"),
+        tokenizer.grid is not None,
         name,
         order,
-        f"scans a grid, but the tokens of tokenizer.name={tokenizer.name} are a line",
-        f"Use {name}=row_major",
+        f"scans a grid, but tokenizer.grid=null: the {tokenizer.num_tokens} tokens of tokenizer.name={tokenizer.name} are a "
+        "sequence",
+        f"Use {name}=row_major, or set tokenizer.grid=[ROWS,COLUMNS]",
     )
+    rows, columns = tokenizer.grid
     _require(
-        order != "subsample" or side & (side - 1) == 0,
+        order != "subsample" or (rows == columns and rows & (rows - 1) == 0),
         name,
         order,
-        f"halves the grid until one token is left, but tokenizer.num_tokens={tokenizer.num_tokens} gives a side of {side}",
-        "Use another order, or a tokenizer whose grid has a power of two as its side",
+        f"halves both sides of the grid until one token is left, but tokenizer.grid={tokenizer.grid}",
+        "Use another order, or a tokenizer whose grid is square with a power of two as its side",
     )
 
 

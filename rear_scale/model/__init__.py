@@ -88,6 +88,8 @@ def shape_of(cfg: ExperimentConfig) -> Shape:
         conditioning=model.conditioning,
         tie_codebook=model.tie_codebook,
         target_aware=model.architecture == "alitok" and cfg.objective.permutation.active,
+        grid=None if tokenizer.grid is None else (tokenizer.grid[0], tokenizer.grid[1]),
+        prefix_tokens=tokenizer.prefix_tokens,
     )
 
 

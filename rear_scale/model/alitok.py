@@ -1,6 +1,6 @@
 """AliTok's generator: RMSNorm, SwiGLU, rotary positions, no AdaLN, with the parameter names of the released code.
 
-A sequence is [class, token 1 .. token N-1]. The first tokens of an image are a 1-D prefix, the rest a square grid.
+A sequence is [class, token 1 .. token N-1]. The first tokens of an image are a 1-D prefix, the rest a grid.
 """
 
 # B images, R rows of a decoding batch, N tokens of an image, S positions, D width, K head width
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +27,18 @@ def feed_forward_width(width: int) -> int:
     return -(-(8 * width // 3) // 256) * 256
 
 
-def prefix_tokens(num_tokens: int) -> int:
-    """How many tokens come before the square grid: 17 of AliTok's 273."""
-    return num_tokens - isqrt(num_tokens) ** 2
-
-
-def rotary_table(num_tokens: int, head_width: int) -> Tensor:
-    """float32 [N + 1, K / 2, 2], cosine and sine of the angles of the class and each token's place.
+def rotary_table(prefix: int, grid: tuple[int, int], head_width: int) -> Tensor:
+    """float32 [N + 1, K / 2, 2], cosine and sine of the angles of the class and each token's place, of `prefix` tokens and
+    then a grid of (rows, columns).
 
     The class has a row of zeros, so that its query and key vanish; prefix tokens count up in one dimension; grid tokens
     have a row (first half of the pairs) and a column (second half) that go on counting after the prefix.
     """
-    prefix, side = prefix_tokens(num_tokens), isqrt(num_tokens)
+    rows, columns = grid
     line = torch.arange(prefix).float()[:, None] * _frequencies(head_width)
-    place = (prefix + torch.arange(side)).float()[:, None] * _frequencies(head_width // 2)
-    grid = torch.cat((place[:, None].expand(-1, side, -1), place[None].expand(side, -1, -1)), dim=-1).flatten(0, 1)
-    angles = torch.cat((line, grid))
+    place = (prefix + torch.arange(max(grid))).float()[:, None] * _frequencies(head_width // 2)
+    by_row, by_column = place[:rows, None].expand(-1, columns, -1), place[None, :columns].expand(rows, -1, -1)
+    angles = torch.cat((line, torch.cat((by_row, by_column), dim=-1).flatten(0, 1)))
     return torch.cat((torch.zeros(1, head_width // 2, 2), torch.stack((angles.cos(), angles.sin()), dim=-1)))
 
 
@@ -112,7 +107,9 @@ class AliTokTransformer(Generator):
     def rotation(self, order: Tensor | None, device: torch.device) -> Tensor:
         """[B or 1, N + 1, K / 2, 2]: each token keeps the row of its own place in the image."""
         if self.rotary is None or self.rotary.device != device:
-            self.rotary = rotary_table(self.num_tokens, self.shape.width // self.shape.num_heads).to(device)
+            shape = self.shape
+            assert shape.grid is not None, "AliTok's generator needs a grid"
+            self.rotary = rotary_table(shape.prefix_tokens, shape.grid, shape.width // shape.num_heads).to(device)
         if order is None:
             return self.rotary[None]
         return self.rotary[F.pad(1 + order, (1, 0))]

@@ -45,6 +45,8 @@ class Shape:
     conditioning: str = "adaln"  # adaln | in_context
     tie_codebook: str | None = None  # input | output | both: code embeddings are a projection of the codebook
     target_aware: bool = False  # AliTok's generator: a table that tells each position which token it predicts
+    grid: tuple[int, int] | None = None  # rows and columns of the tokens behind the prefix; None = a sequence
+    prefix_tokens: int = 0  # tokens before the grid
 
 
 class Generator(nn.Module, ABC):

@@ -83,9 +83,9 @@ class Objective:
         self.names = ("loss", *(f"loss_{term.name}" for term in self.terms), *reports)
         # Cosine distances need directions only: normalised once, not in every step.
         self.directions = F.normalize(codebook.float(), dim=1).to(device)
-        order, num_tokens = cfg.objective.permutation, cfg.tokenizer.num_tokens
-        self.fixed_order = permutation.fixed_order(order.order, num_tokens, device)
-        self.fixed_prefix = permutation.fixed_prefix(order.prefix, num_tokens)
+        order = cfg.objective.permutation
+        self.fixed_order = permutation.fixed_order(order.order, cfg.tokenizer, device)
+        self.fixed_prefix = permutation.fixed_prefix(order.prefix, cfg.tokenizer)
 
     def micro_batch(self, tokens: Tensor, labels: Tensor, ids: Tensor, epochs: Tensor) -> MicroBatch:
         """Drops labels (int64 [B]) and finds the distinct classes. On the CPU, ahead of the step: no device waits for it."""

@@ -7,9 +7,9 @@ An order lists places: order[t] is the place in the image of the token that is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from math import isqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,58 +18,74 @@ from rear_scale import rng
 from rear_scale.config import PermutationConfig
 
 
-def row_major(side: int) -> list[int]:
-    return list(range(side * side))
+class Layout(Protocol):
+    """The places of an image's tokens, as tokenizer configs and the shapes of generators say them."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def grid(self) -> Sequence[int] | None:
+        """Rows and columns of the tokens behind the prefix; None = a sequence without a grid."""
+
+    @property
+    def prefix_tokens(self) -> int: ...
 
 
-def alternate(side: int) -> list[int]:
+def row_major(rows: int, columns: int) -> list[int]:
+    return list(range(rows * columns))
+
+
+def alternate(rows: int, columns: int) -> list[int]:
     """Row by row, every second row backwards."""
-    rows = [list(range(row * side, (row + 1) * side)) for row in range(side)]
-    return [place for number, row in enumerate(rows) for place in (row[::-1] if number % 2 else row)]
+    lines = [list(range(row * columns, (row + 1) * columns)) for row in range(rows)]
+    return [place for number, line in enumerate(lines) for place in (line[::-1] if number % 2 else line)]
 
 
-def spiral_out(side: int) -> list[int]:
-    """From the centre outwards: one step up, one right, two down, two left, three up ..."""
-    row, column = side // 2, (side - 1) // 2
-    places = [row * side + column]
+def spiral_out(rows: int, columns: int) -> list[int]:
+    """From the centre outwards: one step up, one right, two down, two left, three up ... Steps outside are left out."""
+    row, column = rows // 2, (columns - 1) // 2
+    places = [row * columns + column]
     directions = ((-1, 0), (0, 1), (1, 0), (0, -1))
     turn = 0
-    while len(places) < side * side:
+    while len(places) < rows * columns:
         down, right = directions[turn % 4]
         for _ in range(turn // 2 + 1):
             row, column = row + down, column + right
-            if 0 <= row < side and 0 <= column < side:
-                places.append(row * side + column)
+            if 0 <= row < rows and 0 <= column < columns:
+                places.append(row * columns + column)
         turn += 1
     return places
 
 
-def spiral_in(side: int) -> list[int]:
-    return spiral_out(side)[::-1]
+def spiral_in(rows: int, columns: int) -> list[int]:
+    return spiral_out(rows, columns)[::-1]
 
 
-def z_curve(side: int) -> list[int]:
+def z_curve(rows: int, columns: int) -> list[int]:
     """By the interleaved bits of row and column (Morton)."""
 
     def key(place: int) -> int:
-        row, column = divmod(place, side)
-        return sum((column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1 for bit in range(side.bit_length()))
+        row, column = divmod(place, columns)
+        bits = range(max(rows, columns).bit_length())
+        return sum((column >> bit & 1) << 2 * bit | (row >> bit & 1) << 2 * bit + 1 for bit in bits)
 
-    return sorted(range(side * side), key=key)
+    return sorted(range(rows * columns), key=key)
 
 
-def subsample(side: int) -> list[int]:
-    """Coarse to fine: every second row and column first, each of the four parts again in the same way."""
+def subsample(side: int, columns: int) -> list[int]:
+    """Coarse to fine: every second row and column first, each of the four parts again in the same way. For square grids."""
+    assert side == columns, (side, columns)
     if side == 1:
         return [0]
-    half = subsample(side // 2)
+    half = subsample(side // 2, side // 2)
     inner = [divmod(place, side // 2) for place in half]
     return [
         (2 * row + down) * side + 2 * column + right for down in (0, 1) for right in (0, 1) for row, column in inner
     ]
 
 
-SCANS: dict[str, Callable[[int], list[int]]] = {
+SCANS: dict[str, Callable[[int, int], list[int]]] = {
     "row_major": row_major,
     "spiral_in": spiral_in,
     "spiral_out": spiral_out,
@@ -79,22 +95,28 @@ SCANS: dict[str, Callable[[int], list[int]]] = {
 }
 
 
+def scan_order(name: str, layout: Layout) -> Tensor:
+    """int64 [N] of a scan order over the grid; tokens before the grid keep their places in front. A sequence without a grid
+    has its own order alone, row_major."""
+    if name == "row_major":
+        return torch.arange(layout.num_tokens)
+    assert layout.grid is not None, name
+    return _scan_order(name, *layout.grid, layout.prefix_tokens)
+
+
 @cache
-def scan_order(name: str, num_tokens: int) -> Tensor:
-    """int64 [N] of a scan order over the square grid; tokens before the grid keep their places in front."""
-    prefix = num_tokens - isqrt(num_tokens) ** 2
-    grid = torch.tensor(SCANS[name](isqrt(num_tokens)))
-    return torch.cat((torch.arange(prefix), prefix + grid))
+def _scan_order(name: str, rows: int, columns: int, prefix: int) -> Tensor:
+    return torch.cat((torch.arange(prefix), prefix + torch.tensor(SCANS[name](rows, columns))))
 
 
-def fixed_order(name: str, num_tokens: int, device: torch.device) -> Tensor | None:
+def fixed_order(name: str, layout: Layout, device: torch.device) -> Tensor | None:
     """int64 [1, N], or None for the order in which tokens are stored."""
-    return None if name == "row_major" else scan_order(name, num_tokens).to(device)[None]
+    return None if name == "row_major" else scan_order(name, layout).to(device)[None]
 
 
-def fixed_prefix(prefix: str, num_tokens: int) -> int:
+def fixed_prefix(prefix: str, layout: Layout) -> int:
     """How many tokens stay in front when a row is permuted: those before the grid with objective.permutation.prefix=fixed."""
-    return num_tokens - isqrt(num_tokens) ** 2 if prefix == "fixed" else 0
+    return layout.prefix_tokens if prefix == "fixed" else 0
 
 
 def random_orders(bits: Tensor, first: int) -> Tensor:
@@ -124,12 +146,12 @@ def sampling_orders(ids: Tensor, seed: int, num_tokens: int, first: int) -> Tens
     return random_orders(rng.random_bits(seed, rng.Purpose.SAMPLE_ORDER, ids, 0, num_tokens), first)
 
 
-def orders_of_model(cfg: PermutationConfig, num_tokens: int, ids: Tensor) -> Tensor | None:
+def orders_of_model(cfg: PermutationConfig, layout: Layout, ids: Tensor) -> Tensor | None:
     """int64 [B or 1, N]: the order that a trained model predicts in: its fixed one, or a random one for each id where
     training never settled on one (permutation.end = 1)."""
     if cfg.never_settles:
-        return sampling_orders(ids, 0, num_tokens, fixed_prefix(cfg.prefix, num_tokens))
-    return fixed_order(cfg.order, num_tokens, ids.device)
+        return sampling_orders(ids, 0, layout.num_tokens, fixed_prefix(cfg.prefix, layout))
+    return fixed_order(cfg.order, layout, ids.device)
 
 
 def in_order(tokens: Tensor, order: Tensor | None) -> Tensor:

@@ -103,10 +103,11 @@ class Decoder:
 
     def orders(self, ids: Tensor) -> Tensor | None:
         """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
-        name, N = self.cfg.order or self.permuted.order, self.model.num_tokens
+        name, layout = self.cfg.order or self.permuted.order, self.model.shape
         if name == "random":
-            return permutation.sampling_orders(ids, self.cfg.seed, N, permutation.fixed_prefix(self.permuted.prefix, N))
-        return permutation.fixed_order(name, N, ids.device)
+            first = permutation.fixed_prefix(self.permuted.prefix, layout)
+            return permutation.sampling_orders(ids, self.cfg.seed, layout.num_tokens, first)
+        return permutation.fixed_order(name, layout, ids.device)
 
     def guide(self, logits: Tensor, step: int) -> Tensor:
         """float32 [B, K] of the logits of all rows [R, K]: what the token is drawn from, temperature included."""

@@ -59,11 +59,10 @@ def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
         )
     tokenizer = kind.from_file(cfg.weights)
     for field in ("image_size", "num_tokens", "codebook_size"):
-        found, wanted = getattr(tokenizer, field), getattr(cfg, field)
-        if found != wanted:
-            raise InputError(
-                f"tokenizer.{field}={wanted}, but {cfg.weights} has {found}. Set tokenizer.{field}={found}, or name another file"
-            )
+        _check_is(cfg, field, getattr(cfg, field), getattr(tokenizer, field))
+    if cfg.grid is not None:  # null asks for nothing of a grid: then no order scans one
+        _check_is(cfg, "grid", cfg.grid, None if tokenizer.grid is None else list(tokenizer.grid))
+        _check_is(cfg, "prefix_tokens", cfg.prefix_tokens, tokenizer.prefix_tokens)
     if tokenizer.codebook.shape[1] != cfg.codebook_dim:
         found = tokenizer.codebook.shape[1]
         raise InputError(
@@ -76,3 +75,11 @@ def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
     if cfg.precision == "bf16":
         tokenizer.decode_in_bfloat16()
     return tokenizer
+
+
+def _check_is(cfg: TokenizerConfig, field: str, wanted: object, found: object) -> None:
+    if found != wanted:
+        found, wanted = ("null" if value is None else str(value).replace(" ", "") for value in (found, wanted))
+        raise InputError(
+            f"tokenizer.{field}={wanted}, but {cfg.weights} has {found}. Set tokenizer.{field}={found}, or name another file"
+        )

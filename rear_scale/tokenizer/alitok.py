@@ -85,6 +85,7 @@ class AliTok(PartwiseTokenizer):
     def __init__(self, codebook_size: int = 4096, codebook_dim: int = 32, num_tokens: int = 273) -> None:
         super().__init__()
         self.codebook_size, self.num_tokens = codebook_size, num_tokens
+        self.grid, self.prefix_tokens = (_GRID, _GRID), num_tokens - _GRID**2
         self.latent_tokens = nn.Parameter(torch.zeros(num_tokens, _ENCODER_WIDTH))
         self.encoder = Encoder(num_tokens, codebook_dim)
         self.decoder = Decoder(num_tokens, codebook_dim)

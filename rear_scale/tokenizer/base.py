@@ -31,6 +31,10 @@ class Tokenizer(nn.Module, ABC):
     decoding: ClassVar[tuple[str, ...]] = ("decoder",)  # the modules that decode, which may run in bfloat16
     image_size: int  # S
     num_tokens: int  # N
+    grid: tuple[int, int] | None = (
+        None  # rows and columns of the tokens behind the prefix, in raster order; None = a sequence
+    )
+    prefix_tokens: int = 0  # tokens before the grid
     codebook_size: int  # K
 
     @classmethod

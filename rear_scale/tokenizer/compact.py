@@ -52,7 +52,7 @@ class CompactTokenizer(PartwiseTokenizer):
             )
         self.image_size, self.codebook_size, self.channels = image_size, codebook_size, channels
         self.side = image_size // _STRIDE
-        self.num_tokens = self.side**2
+        self.num_tokens, self.grid = self.side**2, (self.side, self.side)
         half = channels // 2
         # Shallow and without normalisation over the image, so that a token speaks for its own pixels and little around
         # them: equal patches get equal tokens, which the generator can predict. (With residual blocks and GroupNorm here,
@@ -186,5 +186,11 @@ def build(cfg: TokenizerConfig) -> CompactTokenizer:
         raise InputError(
             f"tokenizer.num_tokens={cfg.num_tokens}, but an image of {cfg.image_size} pixels gives {tokenizer.num_tokens} "
             f"tokens. Set tokenizer.num_tokens={tokenizer.num_tokens}"
+        )
+    if cfg.grid is not None and (cfg.grid != list(tokenizer.grid) or cfg.prefix_tokens != 0):
+        raise InputError(
+            f"tokenizer.grid={cfg.grid} with tokenizer.prefix_tokens={cfg.prefix_tokens}, but the tokens of an image of "
+            f"{cfg.image_size} pixels are a grid. Set tokenizer.grid=[{tokenizer.side},{tokenizer.side}] and "
+            "tokenizer.prefix_tokens=0"
         )
     return tokenizer

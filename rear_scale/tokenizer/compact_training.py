@@ -76,7 +76,8 @@ def _progress_file(path: Path) -> Path:
 def training_settings(cfg: TokenizerConfig, images: np.ndarray) -> dict[str, Any]:
     """All that the weights depend on, by config key: settings, and a hash of the images (uint8 [n, S, S, 3])."""
     settings = {f"tokenizer.{name}": value for name, value in leaves(asdict(cfg)).items()}
-    settings.pop("tokenizer.weights")
+    for name in ("weights", "grid", "prefix_tokens"):  # the grid follows from the others
+        settings.pop(f"tokenizer.{name}")
     settings["tokenizer.training.images"] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
     return settings
 

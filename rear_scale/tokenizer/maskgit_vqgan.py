@@ -134,7 +134,8 @@ class MaskgitVqgan(PartwiseTokenizer):
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
-        self.num_tokens = (self.image_size >> (len(multipliers) - 1)) ** 2
+        side = self.image_size >> (len(multipliers) - 1)
+        self.num_tokens, self.grid = side * side, (side, side)
         self.encoder = Encoder(channels, multipliers, blocks, codebook_dim)
         self.decoder = Decoder(channels, multipliers, blocks, codebook_dim)
         self.quantize = Codebook(codebook_size, codebook_dim)
@@ -164,9 +165,8 @@ class MaskgitVqgan(PartwiseTokenizer):
         return nearest_code(latents.flatten(0, 2), self.codebook).view(len(images), -1)
 
     def pixels(self, ids: Tensor) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N], N a square number)."""
-        side = int(ids.shape[1] ** 0.5)
-        return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2))
+        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N])."""
+        return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, self.grid).permute(0, 3, 1, 2))
 
     def decode_part(self, ids: Tensor) -> Tensor:
         return self.pixels(ids).clamp(0, 1)

@@ -92,6 +92,7 @@ class TiTok(PartwiseTokenizer):
     unit_codebook: ClassVar[bool] = True
     decoding: ClassVar[tuple[str, ...]] = ("decoder", "pixel_decoder")
     image_size = _IMAGE_SIZE
+    grid = None
 
     def __init__(self, codebook_size: int = 4096, codebook_dim: int = 12, num_tokens: int = 64) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class _Scores:
         v, device = self.validation, self.validation.world.device
         truth, labels = (part.to(device) for part in v.tokens.rows(self.ids))
         ids = self.ids.to(device)
-        order = permutation.orders_of_model(v.cfg.objective.permutation, v.cfg.tokenizer.num_tokens, ids)
+        order = permutation.orders_of_model(v.cfg.objective.permutation, v.cfg.tokenizer, ids)
         task = held_out_task(truth, ids, order, v.contexts[self.context])
         output = forward(task.context, labels, None, order)
         loss, rows = torch.zeros((), device=device), sequence_scores(output["logits"], task.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ def build(case, **heads: object) -> Generator:
     """The generator of a case in eval mode, float32; with the released heads where the case has them."""
     c = case.json["config"]
     alitok = "image_seq_len" in c and "tok_dropout" in c
+    side = math.isqrt(c["image_seq_len"])
     shape = Shape(
         depth=c["num_hidden_layers"],
         width=c["hidden_size"],
@@ -29,6 +32,8 @@ def build(case, **heads: object) -> Generator:
         dropout=c["dropout"],
         attn_dropout=c["attn_drop"],
         embed_dropout=c.get("tok_dropout", 0.0),
+        grid=(side, side),
+        prefix_tokens=c["image_seq_len"] - side**2,
     )
     model = build_generator("alitok" if alitok else "rar", shape, released_heads(c, **heads)).eval()
     model.load_state_dict({name: torch.from_numpy(value) for name, value in start_weights(case, model).items()})

@@ -37,7 +37,8 @@ def test_features(case, compare) -> None:
 def test_rotary_table(case, compare) -> None:
     if "freqs_cis" in case:
         c = case.json["config"]
-        table = rotary_table(c["image_seq_len"], c["hidden_size"] // c["num_attention_heads"])
+        shape = build(case).shape
+        table = rotary_table(shape.prefix_tokens, shape.grid, c["hidden_size"] // c["num_attention_heads"])
         compare("freqs_cis", table, case.arrays["freqs_cis"], ROTARY)
         assert not np.any(case.arrays["freqs_cis"][0])
 
