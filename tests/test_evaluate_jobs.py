@@ -319,6 +319,11 @@ def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: 
 def evaluate_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     """launchers/evaluate.py in this process, with a network that costs nothing in place of Inception."""
     monkeypatch.setattr(job, "open_networks", lambda cfg, world: [_Small()])
+    launch_here(monkeypatch, *arguments)
+
+
+def launch_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    """launchers/evaluate.py in this process."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     try:
         runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()

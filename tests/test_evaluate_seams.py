@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,29 +10,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import ROOT
 from test_evaluate import _Small, some_images
+from test_evaluate_jobs import evaluate_here, launch_here
 
 from rear_scale.config import InputError
-from rear_scale.evaluate import job, metrics, networks
+from rear_scale.evaluate import metrics, networks
 from rear_scale.evaluate.metrics.base import Column, Inputs, ReferenceMetric, ReferenceSet
 from rear_scale.evaluate.metrics.frechet import FrechetDistance
 from rear_scale.evaluate.networks.row import NetworkRow, StatisticsArrays
 from rear_scale.evaluate.networks.weights import PublishedFile, read_weight_file
 from rear_scale.evaluate.result import ImageScores, read_result, summary
 from rear_scale.evaluate.training_scores import _named
-
-
-def evaluate_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    """launchers/evaluate.py in this process."""
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "launchers/evaluate.py"))["main"]()
-    finally:
-        # A process ends after an error; a test goes on.
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def images(folder: Path) -> tuple[Path, str]:
@@ -78,7 +65,6 @@ def test_a_metric_of_another_file_is_in_results_summaries_and_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics.register(KernelDistance())
-    monkeypatch.setattr(job, "open_networks", lambda cfg, world: [_Small()])
     samples, reference = images(tmp_path)
     (tmp_path / "inception").touch()
     evaluate_here(monkeypatch, "--samples", samples, reference, f"evaluate.inception_weights={tmp_path / 'inception'}")
@@ -124,7 +110,7 @@ def test_a_network_of_another_file_is_one_row(
     torch.save({"matrix": torch.randn(12, 6)}, tmp_path / "thumbnail.pth")
     weights = f"evaluate.network_weights.thumbnail={tmp_path / 'thumbnail.pth'}"
     with pytest.raises(InputError, match=r"evaluate\.network_weights\.thumbnail is of no network here"):
-        evaluate_here(monkeypatch, "--samples", samples, reference, weights, f"evaluate.dinov2_weights={samples}")
+        launch_here(monkeypatch, "--samples", samples, reference, weights, f"evaluate.dinov2_weights={samples}")
     networks.register(
         NetworkRow(
             "thumbnail",
@@ -135,19 +121,19 @@ def test_a_network_of_another_file_is_one_row(
     )
     metrics.register(FrechetDistance("fd_thumbnail", "thumbnail", "corners", title="FD"))
     statistics = tmp_path / "statistics.npz"
-    evaluate_here(monkeypatch, "--samples", tmp_path / "plain.npz", "--write-statistics", statistics, weights)
+    launch_here(monkeypatch, "--samples", tmp_path / "plain.npz", "--write-statistics", statistics, weights)
     assert {"mu_thumbnail", "sigma_thumbnail"} <= set(np.load(statistics).files)
-    evaluate_here(monkeypatch, "--samples", samples, reference, f"evaluate.reference.statistics={statistics}", weights)
+    launch_here(monkeypatch, "--samples", samples, reference, f"evaluate.reference.statistics={statistics}", weights)
     scores = read_result(tmp_path / "samples.result.json").images.networks["thumbnail"]
     plain, stored = (scores.references[name]["fd_thumbnail"] for name in ("plain", "statistics"))
     assert plain == stored > 0
     assert f"{plain:.3f}" in capsys.readouterr().out
-    evaluate_here(monkeypatch, "--samples", samples, "--dry-run", "evaluate.network_weights.thumbnail=none")
+    launch_here(monkeypatch, "--samples", samples, "--dry-run", "evaluate.network_weights.thumbnail=none")
     assert "not found: evaluate.network_weights.thumbnail=none" in capsys.readouterr().out
     with pytest.raises(
         InputError, match=r"not found: evaluate.network_weights.thumbnail=none. Get thumbnail\.pth from"
     ):
-        evaluate_here(monkeypatch, "--samples", samples, reference, "evaluate.network_weights.thumbnail=none")
+        launch_here(monkeypatch, "--samples", samples, reference, "evaluate.network_weights.thumbnail=none")
 
 
 def stored_result(**images: Any) -> dict[str, Any]:
