@@ -1,4 +1,4 @@
-"""What launchers/evaluate.py does: images or checkpoints in, result.json and a table out."""
+"""The command of launchers/evaluate.py: images or checkpoints in, result.json and a table out."""
 
 from __future__ import annotations
 
@@ -76,8 +76,7 @@ def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
 
 
 def _show_paths(command: cli.Command) -> None:
-    named = [name for name in weight_fields(command.cfg.evaluate) if "network_weights" not in name]
-    inputs = ("tokenizer.weights", "data.train", "data.val", *named, "evaluate.classifier.images")
+    inputs = ("tokenizer.weights", "data.train", "data.val", *weight_fields(), "evaluate.classifier.images")
     cli.show_paths(command, inputs=inputs, outputs=("evaluate.classifier.weights",), given=_given(command))
 
 

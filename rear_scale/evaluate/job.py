@@ -93,7 +93,7 @@ class Evaluation:
             for name, images in self.small_sets.items():
                 check_class_names(cfg, f"evaluate.reference.{name}", images)
             self.nearest = NearestPixels(self.small_sets)
-        self.small_features: dict[str, dict[str, FeatureSet]] | None = None  # of them, by name and extractor
+        self.small_features: dict[str, dict[str, FeatureSet]] | None = None  # their features, by name and extractor
         self.references: dict[int, list[Reference]] = {}  # by size of the samples
 
     def score(self, samples: ImageSet) -> ImageScores:

@@ -40,7 +40,7 @@ class Reference:
     notes: list[str] = field(default_factory=list)
     made_of: MadeOf | None = None  # of stored statistics, where they say it
     _moments: dict[str, Moments] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)  # what metrics compute of it alone, for the next samples
+    kept: dict[Any, Any] = field(default_factory=dict)  # values that metrics use again for the next samples
 
     def moments(self, feature: str) -> Moments | None:
         """Of one feature; None when neither statistics nor images give them. One rank may call this alone."""

@@ -1,4 +1,4 @@
-"""From stored features to scores: runs the metrics of a network and puts what they give together."""
+"""From stored features to scores: runs the metrics of a network and merges their values."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def network_scores(
 
 
 @dataclass
-class Found:
-    """What metrics give for one set of images."""
+class MetricValues:
+    """The values of metrics for one set of images."""
 
     of_samples: dict[str, Any] = field(default_factory=dict)  # by key of result.json
     sample_notes: list[str] = field(default_factory=list)
@@ -58,10 +58,10 @@ class Found:
             self.intervals[part.reference].update(part.intervals)
 
 
-def run_metrics(metrics: Sequence[Metric], inputs: Inputs) -> Found:
-    """What the metrics give, and their bootstrap intervals under evaluate.bootstrap. All ranks must call this."""
+def run_metrics(metrics: Sequence[Metric], inputs: Inputs) -> MetricValues:
+    """The values of the metrics, with bootstrap intervals under evaluate.bootstrap. All ranks must call this."""
     names = [reference.name for reference in inputs.references]
-    found = Found(
+    found = MetricValues(
         by_reference={name: {} for name in names},
         notes={name: [] for name in names},
         intervals={name: {} for name in names},
@@ -86,7 +86,7 @@ def _draw(metric: Metric, inputs: Inputs, number: int) -> dict[str | None, float
     return metric.resampled(inputs, resampling(inputs.cfg.seed, number, inputs.samples.count))
 
 
-def _add_intervals(found: Found, metric: Metric, draws: Sequence[Mapping[str | None, float | None]]) -> None:
+def _add_intervals(found: MetricValues, metric: Metric, draws: Sequence[Mapping[str | None, float | None]]) -> None:
     """The bootstrap interval of one metric, from its value in each draw."""
     for reference in draws[0]:
         values = [value for draw in draws if (value := draw[reference]) is not None]

@@ -1,5 +1,5 @@
-"""What is computed of features. `METRICS` is the list of all metrics: results, scores during training, the summary for wandb
-and the printed table walk it."""
+"""Metrics of stored features. `METRICS` lists all of them: results, scores during training, the summary for wandb and the
+printed table walk it."""
 
 from __future__ import annotations
 

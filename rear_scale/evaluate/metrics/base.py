@@ -1,4 +1,4 @@
-"""What a metric is: which features it reads, how it is computed from them, and how its numbers are called and printed.
+"""The interface of metrics: which features one reads, how it is computed from them, how its numbers are called and printed.
 
 A metric of its own is a subclass of SampleMetric (a number of the scored images alone) or ReferenceMetric (a number
 against each reference set) with one instance in the list of metrics/__init__.py. From there it is in result.json, in the
@@ -37,7 +37,7 @@ class FeatureSet:
 
     def __init__(self, name: str, blocks: FeatureBlocks, device: torch.device) -> None:
         self.name, self.blocks, self.device = name, blocks, device
-        self.kept: dict[Any, Any] = {}  # what metrics compute of this set alone, for the next comparison
+        self.kept: dict[Any, Any] = {}  # values of this set that metrics use again in the next comparison
         self._moments: dict[str, Moments] = {}
 
     @property
@@ -72,7 +72,7 @@ class FeatureSet:
 
 
 class ReferenceSet(Protocol):
-    """What metrics read of a reference, which may be a file of statistics without images."""
+    """A reference as metrics read it; it may be a file of statistics without images."""
 
     name: str
     kept: dict[Any, Any]  # as in FeatureSet
@@ -88,7 +88,7 @@ class ReferenceSet(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the metrics of one network are computed from."""
+    """The inputs of one network's metrics."""
 
     network: Any  # the opened network, a FeatureNetwork or Extractor
     samples: FeatureSet
@@ -99,7 +99,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Output:
-    """What one computation adds to the scores."""
+    """A contribution of one computation to the scores."""
 
     values: Mapping[str, Any]  # by key of result.json
     reference: str | None = None  # None: of the samples alone
@@ -125,9 +125,9 @@ class Metric(ABC):
     network: str  # whose features it reads: a row of networks/__init__.py, `classifier`, `pixels` or `reconstruction`
     against_references: bool  # False: of the scored images alone
     columns: Sequence[Column] = ()  # in the printed table; those of classifier and pixels have none
-    label: str = ""  # on pages, with {reference} for the name of one
-    digits: int = 3  # behind the point, on pages
-    resamples = False  # whether `resampled` gives values for bootstrap intervals
+    label: str = ""  # in reports, with {reference} in place of the name of a reference
+    digits: int = 3  # decimal places in reports
+    resamples = False  # whether `resampled` gives bootstrap draws; such a metric has one number
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         """Computations that ranks share out; each is done by one rank, and all ranks get what it returns."""
@@ -163,7 +163,7 @@ class SampleMetric(Metric):
 
     @abstractmethod
     def score(self, inputs: Inputs) -> Any:
-        """The value in result.json: a number, None, or a dict with `value` in it."""
+        """The value in result.json: a number, None or a dict; a dict takes bootstrap intervals as `bootstrap`."""
 
 
 class ReferenceMetric(Metric):

@@ -42,9 +42,9 @@ def rows_in_use(cfg: EvaluateConfig, *, of_pairs: bool = False) -> list[NetworkR
     return [row for row in NETWORKS if row.of_pairs == of_pairs and row.is_set(cfg)]
 
 
-def weight_fields(cfg: EvaluateConfig) -> dict[str, str | None]:
-    """The weight files of all networks by full field name; None where a field is not set."""
-    return {name: path for row in NETWORKS for name, path in row.paths(cfg).items()}
+def weight_fields() -> list[str]:
+    """The full names of the config fields of weight files; entries of evaluate.network_weights are not among them."""
+    return [f"evaluate.{name}" for row in NETWORKS for name in row.weights if "." not in name]
 
 
 def check_network_names(cfg: EvaluateConfig) -> None:

@@ -1,4 +1,4 @@
-"""What the project knows of a feature network before it is opened: its name, weight files, config fields and statistics."""
+"""The row of a feature network: its name, weight files, config fields and the arrays of its statistics."""
 
 from __future__ import annotations
 
