@@ -14,7 +14,8 @@ import numpy as np
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.evaluate.metrics import metrics_of
-from rear_scale.evaluate.metrics.base import FeatureSet, Inputs, block_moments
+from rear_scale.evaluate.metrics.base import FeatureSet, Inputs
+from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.evaluate.metrics.statistics_file import is_ours, write_statistics
 from rear_scale.evaluate.networks import check_network_names, rows_in_use, statistics_arrays
 from rear_scale.evaluate.networks.base import Extractor, FeatureNetwork
@@ -163,16 +164,17 @@ class Evaluation:
         found = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
         complete = bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
         if self.world.is_main and complete:
-            features = [
-                (network, blocks, feature)
-                for network, blocks in zip(self.networks, found, strict=True)
-                for feature in network.sizes
-                if feature in statistics_arrays()
-            ]
+            moments: dict[str, Moments] = {}
+            identities: dict[str, str] = {}
+            for network, blocks in zip(self.networks, found, strict=True):
+                for feature in [name for name in network.sizes if name in statistics_arrays()]:
+                    own = FeatureSet(images.name, blocks, self.world.device).moments(feature)
+                    assert own is not None, images.count
+                    moments[feature], identities[feature] = own, network.identity
             write_statistics(
                 path,
-                {feature: block_moments(blocks, feature, self.world.device) for _, blocks, feature in features},
-                {feature: network.identity for network, _, feature in features},
+                moments,
+                identities,
                 {
                     "identity": images.identity,
                     "count": images.count,

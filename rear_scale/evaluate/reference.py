@@ -15,7 +15,7 @@ from rear_scale.config import EvaluateConfig, InputError
 from rear_scale.evaluate.images.image_set import ImageSet, is_tar, open_image_set
 from rear_scale.evaluate.images.npz import array_names, read_sha256
 from rear_scale.evaluate.metrics import distance_on
-from rear_scale.evaluate.metrics.base import FeatureSet, Rows, block_moments
+from rear_scale.evaluate.metrics.base import FeatureSet, Rows
 from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.evaluate.metrics.precision_recall import NEIGHBOURS
 from rear_scale.evaluate.metrics.statistics_file import MadeOf, images_of, read_statistics, write_statistics
@@ -49,18 +49,22 @@ class Reference:
         if feature not in self.blocks or self.images is None or self.images.count < 2:
             return None
         if feature not in self._moments:
-            blocks = self.blocks[feature]
-            cached = blocks.folder / f"statistics_{feature}.npz"
-            if feature not in statistics_arrays():
-                self._moments[feature] = block_moments(blocks, feature, self.device)
-            elif is_whole(cached):
-                size = blocks.array(0, feature).shape[1]
-                self._moments[feature] = read_statistics(cached, self.networks, {feature: size})[feature]
-            else:
-                self._moments[feature] = block_moments(blocks, feature, self.device)
-                images = {"identity": self.identity, "count": self.images.count}
-                write_statistics(cached, {feature: self._moments[feature]}, self.networks, images)
+            self._moments[feature] = self._image_moments(feature, self.images.count)
         return self._moments[feature]
+
+    def _image_moments(self, feature: str, count: int) -> Moments:
+        """Of the images; from the cache, where an earlier evaluation left them."""
+        blocks = self.blocks[feature]
+        cached = blocks.folder / f"statistics_{feature}.npz"
+        has_arrays = feature in statistics_arrays()
+        if has_arrays and is_whole(cached):
+            size = blocks.array(0, feature).shape[1]
+            return read_statistics(cached, self.networks, {feature: size})[feature]
+        found = FeatureSet(self.name, blocks, self.device).moments(feature)
+        assert found is not None, (feature, count)
+        if has_arrays:
+            write_statistics(cached, {feature: found}, self.networks, {"identity": self.identity, "count": count})
+        return found
 
     def rows(self, feature: str, most: int | None = None) -> Rows | None:
         """A feature of all images, or of `most` evenly spaced ones. None when there are no images."""

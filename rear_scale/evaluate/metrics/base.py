@@ -50,7 +50,7 @@ class FeatureSet:
         if self.count < 2:
             return None
         if feature not in self._moments:
-            self._moments[feature] = block_moments(self.blocks, feature, self.device)
+            self._moments[feature] = moments_of((part for _, part in self.parts(feature)), self.device)
         return self._moments[feature]
 
     def rows(self, feature: str, most: int | None = None) -> Rows:
@@ -180,8 +180,3 @@ class ReferenceMetric(Metric):
     @abstractmethod
     def score(self, inputs: Inputs, reference: ReferenceSet) -> float | None:
         """The value in result.json; None where the reference or the number of images does not allow one."""
-
-
-def block_moments(blocks: FeatureBlocks, feature: str, device: torch.device) -> Moments:
-    """Added up block by block in their order."""
-    return moments_of((blocks.array(number, feature) for number in range(len(blocks.ids))), device)
