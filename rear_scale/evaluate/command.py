@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rear_scale import cli, config
+from rear_scale import cli
 from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.open import open_source
+from rear_scale.checkpoint.open import open_with_config
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.images.image_set import check_image_set
 from rear_scale.evaluate.job import Evaluation, check_evaluation
@@ -137,8 +137,7 @@ def _subjects(command: cli.Command) -> list[Subject]:
 
 
 def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Checkpoint]:
-    other = open_source(path)
-    cfg = config.from_file(other.meta["config"], str(other.path), command.args.overrides)
+    other, cfg = open_with_config(path, None, command.args.overrides)
     # One evaluation scores all: what another run's config says of its own is not what is done.
     return replace(cfg, evaluate=command.cfg.evaluate), other
 
