@@ -8,13 +8,23 @@ from typing import Any
 import own_term  # registers them
 import pytest
 import torch
-from helpers import CODEBOOK_SIZE, NUM_TOKENS, TIMES, metrics, run_alone, tiny_config, write_token_shards
+from helpers import (
+    CODEBOOK_SIZE,
+    NUM_TOKENS,
+    TIMES,
+    metrics,
+    run_alone,
+    tiny_config,
+    tiny_config_file,
+    write_token_shards,
+)
 
 from rear_scale.checkpoint.convert import convert
 from rear_scale.checkpoint.open import open_source
 from rear_scale.checkpoint.restore import load_generator_weights
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, check_resumable, load, to_dict
 from rear_scale.model import build_model
+from rear_scale.model.activations import head_activation_bytes
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.objective import terms
 from rear_scale.train import setup
@@ -79,8 +89,27 @@ def test_a_run_with_own_terms_resumes_to_the_bit(trained, tmp_path: Path, tokens
         f"data.val={cfg.data.val}", *OWN,
     )  # fmt: skip
     assert _train(whole) == lines
-    with pytest.raises(InputError, match=r"objective.terms.z.weight=2, but .* was trained with .*=0.001"):
-        _train(tiny_config(Path(cfg.run.dir).parent, tokens, "strategy=single", *OWN, "objective.terms.z.weight=2"))
+
+
+def test_terms_are_set_by_a_file_and_by_overrides_and_stay_on_resume(tmp_path: Path, tokens: Path) -> None:
+    path = tiny_config_file(tmp_path, tokens)
+    plain = load(str(path))
+    path.write_text(path.read_text().replace("hidden: 32}", "hidden: 32}, terms: {z: {weight: 0.1}}"))
+    with_z = load(str(path), ["objective.terms.smooth.tap=2"])
+    assert with_z.objective.terms == {"z": {"weight": 0.1}, "smooth": {"tap": 2}}
+    for now, before, message in (
+        (
+            load(str(path)),
+            with_z,
+            "objective.terms.smooth.tap=None, but x was trained with objective.terms.smooth.tap=2",
+        ),
+        (load(str(path)), plain, "objective.terms.z.weight=0.1, but x was trained with objective.terms.z.weight=None"),
+        (plain, load(str(path)), "objective.terms.z.weight=None, but x was trained with objective.terms.z.weight=0.1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_resumable(now, to_dict(before), "x")
+    allowed = load(str(path), ["resume.allow=[objective.terms]"])
+    check_resumable(allowed, to_dict(plain), "x")
 
 
 def test_heads_of_terms_are_saved_and_left_out_of_sampling(
@@ -101,12 +130,14 @@ def test_heads_of_terms_are_saved_and_left_out_of_sampling(
         build_model(cfg)
 
 
-def test_parameters_and_flops_count_heads_of_terms(tmp_path: Path, tokens: Path) -> None:
+def test_parameters_flops_and_memory_count_heads_of_terms(tmp_path: Path, tokens: Path) -> None:
     with_it, without = (tiny_config(tmp_path, tokens, *more) for more in (("objective.terms.ahead={}",), ()))
     heads = parameters_by_part(with_it)["heads"] - parameters_by_part(without)["heads"]
     assert heads == 32 * CODEBOOK_SIZE + CODEBOOK_SIZE
     flops = train_flops_per_image(with_it) - train_flops_per_image(without)
     assert flops == 3 * 2 * NUM_TOKENS * 32 * CODEBOOK_SIZE
+    kept = head_activation_bytes(with_it) - head_activation_bytes(without)
+    assert kept >= 4 * with_it.train.micro_batch_size * NUM_TOKENS * CODEBOOK_SIZE  # its logits in float32
 
 
 @pytest.mark.parametrize(

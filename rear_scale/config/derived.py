@@ -165,6 +165,8 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
     """
     before = leaves(completed(saved))
     now = leaves(to_dict(cfg))
+    # A section without entries differs from one with some in those entries, which are named below.
+    before, now = ({key: value for key, value in one.items() if value != {}} for one in (before, now))
     for key in sorted(before.keys() | now.keys()):
         own = declaration(ExperimentConfig, key)
         allowed = (own is not None and own.may_change) or any(

@@ -62,12 +62,19 @@ def build_generator(
     return (AdaLNTransformer if shape.conditioning == "adaln" else PlainTransformer)(shape, features)
 
 
+def head_matrices(feature: Feature) -> list[torch.Size]:
+    """The shapes of the matrices in a feature's head, [outputs, inputs]."""
+    if feature.make_head is None:
+        return []
+    with torch.device("meta"), _Undrawn():
+        return [weight.shape for weight in feature.make_head().parameters() if weight.ndim > 1]
+
+
 def head_products(feature: Feature) -> int:
     """Multiplications of a feature's head at one position."""
-    if feature.make_head is None or feature.head_products is not None:
-        return feature.head_products or 0
-    with torch.device("meta"), _Undrawn():
-        return sum(weight.numel() for weight in feature.make_head().parameters() if weight.ndim > 1)
+    if feature.head_products is not None:
+        return feature.head_products
+    return sum(shape.numel() for shape in head_matrices(feature))
 
 
 def shape_of(cfg: ExperimentConfig) -> Shape:

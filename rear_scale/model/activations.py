@@ -10,7 +10,8 @@ and keys in float32, and keeps them so.
 from __future__ import annotations
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.model import mlp_width
+from rear_scale.model import head_matrices, mlp_width
+from rear_scale.objective.terms import Feature, terms_of
 from rear_scale.parallel import facts
 
 _FP32 = 4
@@ -68,14 +69,22 @@ def _again_bytes(cfg: ExperimentConfig, device: str) -> int:
 
 
 def head_activation_bytes(cfg: ExperimentConfig) -> int:
-    """What the reAR heads and their terms of the loss keep."""
+    """What the reAR heads and their terms of the loss keep, and an estimate for other terms that read features."""
     heads, low = cfg.objective.heads, compute_width(cfg)
     taps = sum(tap is not None for tap in (heads.encode_tap, heads.decode_tap))
     hidden = (4 if heads.form == "released" else 2) * heads.hidden  # in and out of each activation function
     tokens = cfg.tokenizer.num_tokens - (heads.positions == "eq6")
     # Their input, cut out of the sequence; features and directions of the cosine are float32.
     per_token = low * (cfg.model.width + hidden) + _FP32 * 2 * cfg.tokenizer.codebook_dim
-    return taps * cfg.train.micro_batch_size * tokens * per_token
+    others = sum(_feature_bytes(cfg, one) for term in terms_of(cfg) if not term.built_in for one in term.features())
+    return taps * cfg.train.micro_batch_size * tokens * per_token + others
+
+
+def _feature_bytes(cfg: ExperimentConfig, feature: Feature) -> int:
+    """Features as they are cut out of the sequence, and each layer's output, or without a head the features, in float32 too."""
+    low, outputs = compute_width(cfg), sum(shape[0] for shape in head_matrices(feature))
+    per_token = low * cfg.model.width + (low + _FP32) * outputs + (0 if outputs else _FP32 * cfg.model.width)
+    return cfg.train.micro_batch_size * cfg.tokenizer.num_tokens * per_token
 
 
 def _one_block(cfg: ExperimentConfig, device: str) -> int:
