@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import run_alone, run_ranks, tiny_config
-from test_parallel import QUIET, TWO_RANKS, build, run_steps
+from test_parallel import QUIET, build, run_steps
 
 from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.checkpoint.writer import save
 from rear_scale.config import ExperimentConfig, InputError, OptimConfig, check_resumable, to_dict
+from rear_scale.config.devices import devices
 from rear_scale.config.schema import OPTIMIZERS
+from rear_scale.model import meta_model
 from rear_scale.optim.adamw import adamw_rule, make_adamw, set_step
 from rear_scale.optim.groups import Groups, Rule, register
+from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.parallel.strategy import Strategy
+from rear_scale.scaling.cost import step_time
+from rear_scale.scaling.devices import cluster_of
 from rear_scale.world import World
 
 CPU = torch.device("cpu")
@@ -161,7 +167,7 @@ def test_a_rule_of_its_own_trains_and_resumes_under_every_strategy(tmp_path: Pat
     cfg = mixed_config(tmp_path, tokens, "single")
     expected, saved = run_alone(_train_and_save, cfg, tmp_path / "single")
     assert run_alone(_resume, cfg, saved) == expected[2:]
-    found = run_ranks(2, _mixed, tmp_path, tokens, saved, TWO_RANKS)[0]
+    found = run_ranks(2, _mixed, tmp_path, tokens, saved, ("ddp", "fsdp2", "zero1", "zero3"))[0]
     for name, (straight, resumed, crossed) in found.items():
         assert np.array(straight) == pytest.approx(np.array(expected), rel=1e-5), name
         assert resumed == straight[2:], name
@@ -198,6 +204,14 @@ def test_a_rule_has_its_own_rate_and_decay_and_the_others_keep_theirs(
             change = -0.01 * (1 + strategy.rules[name].weight_decay * before[name])
         assert torch.allclose(weight - before[name], change, rtol=1e-3, atol=1e-6), name
     assert {rule.weight_decay for rule in strategy.rules.values() if rule.name != "sgd"} == {0.0, 0.5}
+    # The planner and the check of memory count one state of these weights, not two.
+    weights = sum(value.nbytes for _, value in strategy.tensors("param"))
+    kept = sum(value.nbytes for kind in strategy.kinds[1:] for _, value in strategy.tensors(kind))
+    assert memory_per_rank(cfg, 1, 1).optimizer == kept
+    cluster = cluster_of(1, *next(iter(devices().items())))
+    adamw = replace(cfg, optim=replace(cfg.optim, name="adamw"))
+    times = [step_time(one, cluster, 1, meta_model(one)).update_s for one in (cfg, adamw)]
+    assert times[0] / times[1] == pytest.approx((18 + 8 * kept / weights) / 34)
 
 
 def test_states_of_other_rules_are_refused_on_resume(tmp_path: Path, tokens: Path, mixed: None) -> None:

@@ -6,10 +6,12 @@ and a line in config.schema.OPTIMIZERS that names the module.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,31 @@ def rules_of(model: nn.Module, cfg: ExperimentConfig) -> dict[str, Rule]:
         import_module(OPTIMIZERS[name])
     choose = _registered[name]
     return {key: choose(key, weight, cfg) for key, weight in model.named_parameters()}
+
+
+# Per model and optim section: the planner asks thousands of times.
+_sizes: WeakKeyDictionary[nn.Module, dict[str, dict[Rule, int]]] = WeakKeyDictionary()
+
+
+def group_sizes(model: nn.Module, cfg: ExperimentConfig) -> dict[Rule, int]:
+    """The number of weights that follow each rule: one group of parameters of the optimizer. As for rules_of, the model must
+    not be sharded yet."""
+    known = _sizes.setdefault(model, {})
+    key = repr(cfg.optim)
+    if key not in known:
+        sizes: Counter[Rule] = Counter()
+        rules = rules_of(model, cfg)
+        for name, weight in model.named_parameters():
+            sizes[rules[name]] += weight.numel()
+        known[key] = dict(sizes)
+    return known[key]
+
+
+def states_per_weight(model: nn.Module, cfg: ExperimentConfig) -> float:
+    """The mean number of states that the rules keep of a weight: 2.0 for AdamW. The moving average of optim.ema_decay comes on
+    top."""
+    sizes = group_sizes(model, cfg)
+    return sum(len(rule.states) * size for rule, size in sizes.items()) / sum(sizes.values())
 
 
 def decays(name: str, weight: Tensor, which: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
 from rear_scale.model.activations import activation_bytes, compute_width, one_block_bytes
+from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 
 
@@ -26,7 +27,7 @@ class Memory:
     """Bytes of the rank that holds most."""
 
     weights: int  # what the rank keeps between steps, master copies apart
-    optimizer: int  # both moments, and the moving average where there is one
+    optimizer: int  # the states that the rules of the weights name, and the moving average where there is one
     masters: int = 0  # float32 copies of bf16 weights
     gradients: int = 0  # at the end of the backward pass, after reduction, those below apart
     kept_gradients: int = 0  # what of them stays allocated from step to step
@@ -72,8 +73,9 @@ class Update:
     block_activations: int = 0  # bytes that one block keeps for its backward pass where it computes nothing again
 
     def optimizer_bytes(self, weights: int) -> int:
-        """Of the optimizer's float32 states of so many weights: two moments, and the moving average where there is one."""
-        return (3 if self.cfg.optim.ema_decay else 2) * 4 * weights
+        """Of the optimizer's float32 states of so many weights: those that their rules name, and the moving average where there
+        is one."""
+        return round((states_per_weight(self.model, self.cfg) + bool(self.cfg.optim.ema_decay)) * 4 * weights)
 
 
 def memory_per_rank(

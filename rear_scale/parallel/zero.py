@@ -24,7 +24,7 @@ from functools import lru_cache
 from torch import nn
 
 from rear_scale.config import ExperimentConfig
-from rear_scale.optim.groups import decays
+from rear_scale.optim.groups import group_sizes
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements
@@ -79,7 +79,7 @@ def _of_stages_1_and_2(update: Update) -> Traffic:
     cfg, first = update.cfg, stage_of(update.cfg) == 1
     half = cfg.train.precision == "bf16"
     found = Traffic(late_gathers=True, late_reductions=first and half)
-    groups = _groups(update.model, cfg.optim.decay)
+    groups = group_sizes(update.model, cfg).values()
     total = sum(groups)
     if first and half and not cfg.strategy.cpu_offload:
         flushes = -(-total // 500_000_000)
@@ -93,13 +93,6 @@ def _of_stages_1_and_2(update: Update) -> Traffic:
     for group in groups:
         found.add("all_gather", group, update.width)
     return found
-
-
-@lru_cache(maxsize=8)
-def _groups(model: nn.Module, rule: str) -> list[int]:
-    """Elements with and without weight decay."""
-    named = list(model.named_parameters())
-    return [sum(w.numel() for n, w in named if decays(n, w, rule) is decay) for decay in (True, False)]
 
 
 def _of_stage_3(update: Update) -> Traffic:

@@ -16,6 +16,7 @@ from torch import nn
 from rear_scale.config import ExperimentConfig, wants_compile
 from rear_scale.model.activations import block_activation_bytes, compute_width
 from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
+from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.parallel.memory import elements
@@ -26,8 +27,9 @@ PRODUCTS, MEMORY, NVLINK, NETWORK = 0.80, 0.85, 0.78, 0.85
 # Bytes that pass through memory for each byte that is kept: written and read once in the forward pass, three times as much
 # in the backward pass. A compiled block passes a third of it.
 _PASSES_FORWARD, _PASSES_BACKWARD, _COMPILED = 2, 6, 1 / 3
-# Float32 state, moments and gradient read, all but the gradient written, and the weight in bf16.
-_UPDATE_BYTES_PER_PARAMETER = 34
+# Of an update, per weight and per state of the optimizer: float32 weight, states and gradient read, all but the gradient
+# written, and the weight in bf16.
+_UPDATE_BYTES_PER_PARAMETER, _UPDATE_BYTES_PER_STATE = 18, 8
 # strategy.cpu_offload, for each GPU: the link to its host, and its share of the host's memory, in GB/s. Assumed.
 _LINK_GB_PER_S, _HOST_GB_PER_S = 25, 25
 # About 60 kernels of a block forth and back, each 4.5 microseconds on the CPU that starts them.
@@ -67,10 +69,11 @@ def step_time(
     compute = accumulation * slowness * compute_time(cfg, cluster, psi)
     row = facts.of(cfg.strategy)
     sharded = _shard_ranks(cfg, cluster) if "optimizer" in row.shards else 1
-    update = _UPDATE_BYTES_PER_PARAMETER * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
+    passed = _UPDATE_BYTES_PER_PARAMETER + _UPDATE_BYTES_PER_STATE * states_per_weight(model, cfg)
+    update = passed * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
     if cfg.strategy.cpu_offload:
         # Gradients of every micro-step go to the host, which updates, and weights come back.
-        moved = (4 * accumulation + compute_width(cfg)) / _LINK_GB_PER_S + _UPDATE_BYTES_PER_PARAMETER / _HOST_GB_PER_S
+        moved = (4 * accumulation + compute_width(cfg)) / _LINK_GB_PER_S + passed / _HOST_GB_PER_S
         update = psi / sharded * moved / 1e9
     gradients, weights, late = _travel_times(cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model))
     repeated = row.defers and not cfg.strategy.defer_reduction
