@@ -135,8 +135,12 @@ def test_a_folder_imports_only_what_stands_before_it(name: str) -> None:
                 assert imported.partition(".")[0] in order[: order.index(name) + 1], f"{module} imports {imported}"
 
 
-def test_the_facts_of_strategies_import_nothing() -> None:
+def test_the_facts_of_strategies_import_nothing_and_engines_nothing_of_the_model() -> None:
     assert imports_of(FACTS)[0] == set()
+    for row in facts.rows():
+        for module in (row.engine.split(":")[0], row.formulas):
+            imported = imports_of(module.removeprefix("rear_scale."))[0]
+            assert not [one for one in imported if one.partition(".")[0] == "model"], module
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
