@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from rear_scale.config.fields import Declaration, declarations
 from rear_scale.config.overrides import CONFIG_DIR, field_type, is_group, strip_optional, type_name
@@ -55,8 +55,9 @@ def _section(section: str) -> Iterator[str]:
 
 def _row(name: str, own: Declaration, *, is_section: bool) -> str:
     kind = field_type(name)
-    named = get_origin(strip_optional(kind)) is dict
-    words = "section or null" if is_section else "texts by name" if named else type_name(kind)
+    plain = strip_optional(kind)
+    named = {str: "texts by name"}.get(get_args(plain)[-1], "sections by name") if get_origin(plain) is dict else None
+    words = "section or null" if is_section else named or type_name(kind)
     changes = "weights" if own.by_weights else "yes" if own.may_change else "no"
     cells = [f"`{name}`", words.removeprefix("a "), _default(name), _values(own), changes, own.doc]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
