@@ -81,7 +81,12 @@ def _kept(logits: Tensor, top_k: int = 10**9, top_p: float = 2.0) -> Tensor:
 @pytest.mark.parametrize("config", ["bench_cpu.yaml", "ar_alitok_b.yaml"])
 def test_the_cost_of_a_step_counts_the_positions_that_are_read(config: str) -> None:
     num_tokens = {"bench_cpu.yaml": 16, "ar_alitok_b.yaml": 20}[config]
-    cfg = load(config, [f"tokenizer.num_tokens={num_tokens}", "sample.batch_size=4"])
+    layout = [
+        f"tokenizer.num_tokens={num_tokens}",
+        "tokenizer.grid=[4,4]",
+        f"tokenizer.prefix_tokens={num_tokens - 16}",
+    ]
+    cfg = load(config, [*layout, "sample.batch_size=4"])
     model = generator(cfg.model.architecture, num_tokens).eval()
     tokens, labels = drawn(num_tokens)
     state, read = CachedDecoding(model, Batch(model, labels, labels, None, guided=True)), []
