@@ -11,7 +11,6 @@ import yaml
 
 from rear_scale.config.values import leaves
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MOST_FILES = 100
 
 Texts = tuple[tuple[str, tuple[bytes | None, ...]], ...]
@@ -51,7 +50,7 @@ def _text(path: Path) -> bytes | None:
 def _defaults(text: bytes) -> tuple[str, ...] | None:
     """The entries of a file's defaults list as GROUP/NAME or NAME. None for entries of other forms, and for no YAML."""
     try:
-        values = yaml.load(text, Loader=_LOADER)
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError):
         return None
     entries = values.get("defaults", []) if isinstance(values, dict) else []
@@ -65,7 +64,7 @@ def _defaults(text: bytes) -> tuple[str, ...] | None:
 def own_keys(text: str) -> frozenset[str]:
     """The dotted keys that a config file sets itself; none where it is no YAML."""
     try:
-        values = yaml.load(text, Loader=_LOADER)
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return frozenset()
     return frozenset(leaves(values)) if isinstance(values, dict) else frozenset()
