@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rear_scale.checkpoint.folder import Checkpoint, open_checkpoint
+from rear_scale.checkpoint.meta import FORMAT
 from rear_scale.checkpoint.open import newest_or_refuse
 from rear_scale.config import ExperimentConfig, load
 from rear_scale.files import file_sha256
@@ -118,6 +119,17 @@ checkpoint: {{every_steps: 4}}
 
 def tiny_config(folder: Path, tokens: Path, *overrides: str) -> ExperimentConfig:
     return load(str(tiny_config_file(folder, tokens)), overrides)
+
+
+def write_checkpoint(folder: Path, step: int) -> Path:
+    """A checkpoint that counts as one of the run in `folder`, with nothing in it."""
+    path = folder / f"checkpoints/step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "part-00000.safetensors").write_bytes(b"1234")
+    part = {"file": "part-00000.safetensors", "size": 4, "sha256": "0" * 64}
+    meta = {"format": FORMAT, "step": step, "config": {}, "files": [part], "index": {}}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> list[Any]:

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, command_line, environment, launch, metrics, run_alone, tiny_config, tiny_config_file
+from helpers import (
+    ROOT,
+    command_line,
+    environment,
+    launch,
+    metrics,
+    run_alone,
+    tiny_config,
+    tiny_config_file,
+    write_checkpoint,
+)
 
 from rear_scale import config
 from rear_scale.run.folder import RunFolder
@@ -269,8 +279,7 @@ def test_a_suspended_job_goes_on_and_a_hanging_one_does_not(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_is_noted_and_a_second_ctrl_c_ends(tmp_path: Path, number: int) -> None:
     world, folder = World(discover({}), torch.device("cpu")), RunFolder(tmp_path)
-    (folder.checkpoints / "step_00000004").mkdir(parents=True)
-    (folder.checkpoints / "step_00000004/meta.json").write_text('{"files": []}')
+    write_checkpoint(folder.path, 4)
     before = signal.getsignal(number)
     with StopSignal(folder, world) as stop:
         os.kill(os.getpid(), number)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import metrics, run_alone, tiny_config
+from helpers import metrics, run_alone, tiny_config, write_checkpoint
 from test_train import run
 
 from rear_scale.locks import locked
@@ -163,7 +163,6 @@ def test_a_refused_start_says_why_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     RunFolder(tmp_path / "file/run").refuse("other")
     # A run whose process was killed, and that has saved.
-    (folder.checkpoints / "step_00000004").mkdir(parents=True)
-    (folder.checkpoints / "step_00000004/meta.json").write_text('{"files": []}')
+    write_checkpoint(folder.path, 4)
     folder.refuse("other")
     assert json.loads((folder.path / "status.json").read_text()) == {"state": "failed", "step": 4, "reason": "other"}

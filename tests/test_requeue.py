@@ -6,20 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, write_checkpoint
 
-from rear_scale.checkpoint.meta import FORMAT
 from rear_scale.run.requeue import close, read_status, verdict
-
-
-def write_checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"checkpoints/step_{step:08d}"
-    path.mkdir(parents=True)
-    (path / "part-00000.safetensors").write_bytes(b"1234")
-    part = {"file": "part-00000.safetensors", "size": 4, "sha256": "0" * 64}
-    meta = {"format": FORMAT, "step": step, "config": {}, "files": [part], "index": {}}
-    (path / "meta.json").write_text(json.dumps(meta))
-    return path
 
 
 def run_folder(folder: Path, state: str | None, step: int, reason: str = "") -> Path:
