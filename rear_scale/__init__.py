@@ -1,17 +1,42 @@
 """Scale-out training, sampling and evaluation of visual autoregressive models with reAR.
 
+As a library, it offers the names of `__all__`; api.py documents them, and is imported when one of them is first used.
+
+    import rear_scale
+    m = rear_scale.load("runs/rear_xl", tokenizer="maskgit-vqgan-imagenet-f16-256.bin")
+    images = m.sample(classes=[207] * 8, seed=0)
+
 Its folders and files in their import order: each imports only those before it, and itself. README.md has a line for each.
 parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
     config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> scaling
-        -> sample -> evaluate -> analysis -> train -> report -> bench, demo
+        -> sample -> evaluate -> analysis -> train -> report -> api
+        -> bench, demo
 """
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rear_scale.api import ImageScores, InputError, Model, evaluate, load
 
 # torch reads it when it is imported. Its warnings about broken connections, with stacks of C++, come from every rank that is
 # left when one ends, and bury the line that says which one; rear_scale/peers.py says it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"
+__all__ = ["ImageScores", "InputError", "Model", "__version__", "evaluate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, imported when it is first used: commands such as rear_scale.run.requeue do without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rear_scale import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,35 @@ class World:
         with ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(locked(lock, refusal)))
             yield
+
+
+@dataclass(frozen=True)
+class SingleProcess(World):
+    """A world of one rank without a process group, for use as a library. Groups of the surrounding program are not used."""
+
+    ranks: Ranks = Ranks(0, 0, 1, 1, None, None, "single")
+    device: torch.device = torch.device("cpu")
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def barrier(self) -> None:
+        return
+
+    def sum(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.float64).clone().cpu()
+
+    def table(self, values: Sequence[float], computed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        parts = [part.detach().reshape(1).double().cpu() for part in computed]
+        return torch.cat([torch.tensor(values, dtype=torch.float64), *parts])[None]
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+    def add(self, counter: str, amount: int = 1) -> int:
+        self.counters[counter] = self.counters.get(counter, 0) + amount
+        return self.counters[counter]
+
+    def from_main(self, item: Any) -> Any:
+        return item
 
 
 @contextmanager

@@ -21,12 +21,12 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def load_generator_weights(found: Checkpoint, model: Generator) -> None:
-    """Fills a model without heads in place, whatever its device and dtype, one weight at a time.
+    """Fills a model in place, whatever its device and dtype, one weight at a time. Heads that the model lacks are left out.
 
     Raises InputError unless all weights of the source but heads have their place in it, and are finite.
     """
     read, own = found.reader("param"), model.state_dict()
-    names = [name for name in found.names() if not official.is_head(name)]
+    names = [name for name in found.names() if name in own or not official.is_head(name)]
     shapes = {name: read(name).to("meta") for name in names}
     official.check_fits(shapes, model, str(found.path), heads_optional=True)
     for name in names:

@@ -31,10 +31,12 @@ def meta_model(cfg: ExperimentConfig, *, with_heads: bool = True) -> Generator:
         return build_model(cfg, with_heads=with_heads)
 
 
-def empty_model(cfg: ExperimentConfig, device: torch.device, dtype: torch.dtype) -> Generator:
-    """The generator of a config without heads, in its place and precision, whose memory nobody has written to."""
+def empty_model(
+    cfg: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, with_heads: bool = False
+) -> Generator:
+    """The generator of a config, allocated on a device in a dtype, with uninitialised weights."""
     # As to_empty does, which makes torch import its whole compiler first.
-    return meta_model(cfg, with_heads=False)._apply(
+    return meta_model(cfg, with_heads=with_heads)._apply(
         lambda weight: torch.empty(weight.shape, dtype=dtype, device=device)
     )
 

@@ -54,11 +54,16 @@ _NOT_THE_IMAGES = ("copies", "grid_every_images", "cuda_graphs")  # settings of 
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
-def load_generator(cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device) -> Generator:
-    """The model of a checkpoint without heads, in eval mode, in the precision that it was trained in."""
+def load_generator(
+    cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device, *, with_heads: bool = False
+) -> Generator:
+    """The model of a checkpoint, in eval mode, in the precision that it was trained in.
+
+    with_heads: with the heads of the loss, which the checkpoint must have then; sampling needs none.
+    """
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     # In its place from the start: as many ranks as a node has GPUs each hold one copy, and none of them on the CPU.
-    model = empty_model(cfg, device, dtype)
+    model = empty_model(cfg, device, dtype, with_heads=with_heads)
     load_generator_weights(checkpoint, model)
     codebook = _tied_codebook(cfg)
     if codebook is not None:

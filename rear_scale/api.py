@@ -1,0 +1,424 @@
+"""The library: a trained model with its tokenizer, and scores of images, in one process without a process group.
+
+    import rear_scale
+
+    m = rear_scale.load("runs/rear_xl", tokenizer="maskgit-vqgan-imagenet-f16-256.bin")
+    images = m.sample(classes=[207] * 8, seed=0)                      # uint8 [8, 256, 256, 3]
+    tokens = m.encode(images)                                         # int64 [8, 256]
+    again = m.decode(tokens)
+    terms = m.loss(tokens, classes=[207] * 8)                         # {"loss": ..., "loss_ar": ..., ...}
+    scores = rear_scale.evaluate(images, "reference.npz", inception="pt_inception-2015-12-05-6726825d.pth")
+
+Images are numpy arrays, token ids are tensors on the model's device; arguments may be either, or lists. Whatever a caller can
+get wrong raises InputError, a ValueError of one line.
+"""
+
+# n images, S side in pixels, N tokens of an image, K codes
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rear_scale import config as configs
+from rear_scale import device as devices
+from rear_scale.checkpoint.folder import Checkpoint
+from rear_scale.checkpoint.open import newest_or_refuse, open_with_config
+from rear_scale.config import ExperimentConfig, InputError, check_override, first_line, in_quotes, is_remote
+from rear_scale.evaluate.images.image_set import ImageSet, check_image_set, from_arrays, open_image_set
+from rear_scale.evaluate.job import Evaluation, check_evaluation
+from rear_scale.evaluate.networks.base import exact_arithmetic
+from rear_scale.evaluate.result import ImageScores
+from rear_scale.model import meta_model
+from rear_scale.model.generator import is_head
+from rear_scale.objective import Objective, permutation
+from rear_scale.objective.prediction import held_out_task
+from rear_scale.sample.decode import Decoder
+from rear_scale.sample.job import check_tokenizer, decode_images, load_generator, make_tokens, units_of
+from rear_scale.shards.codebook import codebook_of, read_checked
+from rear_scale.shards.record import Manifest
+from rear_scale.tokenizer import find_tokenizer, open_tokenizer
+from rear_scale.tokenizer.base import Tokenizer, to_unit_range
+from rear_scale.world import SingleProcess
+
+__all__ = ["ImageScores", "InputError", "Model", "evaluate", "load"]
+
+Ints = Sequence[int] | np.ndarray | Tensor
+TokenIds = Sequence[Sequence[int]] | np.ndarray | Tensor
+Pixels = np.ndarray | Tensor
+Device = str | torch.device
+
+_ARGUMENTS = ("labels", "num_images", "seed")  # of `sample`: the fields of the config that its own arguments set
+
+
+def load(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: Device | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    config: str | None = None,
+) -> Model:
+    """The model of a run folder (its newest checkpoint), a checkpoint folder, a safetensors file or a released weight file.
+
+    tokenizer: the tokenizer's weight file; None = the one that the config names. It is read when images are first made or
+    taken, or here where it is given. device: "cpu", "cuda", "cuda:1" and so on, which becomes the current one; None = a GPU
+    where there is one. CUDA is set up as for the commands (rear_scale/device.py). overrides: values of the config as on a
+    command line ("section.field=value"). config: for a weight file, the config to use instead of the one that it holds or
+    that fits it.
+
+    Raises InputError when there is nothing at the path or something else, for damaged files, for weights that do not fit the
+    config, for a tokenizer that is missing or is not the one whose tokens the model was trained on, for a wrong override, and
+    for a device that is not there.
+    """
+    place = _device(device)
+    source = Path(path).expanduser()
+    newest_or_refuse(source, str(path))  # its errors name the path alone; those of open_with_config, --checkpoint
+    given = list(overrides)
+    if tokenizer is not None:
+        given.append(f"tokenizer.weights={in_quotes(str(Path(tokenizer).expanduser()))}")
+    checkpoint, cfg = open_with_config(source, config, given)
+    model = Model(checkpoint, configs.with_home(cfg), place)
+    if tokenizer is not None:
+        _ = model.tokenizer  # so that errors of the file are raised by this call
+    return model
+
+
+class Model:
+    """A generator with its config and tokenizer, as `load` opens it.
+
+    model: a plain torch.nn.Module in eval mode without gradients, on `device`, in the precision of its training
+    (train.precision). model(tokens, classes, None)["logits"] are the logits [n, N, K] of token ids int64 [n, N] for class
+    ids int64 [n], of which logits[:, t] predicts tokens[:, t]; the class model.null_class stands for "no class". It has the
+    heads of the training loss where the source has them. config: the config of the training, with overrides. path and step:
+    the source, and the updates that it was trained for.
+    """
+
+    model: nn.Module
+    config: ExperimentConfig
+    device: torch.device
+    path: Path
+    step: int
+
+    def __init__(self, checkpoint: Checkpoint, config: ExperimentConfig, device: torch.device) -> None:
+        self._checkpoint, self.config, self.device = checkpoint, config, device
+        self.path, self.step = checkpoint.path, checkpoint.step
+        self._generator = load_generator(config, checkpoint, device, with_heads=_has_heads(checkpoint, config))
+        self.model = self._generator
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, step={self.step}, device={str(self.device)!r})"
+
+    def sample(self, classes: Ints, seed: int = 0, overrides: Sequence[str] = ()) -> np.ndarray:
+        """Images uint8 [n, S, S, 3] of class ids (int [n]).
+
+        They are those of launchers/sample.py with sample.labels=CLASSES, sample.num_images=n and sample.seed=SEED, byte for
+        byte on the same hardware: image i has class classes[i] and the random numbers of (seed, i). overrides: other
+        settings of sampling as on a command line, as in ["sample.guidance.scale=4.0", "sample.temperature=0.9"]. As there, a
+        batch has sample.batch_size images, and a smaller one is filled up: for few images, ["sample.batch_size=8"] costs
+        less, and rounds as that command with the same setting. On a CPU one thread computes, as in a rank of a job.
+
+        Raises InputError for class ids that the model does not have, a wrong setting, and for a tokenizer without weights or
+        one whose images are not decoded here (`sample_tokens` works with it).
+        """
+        cfg = self._sampling(classes, seed, overrides)
+        tokenizer = self.tokenizer
+        images = np.empty((cfg.sample.num_images, tokenizer.image_size, tokenizer.image_size, 3), np.uint8)
+        with _one_thread():
+            for ids, tokens in self._batches(cfg):
+                # The full batch is decoded: a short one would round otherwise.
+                images[ids] = decode_images(tokenizer, tokens, cfg)[: len(ids)]
+        return images
+
+    def sample_tokens(self, classes: Ints, seed: int = 0, overrides: Sequence[str] = ()) -> Tensor:
+        """Token ids int64 [n, N] of the images that `sample` makes with the same arguments. Needs no tokenizer weights."""
+        cfg = self._sampling(classes, seed, overrides)
+        found = torch.empty(cfg.sample.num_images, cfg.tokenizer.num_tokens, dtype=torch.int64, device=self.device)
+        with _one_thread():
+            for ids, tokens in self._batches(cfg):
+                found[torch.from_numpy(ids).to(self.device)] = tokens[: len(ids)]
+        return found
+
+    def encode(self, images: Pixels) -> Tensor:
+        """Token ids int64 [n, N] of images (uint8 [n, S, S, 3], 0..255), in full float32 arithmetic.
+
+        Raises InputError for images of another type or shape, and for a tokenizer without weights.
+        """
+        tokenizer = self.tokenizer
+        pixels, side = _pixels(images), tokenizer.image_size
+        if pixels.shape[1:3] != (side, side):
+            raise InputError(
+                f"images are {list(pixels.shape)}, but {self.config.tokenizer.name} takes [n, {side}, {side}, 3]. Crop or resize "
+                f"them to {side} x {side} pixels"
+            )
+        with _one_thread(), exact_arithmetic(), torch.inference_mode():
+            tokens = tokenizer.encode(to_unit_range(torch.from_numpy(pixels).to(self.device)).contiguous())
+        return tokens.clone()  # a tensor of inference mode would not go into a computation with gradients
+
+    def decode(self, tokens: TokenIds) -> np.ndarray:
+        """Images uint8 [n, S, S, 3] of token ids (int [n, N]), rounded to uint8 by the rule of the config.
+
+        Of the token ids of `sample_tokens` they are the images of `sample`, up to the rounding of another batch size.
+        Raises InputError for token ids of another shape or range, and for a tokenizer without weights.
+        """
+        tokenizer = self.tokenizer
+        with _one_thread():
+            return decode_images(tokenizer, self._tokens(tokens), self.config)
+
+    def loss(
+        self, tokens: TokenIds, classes: Ints, *, step: int | None = None, ids: Ints | None = None, epoch: int = 0
+    ) -> dict[str, float]:
+        """The terms of the training loss, each averaged over the batch: token ids (int [n, N]) of class ids (int [n]).
+
+        "loss" is the weighted sum of the terms ("loss_ar"; with heads "loss_encode" and "loss_decode" (reAR Eq. 5 to 7);
+        own terms by their names), "accuracy" the share of tokens that are the model's first choice. Terms whose heads the
+        source lacks are left out.
+
+        step: None = the context is clean and every class is known, as in validation. A number, from 1 on = what training is
+        shown at that step: noisy context, permuted orders and dropped classes with the rates of the step. Each draw is a
+        function of (run.seed, ids[i], epoch). ids: the numbers of the samples (int [n]); None = 0 .. n-1. The model computes
+        as it is, in eval mode: without dropout of activations.
+
+        Raises InputError for token or class ids that do not fit, for a step below 1 or, where the length of the run is in
+        epochs of a set that is not here, without data.assumed_images, and where the heads' codebook is found neither beside
+        the training shards nor in the tokenizer.
+        """
+        cfg, truth = self.config, self._tokens(tokens)
+        labels = torch.from_numpy(self._classes(classes))
+        numbers = torch.arange(len(truth)) if ids is None else torch.from_numpy(_integers(ids, "ids", dimensions=1))
+        for name, found in (("classes", labels), ("ids", numbers)):
+            if len(found) != len(truth):
+                raise InputError(
+                    f"{name} has {len(found)} entries, but there are {len(truth)} sequences of tokens. Give one for each"
+                )
+        if int(numbers.min()) < 0 or int(numbers.max()) >= 2**32 or not 0 <= epoch < 2**32:
+            raise InputError(
+                "ids and epoch must lie in 0 .. 2^32 - 1, which random numbers are made of. Use smaller ones"
+            )
+        if step is not None and step < 1:
+            raise InputError(f"step={step} is below 1, the first update. Use 1 or more, or None for a clean context")
+        plan = None if step is None else self._plan
+        objective = Objective(cfg, plan, self._codebook, self.device)
+        with torch.inference_mode():
+            if step is None:
+                order = permutation.orders_of_model(cfg.objective.permutation, cfg.tokenizer, numbers.to(self.device))
+                task = held_out_task(truth, numbers.to(self.device), order, None)
+                output = self.model(task.context, labels.to(self.device), None, task.order)
+            else:
+                batch = objective.micro_batch(truth.cpu(), labels, numbers, torch.full_like(numbers, epoch))
+                batch = batch.to(self.device)
+                task = objective.task(batch, step)
+                output = self.model(task.context, batch.classes, batch.rows, task.order)
+            _, statistics = objective.loss(output, task)
+        there = [term for term in objective.terms if all(name in output for name in term.reads)]
+        names = ["loss", *(name for term in there for name in (f"loss_{term.name}", *term.reports))]
+        return {name: objective.statistic(statistics, name).item() for name in names}
+
+    def _sampling(self, classes: Ints, seed: int, overrides: Sequence[str]) -> ExperimentConfig:
+        """The config with the settings of a call of `sample`."""
+        labels = self._classes(classes)
+        for text in overrides:
+            section, _, field = check_override(text).key.partition(".")
+            if section != "sample" or field in _ARGUMENTS or not field:
+                raise InputError(
+                    f"override {text}: sample takes settings of sampling alone (sample.FIELD=VALUE); classes and seed are "
+                    "arguments. Give other values of the config to rear_scale.load"
+                )
+        source = str(self.path)
+        cfg = configs.from_dict(configs.to_dict(self.config), source, [*overrides, f"sample.seed={seed}"])
+        return replace(cfg, sample=replace(cfg.sample, labels=labels.tolist(), num_images=len(labels)))
+
+    def _batches(self, cfg: ExperimentConfig) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Image ids (int64 [b]) and token ids (int64 [B, N], of which the first b rows count) of each batch of a sampling job."""
+        decoder = Decoder(self._generator, cfg.sample, cfg.objective.permutation)
+        for ids in units_of(cfg):
+            yield ids, make_tokens(decoder, ids, cfg, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The frozen tokenizer, a torch.nn.Module on the device, whose file is read when it is first used.
+
+        Raises InputError when it has no weight file, or one whose tokens the model was not trained on.
+        """
+        own = self.config.tokenizer
+        kind = find_tokenizer(own.name)
+        if own.weights is None:
+            published = f" ({kind.published})" if kind.published else ""
+            raise InputError(
+                f"{self.path} was loaded without tokenizer weights, which images need. Give rear_scale.load the file of "
+                f"{own.name}{published}: tokenizer=FILE"
+            )
+        check_tokenizer(self.config, self._checkpoint)
+        return open_tokenizer(own, self.device)
+
+    @cached_property
+    def _shards(self) -> Manifest | None:
+        """The manifest of the training shards; None where they are not on this machine."""
+        folder = self.config.data.train
+        if folder is None or is_remote(folder) or not (Path(folder) / "index.json").is_file():
+            return None
+        return read_checked(self.config, folder)
+
+    @cached_property
+    def _codebook(self) -> Tensor:
+        """float32 [K, Z]: what the heads are taught; zeros where no term of the loss reads it."""
+        own = self.config.tokenizer
+        if self._shards is not None and self._shards.codebook_sha256 is not None:
+            return codebook_of(self.config, self._shards)
+        if not self._generator.features and not self.config.objective.terms:
+            return torch.zeros(own.codebook_size, own.codebook_dim)
+        if own.weights is None:
+            raise InputError(
+                f"{self.path} has heads that are taught the codebook, but data.train={self.config.data.train} holds none here, "
+                "and there are no tokenizer weights. Give rear_scale.load one of them: tokenizer=FILE, or "
+                'overrides=["data.train=FOLDER"]'
+            )
+        return self.tokenizer.codebook.detach().float()
+
+    @cached_property
+    def _plan(self) -> configs.Plan:
+        """The length of the run and its marks, which no number of ranks changes."""
+        values = configs.to_dict(self.config)
+        alone = configs.from_dict(values, str(self.path), ["strategy=single"])
+        return configs.derive(alone, 1, None if self._shards is None else self._shards.num_images)
+
+    def _classes(self, classes: Ints) -> np.ndarray:
+        """int64 [n]. Raises InputError for others than the model's."""
+        found, known = _integers(classes, "classes", dimensions=1), self.config.model.num_classes
+        wrong = found[(found < 0) | (found >= known)]
+        if len(wrong):
+            raise InputError(
+                f"classes hold {wrong[0]}, but {self.path} has the classes 0 .. {known - 1}. Use these alone"
+            )
+        return found
+
+    def _tokens(self, tokens: TokenIds) -> Tensor:
+        """int64 [n, N] on the device. Raises InputError for other shapes and ids."""
+        own, found = self.config.tokenizer, _integers(tokens, "tokens", dimensions=2)
+        if found.shape[1] != own.num_tokens or found.min() < 0 or found.max() >= own.codebook_size:
+            raise InputError(
+                f"tokens are {list(found.shape)} of ids {found.min()} .. {found.max()}, but {own.name} has [n, {own.num_tokens}] "
+                f"of 0 .. {own.codebook_size - 1}. Use token ids of this tokenizer, in the order in which they are stored"
+            )
+        return torch.from_numpy(found).to(self.device)
+
+
+def evaluate(
+    images: str | Path | Pixels,
+    reference: str | Path | Mapping[str, str | Path],
+    inception: str | Path | None = None,
+    *,
+    device: Device | None = None,
+    overrides: Sequence[str] = (),
+) -> ImageScores:
+    """Scores of images against references, the same numbers as those of launchers/evaluate.py.
+
+    images: uint8 [n, H, W, 3] (0..255), or the path of an ADM .npz, a folder of images or tar shards. reference: the path of
+    an .npz (statistics, images or both), a folder of images or tar shards; or several of them by name. inception: the weight
+    file pt_inception-2015-12-05-6726825d.pth, for FID, sFID, Inception Score, precision and recall; None = other networks,
+    which overrides name. overrides: settings of evaluation as on a command line, such as "evaluate.bootstrap=100".
+    Features of the images are kept in a temporary folder, or in evaluate.cache_dir. device: as for `load`.
+
+    scores.networks["inception"].references[NAME]["fid"] is a number of one reference; of one path, NAME is the file's name
+    without its ending. scores.numbers() lists all of them.
+
+    Raises InputError for images or files that cannot be read or do not fit, and where there are no features to compare by.
+    """
+    for text in overrides:
+        if not check_override(text).key.startswith("evaluate."):
+            raise InputError(f"override {text}: here, only settings of evaluation are set. Use evaluate.FIELD=VALUE")
+    values = configs.to_dict(configs.load(str(configs.CONFIG_DIR / "evaluate.yaml"), list(overrides)))
+    several = isinstance(reference, Mapping)
+    values["evaluate"]["reference"] = (
+        {name: str(path) for name, path in reference.items()} if several else str(reference)
+    )
+    if inception is not None:
+        values["evaluate"]["inception_weights"] = str(inception)
+    cfg = configs.with_home(configs.from_dict(values, "rear_scale.evaluate"))
+    check_evaluation(cfg)
+    world = SingleProcess(device=_device(device))
+    with _one_thread(), TemporaryDirectory(prefix="rear_scale_") as folder:
+        return Evaluation(cfg, Path(folder), world).score(_image_set(images, cfg, world))
+
+
+def _image_set(images: str | Path | Pixels, cfg: ExperimentConfig, world: SingleProcess) -> ImageSet:
+    if isinstance(images, (str, Path)):
+        path = Path(images).expanduser()
+        check_image_set(path)
+        return open_image_set(path, world, exif=cfg.evaluate.exif)
+    pixels = _pixels(images)
+    identity = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    return from_arrays("images", identity, pixels, None)
+
+
+def _has_heads(checkpoint: Checkpoint, cfg: ExperimentConfig) -> bool:
+    """Whether a source has all heads of its config's model, in their form."""
+    stored = checkpoint.shapes()
+    heads = {name: tuple(weight.shape) for name, weight in meta_model(cfg).named_parameters() if is_head(name)}
+    return all(stored.get(name) == shape for name, shape in heads.items())
+
+
+def _pixels(images: Pixels) -> np.ndarray:
+    """uint8 [n, H, W, 3] without gaps. Raises InputError for anything else."""
+    found = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3 or found.size == 0:
+        raise InputError(
+            f"images are {found.dtype} {list(found.shape)}, but uint8 [n, height, width, 3] is wanted. Convert them to 0..255, "
+            "channels last"
+        )
+    return np.array(found, order="C")  # a copy: torch wants an array that may be written to
+
+
+def _integers(values: Any, name: str, *, dimensions: int) -> np.ndarray:
+    """A new int64 array of so many dimensions. Raises InputError for anything but whole numbers, and for none."""
+    try:
+        found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} are no array of whole numbers: {first_line(error)}. Use rows of one length") from None
+    if found.dtype.kind not in "iu" or found.ndim != dimensions or found.size == 0:
+        raise InputError(
+            f"{name} are {found.dtype} {list(found.shape)}, but whole numbers of shape {'[n]' if dimensions == 1 else '[n, N]'} "
+            "are wanted, with n of at least 1. Use a list, an array or a tensor of them"
+        )
+    return found.astype(np.int64)
+
+
+def _device(device: Device | None) -> torch.device:
+    """The device, as the current one. Raises InputError when it is not there."""
+    devices.prepare()
+    if device is None:
+        device = "cuda" if devices.uses_cuda() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device} is not a device: {first_line(error)}. Use cpu, cuda or cuda:1") from None
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device={device} is not supported. Use cpu, cuda or cuda:1")
+    if found.type == "cpu":
+        return found
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device={device}, but torch {torch.__version__} finds no GPU that it can use. Use device='cpu'"
+        )
+    return devices.use_gpu(torch.cuda.current_device() if found.index is None else found.index)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a CPU, kernels may round differently with another number of threads: ranks of a job have one each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
