@@ -22,7 +22,13 @@ from rear_scale.demo.commands import FOLDER, open_folder, stages
 from rear_scale.demo.summary import SCORES
 from rear_scale.world import locked
 
-SHORT = ["train.total_steps=6", "checkpoint.every_steps=2"]
+IMAGES = 200
+SHORT = [
+    "train.total_steps=6",
+    "checkpoint.every_steps=2",
+    f"sample.num_images={IMAGES}",
+    "evaluate.classifier.steps=60",
+]
 
 
 @pytest.fixture
@@ -141,8 +147,8 @@ def check_results(folder: Path, seeds: int) -> dict:
                 assert isinstance(value, float)
         assert (folder / summary[model]["run_dir"] / "metrics.jsonl").exists()
         samples = np.load(folder / summary[model]["samples"])
-        assert (samples["arr_0"].dtype, samples["arr_0"].shape) == (np.uint8, (1000, 24, 24, 3))
-        assert np.bincount(samples["label"]).tolist() == [100] * 10
+        assert (samples["arr_0"].dtype, samples["arr_0"].shape) == (np.uint8, (IMAGES, 24, 24, 3))
+        assert np.bincount(samples["label"]).tolist() == [IMAGES // 10] * 10
         assert (folder / summary[model]["samples"]).with_suffix(".png").exists()
     report = (demo / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5

@@ -77,11 +77,13 @@ def _check_matrix(folder: Path, tokens: Path, cells: dict[int, list[tuple[str, s
 
 
 def test_resuming_each_strategy_under_some(tmp_path: Path, tokens: Path) -> None:
-    """Each saved strategy on three ranks (where nothing divides evenly) and on four."""
+    """Each saved strategy on three ranks (where nothing divides evenly), and every second one on four."""
     saved = list(SAVED_AT)
     cells = {
-        world_size: [(saved[(number + world_size) % 7], RESUMED_AT[world_size][number % 5]) for number in range(7)]
-        for world_size in (3, 4)
+        world_size: [
+            (saved[(number + world_size) % 7], RESUMED_AT[world_size][number % 5]) for number in range(0, 7, every)
+        ]
+        for world_size, every in ((3, 1), (4, 2))
     }
     _check_matrix(tmp_path, tokens, cells)
 
@@ -192,10 +194,6 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_few_kills_lose_nothing(tmp_path: Path, tokens: Path) -> None:
-    _kill_and_restart(tmp_path, tokens, kills=3, seed=0, steps=24)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_a_hundred_kills_lose_nothing(tmp_path: Path, tokens: Path) -> None:
@@ -211,13 +209,14 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, tokens: Path) -> None:
         pytest.skip(f"cannot mount a file system here: {mounted.stderr.strip()}")
     try:
         config_file = tiny_config_file(tmp_path, tokens)
-        arguments = ["--config", config_file, "strategy=ddp", "checkpoint.keep_last=100"]
-        two = ["torchrun", "--nproc-per-node", "2", "launchers/train.py"]
-        result = launch(*two, *arguments, "train.stop_at_step=4")
+        command = [
+            "python", "launchers/train.py", "--config", config_file, "strategy=single", "checkpoint.keep_last=100",
+        ]  # fmt: skip
+        result = launch(*command, "train.stop_at_step=4")
         assert result.returncode == 0, result.stderr
         ballast = root / "ballast"
         ballast.write_bytes(b"0" * (shutil.disk_usage(root).free - 100_000))
-        result = launch(*two, *arguments)
+        result = launch(*command)
         assert "the checkpoint of step 8 was not written: " in result.stderr
         assert "Training goes on; older checkpoints are intact" in result.stderr
         # All steps were trained, but the last one could not be saved.
@@ -227,7 +226,7 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, tokens: Path) -> None:
         assert (status["state"], status["step"]) == ("failed", 4)
         assert "the checkpoint of the last step was not written" in status["reason"]
         ballast.unlink()
-        result = launch(*two, *arguments)
+        result = launch(*command)
         assert result.returncode == 0, result.stderr
         assert find(tmp_path / "run").step == 12
     finally:
