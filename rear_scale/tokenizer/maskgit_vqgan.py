@@ -165,8 +165,9 @@ class MaskgitVqgan(PartwiseTokenizer):
         return nearest_code(latents.flatten(0, 2), self.codebook).view(len(images), -1)
 
     def pixels(self, ids: Tensor) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N])."""
-        return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, self.grid).permute(0, 3, 1, 2))
+        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N]), a square grid as large as S / 16."""
+        side = next(side for side in range(1, ids.shape[1] + 1) if side * side >= ids.shape[1])
+        return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2))
 
     def decode_part(self, ids: Tensor) -> Tensor:
         return self.pixels(ids).clamp(0, 1)
