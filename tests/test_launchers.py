@@ -85,6 +85,7 @@ def test_every_way_to_start_prints_the_same_losses(tmp_path: Path, tokens: Path)
     assert losses(tmp_path / "torchrun") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long  # tests/test_kills.py kills ranks before their file calls
 def test_a_kill_of_the_whole_group_is_survived(tmp_path: Path, tokens: Path) -> None:
     """kill -9 of launcher and ranks under deepspeed, dropout on; the same command ends as an unbroken run does."""
     commands = {}

@@ -140,7 +140,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> tuple[Path,
     return folder, cfg, *run_alone(_train_save_continue, cfg, folder / "single")
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(2, TWO_RANKS), (4, ("hsdp",))])
+@pytest.mark.parametrize(("world_size", "names"), [(2, TWO_RANKS), pytest.param(4, ("hsdp",), marks=pytest.mark.long)])
 def test_every_strategy_trains_saves_and_resumes_alike(
     tmp_path: Path, tokens: Path, alone: tuple, world_size: int, names: tuple[str, ...]
 ) -> None:

@@ -109,6 +109,7 @@ def test_nothing_is_recomputed_without_gradients(tmp_path: Path, tokens: Path) -
     assert logits.shape == (2, NUM_TOKENS, 32)
 
 
+@pytest.mark.long  # tests/test_compile.py trains with compiled blocks
 def test_compiled_blocks_give_the_same_gradients(tmp_path: Path, tokens: Path) -> None:
     drop = ["model.dropout=0", "model.attn_dropout=0"]
     output, gradients, *_ = passed(tmp_path, tokens, *drop)

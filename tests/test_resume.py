@@ -183,7 +183,8 @@ def checkpoint_steps(root: Path) -> list[int]:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     try:
-        children = psutil.Process(process.pid).children(recursive=True)
+        # Its own children alone: what a rank starts has the rank's command line until it becomes another program.
+        children = psutil.Process(process.pid).children()
         return [child.pid for child in children if any(word.endswith("launchers/train.py") for word in child.cmdline())]
     except psutil.Error:
         return []
