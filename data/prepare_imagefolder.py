@@ -26,9 +26,9 @@ from rear_scale.progress import progress
 from rear_scale.shards import writer
 from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import EXIF, BadImage, center_crop
-from rear_scale.shards.image_sources import FolderSource, SourceImage
 from rear_scale.shards.images import IMAGES_PER_SHARD, png, read_image_index, write_image_manifest, write_image_shard
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
+from rear_scale.shards.sources import FolderSource, SourceImage
 from rear_scale.shards.walk import shown
 
 

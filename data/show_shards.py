@@ -23,8 +23,8 @@ from rear_scale.sample.quantise import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.crops import BadImage, center_crop
-from rear_scale.shards.image_sources import open_source
 from rear_scale.shards.record import FORMAT, Manifest, read_manifest
+from rear_scale.shards.sources import open_source
 from rear_scale.tokenizer import find_tokenizer
 from rear_scale.weight_file import find_weights
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.progress import say
-from rear_scale.shards.image_sources import check_size, load_crops, open_source
+from rear_scale.shards.sources import check_size, load_crops, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.compact_training import check_same_training, remove_progress, train_compact
 from rear_scale.world import joined

@@ -37,11 +37,11 @@ from rear_scale.evaluate.images.npz import read_samples, read_sha256
 from rear_scale.evaluate.metrics.statistics_file import images_of, read_statistics
 from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.model import build_model
-from rear_scale.shards.image_sources import open_source as open_images_to_encode
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.plain import index_plain
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook, read_manifest
+from rear_scale.shards.sources import open_source as open_images_to_encode
 from rear_scale.shards.token_files import _alitok_codes, export_alitok
 from rear_scale.shards.writer import finished_shard
 from rear_scale.tokenizer.compact import CompactTokenizer

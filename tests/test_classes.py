@@ -16,10 +16,10 @@ from rear_scale.evaluate.images.image_set import ImageSet, from_arrays
 from rear_scale.evaluate.job import check_class_names
 from rear_scale.shards.classes import check_same_classes, class_id, names_by_id, read_class_map
 from rear_scale.shards.codebook import read_both
-from rear_scale.shards.image_sources import open_source
 from rear_scale.shards.images import write_images
 from rear_scale.shards.reader import check_agree
 from rear_scale.shards.record import Manifest, read_manifest
+from rear_scale.shards.sources import open_source
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rear_scale.evaluate.images.image_set import open_image_set
 from rear_scale.evaluate.metrics.statistics_file import images_of, write_statistics
 from rear_scale.shards import crops
 from rear_scale.shards.crops import BadImage, center_crop, cut, decode_image
-from rear_scale.shards.image_sources import open_source
+from rear_scale.shards.sources import open_source
 from rear_scale.world import World
 
 

@@ -29,7 +29,7 @@ from rear_scale.shards import token_files as tokens
 from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
 from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import BadImage, cut, decode_image
-from rear_scale.shards.image_sources import open_source
+from rear_scale.shards.sources import open_source
 from rear_scale.shards.tar_index import members, read_member, scan
 from rear_scale.shards.walk import HIDDEN, LeftOut
 

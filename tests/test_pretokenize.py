@@ -19,9 +19,9 @@ from rear_scale.config import DataConfig, ExperimentConfig, InputError
 from rear_scale.files import file_sha256, unfinished
 from rear_scale.shards import pretokenize, record, writer
 from rear_scale.shards.crops import CROPS, BadImage, center_crop, cut, decode_image
-from rear_scale.shards.image_sources import load_crops, open_source
 from rear_scale.shards.images import open_images, png, write_images
 from rear_scale.shards.reader import open_stream, open_tokens
+from rear_scale.shards.sources import load_crops, open_source
 from rear_scale.shards.tar_index import scan
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CompactTokenizer

@@ -21,9 +21,9 @@ from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.evaluate.images.image_set import open_image_set
-from rear_scale.shards.image_sources import open_source
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.shards.plain import index_plain
+from rear_scale.shards.sources import open_source
 from rear_scale.shards.tar_index import members, read_member, scan
 from rear_scale.shards.walk import HIDDEN, LeftOut
 from rear_scale.world import World

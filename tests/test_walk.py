@@ -16,8 +16,8 @@ from rear_scale.config import DataConfig, InputError, TokenizerConfig
 from rear_scale.evaluate.images.image_set import open_image_set
 from rear_scale.shards import walk as walking
 from rear_scale.shards.crops import EXTENSIONS, BadImage
-from rear_scale.shards.image_sources import open_source
 from rear_scale.shards.reader import open_manifest
+from rear_scale.shards.sources import open_source
 from rear_scale.shards.tar_index import tar_shards
 from rear_scale.shards.walk import HIDDEN, LEADS_BACK, LEADS_NOWHERE, LeftOut, shown, walk
 from rear_scale.world import World

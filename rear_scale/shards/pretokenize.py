@@ -22,9 +22,9 @@ from rear_scale.files import file_sha256, write_array_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.crops import CROPS, BadImage, cut
-from rear_scale.shards.image_sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
 from rear_scale.shards.record import Manifest, read_manifest, write_manifest
+from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.weight_file import find_weights
