@@ -2,7 +2,7 @@
 is spent.
 
     cfg = load("rear_xl.yaml", ["strategy=zero3", "optim.lr=2e-4"])
-    plan = derive(cfg, world_size=8, num_images=1_281_167)
+    plan = derive(cfg, world_size=8, images_per_epoch=1_281_167)
 
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """

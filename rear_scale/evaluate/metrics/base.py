@@ -138,7 +138,10 @@ class Metric(ABC):
         return []
 
     def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
-        """The number by reference (None: of the samples alone) where image i counts weights[i] times (int64 [n])."""
+        """The number by reference (None: of the samples alone) where image i counts weights[i] times (int64 [n]).
+
+        Asked of metrics with `resamples` alone, which define it.
+        """
         raise NotImplementedError
 
     def numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
