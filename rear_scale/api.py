@@ -44,7 +44,7 @@ from rear_scale.model.generator import is_head
 from rear_scale.objective import Objective, permutation
 from rear_scale.objective.prediction import held_out_task
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import check_tokenizer, decode_images, load_generator, make_tokens, units_of
+from rear_scale.sample.job import batches_of, check_tokenizer, decode_images, load_generator, make_tokens
 from rear_scale.shards.codebook import codebook_of, read_checked
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import find_tokenizer, open_tokenizer
@@ -241,7 +241,7 @@ class Model:
     def _batches(self, cfg: ExperimentConfig) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Image ids (int64 [b]) and token ids (int64 [B, N], of which the first b rows count) of each batch of a sampling job."""
         decoder = Decoder(self._generator, cfg.sample, cfg.objective.permutation)
-        for ids in units_of(cfg):
+        for ids in batches_of(cfg):
             yield ids, make_tokens(decoder, ids, cfg, self.device)
 
     @cached_property

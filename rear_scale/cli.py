@@ -53,9 +53,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError, or ends the process as argparse does."""
-        found = re.search(r"unrecognized arguments:.* --?((\w+)[\w.]*)", message)
-        if found and found[2] in get_type_hints(ExperimentConfig):
-            raise InputError(f"{message}. Values of the config are set without dashes: {found[1]}=VALUE")
+        unknown = re.search(r"unrecognized arguments:.* --?((\w+)[\w.]*)", message)
+        if unknown and unknown[2] in get_type_hints(ExperimentConfig):
+            raise InputError(f"{message}. Values of the config are set without dashes: {unknown[1]}=VALUE")
         super().error(message)
 
 
@@ -108,8 +108,8 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
         raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
     figure = getattr(args, "figure", None)
     overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
-    found, cfg = open_with_config(args.checkpoint, args.config, overrides)
-    return CheckpointCommand(config.with_home(cfg), args, world.discover(), found)
+    checkpoint, cfg = open_with_config(args.checkpoint, args.config, overrides)
+    return CheckpointCommand(config.with_home(cfg), args, world.discover(), checkpoint)
 
 
 def parse_source(parser: argparse.ArgumentParser) -> argparse.Namespace:

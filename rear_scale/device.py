@@ -65,8 +65,8 @@ def use_gpu(index: int) -> torch.device:
 def describe(device: torch.device, env: Mapping[str, str] = os.environ) -> str:
     """The device in words: its name and memory, or why it is the CPU."""
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return f"{found.name}, {found.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
     return (
         "CPU (asked for by CUDA_VISIBLE_DEVICES or DS_ACCELERATOR)" if _cpu_is_asked_for(env) else "CPU (no GPU found)"
     )

@@ -228,13 +228,13 @@ def _short_hash(text: str) -> str:
 
 
 def _is_leftover(entry: os.DirEntry[str], locked: tuple[str, ...]) -> bool:
-    found = re.fullmatch(r"(.+)\.([0-9a-f]{10})-(\d+)-(\d+)-[0-9a-f]{8}\.part", entry.name, re.DOTALL)
-    if found is None:
+    name_parts = re.fullmatch(r"(.+)\.([0-9a-f]{10})-(\d+)-(\d+)-[0-9a-f]{8}\.part", entry.name, re.DOTALL)
+    if name_parts is None:
         return False
-    if any(fnmatchcase(found[1], pattern) for pattern in locked):
+    if any(fnmatchcase(name_parts[1], pattern) for pattern in locked):
         return True
-    if found[2] == _machine():
-        return not is_running(int(found[3]), int(found[4]))
+    if name_parts[2] == _machine():
+        return not is_running(int(name_parts[3]), int(name_parts[4]))
     inside = list(os.scandir(entry.path)) if entry.is_dir(follow_symlinks=False) else []
     changed = max(item.stat(follow_symlinks=False).st_mtime for item in (entry, *inside))
     return time.time() - changed > _FOREIGN_AGE_S

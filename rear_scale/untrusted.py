@@ -20,9 +20,9 @@ MOST_JSON = 64 << 20  # bytes: a manifest of 100,000 shards has half of it
 _MOST_CONTAINERS = 1 << 20  # lists and objects of one JSON file
 _DEEPEST = 64  # levels of nesting
 _MOST_DIGITS = 20  # of a whole number: 64 bits
-_MOST_HEAD = 32 << 20  # bytes of the head of a safetensors file; 10,000 tensors take 2 MiB
+_MAX_HEADER_BYTES = 32 << 20  # bytes of the head of a safetensors file; 10,000 tensors take 2 MiB
 _MOST_DIMENSIONS = 8
-_MOST_NPY_HEAD = 10_000  # bytes, as numpy has it
+_MAX_NPY_HEADER_BYTES = 10_000  # bytes, as numpy has it
 
 # dtype of a safetensors head -> bytes of a value
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
@@ -59,18 +59,18 @@ def check_file(path: str | Path) -> None:
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise ValueError("is no regular file. Name the file itself")
     with open(path, "rb") as file:
-        found = mistaken_for(file.read(512))
-    if found is not None:
-        raise ValueError(found)
+        mistaken = mistaken_for(file.read(512))
+    if mistaken is not None:
+        raise ValueError(mistaken)
 
 
 def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
     """A whole regular file of at most `most` bytes. Raises ValueError for another, OSError when it cannot be read."""
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("no regular file")
-    if found.st_size > most:
-        raise ValueError(f"{found.st_size:,} bytes, more than the {most:,} that such a file may have")
+    if status.st_size > most:
+        raise ValueError(f"{status.st_size:,} bytes, more than the {most:,} that such a file may have")
     with open(path, "rb") as file:
         return file.read(most)
 
@@ -89,8 +89,8 @@ def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
     if len(text) > most:
         raise ValueError(f"{len(text):,} bytes, more than the {most:,} that such a file may have")
     if isinstance(text, bytes):
-        if found := mistaken_for(text):
-            raise ValueError(f"the file {found.split('. ')[0]}")
+        if mistaken := mistaken_for(text):
+            raise ValueError(f"the file {mistaken.split('. ')[0]}")
         text = text.decode()
     if text.count("[") + text.count("{") > _MOST_CONTAINERS:
         raise ValueError(f"more than {_MOST_CONTAINERS:,} lists and objects")
@@ -105,12 +105,12 @@ def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = next(name for name in values if names.count(name) > 1)
         raise ValueError(f"the key {shown(twice)} stands there twice")
-    return found
+    return values
 
 
 def _no_number(text: str) -> float:
@@ -163,7 +163,7 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def safetensors_head(path: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+def safetensors_header(path: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """Metadata and tensors of a safetensors file, by its head alone.
 
     Raises ValueError when the head is not one, is larger than 32 MiB, or describes other bytes than the file has; OSError
@@ -175,35 +175,35 @@ def safetensors_head(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
             raise ValueError(f"its head would have {length:,} bytes, but the file has {size:,}")
-        if length > _MOST_HEAD:
-            raise ValueError(f"its head of {length:,} bytes is larger than the {_MOST_HEAD:,} that are read")
-        head = parse_json(file.read(length), _MOST_HEAD)
-    if not isinstance(head, dict):
-        raise ValueError(f"its head is {shown(head)}, not an object")
-    metadata = head.pop("__metadata__", None) or {}
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"its head of {length:,} bytes is larger than the {_MAX_HEADER_BYTES:,} that are read")
+        header = parse_json(file.read(length), _MAX_HEADER_BYTES)
+    if not isinstance(header, dict):
+        raise ValueError(f"its head is {shown(header)}, not an object")
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not hold texts by name")
-    return metadata, {name: _stored(name, entry, size - 8 - length) for name, entry in head.items()}
+    return metadata, {name: _stored(name, entry, size - 8 - length) for name, entry in header.items()}
 
 
 def _stored(name: str, entry: Any, size: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} is not described by dtype, shape and data_offsets")
-    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not dtype.isprintable() or len(dtype) > 20:
         raise ValueError(f"{shown(name)} has dtype {shown(dtype)}")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
         raise ValueError(f"{shown(name)} has shape {shown(shape)}")
     if (
-        not isinstance(place, list)
-        or len(place) != 2
-        or not all(map(is_count, place))
-        or not place[0] <= place[1] <= size
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(is_count, offsets))
+        or not offsets[0] <= offsets[1] <= size
     ):
-        raise ValueError(f"{shown(name)} lies at {shown(place)} of {size:,} bytes")
+        raise ValueError(f"{shown(name)} lies at {shown(offsets)} of {size:,} bytes")
     # Types of less than a byte are the library's affair, and refused as weights.
-    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != place[1] - place[0]:
-        raise ValueError(f"{shown(name)} of {dtype} {shape} does not take {place[1] - place[0]:,} bytes")
+    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
+        raise ValueError(f"{shown(name)} of {dtype} {shape} does not take {offsets[1] - offsets[0]:,} bytes")
     return StoredTensor(dtype, tuple(shape))
 
 
@@ -216,7 +216,7 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and all(letter in "0123456789abcdef" for letter in value)
 
 
-def npy_head(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it is stored by columns, and dtype of the .npy array that begins here; reads up to its values.
 
     Raises ValueError for another file, Python objects, named fields and sizes below 0.
@@ -228,8 +228,8 @@ def npy_head(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     prefix = file.read(2 if first else 4)
     length = int.from_bytes(prefix, "little")
     # Before it is read: out of a compressed member, 4 GiB of it may come from a few MiB.
-    if length > _MOST_NPY_HEAD:
-        raise ValueError(f"its head of {length:,} bytes is larger than the {_MOST_NPY_HEAD:,} that are read")
+    if length > _MAX_NPY_HEADER_BYTES:
+        raise ValueError(f"its head of {length:,} bytes is larger than the {_MAX_NPY_HEADER_BYTES:,} that are read")
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
     try:
         shape, by_columns, dtype = read(io.BytesIO(prefix + file.read(length)))
@@ -248,12 +248,14 @@ def npy_array(data: bytes, kinds: str = "iuf", shape: Collection[int] | None = N
     Raises ValueError for any other content; nothing larger than `data` is allocated.
     """
     file = io.BytesIO(data)
-    found, by_columns, dtype = npy_head(file)
+    stored_shape, by_columns, dtype = npy_header(file)
     if dtype.kind not in kinds:
         raise ValueError(f"it holds {dtype}, not numbers")
-    if shape is not None and found != tuple(shape):
-        raise ValueError(f"it has shape {list(found)}, not {list(shape)}")
-    if math.prod(found) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"its head says {dtype} {list(found)}, which its {len(data) - file.tell():,} bytes are not")
+    if shape is not None and stored_shape != tuple(shape):
+        raise ValueError(f"it has shape {list(stored_shape)}, not {list(shape)}")
+    if math.prod(stored_shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(
+            f"its head says {dtype} {list(stored_shape)}, which its {len(data) - file.tell():,} bytes are not"
+        )
     flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(found, order="F" if by_columns else "C")
+    return flat.reshape(stored_shape, order="F" if by_columns else "C")

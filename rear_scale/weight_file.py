@@ -30,23 +30,23 @@ _LARGEST_SIZE = 65_536  # of an architecture in the head of a file of ours
 
 
 def write_weights(
-    path: Path, model: nn.Module, kind: str, architecture: dict[str, Any], training: dict[str, Any] | None = None
+    path: Path, model: nn.Module, model_type: str, architecture: dict[str, Any], training: dict[str, Any] | None = None
 ) -> None:
     """Writes a model in one piece. The same weights and settings of their training give the same bytes."""
-    head = {"kind": kind, "architecture": architecture}
-    write_tensors(path, model.state_dict(), head if training is None else {**head, "training": training})
+    header = {"kind": model_type, "architecture": architecture}
+    write_tensors(path, model.state_dict(), header if training is None else {**header, "training": training})
 
 
 def read_training(path: str | Path) -> dict[str, Any]:
     """What a file that `read_weights` reads says of its training; empty when it says nothing."""
-    training = read_head(path, "tokenizer.weights").own.get("training", {})
+    training = read_header(path, "tokenizer.weights").own.get("training", {})
     return training if isinstance(training, dict) else {}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], head: dict[str, Any] | None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any] | None) -> None:
     """Writes tensors in one piece, with what `head` says of them."""
     # One entry: the library writes several in no fixed order.
-    metadata = None if head is None else {"rear_scale": json.dumps(head)}
+    metadata = None if header is None else {"rear_scale": json.dumps(header)}
     save_tensors(path, {name: value.contiguous().cpu() for name, value in tensors.items()}, metadata)
 
 
@@ -71,16 +71,18 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
 
 
 def read_weights(
-    path: str | Path, kind: str, sizes: Collection[str], field: str
+    path: str | Path, model_type: str, sizes: Collection[str], field: str
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Architecture (the sizes of those names) and state dict of a file. `field` is the config key that names it in errors.
 
     Raises InputError when the file is missing, damaged or of another kind.
     """
-    head = read_head(path, field)
-    if head.own.get("kind") != kind:
-        raise InputError(f"{field}={path} is not a {kind} of ours. Remove it and make it again, or name another file")
-    architecture = head.own.get("architecture")
+    header = read_header(path, field)
+    if header.own.get("kind") != model_type:
+        raise InputError(
+            f"{field}={path} is not a {model_type} of ours. Remove it and make it again, or name another file"
+        )
+    architecture = header.own.get("architecture")
     if (
         not isinstance(architecture, dict)
         or architecture.keys() != set(sizes)
@@ -104,31 +106,31 @@ def fill(model: Model, state: Mapping[str, Tensor], path: str | Path, field: str
     allocated.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if found != expected:
+    stored = {name: tuple(value.shape) for name, value in state.items()}
+    if stored != expected:
         raise InputError(
-            f"{field}={path} does not hold what its head says: {_difference(found, expected)}. Make the file again"
+            f"{field}={path} does not hold what its head says: {_difference(stored, expected)}. Make the file again"
         )
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model
 
 
 @dataclass(frozen=True)
-class Head:
+class Header:
     """What a safetensors file says before its values."""
 
     own: dict[str, Any]  # what a file of ours says of itself; empty for others
     tensors: dict[str, StoredTensor]
 
 
-def read_head(path: str | Path, field: str) -> Head:
+def read_header(path: str | Path, field: str) -> Header:
     """The head of a safetensors file of weights, within bounds. `field` names the file in errors.
 
     Raises InputError when the file is missing or none, and for values that are no weights (whole numbers, bool, complex,
     8 bits).
     """
     try:
-        metadata, tensors = untrusted.safetensors_head(path)
+        metadata, tensors = untrusted.safetensors_header(path)
         own = untrusted.parse_json(metadata.get("rear_scale", "{}"))
         if not isinstance(own, dict):
             raise ValueError(f"it says {shown(own)} of itself, not an object")
@@ -137,8 +139,8 @@ def read_head(path: str | Path, field: str) -> Head:
     except (ValueError, OSError) as error:
         raise InputError(_unreadable(path, field, error)) from error
     for name, stored in tensors.items():
-        _check_kind(name, stored.dtype in FLOATS, stored.dtype, math.prod(stored.shape), path, field)
-    return Head(own, tensors)
+        _check_dtype(name, stored.dtype in FLOATS, stored.dtype, math.prod(stored.shape), path, field)
+    return Header(own, tensors)
 
 
 def _unreadable(path: str | Path, field: str, error: Exception) -> str:
@@ -149,7 +151,7 @@ def _unreadable(path: str | Path, field: str, error: Exception) -> str:
     return f"{field}={path} cannot be read ({reason}). Is it whole? Download it again, or make it again"
 
 
-def _check_kind(name: str, is_float: bool, dtype: str, values: int, path: str | Path, field: str) -> None:
+def _check_dtype(name: str, is_float: bool, dtype: str, values: int, path: str | Path, field: str) -> None:
     # Networks count their batches in single whole numbers.
     if not is_float and not (values == 1 and dtype in ("I64", "int64")):
         raise InputError(
@@ -178,9 +180,9 @@ def load_published(
         raise InputError(f"not found: {field}={path}. The file is {published}; download it and set {field} to its path")
     state = {rename(name): value for name, value in read_state(file, field).items()}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if found != expected:
-        raise InputError(f"{field}={file} does not fit: {_difference(found, expected)}. The file is {published}")
+    stored = {name: tuple(value.shape) for name, value in state.items()}
+    if stored != expected:
+        raise InputError(f"{field}={file} does not fit: {_difference(stored, expected)}. The file is {published}")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval()
 
@@ -191,7 +193,7 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
     Raises InputError when the file cannot be read, holds anything but tensors by name, or is a pickle that needs more.
     """
     if file.suffix == ".safetensors":
-        read_head(file, field)
+        read_header(file, field)
     try:
         untrusted.check_file(file)
         if file.suffix == ".safetensors":
@@ -242,20 +244,20 @@ def _check_state(state: Mapping[Any, Any], file: Path, field: str) -> None:
             )
         dtype = str(value.dtype).removeprefix("torch.")
         is_float = value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        _check_kind(name, is_float, dtype, value.numel(), file, field)
+        _check_dtype(name, is_float, dtype, value.numel(), file, field)
 
 
 def _what(error: BaseException) -> str:
     """What a refused pickle asks for; torch's message around it advises to load the file all the same."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f" ({found[1]})" if found else ""
+    needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({needed[1]})" if needed else ""
 
 
-def _difference(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+def _difference(stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         return f"{len(missing)} of {len(expected)} weights are missing, {missing[0]} among them"
     if extra:
         return f"it has {len(extra)} weights that the model lacks, {extra[0]} among them"
-    name = next(name for name in expected if found[name] != expected[name])
-    return f"{name} is {list(found[name])} in the file and {list(expected[name])} in the model"
+    name = next(name for name in expected if stored[name] != expected[name])
+    return f"{name} is {list(stored[name])} in the file and {list(expected[name])} in the model"

@@ -87,7 +87,7 @@ class Fuzzer:
         self.kinds: dict[str, Callable[[], None]] = {
             "meta.json": self.meta_json,
             "config of a checkpoint": self.config,
-            "head of a weight file": self.safetensors_head,
+            "head of a weight file": self.safetensors_header,
             "bytes of a weight file": self.weight_bytes,
             "head of a tokenizer or classifier": self.small_head,
             "index.json of tokens": self.token_index,
@@ -253,7 +253,7 @@ class Fuzzer:
         write_tensors(path, {"x": torch.zeros(1)}, {**self.head, "config": config})
         open_source(path)
 
-    def safetensors_head(self) -> None:
+    def safetensors_header(self) -> None:
         data = (self.folder / "weights.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
         head = json.loads(data[8 : 8 + length])

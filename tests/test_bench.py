@@ -13,7 +13,7 @@ from helpers import command_line, environment, launch
 from rear_scale import config
 from rear_scale.bench import data, reference, sample, scaling
 from rear_scale.config import InputError
-from rear_scale.sample.decode_worker import Beside
+from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
@@ -117,7 +117,7 @@ def test_sampling_with_a_tokenizer_decodes_beside_it(tmp_path: Path, monkeypatch
     CompactTokenizer(24, 128, 16, 32).save(tmp_path / "tokenizer")
     weights = f"tokenizer.weights={tmp_path / 'tokenizer'}"
     workers = []
-    monkeypatch.setattr(sample, "Beside", lambda device: workers.append(Beside(device)) or workers[-1])
+    monkeypatch.setattr(sample, "DecodeWorker", lambda device: workers.append(DecodeWorker(device)) or workers[-1])
     found = sampling(weights)
     assert found["decoding_included"]
     assert len(workers) == 1

@@ -29,7 +29,7 @@ from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extr
 from rear_scale.evaluate.networks.inception import Inception, resize_tf1
 from rear_scale.evaluate.published import ROWS, our_rows, table
 from rear_scale.evaluate.result import ImageScores, check_result
-from rear_scale.evaluate.subjects import Opener, Subject
+from rear_scale.evaluate.targets import EvalTarget, TargetOpener
 from rear_scale.sample.npz_writer import write_samples
 from rear_scale.shards.images import open_images, write_images
 from rear_scale.world import World
@@ -408,11 +408,11 @@ def test_statistics_are_made_of_images_of_any_size_in_shares(tmp_path: Path) -> 
         Image.fromarray(np.full((*size, 3), 10 * number, np.uint8)).save(tmp_path / "photographs" / f"{number:02}.png")
     cfg = config.load("evaluate.yaml", ["evaluate.inception_weights=weights", "tokenizer.image_size=16"])
     cfg.evaluate.inception_weights = None
-    subject = Subject(cfg, None, tmp_path / "photographs", tmp_path / "result.json")
+    target = EvalTarget(cfg, None, tmp_path / "photographs", tmp_path / "result.json")
     statistics = tmp_path / "statistics.npz"
 
     def write(world: World, part: Part | None, samples: Path = tmp_path / "photographs") -> bool:
-        images = Opener(world).images(replace(subject, samples=samples), cfg.tokenizer.image_size)
+        images = TargetOpener(world).images(replace(target, samples=samples), cfg.tokenizer.image_size)
         return _open(cfg, tmp_path / "cache", world).write_statistics(images, statistics, part)
 
     assert not run_alone(write, Part(0, 2))

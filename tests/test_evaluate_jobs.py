@@ -31,7 +31,7 @@ from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.networks.dinov2 import DinoV2
 from rear_scale.evaluate.networks.feature_cache import Part, extract
 from rear_scale.evaluate.networks.inception import Inception
-from rear_scale.evaluate.subjects import Opener, Subject, subjects_of
+from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets
 from rear_scale.evaluate.training_scores import TrainingScores, check_training_scores, is_due
 from rear_scale.run import wandb
 from rear_scale.sample import job as sample_job
@@ -48,36 +48,36 @@ def reference(folder: Path, count: int = 30) -> Path:
     return folder / "reference.npz"
 
 
-def test_subjects_are_all_checkpoints_at_all_settings(
+def test_targets_are_all_checkpoints_at_all_settings(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, found = prepared(tmp_path, tokens)
-    planned = subjects_of(cfg, [(cfg, found)], None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
+    planned = eval_targets(cfg, [(cfg, found)], None, ["sample.guidance.scale=1.5,2.0", "sample.seed=3,4"], None)
     assert [(p.cfg.sample.guidance.scale, p.cfg.sample.seed) for p in planned] == [
         (1.5, 3), (1.5, 4), (2.0, 3), (2.0, 4),
     ]  # fmt: skip
     assert planned[0].output.name == "result_guidance.scale=1.5_seed=3.json"
-    (alone,) = subjects_of(cfg, [(cfg, found)], None, [], None)
+    (alone,) = eval_targets(cfg, [(cfg, found)], None, [], None)
     assert alone.output == found.path.parent.parent / "result.json"
     earlier = Checkpoint(found.path.with_name("step_00000004"), {**found.meta, "step": 4})
-    both = subjects_of(cfg, [(cfg, found), (cfg, earlier)], None, [], None)
-    assert [subject.output.name for subject in both] == [f"result_step={found.step}.json", "result_step=4.json"]
+    both = eval_targets(cfg, [(cfg, found), (cfg, earlier)], None, [], None)
+    assert [target.output.name for target in both] == [f"result_step={found.step}.json", "result_step=4.json"]
     # The moving average of a run's weights, in a file beside that of the weights.
     files = [Checkpoint(found.path.with_name(name), found.meta) for name in ("a.safetensors", "a_ema.safetensors")]
-    both = subjects_of(cfg, [(cfg, file) for file in files], None, ["sample.seed=1"], None)
-    assert [subject.output.name for subject in both] == ["result_a_seed=1.json", "result_a_ema_seed=1.json"]
-    (images,) = subjects_of(cfg, [], Path("a/samples.npz"), [], None)
+    both = eval_targets(cfg, [(cfg, file) for file in files], None, ["sample.seed=1"], None)
+    assert [target.output.name for target in both] == ["result_a_seed=1.json", "result_a_ema_seed=1.json"]
+    (images,) = eval_targets(cfg, [], Path("a/samples.npz"), [], None)
     assert images.output == Path("a/samples.result.json")
     for name in ("scale_4.0", "scale_4.5"):
         (tmp_path / name).mkdir()
-        (images,) = subjects_of(cfg, [], tmp_path / name, [], None)
+        (images,) = eval_targets(cfg, [], tmp_path / name, [], None)
         assert images.output == tmp_path / f"{name}.result.json"
     monkeypatch.chdir(tmp_path / name)
-    (images,) = subjects_of(cfg, [], Path("."), [], None)
+    (images,) = eval_targets(cfg, [], Path("."), [], None)
     assert (images.output, images.name) == (tmp_path / f"{name}.result.json", name)
 
 
-def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
+def test_contradictory_targets_are_named(tmp_path: Path, tokens: Path) -> None:
     cfg, found = prepared(tmp_path, tokens)
     mine = [(cfg, found)]
     for arguments, expected in (
@@ -89,16 +89,16 @@ def test_contradictory_subjects_are_named(tmp_path: Path, tokens: Path) -> None:
         ((mine * 2, None, [], None), "result.json would be the result of several"),
     ):
         with pytest.raises(InputError, match=expected):
-            subjects_of(cfg, *arguments)
+            eval_targets(cfg, *arguments)
 
 
-def _score_subject(world: World, cfg: ExperimentConfig, found: Checkpoint, cache: Path, write: bool) -> dict:
-    subject = Subject(cfg, found, None, cache / "result.json")
+def _score_target(world: World, cfg: ExperimentConfig, found: Checkpoint, cache: Path, write: bool) -> dict:
+    target = EvalTarget(cfg, found, None, cache / "result.json")
     if write:
         sample_images(cfg, found, world, sample_job.default_output(cfg, found))
     evaluation = Evaluation(cfg, cache, world)
     evaluation.networks = [_Small()]
-    samples = Opener(world).images(subject)
+    samples = TargetOpener(world).images(target)
     assert samples.name.endswith(".npz") == write
     return evaluation.score(samples).to_json()
 
@@ -106,11 +106,11 @@ def _score_subject(world: World, cfg: ExperimentConfig, found: Checkpoint, cache
 def test_generated_images_score_as_the_written_ones_and_leave_nothing_behind(tmp_path: Path, tokens: Path) -> None:
     overrides = ["sample.num_images=23", "sample.batch_size=5", f"evaluate.reference={reference(tmp_path)}"]
     cfg, found = prepared(tmp_path, tokens, *overrides)
-    generated = run_alone(_score_subject, cfg, found, tmp_path / "one", False)
-    assert run_ranks(3, _score_subject, cfg, found, tmp_path / "three", False) == [generated] * 3
+    generated = run_alone(_score_target, cfg, found, tmp_path / "one", False)
+    assert run_ranks(3, _score_target, cfg, found, tmp_path / "three", False) == [generated] * 3
     assert not list(tmp_path.rglob("*samples*"))
     assert len(list((tmp_path / "one").rglob("block_*.npz"))) == 5 + 1
-    written = run_alone(_score_subject, cfg, found, tmp_path / "written", True)
+    written = run_alone(_score_target, cfg, found, tmp_path / "written", True)
     assert written["labels"] == generated["labels"]
     one, other = (scores["inception"]["references"]["reference"] for scores in (written, generated))
     # The same images, added up in another order.
@@ -423,7 +423,7 @@ def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -
     other = Checkpoint(found.path, {**found.meta, "tokenizer_sha256": "ab" * 32})
 
     def images(world: World) -> None:
-        Opener(world).images(Subject(cfg, other, None, tmp_path / "result.json"))
+        TargetOpener(world).images(EvalTarget(cfg, other, None, tmp_path / "result.json"))
 
     with pytest.raises(InputError, match="tokens of a file with abababab"):
         run_alone(images)
@@ -514,9 +514,9 @@ def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=some_images(4))
 
     def check(world: World) -> None:
-        subject = Subject(ExperimentConfig(), None, tmp_path / "images.npz", tmp_path / "out.json")
-        assert Opener(world).images(subject).count == 4
-        assert (subject.name, subject.run) == ("images.npz", None)
+        target = EvalTarget(ExperimentConfig(), None, tmp_path / "images.npz", tmp_path / "out.json")
+        assert TargetOpener(world).images(target).count == 4
+        assert (target.name, target.run) == ("images.npz", None)
         assert open_image_set(tmp_path / "images.npz", world).quantiser is None
 
     run_alone(check)

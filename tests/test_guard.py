@@ -30,7 +30,14 @@ from rear_scale import config
 from rear_scale.run.folder import RunFolder
 from rear_scale.shards.record import TarShard
 from rear_scale.train import guard, setup
-from rear_scale.train.guard import EXIT_INTERRUPTED, EXIT_PREEMPTED, Spikes, StopSignal, Watchdog, shard_positions
+from rear_scale.train.guard import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    LossSpikeDetector,
+    StopSignal,
+    Watchdog,
+    shard_positions,
+)
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import World, discover, free_port, node_name
 
@@ -218,11 +225,11 @@ def test_the_slow_rank_is_named(tmp_path: Path, tokens: Path) -> None:
 
 def test_spikes_are_judged_by_the_losses_before_them() -> None:
     cfg = config.load("demo.yaml", ["guard.spike_sigma=6", "guard.spike_window=30"])
-    spikes = Spikes(cfg)
+    spikes = LossSpikeDetector(cfg)
     losses = [5.0 - 0.01 * step + 0.02 * (-1) ** step for step in range(60)]
     assert not any(spikes(loss) for loss in losses[:10])
     assert not spikes(100.0)  # too few before it to tell
-    spikes = Spikes(cfg)
+    spikes = LossSpikeDetector(cfg)
     assert not any(spikes(loss) for loss in losses)
     assert not spikes(float("nan"))
     assert spikes(6.0)
@@ -317,7 +324,7 @@ def _rewound_run(folder: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, ki
     folder.mkdir()
     cfg = tiny_config(folder, tokens, "strategy=single", "guard.on_spike=rewind")
     losses = iter(range(1, 100))
-    monkeypatch.setattr(Spikes, "__call__", lambda self, loss: next(losses) == 6)
+    monkeypatch.setattr(LossSpikeDetector, "__call__", lambda self, loss: next(losses) == 6)
     returned = []
 
     def kill(step: int, model: object) -> None:

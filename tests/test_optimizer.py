@@ -206,7 +206,7 @@ def test_a_rule_has_its_own_rate_and_decay_and_the_others_keep_theirs(
     assert {rule.weight_decay for rule in strategy.rules.values() if rule.name != "sgd"} == {0.0, 0.5}
     # The planner and the check of memory count one state of these weights, not two.
     weights = sum(value.nbytes for _, value in strategy.tensors("param"))
-    kept = sum(value.nbytes for kind in strategy.kinds[1:] for _, value in strategy.tensors(kind))
+    kept = sum(value.nbytes for kind in strategy.state_names[1:] for _, value in strategy.tensors(kind))
     assert memory_per_rank(cfg, 1, 1).optimizer == kept
     cluster = cluster_of(1, *next(iter(devices().items())))
     adamw = replace(cfg, optim=replace(cfg.optim, name="adamw"))

@@ -12,7 +12,7 @@ import pytest
 from rear_scale import cli, config
 from rear_scale.config import InputError, check_override, combinations
 from rear_scale.config.overrides import quoted
-from rear_scale.evaluate.subjects import _settings
+from rear_scale.evaluate.targets import _settings
 from rear_scale.run.requeue import _run_dir
 
 DEMO = config.to_dict(config.load("demo.yaml"))

@@ -99,7 +99,7 @@ def run_steps(
 def everything(strategy: Strategy) -> dict[str, np.ndarray]:
     return {
         f"{kind}/{name}": value.cpu().numpy().copy()
-        for kind in strategy.kinds
+        for kind in strategy.state_names
         for name, value in strategy.tensors(kind)
     }
 
@@ -550,7 +550,7 @@ def test_a_checkpoint_holds_every_weight_and_moment_in_float32(tmp_path: Path, t
         found = find(tmp_path)
         assert found.path == path
         assert found.names() == [name for name, _ in strategy.model.named_parameters()]
-        for kind in strategy.kinds:
+        for kind in strategy.state_names:
             read = found.reader(kind)
             for name, tensor in strategy.tensors(kind):
                 assert read(name).dtype == torch.float32

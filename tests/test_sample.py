@@ -411,7 +411,7 @@ def _refusal(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Pat
 
 def test_units_cover_every_image_once_class_by_class() -> None:
     cfg = load("demo.yaml", ["sample.num_images=103", "sample.batch_size=8"])
-    units = job.units_of(cfg)
+    units = job.batches_of(cfg)
     assert sorted(np.concatenate(units).tolist()) == list(range(103))
     assert all(len(set((unit % 10).tolist())) <= 2 for unit in units)
 

@@ -105,9 +105,9 @@ def sequences(model: Generator, cfg: ExperimentConfig, images: int, batch_size: 
     """int64 [images, N], as a job of that batch size makes them: its weights are packed for that size, too."""
     cfg.sample.batch_size = batch_size
     decoder = Decoder(model, cfg.sample)
-    made = [job.make_tokens(decoder, ids, cfg, torch.device("cpu"))[: len(ids)] for ids in job.units_of(cfg)]
+    made = [job.make_tokens(decoder, ids, cfg, torch.device("cpu"))[: len(ids)] for ids in job.batches_of(cfg)]
     tokens = torch.empty(images, made[0].shape[1], dtype=torch.int64)
-    tokens[np.concatenate(job.units_of(cfg))] = torch.cat(made)
+    tokens[np.concatenate(job.batches_of(cfg))] = torch.cat(made)
     return tokens
 
 

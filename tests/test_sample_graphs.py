@@ -19,7 +19,7 @@ from rear_scale.config import GuidanceConfig, SampleConfig
 from rear_scale.sample import graphs
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.decode_worker import Beside, wait_for_workers
+from rear_scale.sample.decode_worker import DecodeWorker, wait_for_workers
 from rear_scale.sample.graphs import CudaGraph, GraphedSteps
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_nothing_else_runs_while_steps_are_recorded(tmp_path: Path, tokens: Path
     decoder = Decoder(model, SampleConfig(batch_size=4))
     decoder.graphed = GraphedSteps(decoder._draw_steps, Watching)
     ids = torch.arange(4)
-    with Beside(CPU) as beside:
+    with DecodeWorker(CPU) as beside:
         for _ in range(2):
             beside.run(decode, decoder.generate(ids, ids))
     assert found
@@ -134,10 +134,10 @@ def test_a_worker_that_has_ended_is_not_waited_for() -> None:
     def fails() -> None:
         raise ValueError
 
-    with pytest.raises(ValueError), Beside(CPU) as beside:  # noqa: PT011
+    with pytest.raises(ValueError), DecodeWorker(CPU) as beside:  # noqa: PT011
         beside.run(fails)
     wait_for_workers()
-    with Beside(CPU) as beside:
+    with DecodeWorker(CPU) as beside:
         beside.run(fails)
         with pytest.raises(ValueError):  # noqa: PT011
             wait_for_workers()

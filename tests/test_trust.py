@@ -578,8 +578,8 @@ _OPENERS = {
     "gopen", "Popen", "subprocess.run", "torch.load", "np.load", "load_file", "safe_open", "np.memmap", "zipfile.ZipFile",
     "tarfile.open", "Image.open", "json.loads", "yaml.safe_load", "yaml.parse", "OmegaConf.load", "compose", "Environment",
     "OmegaConf.register_new_resolver", "ctypes.CDLL", "importlib.import_module", "util.spec_from_file_location",
-    "tar_file_expander", "dist.all_gather_object", "dist.broadcast_object_list", "read_json", "parse_json", "npy_head",
-    "npy_array", "safetensors_head",
+    "tar_file_expander", "dist.all_gather_object", "dist.broadcast_object_list", "read_json", "parse_json", "npy_header",
+    "npy_array", "safetensors_header",
 }  # fmt: skip
 _NEVER = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen",
           "tar.extractall", "archive.extractall", "tar.extract", "torch.hub.load", "marshal.loads"}  # fmt: skip

@@ -29,7 +29,7 @@ from rear_scale.evaluate.networks.feature_cache import extract
 from rear_scale.evaluate.networks.inception import Inception
 from rear_scale.files import write_text_atomically
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import decode_images, labels_of, make_tokens, units_of
+from rear_scale.sample.job import batches_of, decode_images, labels_of, make_tokens
 from rear_scale.tokenizer import find_tokenizer, open_tokenizer
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import World, discover, joined
@@ -48,7 +48,7 @@ def measure(small: bool, folder: Path) -> dict[str, Any]:
 
 
 def _rates(cfg: ExperimentConfig, world: World, folder: Path) -> dict[str, Any]:
-    device, units = world.device, units_of(cfg)
+    device, units = world.device, batches_of(cfg)
     decoder = Decoder(drawn_model(cfg, device, with_heads=False).eval(), cfg.sample, cfg.objective.permutation)
     tokenizer = open_tokenizer(cfg.tokenizer, device)
     inception = InceptionFeatures(str(_write_inception(folder)), device)

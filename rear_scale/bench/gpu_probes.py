@@ -17,7 +17,7 @@ from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
 from rear_scale.bench.model import drawn_model, synchronize, use_device
 from rear_scale.config import GuidanceConfig, SampleConfig, load
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.decode_worker import Beside
+from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 
@@ -89,7 +89,7 @@ def graphs(device: torch.device, small: bool) -> str:
     decoder, plain = Decoder(model, sample), Decoder(model, sample)
     plain.graphed = None
     ids = torch.arange(sample.batch_size, device=device)
-    with Beside(device) as beside:
+    with DecodeWorker(device) as beside:
         drawn = []
         for number in range(3):
             drawn.append(decoder.generate(ids % 8, ids + number * len(ids)))

@@ -30,7 +30,7 @@ from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.flops import decode_step_cost
 from rear_scale.progress import progress
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.decode_worker import Beside
+from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.tokenizer import open_tokenizer
 
 # Images of a batch and precision, decoding included. RAR's Table 5 states all three; of Figure 5, reAR's paper states the
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     distinct, one, few = ids % classes, torch.zeros_like(ids), ids[:_UNCACHED_BATCH]
     plain = partial(_plain, cfg, decoder, dict(model.named_parameters()))
     decode = _image_decoder(cfg, device)
-    worker = Beside(device)
+    worker = DecodeWorker(device)
     ours = partial(_ours, decoder, decode, worker)
     variants: dict[str, tuple[int, Callable[[], object]]] = {
         "distinct_classes": (_images(B, decode), lambda: ours(distinct, ids)),
@@ -187,7 +187,7 @@ def _step_figures(cfg: ExperimentConfig, decoder: Decoder, device: torch.device,
 
 
 def _ours(
-    decoder: Decoder, decode: Callable[[Tensor], Tensor] | None, worker: Beside, labels: Tensor, ids: Tensor
+    decoder: Decoder, decode: Callable[[Tensor], Tensor] | None, worker: DecodeWorker, labels: Tensor, ids: Tensor
 ) -> None:
     if decode is None:
         decoder.generate(labels, ids)

@@ -28,7 +28,7 @@ from rear_scale.files import file_sha256, remove_leftovers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rear_scale.parallel.strategy import Kind
+    from rear_scale.parallel.strategy import StateName
 
 CHECKPOINTS = "checkpoints"  # of a run folder
 LATEST = "latest"
@@ -51,13 +51,13 @@ class Checkpoint:
         """The folder that what is made of the checkpoint goes to."""
         return self.path.parent.parent
 
-    def reader(self, kind: Kind) -> Callable[[str], Tensor]:
+    def reader(self, state_name: StateName) -> Callable[[str], Tensor]:
         """A function from parameter name to its full float32 tensor on the CPU."""
         index = self.meta["index"]
         handles: dict[str, Any] = {}
 
         def read(name: str) -> Tensor:
-            key = f"{kind}/{name}"
+            key = f"{state_name}/{name}"
             if key not in index:
                 raise InputError(
                     f"{self.path} has no {key}. It was made by another model: check the model and heads of the config"
@@ -69,8 +69,8 @@ class Checkpoint:
 
         return read
 
-    def has(self, kind: Kind) -> bool:
-        return any(key.startswith(f"{kind}/") for key in self.meta["index"])
+    def has(self, state_name: StateName) -> bool:
+        return any(key.startswith(f"{state_name}/") for key in self.meta["index"])
 
     def names(self) -> list[str]:
         """All parameters."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rear_scale.config import InputError
 from rear_scale.files import checked_name
-from rear_scale.untrusted import StoredTensor, is_count, is_sha256, read_json, safetensors_head, shown
+from rear_scale.untrusted import StoredTensor, is_count, is_sha256, read_json, safetensors_header, shown
 
 META = "meta.json"
 FORMAT = "rear_scale checkpoint 1"
@@ -89,7 +89,7 @@ def stored_tensors(
     for name in [item["file"] for item in meta["files"]] if files is None else files:
         path = folder / name
         try:
-            _, heads[name] = safetensors_head(path)
+            _, heads[name] = safetensors_header(path)
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{path} cannot be read ({reason}). Copy it again, or use another checkpoint") from error

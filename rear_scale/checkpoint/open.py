@@ -35,9 +35,9 @@ from rear_scale.config.fields import declaration
 from rear_scale.config.values import leaves
 from rear_scale.files import file_sha256
 from rear_scale.model import meta_model
-from rear_scale.parallel.strategy import Kind
+from rear_scale.parallel.strategy import StateName
 from rear_scale.untrusted import is_count, shown
-from rear_scale.weight_file import find_weights, read_head
+from rear_scale.weight_file import find_weights, read_header
 from rear_scale.world import World, discover
 
 
@@ -54,9 +54,9 @@ class WeightFile(Checkpoint):
     def run(self) -> Path:
         return Path(self.meta["config"]["run"]["dir"])
 
-    def reader(self, kind: Kind) -> Callable[[str], Tensor]:
-        if kind != "param":
-            raise InputError(f"{self.path} holds weights alone, no {kind}. Use a checkpoint folder")
+    def reader(self, state_name: StateName) -> Callable[[str], Tensor]:
+        if state_name != "param":
+            raise InputError(f"{self.path} holds weights alone, no {state_name}. Use a checkpoint folder")
         file = find_weights(self.path)
 
         def read(name: str) -> Tensor:
@@ -219,7 +219,7 @@ def _own_head(path: Path) -> dict[str, Any]:
     """What a consolidated file of ours says of itself; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
-    head = read_head(path, "--checkpoint").own
+    head = read_header(path, "--checkpoint").own
     if head.get("kind") != CONSOLIDATED:
         return {}
     step, made_by = head.get("step"), head.get("tokenizer_sha256")

@@ -47,19 +47,19 @@ def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
     copies of the weights are made when it is built, and not set again here.)
     """
     check_states(checkpoint, strategy.rules, strategy.cfg)
-    for kind in strategy.kinds:
+    for state_name in strategy.state_names:
         # Averaging may begin at any time: with the weights as they are then.
-        stored = "param" if kind == "ema" and not checkpoint.has("ema") else kind
-        strategy.load_tensors(kind, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
+        stored = "param" if state_name == "ema" and not checkpoint.has("ema") else state_name
+        strategy.load_tensors(state_name, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
 
 
 def check_states(checkpoint: Checkpoint, rules: Mapping[str, Rule], cfg: ExperimentConfig) -> None:
     """Raises InputError when a checkpoint's optimizer states are not those that the rules of the parameters name."""
     stored: dict[str, set[str]] = {name: set() for name in rules}
     for key in checkpoint.meta["index"]:
-        kind, _, name = key.partition("/")
-        if kind not in ("param", "ema") and name in stored:
-            stored[name].add(kind)
+        state_name, _, name = key.partition("/")
+        if state_name not in ("param", "ema") and name in stored:
+            stored[name].add(state_name)
     for name, rule in rules.items():
         if stored[name] != set(rule.states):
             raise InputError(

@@ -211,7 +211,7 @@ def _own_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
     """Host copies of the tensors that this rank writes: about the same number of bytes on each."""
     mine: dict[str, Tensor] = {}
     filled = [0] * world.size
-    for kind in strategy.kinds:
+    for kind in strategy.state_names:
         # Gathering is collective, so every rank walks through all of them and keeps its own.
         for name, tensor in strategy.tensors(kind):
             owner = filled.index(min(filled))

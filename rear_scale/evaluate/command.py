@@ -21,7 +21,7 @@ from rear_scale.evaluate.networks.feature_cache import Part
 from rear_scale.evaluate.published import TableRow, our_rows, table
 from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import ImageScores, check_result, summary, write_result
-from rear_scale.evaluate.subjects import Opener, Subject, beside, subjects_of
+from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets, result_path_next_to
 from rear_scale.model import Generator
 from rear_scale.progress import say
 from rear_scale.run import wandb
@@ -67,12 +67,12 @@ def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
         check_image_set(args.reconstruct)
         _reconstruct(command, args.reconstruct)
     else:
-        subjects = _subjects(command)
+        targets = _targets(command)
         check_evaluation(command.cfg, args.write_statistics)
         if args.samples is not None:
             check_image_set(args.samples)
         with joined(command.ranks, same_for_any_world=True) as world:
-            _Job(command, subjects, score_tokens, world).run()
+            _Job(command, targets, score_tokens, world).run()
 
 
 def _show_paths(command: cli.Command) -> None:
@@ -107,7 +107,7 @@ def _check_alone(args: argparse.Namespace) -> None:
 
 def _reconstruct(command: cli.Command, images: Path) -> None:
     started = time.monotonic()
-    out = command.args.out or beside(images, "reconstruction.json")
+    out = command.args.out or result_path_next_to(images, "reconstruction.json")
     with joined(command.ranks, same_for_any_world=True) as world:
         originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
         if world.is_main:
@@ -118,7 +118,7 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
             print(json.dumps(scores.to_json()["reconstruction"], indent=1))
 
 
-def _subjects(command: cli.Command) -> list[Subject]:
+def _targets(command: cli.Command) -> list[EvalTarget]:
     """Raises InputError for --also without --checkpoint, and for one statistics file of several sets."""
     args = command.args
     checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
@@ -127,13 +127,13 @@ def _subjects(command: cli.Command) -> list[Subject]:
             f"--also {args.also[0]} adds to --checkpoint, which is missing. Use --checkpoint {args.also[0]}"
         )
     checkpoints += [_open_other(command, path) for path in args.also]
-    subjects = subjects_of(command.cfg, checkpoints, args.samples, args.sweep, args.out)
-    if args.write_statistics is not None and len(subjects) > 1:
+    targets = eval_targets(command.cfg, checkpoints, args.samples, args.sweep, args.out)
+    if args.write_statistics is not None and len(targets) > 1:
         raise InputError(
-            f"--write-statistics {args.write_statistics} is one file, but there are {len(subjects)} sets of images. "
+            f"--write-statistics {args.write_statistics} is one file, but there are {len(targets)} sets of images. "
             "Leave --sweep and --also away"
         )
-    return subjects
+    return targets
 
 
 def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Checkpoint]:
@@ -144,61 +144,61 @@ def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Che
 
 @dataclass
 class _Job:
-    """One evaluation of several subjects. All ranks make it and run it."""
+    """One evaluation of several targets. All ranks must construct it and run it."""
 
     command: cli.Command
-    subjects: list[Subject]
+    targets: list[EvalTarget]
     score_tokens: ScoreTokens
     world: World
     tokens: dict[Path, TokenScores | None] = field(default_factory=dict)  # by checkpoint
 
     def __post_init__(self) -> None:
         self.args: Any = self.command.args
-        self.opener = Opener(self.world)
-        self.evaluation = Evaluation(self.command.cfg, self.subjects[0].output.parent / "features", self.world)
+        self.opener = TargetOpener(self.world)
+        self.evaluation = Evaluation(self.command.cfg, self.targets[0].output.parent / "features", self.world)
 
     def run(self) -> None:
         rows: list[TableRow] = []
-        for subject in self.subjects:
+        for target in self.targets:
             if self.command.cfg.evaluate.reference:
-                rows += self._score(subject)
+                rows += self._score(target)
             if self.args.write_statistics is not None:
-                self._write_statistics(subject)
+                self._write_statistics(target)
         if self.world.is_main and rows:
             print(table(rows))
 
-    def _score(self, subject: Subject) -> list[TableRow]:
+    def _score(self, target: EvalTarget) -> list[TableRow]:
         """Rows for the table."""
         started = time.monotonic()
-        samples = self.opener.images(subject)
+        samples = self.opener.images(target)
         if self.args.part is not None and not self.evaluation.extract_part(samples, self.args.part):
-            self._say_others_are_missing(subject)
+            self._say_others_are_missing(target)
             return []
         images = self.evaluation.score(samples)
 
         def write(predictions: TokenScores | None) -> None:
             if self.world.is_main:
-                source, seconds = str(subject.samples or "generated"), time.monotonic() - started
-                out, cfg = subject.output, subject.cfg
-                write_result(out, cfg, subject.checkpoint, samples, source, images, predictions, seconds, self.world)
+                source, seconds = str(target.samples or "generated"), time.monotonic() - started
+                out, cfg = target.output, target.cfg
+                write_result(out, cfg, target.checkpoint, samples, source, images, predictions, seconds, self.world)
 
         # Once before: a damaged token shard must not cost the scores of the images.
         write(None)
-        if subject.checkpoint is not None:
+        if target.checkpoint is not None:
             # Sampling settings do not touch them: once a checkpoint.
-            if subject.checkpoint.path not in self.tokens:
-                self.tokens[subject.checkpoint.path] = self._token_scores(subject)
-            write(self.tokens[subject.checkpoint.path])
-        return self._report(subject, images) if self.world.is_main else []
+            if target.checkpoint.path not in self.tokens:
+                self.tokens[target.checkpoint.path] = self._token_scores(target)
+            write(self.tokens[target.checkpoint.path])
+        return self._report(target, images) if self.world.is_main else []
 
-    def _report(self, subject: Subject, images: ImageScores) -> list[TableRow]:
-        say(f"{subject.output}: written")
-        if subject.run is not None:
-            wandb.log_summary(subject.cfg, RunFolder(subject.run), summary(images, subject.setting))
-        return our_rows(subject.name, images)
+    def _report(self, target: EvalTarget, images: ImageScores) -> list[TableRow]:
+        say(f"{target.output}: written")
+        if target.run is not None:
+            wandb.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting))
+        return our_rows(target.name, images)
 
-    def _token_scores(self, subject: Subject) -> TokenScores | None:
-        data = subject.cfg.data
+    def _token_scores(self, target: EvalTarget) -> TokenScores | None:
+        data = target.cfg.data
         folders = [folder for folder in (data.train, data.val) if folder is not None]
         if data.train is None and self.world.is_main:
             say(
@@ -209,15 +209,15 @@ class _Job:
             if self.world.is_main:
                 say(f"no token shards at {', '.join(folders) or 'data.train'}: token predictions are left out")
             return None
-        return self.score_tokens(subject.cfg, self.opener.model(subject), self.world)
+        return self.score_tokens(target.cfg, self.opener.model(target), self.world)
 
-    def _write_statistics(self, subject: Subject) -> None:
+    def _write_statistics(self, target: EvalTarget) -> None:
         # As images of a reference are: files of any size are cropped.
-        images = self.opener.images(subject, subject.cfg.tokenizer.image_size)
+        images = self.opener.images(target, target.cfg.tokenizer.image_size)
         if not self.evaluation.write_statistics(images, self.args.write_statistics, self.args.part):
-            self._say_others_are_missing(subject)
+            self._say_others_are_missing(target)
 
-    def _say_others_are_missing(self, subject: Subject) -> None:
+    def _say_others_are_missing(self, target: EvalTarget) -> None:
         if self.world.is_main:
             part = self.args.part
-            say(f"{subject.name}: share {part.index} of {part.of} is done; others are still missing")
+            say(f"{target.name}: share {part.index} of {part.of} is done; others are still missing")

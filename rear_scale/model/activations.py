@@ -27,7 +27,7 @@ def activation_bytes(cfg: ExperimentConfig, device: str = "cpu") -> int:
     return block_activation_bytes(cfg, device) + at_the_end + head_activation_bytes(cfg)
 
 
-def compute_width(cfg: ExperimentConfig) -> int:
+def compute_itemsize(cfg: ExperimentConfig) -> int:
     """Bytes of a number in matrix products."""
     return 2 if cfg.train.precision == "bf16" else _FP32
 
@@ -70,7 +70,7 @@ def _again_bytes(cfg: ExperimentConfig, device: str) -> int:
 
 def head_activation_bytes(cfg: ExperimentConfig) -> int:
     """What the reAR heads and their terms of the loss keep, and an estimate for other terms that read features."""
-    heads, low = cfg.objective.heads, compute_width(cfg)
+    heads, low = cfg.objective.heads, compute_itemsize(cfg)
     taps = sum(tap is not None for tap in (heads.encode_tap, heads.decode_tap))
     hidden = (4 if heads.form == "released" else 2) * heads.hidden  # in and out of each activation function
     tokens = cfg.tokenizer.num_tokens - (heads.positions == "eq6")
@@ -82,14 +82,14 @@ def head_activation_bytes(cfg: ExperimentConfig) -> int:
 
 def _feature_bytes(cfg: ExperimentConfig, feature: Feature) -> int:
     """Features as they are cut out of the sequence, and each layer's output, or without a head the features, in float32 too."""
-    low, outputs = compute_width(cfg), sum(shape[0] for shape in head_matrices(feature))
+    low, outputs = compute_itemsize(cfg), sum(shape[0] for shape in head_matrices(feature))
     per_token = low * cfg.model.width + (low + _FP32) * outputs + (0 if outputs else _FP32 * cfg.model.width)
     return cfg.train.micro_batch_size * cfg.tokenizer.num_tokens * per_token
 
 
 def _one_block(cfg: ExperimentConfig, device: str) -> int:
     """Bytes per position of a block that keeps everything."""
-    D, F, low, residual = cfg.model.width, mlp_width(cfg), compute_width(cfg), _residual_width(cfg)
+    D, F, low, residual = cfg.model.width, mlp_width(cfg), compute_itemsize(cfg), _residual_width(cfg)
     on_gpu = device == "cuda"
     in_fp32 = _FP32 * 2 * D if on_gpu and autocasts(cfg) else 0  # queries and keys as their norms take them
     if cfg.model.architecture == "alitok" and on_gpu:
@@ -113,12 +113,12 @@ def _products(cfg: ExperimentConfig) -> int:
     D, F = cfg.model.width, mlp_width(cfg)
     modulation = 6 * D if _modulated(cfg) else 0
     hidden = 2 * F if cfg.model.architecture == "alitok" else F
-    return compute_width(cfg) * (3 * D + D + D + D + hidden + modulation)
+    return compute_itemsize(cfg) * (3 * D + D + D + D + hidden + modulation)
 
 
 def _end_bytes(cfg: ExperimentConfig) -> int:
     """Final norm, logits in float32, their gradient and its cast, and the condition with its SiLU for blocks and end."""
-    D, low, residual = cfg.model.width, compute_width(cfg), _residual_width(cfg)
+    D, low, residual = cfg.model.width, compute_itemsize(cfg), _residual_width(cfg)
     final = residual * D + low * D
     if _modulated(cfg):
         final += residual * D * (1 + 4) + low * D
@@ -140,7 +140,7 @@ def _mask_bytes(cfg: ExperimentConfig) -> int:
 
 
 def _residual_width(cfg: ExperimentConfig) -> int:
-    return _FP32 if autocasts(cfg) else compute_width(cfg)
+    return _FP32 if autocasts(cfg) else compute_itemsize(cfg)
 
 
 def _positions(cfg: ExperimentConfig) -> int:

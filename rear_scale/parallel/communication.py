@@ -14,7 +14,7 @@ from torch import nn
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
-from rear_scale.model.activations import compute_width
+from rear_scale.model.activations import compute_itemsize
 from rear_scale.parallel import facts
 from rear_scale.parallel.memory import Update
 
@@ -30,9 +30,9 @@ class Traffic:
     late_gathers: bool = False  # weights are gathered after the update, when no computation is left to hide it
     late_reductions: bool = False  # gradients are reduced after the last backward pass
 
-    def add(self, kind: str, elements: float, width: int, times: int = 1) -> None:
-        self.calls[kind] += times
-        self.payload[kind] += int(elements) * width * times
+    def add(self, collective: str, elements: float, itemsize: int, times: int = 1) -> None:
+        self.calls[collective] += times
+        self.payload[collective] += int(elements) * itemsize * times
 
     @property
     def bytes(self) -> int:
@@ -46,5 +46,5 @@ def traffic_per_update(
     """By the formula of the strategy's engine. `model` gives the shapes; without one, it is built without memory."""
     if world_size == 1:
         return Traffic()
-    update = Update(cfg, world_size, accumulation, model or meta_model(cfg), compute_width(cfg))
+    update = Update(cfg, world_size, accumulation, model or meta_model(cfg), compute_itemsize(cfg))
     return facts.formulas(facts.of(cfg.strategy)).traffic(update)

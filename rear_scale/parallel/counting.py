@@ -22,14 +22,18 @@ class Collectives(TorchDispatchMode):
         if operation.namespace in ("c10d", "_c10d_functional"):
             name = operation.overloadpacket.__name__
             tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-            kind = next((kind for fragment, kind in KINDS.items() if fragment in name.replace("_", "")), None)
+            collective = next(
+                (collective for fragment, collective in KINDS.items() if fragment in name.replace("_", "")), None
+            )
             # Norms and flags are not payload.
-            if kind is not None and sum(tensor.nbytes for tensor in tensors) > 20:
-                self.calls[kind] += 1
+            if collective is not None and sum(tensor.nbytes for tensor in tensors) > 20:
+                self.calls[collective] += 1
                 # The larger side is the whole one; lists are the pieces of it.
                 first = inputs[0] if isinstance(inputs[0], (list, tuple)) else [inputs[0]]
                 sides = [first, [t for t in tensors if not any(t is other for other in tree_leaves(first))]]
-                self.bytes[kind] += max(sum(t.nbytes for t in side if isinstance(t, torch.Tensor)) for side in sides)
+                self.bytes[collective] += max(
+                    sum(t.nbytes for t in side if isinstance(t, torch.Tensor)) for side in sides
+                )
         return operation(*inputs, **(named or {}))
 
 

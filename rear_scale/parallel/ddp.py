@@ -59,17 +59,17 @@ def memory(update: Update) -> Memory:
 
 def traffic(update: Update) -> Traffic:
     """Buckets of 1 and then 25 MiB, in the order of the backward pass."""
-    found = Traffic()
+    sent = Traffic()
     for bucket in _buckets(update.model):
-        found.add("all_reduce", bucket, FP32)
-    return found
+        sent.add("all_reduce", bucket, FP32)
+    return sent
 
 
 @lru_cache(maxsize=8)
 def _buckets(model: nn.Module) -> list[int]:
     """Elements per bucket."""
     weights = list(reversed(list(model.parameters())))
-    found, _ = torch.distributed._compute_bucket_assignment_by_size(
+    buckets, _ = torch.distributed._compute_bucket_assignment_by_size(
         [torch.empty(weight.shape, device="meta") for weight in weights], [_MIB, 25 * _MIB]
     )
-    return [sum(weights[index].numel() for index in bucket) for bucket in found]
+    return [sum(weights[index].numel() for index in bucket) for bucket in buckets]

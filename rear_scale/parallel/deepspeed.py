@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rear_scale.optim.deepspeed_adam import deepspeed
 from rear_scale.optim.groups import prepare_states, set_rates
-from rear_scale.parallel.strategy import Compute, Kind, Strategy
+from rear_scale.parallel.strategy import Compute, StateName, Strategy
 from rear_scale.parallel.zero import BUCKET_ELEMENTS, stage_of
 
 # isort: split
@@ -174,35 +174,39 @@ class DeepSpeedStrategy(Strategy):
         if self.stage < 3:
             zero.check_grad_overflow = False
 
-    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
         self._relink()
-        for name, weight in self.having(kind):
-            full = safe_get_full_fp32_param(weight) if kind == "param" else safe_get_full_optimizer_state(weight, kind)
-            assert full is not None, (name, kind, self.stage)
+        for name, weight in self.parameters_with(state_name):
+            full = (
+                safe_get_full_fp32_param(weight)
+                if state_name == "param"
+                else safe_get_full_optimizer_state(weight, state_name)
+            )
+            assert full is not None, (name, state_name, self.stage)
             yield name, full
 
-    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
-        if kind != "param":
+    def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        if state_name != "param":
             self._prepare_states(optimizer_step)
         self._relink()
-        for name, weight in self.having(kind):
+        for name, weight in self.parameters_with(state_name):
             value = read(name).to(self.world.device)
             if self.stage == 3:
-                self._set_partition(weight, value, kind)
-            elif kind == "param":
+                self._set_partition(weight, value, state_name)
+            elif state_name == "param":
                 safe_set_full_fp32_param(weight, value)
             else:
-                safe_set_full_optimizer_state(weight, value, kind)
+                safe_set_full_optimizer_state(weight, value, state_name)
 
-    def _set_partition(self, weight: nn.Parameter, value: Tensor, kind: Kind) -> None:
+    def _set_partition(self, weight: nn.Parameter, value: Tensor, state_name: StateName) -> None:
         # The engine's way to set a full value fails where it does not divide evenly among the ranks.
         size = weight.ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
         partition = padded.narrow(0, size * self.world.rank, size)
-        if kind == "param":
+        if state_name == "param":
             safe_set_local_fp32_param(weight, partition)
         else:
-            safe_set_local_optimizer_state(weight, partition, kind)
+            safe_set_local_optimizer_state(weight, partition, state_name)
 
     def _prepare_states(self, optimizer_step: int) -> None:
         base = self.zero.optimizer

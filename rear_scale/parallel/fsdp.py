@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements, elements_padded, shard_dimension
-from rear_scale.parallel.strategy import Compute, Kind
+from rear_scale.parallel.strategy import Compute, StateName
 from rear_scale.parallel.torch_strategy import TorchStrategy
 
 # The output of a linear layer on [B, S, D] is a view; nothing here changes one in place.
@@ -67,13 +67,13 @@ class FSDPStrategy(TorchStrategy):
         self._shard_weights()
         return statistics
 
-    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
         self._shard_weights()  # whoever has called the model
-        return super().tensors(kind)
+        return super().tensors(state_name)
 
-    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+    def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
         self._shard_weights()
-        super().load_tensors(kind, read, optimizer_step)
+        super().load_tensors(state_name, read, optimizer_step)
 
     def _shard_weights(self) -> None:
         """Frees gathered weights: the optimizer's states belong to the sharded ones, which `parameters` then gives."""
@@ -117,7 +117,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def memory(update: Update) -> Memory:
-    cfg, width, model = update.cfg, update.width, update.model
+    cfg, itemsize, model = update.cfg, update.itemsize, update.model
     ranks = _sharding_ranks(update)
     shard = elements_padded(model, ranks) // ranks
     psi, block = elements(model), elements(model.blocks[0])
@@ -125,33 +125,33 @@ def memory(update: Update) -> Memory:
     # In the backward pass: gradients of the block before on their way as float32, weights and gradients of this one, weights
     # of the next one. What was kept for the two that are done is gone.
     freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * update.block_activations
-    passing = max(0, FP32 * block + width * block - freed)
-    blocks = 2 * width * block if cfg.strategy.reshard_after_forward else width * (psi - root)
+    passing = max(0, FP32 * block + itemsize * block - freed)
+    blocks = 2 * itemsize * block if cfg.strategy.reshard_after_forward else itemsize * (psi - root)
     deferring = update.accumulation > 1 and cfg.strategy.defer_reduction
     return Memory(
         FP32 * shard,
         update.optimizer_bytes(shard),
         gradients=FP32 * shard,
         deferred=FP32 * psi if deferring else 0,
-        gathered=width * root + blocks + passing,
+        gathered=itemsize * root + blocks + passing,
     )
 
 
 def traffic(update: Update) -> Traffic:
-    strategy, model, width, found = update.cfg.strategy, update.model, update.width, Traffic()
+    strategy, model, itemsize, sent = update.cfg.strategy, update.model, update.itemsize, Traffic()
     ranks = _sharding_ranks(update)
     sizes = [elements_padded(unit, ranks) for unit in units(model)]
     root = elements_padded(model, ranks) - sum(sizes)
     gathers = 2 * update.accumulation if strategy.reshard_after_forward else 1
     reductions = 1 if strategy.defer_reduction else update.accumulation
     for size in sizes:
-        found.add("all_gather", size, width, gathers)
-    found.add("all_gather", root, width, update.accumulation if strategy.reshard_after_forward else 1)
+        sent.add("all_gather", size, itemsize, gathers)
+    sent.add("all_gather", root, itemsize, update.accumulation if strategy.reshard_after_forward else 1)
     for size in (*sizes, root):
-        found.add("reduce_scatter", size, FP32, reductions)
+        sent.add("reduce_scatter", size, FP32, reductions)
         if ranks < update.world_size:
-            found.add("all_reduce", size / ranks, FP32)
-    return found
+            sent.add("all_reduce", size / ranks, FP32)
+    return sent
 
 
 def _sharding_ranks(update: Update) -> int:

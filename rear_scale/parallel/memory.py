@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
-from rear_scale.model.activations import activation_bytes, compute_width, one_block_bytes
+from rear_scale.model.activations import activation_bytes, compute_itemsize, one_block_bytes
 from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 
@@ -69,7 +69,7 @@ class Update:
     world_size: int
     accumulation: int  # micro-steps
     model: nn.Module  # gives the shapes
-    width: int  # bytes of a number in matrix products
+    itemsize: int  # bytes of a number in matrix products
     block_activations: int = 0  # bytes that one block keeps for its backward pass where it computes nothing again
 
     def optimizer_bytes(self, weights: int) -> int:
@@ -87,10 +87,10 @@ def memory_per_rank(
     activations depend. The allocator's fragments and the runtime's own memory come on top.
     """
     update = Update(
-        cfg, world_size, accumulation, model or meta_model(cfg), compute_width(cfg), one_block_bytes(cfg, device)
+        cfg, world_size, accumulation, model or meta_model(cfg), compute_itemsize(cfg), one_block_bytes(cfg, device)
     )
-    found = facts.formulas(facts.of(cfg.strategy)).memory(update)
-    return replace(found, activations=activation_bytes(cfg, device), accumulates=accumulation > 1)
+    memory = facts.formulas(facts.of(cfg.strategy)).memory(update)
+    return replace(memory, activations=activation_bytes(cfg, device), accumulates=accumulation > 1)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from rear_scale.world import World
 
 # What a checkpoint holds of a parameter, as one float32 tensor of its shape each: "param" (the weight), the states that its
 # rule names, and "ema".
-Kind = str
+StateName = str
 
 # Gets the module to call, returns (loss of the micro-batch, its detached statistics).
 Compute = Callable[[nn.Module], tuple[Tensor, Tensor]]
@@ -30,15 +30,15 @@ class Strategy(ABC):
         self.cfg, self.plan, self.world = cfg, plan, world
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def state_names(self) -> tuple[StateName, ...]:
         """What there is of the parameters: weights, all states that their rules name, and the average of optim.ema_decay."""
         states = dict.fromkeys(state for rule in self.rules.values() for state in rule.states)
         return ("param", *states, *(("ema",) if self.cfg.optim.ema_decay else ()))
 
-    def having(self, kind: Kind) -> Iterator[tuple[str, nn.Parameter]]:
+    def parameters_with(self, state_name: StateName) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter), as the engine has it, of every parameter of which there is a kind."""
         for name, weight in self.model.named_parameters():
-            if kind in ("param", "ema") or kind in self.rules[name].states:
+            if state_name in ("param", "ema") or state_name in self.rules[name].states:
                 yield name, weight
 
     @abstractmethod
@@ -66,12 +66,12 @@ class Strategy(ABC):
         """Drops the gradients of this update: weights, moments and their step count stay as they are. After `grad_norm`."""
 
     @abstractmethod
-    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, full float32 tensor) of every parameter that has this kind, in one order on all ranks, on every
         rank."""
 
     @abstractmethod
-    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+    def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
         """Sets the kind of every parameter that has it from `read(name)` (full float32 tensors on the CPU)."""
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

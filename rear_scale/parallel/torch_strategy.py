@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rear_scale.optim.groups import prepare_states, set_rates
-from rear_scale.parallel.strategy import Compute, Kind, Strategy
+from rear_scale.parallel.strategy import Compute, StateName, Strategy
 
 
 class TorchStrategy(Strategy):
@@ -64,17 +64,17 @@ class TorchStrategy(Strategy):
         averages = [_local(self.optimizer.state[weight]["ema"]) for weight in weights]
         torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
 
-    def tensors(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self.having(kind):
-            yield name, _whole((weight if kind == "param" else self.optimizer.state[weight][kind]).detach())
+    def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.parameters_with(state_name):
+            yield name, _whole((weight if state_name == "param" else self.optimizer.state[weight][state_name]).detach())
 
-    def load_tensors(self, kind: Kind, read: Callable[[str], Tensor], optimizer_step: int) -> None:
-        for name, weight in self.having(kind):
+    def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        for name, weight in self.parameters_with(state_name):
             value = _like(weight, read(name))
-            if kind == "param":
+            if state_name == "param":
                 weight.data.copy_(value)
                 continue
-            self.optimizer.state[weight][kind] = value
+            self.optimizer.state[weight][state_name] = value
             prepare_states(self.optimizer, self.rules[name], weight, optimizer_step)
 
 

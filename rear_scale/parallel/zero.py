@@ -42,23 +42,23 @@ def stage_of(cfg: ExperimentConfig) -> int:
 
 
 def memory(update: Update) -> Memory:
-    cfg, width, half = update.cfg, update.width, update.cfg.train.precision == "bf16"
+    cfg, itemsize, is_bf16 = update.cfg, update.itemsize, update.cfg.train.precision == "bf16"
     psi = elements(update.model)
     shard = -(-psi // update.world_size)
     on_device = not cfg.strategy.cpu_offload
-    weights = width * (psi if stage_of(cfg) < 3 else shard)
+    weights = itemsize * (psi if stage_of(cfg) < 3 else shard)
     # In float32 the engine still keeps masters of its own.
     masters = FP32 * shard * on_device
     optimizer = update.optimizer_bytes(shard) * on_device
-    if stage_of(cfg) == 1 and half and on_device:
+    if stage_of(cfg) == 1 and is_bf16 and on_device:
         # Another optimizer of the engine: whole bf16 gradients, added up in whole float32 ones that stay.
         return Memory(weights, optimizer, masters, gradients=2 * psi, kept_gradients=FP32 * psi)
     deferring = update.accumulation > 1 and (stage_of(cfg) == 1 or cfg.strategy.defer_reduction)
     # What a rank does not own is freed as soon as the last micro-step has reduced it.
-    deferred = width * psi if deferring else 0
+    deferred = itemsize * psi if deferring else 0
     if stage_of(cfg) < 3:
         # One bucket fills while the other travels, as float32.
-        gathered = (2 * width + 4 * half) * min(psi, BUCKET_ELEMENTS)
+        gathered = (2 * itemsize + 4 * is_bf16) * min(psi, BUCKET_ELEMENTS)
         return Memory(weights, optimizer, masters, gradients=FP32 * shard, deferred=deferred, gathered=gathered)
     return Memory(
         weights,
@@ -67,7 +67,7 @@ def memory(update: Update) -> Memory:
         kept_gradients=FP32 * shard,
         deferred=deferred,
         buffers=FP32 * BUCKET_ELEMENTS,
-        gathered=width * min(psi, LIVE_ELEMENTS),
+        gathered=itemsize * min(psi, LIVE_ELEMENTS),
     )
 
 
@@ -76,41 +76,41 @@ def traffic(update: Update) -> Traffic:
 
 
 def _of_stages_1_and_2(update: Update) -> Traffic:
-    cfg, first = update.cfg, stage_of(update.cfg) == 1
-    half = cfg.train.precision == "bf16"
-    found = Traffic(late_gathers=True, late_reductions=first and half)
+    cfg, is_stage_1 = update.cfg, stage_of(update.cfg) == 1
+    is_bf16 = cfg.train.precision == "bf16"
+    sent = Traffic(late_gathers=True, late_reductions=is_stage_1 and is_bf16)
     groups = group_sizes(update.model, cfg).values()
     total = sum(groups)
-    if first and half and not cfg.strategy.cpu_offload:
+    if is_stage_1 and is_bf16 and not cfg.strategy.cpu_offload:
         flushes = -(-total // 500_000_000)
         for _ in range(flushes):
-            found.add("all_reduce", total / flushes, FP32)
+            sent.add("all_reduce", total / flushes, FP32)
     else:
-        times = 1 if first or cfg.strategy.defer_reduction else update.accumulation
+        times = 1 if is_stage_1 or cfg.strategy.defer_reduction else update.accumulation
         flushes = -(-total // BUCKET_ELEMENTS)
-        found.calls["reduce"] += (flushes + update.world_size - 1) * times
-        found.payload["reduce"] += total * FP32 * times
+        sent.calls["reduce"] += (flushes + update.world_size - 1) * times
+        sent.payload["reduce"] += total * FP32 * times
     for group in groups:
-        found.add("all_gather", group, update.width)
-    return found
+        sent.add("all_gather", group, update.itemsize)
+    return sent
 
 
 def _of_stage_3(update: Update) -> Traffic:
-    found, width = Traffic(), update.width
+    sent, itemsize = Traffic(), update.itemsize
     sizes = _sizes(update.model, update.world_size)
     large = sum(size for size in sizes if size > _PERSISTENT)
     small = [size for size in sizes if size <= _PERSISTENT]
     passes = update.accumulation * (1 if sum(sizes) <= LIVE_ELEMENTS else 2)
     # The first fetch is waited for; the rest is fetched ahead of it, a bucket at once.
-    found.calls["all_gather"] += (1 + -(-large // BUCKET_ELEMENTS)) * passes
-    found.payload["all_gather"] += large * width * passes
+    sent.calls["all_gather"] += (1 + -(-large // BUCKET_ELEMENTS)) * passes
+    sent.payload["all_gather"] += large * itemsize * passes
     for size in small:
-        found.add("all_gather", size, width)
+        sent.add("all_gather", size, itemsize)
     reductions = 1 if update.cfg.strategy.defer_reduction else update.accumulation
     flushes = -(-sum(sizes) // BUCKET_ELEMENTS)
-    found.calls["reduce_scatter"] += flushes * reductions
-    found.payload["reduce_scatter"] += sum(sizes) * FP32 * reductions
-    return found
+    sent.calls["reduce_scatter"] += flushes * reductions
+    sent.payload["reduce_scatter"] += sum(sizes) * FP32 * reductions
+    return sent
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-_workers: WeakSet[Beside] = WeakSet()  # those of this process
+_workers: WeakSet[DecodeWorker] = WeakSet()  # those of this process
 
 
 def wait_for_workers() -> None:
@@ -19,7 +19,7 @@ def wait_for_workers() -> None:
         worker.wait()
 
 
-class Beside:
+class DecodeWorker:
     """Runs one thing at a time in another thread, and on a stream of its own: tokens are decoded while others are drawn."""
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class Beside:
         self.last: Future[None] | None = None
         _workers.add(self)
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> DecodeWorker:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -31,7 +31,7 @@ from rear_scale.model import Generator, empty_model
 from rear_scale.progress import progress, say
 from rear_scale.run.folder import provenance
 from rear_scale.sample.decode import NEAR_TIE, Decoder
-from rear_scale.sample.decode_worker import Beside
+from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.sample.files import (
     Parts,
     assemble,
@@ -210,7 +210,7 @@ def _sample(job: _Job) -> None:
 
 
 def _make(job: _Job) -> None:
-    cfg, world, planned = job.cfg, job.world, units_of(job.cfg)
+    cfg, world, planned = job.cfg, job.world, batches_of(job.cfg)
     missing = [number for number in range(len(planned)) if not job.parts.finished(number)]
     to_make = sum(len(planned[number]) for number in missing)
     if world.is_main and len(planned) < world.size:
@@ -224,10 +224,10 @@ def _make(job: _Job) -> None:
     missing, name = world.from_main((missing, secrets.token_hex(8)))
     with (
         progress("sample", to_make, "image", show=world.is_main) as bar,
-        Beside(world.device) as beside,
+        DecodeWorker(world.device) as worker,
     ):
         while (turn := world.add(f"{name}/turn") - 1) < len(missing):
-            finish = partial(beside.run, partial(_finish_unit, job))
+            finish = partial(worker.run, partial(_finish_unit, job))
             _make_unit(decoder, planned[missing[turn]], cfg, world, finish, missing[turn])
             done = world.add(f"{name}/images", len(planned[missing[turn]]))
             bar.update(done - bar.n)
@@ -247,7 +247,7 @@ def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
     return ids % cfg.model.num_classes if given is None else np.array(given)[ids % len(given)]
 
 
-def units_of(cfg: ExperimentConfig) -> list[np.ndarray]:
+def batches_of(cfg: ExperimentConfig) -> list[np.ndarray]:
     """Image ids (int64 [at most sample.batch_size]) of each unit, class by class."""
     ids = np.arange(cfg.sample.num_images)
     ids = ids[np.argsort(labels_of(cfg, ids), kind="stable")]

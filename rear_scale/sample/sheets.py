@@ -14,7 +14,7 @@ from rear_scale.progress import say
 from rear_scale.run.wandb import log_image
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import write_sheet
-from rear_scale.sample.job import check_trained_on, labels_of, load_generator, make_images, units_of
+from rear_scale.sample.job import batches_of, check_trained_on, labels_of, load_generator, make_images
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
 from rear_scale.world import World
@@ -88,7 +88,7 @@ class SampleGrids:
         tokenizer = open_tokenizer(cfg.tokenizer, device)
         size = cfg.tokenizer.image_size
         images = np.empty((cfg.sample.num_images, size, size, 3), np.uint8)
-        for ids in units_of(cfg):
+        for ids in batches_of(cfg):
             images[ids] = make_images(decoder, tokenizer, ids, cfg, device)
         file = self._file(step)
         file.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from rear_scale.config import ExperimentConfig, wants_compile
-from rear_scale.model.activations import block_activation_bytes, compute_width
+from rear_scale.model.activations import block_activation_bytes, compute_itemsize
 from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
 from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
@@ -73,7 +73,7 @@ def step_time(
     update = passed * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
     if cfg.strategy.cpu_offload:
         # Gradients of every micro-step go to the host, which updates, and weights come back.
-        moved = (4 * accumulation + compute_width(cfg)) / _LINK_GB_PER_S + passed / _HOST_GB_PER_S
+        moved = (4 * accumulation + compute_itemsize(cfg)) / _LINK_GB_PER_S + passed / _HOST_GB_PER_S
         update = psi / sharded * moved / 1e9
     gradients, weights, late = _travel_times(cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model))
     repeated = row.defers and not cfg.strategy.defer_reduction
@@ -84,7 +84,7 @@ def step_time(
 
 def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
     """Seconds of one micro-step on one GPU that sends nothing. psi: parameters, whole."""
-    device, B, width = cluster.device, cfg.train.micro_batch_size, compute_width(cfg)
+    device, B, width = cluster.device, cfg.train.micro_batch_size, compute_itemsize(cfg)
     # Without tensor cores there is little between the data sheet and what products reach.
     rate = (device.bf16_tflops * PRODUCTS if width == 2 else device.fp32_tflops) * 1e12
     distinct = distinct_classes_per_image(cfg)

@@ -23,7 +23,7 @@ from rear_scale.shards.record import Manifest, TarShard, block_checksum
 from rear_scale.shards.storage import address, is_remote, open_remote
 from rear_scale.shards.tar_index import scan
 from rear_scale.shards.walk import reason
-from rear_scale.untrusted import npy_array, npy_head
+from rear_scale.untrusted import npy_array, npy_header
 
 Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
 
@@ -196,7 +196,7 @@ class PlainFiles(BlockFiles):
         entry = self.manifest.shards[shard]
         path = self.index / f"{name}.offsets.npy"
         with open(path, "rb") as file:
-            shape, by_columns, dtype = npy_head(file)
+            shape, by_columns, dtype = npy_header(file)
         if shape != (entry.samples, 4) or by_columns or dtype != np.int64:
             raise ValueError(f"{path} holds {dtype} {list(shape)}, not int64 [{entry.samples}, 4]")
         # Opened for as long as a block is read: what is mapped counts as memory of the process.

@@ -187,7 +187,7 @@ def dump_collectives(path: Path) -> None:
     writer.join(_DUMP_S)
 
 
-class Spikes:
+class LossSpikeDetector:
     """Which losses are far above those before them."""
 
     def __init__(self, cfg: ExperimentConfig) -> None:

@@ -37,7 +37,7 @@ from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
 from rear_scale.train import start
 from rear_scale.train.garbage import CollectAtSteps
-from rear_scale.train.guard import Preempted, Spikes, StopSignal, Watchdog, shard_positions
+from rear_scale.train.guard import LossSpikeDetector, Preempted, StopSignal, Watchdog, shard_positions
 from rear_scale.train.setup import data_order
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
 from rear_scale.world import World
@@ -94,7 +94,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             stack.callback(run.close)
         try:
             with StopSignal(run, world) as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
-                guards = (Spikes(cfg), stop, watchdog)
+                guards = (LossSpikeDetector(cfg), stop, watchdog)
                 while found := _Run(cfg, plan, world, tokens, codebook, hooks, run, found, *guards).go():
                     pass
         except Preempted:
@@ -127,7 +127,7 @@ class _Run:
         hooks: Hooks,
         run: RunFolder,
         found: Checkpoint | None,
-        spikes: Spikes,
+        spikes: LossSpikeDetector,
         stop: StopSignal,
         watchdog: Watchdog,
     ) -> None:
@@ -177,11 +177,11 @@ class _Run:
                     norm = strategy.grad_norm()
                 self.watchdog.beat("meeting of the ranks", step)
                 loss = objective.statistic(statistics, "loss")
-                meeting = _Meeting(world, loss, norm, self.stop.received is not None, self.writer)
+                consensus = StepConsensus(world, loss, norm, self.stop.received is not None, self.writer)
 
-                if not meeting.finite:
-                    self._stop_unless_skipped(step, meeting, micro_batches)
-                elif self.spikes(meeting.loss) and (rewound := self._rewind(step, meeting.loss)) is not None:
+                if not consensus.finite:
+                    self._stop_unless_skipped(step, consensus, micro_batches)
+                elif self.spikes(consensus.loss) and (rewound := self._rewind(step, consensus.loss)) is not None:
                     return rewound
                 lr = schedule.learning_rate(
                     step,
@@ -193,7 +193,7 @@ class _Run:
                 )
                 self.watchdog.beat("update", step)
                 with clock("optimizer"):
-                    if meeting.finite:
+                    if consensus.finite:
                         strategy.step(lr)
                     else:
                         strategy.skip()
@@ -203,7 +203,7 @@ class _Run:
                 if validated or telemetry.due(step):
                     extra = {"skipped_updates": self.skips, **validated}
                     named = dict(zip(objective.names, statistics.tolist(), strict=True))
-                    metrics = telemetry.log(step, named, meeting.grad_norm, lr, objective.noise_max(step), extra)
+                    metrics = telemetry.log(step, named, consensus.grad_norm, lr, objective.noise_max(step), extra)
                     bar.set_postfix(
                         loss=f"{metrics['loss'] or float('nan'):.4f}",
                         images_per_s=f"{metrics['images_per_s']:.0f}",
@@ -213,12 +213,12 @@ class _Run:
                     for on_step in self.hooks.on_step:
                         on_step(step, strategy.model)
                 with clock("checkpoint"):
-                    self._save(step, meeting)
+                    self._save(step, consensus)
                 bar.update()
                 profiler.stepped(step)
                 garbage.stepped(step)
-                if meeting.stop_ranks and step < plan.last_step:
-                    self._preempt(step, meeting)
+                if consensus.stop_ranks and step < plan.last_step:
+                    self._preempt(step, consensus)
         return None
 
     def _validate(self, step: int) -> dict[str, float]:
@@ -229,11 +229,11 @@ class _Run:
                     values.update(validate(step, self.strategy))
         return values
 
-    def _save(self, step: int, meeting: _Meeting) -> None:
-        due = step % self.cfg.checkpoint.every_steps == 0 or step == self.plan.last_step or meeting.stop_ranks
-        wait = step == self.plan.last_step or meeting.stop_ranks
+    def _save(self, step: int, consensus: StepConsensus) -> None:
+        due = step % self.cfg.checkpoint.every_steps == 0 or step == self.plan.last_step or consensus.stop_ranks
+        wait = step == self.plan.last_step or consensus.stop_ranks
         # Every rank saw the same states at the meeting, so all of them go in here or none.
-        if self.writer.thread is not None and (due or meeting.all_written):
+        if self.writer.thread is not None and (due or consensus.all_written):
             self._finish_save()
         if not due:
             return
@@ -282,25 +282,25 @@ class _Run:
             )
             self.run.note("checkpoint_failed", step, problem=problem)
 
-    def _preempt(self, step: int, meeting: _Meeting) -> None:
+    def _preempt(self, step: int, consensus: StepConsensus) -> None:
         if self.world.is_main:
             saved = last_step(self.run.path)
-            ranks = ", ".join(map(str, meeting.stop_ranks))
+            ranks = ", ".join(map(str, consensus.stop_ranks))
             self.run.set_status("preempted", saved, f"rank {ranks} was asked to stop during step {step}")
             say(f"stopped by a signal to rank {ranks}: step {saved} is saved. The same command continues")
         raise Preempted
 
-    def _stop_unless_skipped(self, step: int, meeting: _Meeting, micro_batches: list[MicroBatch]) -> None:
+    def _stop_unless_skipped(self, step: int, consensus: StepConsensus, micro_batches: list[MicroBatch]) -> None:
         """Counts an update that is left out. Raises FloatingPointError, on all ranks, where it must not be."""
         ids = torch.cat([batch.ids for batch in micro_batches]).tolist()
         where = shard_positions(ids, self.tokens.manifest.shards, self.cfg.data.train)
         places = self.world.gather(where)
-        suspects = meeting.bad_ranks or list(range(self.world.size))
+        suspects = consensus.bad_ranks or list(range(self.world.size))
         named = "; ".join(f"rank {rank} trained on {places[rank]}" for rank in suspects[:4])
-        if meeting.bad_ranks:
-            what = f"the loss is not finite on rank {', '.join(map(str, meeting.bad_ranks))}"
+        if consensus.bad_ranks:
+            what = f"the loss is not finite on rank {', '.join(map(str, consensus.bad_ranks))}"
         else:
-            what = f"the gradient norm is {meeting.grad_norm}, with finite losses on all ranks"
+            what = f"the gradient norm is {consensus.grad_norm}, with finite losses on all ranks"
         self.skips += 1
         if self.world.is_main:
             self.run.note("nonfinite", step, what=what, positions={rank: places[rank] for rank in suspects})
@@ -341,7 +341,7 @@ class _Run:
         return found
 
 
-class _Meeting:
+class StepConsensus:
     """What all ranks learn of each other before an update: one small collective."""
 
     def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: Writer) -> None:

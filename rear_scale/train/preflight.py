@@ -87,7 +87,7 @@ def _check(cfg: ExperimentConfig, ranks: Ranks, store: dist.Store) -> None:
     bad = json.loads(store.get("unfit"))
     rates: dict[str, dict[str, float]] = {}
     if not bad:
-        with _Impatience(store, ranks), joined(ranks, timeout_s=_ANSWER_S) as world:
+        with AllReduceWatchdog(store, ranks), joined(ranks, timeout_s=_ANSWER_S) as world:
             rates = _measure(world, store)
             bad = world.from_main(_slow(rates, world.device.type, _row(world.device)))
     if ranks.rank == 0:
@@ -251,7 +251,7 @@ def _node_of(rank: int, ranks: Ranks, reports: Iterable[Report]) -> str:
         return f"the node of rank {rank}"
 
 
-class _Impatience:
+class AllReduceWatchdog:
     """Ends rank 0, naming nodes, when an all-reduce does not come back: a fabric that hangs raises nothing."""
 
     def __init__(self, store: dist.Store, ranks: Ranks) -> None:

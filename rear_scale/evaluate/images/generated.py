@@ -14,7 +14,7 @@ from rear_scale.config import ExperimentConfig
 from rear_scale.evaluate.images.image_set import Generation, ImageSet
 from rear_scale.model import Generator
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import decode_images, job_identity, labels_of, make_tokens, units_of
+from rear_scale.sample.job import batches_of, decode_images, job_identity, labels_of, make_tokens
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -41,7 +41,7 @@ def generated_images(
     size = cfg.tokenizer.image_size
     name = f"{cfg.run.name}, step {checkpoint.step}"
     identity = f"generated {job_identity(cfg, checkpoint)}"
-    blocks = units_of(cfg)
+    blocks = batches_of(cfg)
     return ImageSet(
         name,
         identity,

@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from rear_scale.config import InputError
-from rear_scale.untrusted import check_file, npy_head, shown
+from rear_scale.untrusted import check_file, npy_header, shown
 
 _LOCAL_HEADER, _LENGTHS = 30, 26  # bytes: of a member's header before its name, and where the lengths stand in it
 _CHUNK = 1 << 20
@@ -33,7 +33,7 @@ class StoredArray:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(self.member)
             with archive.open(info) as member:
-                self.shape, fortran_order, self.dtype = npy_head(member)
+                self.shape, fortran_order, self.dtype = npy_header(member)
                 header_size = member.tell()
         if fortran_order and len(self.shape) > 1:
             raise ValueError(f"{name} is stored column by column")
@@ -77,7 +77,7 @@ class StoredArray:
     def _unpack(self, start: int, count: int) -> bytes:
         if self._stream is None or self._stream[1] > start:
             member = zipfile.ZipFile(self.path).open(self.member)  # noqa: SIM115 - kept for the next part
-            npy_head(member)
+            npy_header(member)
             self._stream = (member, 0)
         member, row = self._stream
         for _ in range(row, start):

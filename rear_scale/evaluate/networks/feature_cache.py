@@ -24,7 +24,7 @@ from rear_scale.evaluate.images.npz import StoredArray, open_array
 from rear_scale.evaluate.networks.base import Extractor
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.progress import progress
-from rear_scale.sample.decode_worker import Beside
+from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
@@ -123,25 +123,25 @@ def extract(
 
     with (
         progress(description, total, "image", show=world.is_main and bool(missing)) as bar,
-        Beside(world.device) as beside,
+        DecodeWorker(world.device) as worker,
     ):
         for place, number in enumerate(missing):
             if place % world.size == world.rank:
-                _read_and(write, images, number, beside)
+                _read_and(write, images, number, worker)
             bar.update(len(images.blocks[number]))
     world.barrier()
     return found
 
 
 def _read_and(
-    write: Callable[[int, np.ndarray, np.ndarray | None], None], images: ImageSet, number: int, beside: Beside
+    write: Callable[[int, np.ndarray, np.ndarray | None], None], images: ImageSet, number: int, worker: DecodeWorker
 ) -> None:
     """Reads a block and starts `write` on it beside what comes next; of generated images, their decoding too."""
     generation, ids = images.generation, images.blocks[number]
     if generation is None:
-        beside.run(write, number, *images.read(ids))
+        worker.run(write, number, *images.read(ids))
     else:
-        beside.run(lambda tokens: write(number, *generation.decode(tokens, ids)), generation.draw(ids))
+        worker.run(lambda tokens: write(number, *generation.decode(tokens, ids)), generation.draw(ids))
 
 
 def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:

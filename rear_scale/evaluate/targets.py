@@ -22,7 +22,7 @@ from rear_scale.world import World
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """One set of images to score, and where its result goes."""
 
     cfg: ExperimentConfig
@@ -43,21 +43,21 @@ class Subject:
         return None if self.checkpoint is None else self.checkpoint.run
 
 
-def beside(images: Path, suffix: str) -> Path:
-    """Where a result goes that no run folder takes: beside the images, under their name."""
+def result_path_next_to(images: Path, suffix: str) -> Path:
+    """The path of the result for images that belong to no run: next to them, under their name."""
     if images.name in ("", ".."):
         images = Path(os.path.abspath(images))  # "." has no name
     # The dots of a folder are part of its name: samples_4.0 and samples_4.5 are two.
     return images.with_name(f"{images.name if images.is_dir() else images.stem}.{suffix}")
 
 
-def subjects_of(
+def eval_targets(
     cfg: ExperimentConfig,
     checkpoints: Sequence[tuple[ExperimentConfig, Checkpoint]],
     samples: Path | None,
     sweeps: Sequence[str],
     output: Path | None,
-) -> list[Subject]:
+) -> list[EvalTarget]:
     """All combinations of checkpoints and swept settings (`section.field=value,value,...`).
 
     Raises InputError for a sweep of anything but sampling, and for several results of one output.
@@ -72,7 +72,7 @@ def subjects_of(
             raise InputError(
                 f"--sweep {sweeps[0]} needs --checkpoint: --samples {samples} are there already. Leave it away"
             )
-        return [Subject(cfg, None, samples, output or beside(samples, "result.json"))]
+        return [EvalTarget(cfg, None, samples, output or result_path_next_to(samples, "result.json"))]
     if samples is not None and (sweeps or len(checkpoints) > 1):
         raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
     found = []
@@ -82,7 +82,7 @@ def subjects_of(
             which = _which(checkpoint, [other for _, other in checkpoints])
             own_name = "_".join([*which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
             file = f"result_{own_name}.json" if own_name else "result.json"
-            found.append(Subject(swept, checkpoint, samples, checkpoint.run / file, own_name))
+            found.append(EvalTarget(swept, checkpoint, samples, checkpoint.run / file, own_name))
     if output is None:
         _check_distinct(found)
         return found
@@ -90,7 +90,7 @@ def subjects_of(
         raise InputError(
             f"--out {output} is one file, but there are {len(found)} results. Leave it away: each has a name"
         )
-    return [Subject(found[0].cfg, found[0].checkpoint, samples, output)]
+    return [EvalTarget(found[0].cfg, found[0].checkpoint, samples, output)]
 
 
 def _which(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> list[str]:
@@ -101,8 +101,8 @@ def _which(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> list[st
     return [f"step={checkpoint.step}"] if beside else []
 
 
-def _check_distinct(subjects: Sequence[Subject]) -> None:
-    outputs = [subject.output for subject in subjects]
+def _check_distinct(targets: Sequence[EvalTarget]) -> None:
+    outputs = [target.output for target in targets]
     for output in outputs:
         if outputs.count(output) > 1:
             raise InputError(
@@ -121,37 +121,37 @@ def _settings(sweeps: Sequence[str]) -> list[list[str]]:
     return config.combinations(sweeps, "--sweep")
 
 
-class Opener:
-    """Opens the images of subjects; a model stays where it is while the next subject has the same."""
+class TargetOpener:
+    """Opens the images and models of evaluation targets, and keeps the last model for the next target of the same checkpoint."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._model: tuple[tuple[Path, str], Generator] | None = None
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
 
-    def images(self, subject: Subject, size: int | None = None) -> ImageSet:
+    def images(self, target: EvalTarget, size: int | None = None) -> ImageSet:
         """size: to which image files are cropped; null = they are taken as they are.
 
         All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with.
         """
-        if subject.samples is not None:
-            return open_image_set(subject.samples, self.world, size, subject.cfg.evaluate.exif)
-        assert subject.checkpoint is not None
-        check_tokenizer(subject.cfg, subject.checkpoint)
-        written = default_output(subject.cfg, subject.checkpoint)
-        if is_done(written, job_identity(subject.cfg, subject.checkpoint)):
+        if target.samples is not None:
+            return open_image_set(target.samples, self.world, size, target.cfg.evaluate.exif)
+        assert target.checkpoint is not None
+        check_tokenizer(target.cfg, target.checkpoint)
+        written = default_output(target.cfg, target.checkpoint)
+        if is_done(written, job_identity(target.cfg, target.checkpoint)):
             return open_image_set(written, self.world)
-        cfg = subject.cfg
+        cfg = target.cfg
         if self._tokenizer is None or self._tokenizer[0] != cfg.tokenizer.weights:
             self._tokenizer = (cfg.tokenizer.weights, open_tokenizer(cfg.tokenizer, self.world.device))
-        return generated_images(cfg, subject.checkpoint, self.model(subject), self._tokenizer[1], self.world)
+        return generated_images(cfg, target.checkpoint, self.model(target), self._tokenizer[1], self.world)
 
-    def model(self, subject: Subject) -> Generator:
-        assert subject.checkpoint is not None
-        key = (subject.checkpoint.path, subject.cfg.train.precision)
+    def model(self, target: EvalTarget) -> Generator:
+        assert target.checkpoint is not None
+        key = (target.checkpoint.path, target.cfg.train.precision)
         if self._model is None or self._model[0] != key:
             self._model = None  # the old one goes before the new one comes
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._model = (key, load_generator(subject.cfg, subject.checkpoint, self.world.device))
+            self._model = (key, load_generator(target.cfg, target.checkpoint, self.world.device))
         return self._model[1]
