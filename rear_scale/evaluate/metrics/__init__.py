@@ -7,6 +7,7 @@ from rear_scale.evaluate.metrics.base import Metric
 from rear_scale.evaluate.metrics.classes import ClassAccuracy, ClassifierDistance, NearestDistance
 from rear_scale.evaluate.metrics.frechet import FrechetDistance
 from rear_scale.evaluate.metrics.inception_score import InceptionScoreMetric
+from rear_scale.evaluate.metrics.kernel import KernelDistance
 from rear_scale.evaluate.metrics.precision_recall import NeighbourShares
 from rear_scale.evaluate.metrics.reconstruction import Lpips, Psnr, TokenUse
 
@@ -17,6 +18,9 @@ METRICS: list[Metric] = [
     NeighbourShares("inception", "pool", in_table=True),
     FrechetDistance("fd_dinov2", "dinov2", "cls"),
     NeighbourShares("dinov2", "cls", prefix="dinov2_"),
+    FrechetDistance("fd_efficientnet", "efficientnet", "average", title="FD (EfficientNet)"),
+    KernelDistance("kd_efficientnet", "efficientnet", "average", title="KD (EfficientNet)"),
+    NeighbourShares("efficientnet", "average", prefix="efficientnet_"),
     ClassAccuracy(),
     ClassifierDistance(),
     NearestDistance(),

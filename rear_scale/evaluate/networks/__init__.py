@@ -5,6 +5,7 @@ from __future__ import annotations
 from rear_scale.config import EvaluateConfig, InputError
 from rear_scale.evaluate.networks.base import InceptionFeatures
 from rear_scale.evaluate.networks.dinov2 import DINOV2_VITL14, DinoV2Features
+from rear_scale.evaluate.networks.efficientnet import EFFICIENTNET_LITE0, EfficientNetFeatures, packaged_weights
 from rear_scale.evaluate.networks.inception import INCEPTION
 from rear_scale.evaluate.networks.lpips import LPIPS_VGG, VGG16, LpipsDistance
 from rear_scale.evaluate.networks.row import NetworkRow, StatisticsArrays
@@ -24,6 +25,13 @@ NETWORKS: list[NetworkRow] = [
         {"dinov2_weights": DINOV2_VITL14},
         DinoV2Features,
         {"cls": StatisticsArrays("mu_dinov2", "sigma_dinov2")},
+    ),
+    NetworkRow(
+        "efficientnet",
+        {"efficientnet_weights": EFFICIENTNET_LITE0},
+        EfficientNetFeatures,
+        {"average": StatisticsArrays("mu_efficientnet", "sigma_efficientnet")},
+        packaged=packaged_weights,
     ),
     NetworkRow("lpips", {"vgg_weights": VGG16, "lpips_weights": LPIPS_VGG}, LpipsDistance, of_pairs=True),
 ]

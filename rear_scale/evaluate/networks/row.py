@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rear_scale.config import EvaluateConfig
 from rear_scale.evaluate.networks.weights import PublishedFile, check_weight_file
+
+PACKAGED = "package"  # in place of a path: the weight file inside an installed Python package
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,17 @@ class NetworkRow:
     make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or a distance for `of_pairs`
     statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature that has moments
     of_pairs: bool = False  # it compares an image with its reconstruction
+    packaged: Callable[[], Path | None] | None = None  # finds the weight file that PACKAGED stands for
 
     def paths(self, cfg: EvaluateConfig) -> dict[str, str | None]:
         """The weight file of each field, under its full name (`evaluate.inception_weights`)."""
-        return {f"evaluate.{name}": _value(cfg, name) for name in self.weights}
+        return {f"evaluate.{name}": self._path(cfg, name) for name in self.weights}
+
+    def _path(self, cfg: EvaluateConfig, name: str) -> str | None:
+        value = _value(cfg, name)
+        if value == PACKAGED and self.packaged is not None and (path := self.packaged()) is not None:
+            return str(path)
+        return value
 
     def is_set(self, cfg: EvaluateConfig) -> bool:
         return any(path is not None for path in self.paths(cfg).values())
