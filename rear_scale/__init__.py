@@ -6,8 +6,8 @@ As a library, it offers the names of `__all__`; api.py documents them, and is im
     m = rear_scale.load("runs/rear_xl", tokenizer="maskgit-vqgan-imagenet-f16-256.bin")
     images = m.sample(classes=[207] * 8, seed=0)
 
-Its folders and files in their import order: each imports only those before it, and itself. README.md has a line for each.
-parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
+Its folders and files in their import order: each imports only those before it, and itself. docs/architecture.md has a line for
+each. parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
     config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> scaling

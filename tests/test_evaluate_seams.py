@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from snippets import module_of
 from test_evaluate import _Small, some_images
 from test_evaluate_jobs import evaluate_here, launch_here
 
 from rear_scale.config import InputError
 from rear_scale.evaluate import metrics, networks
-from rear_scale.evaluate.metrics.base import Column, Inputs, ReferenceMetric, ReferenceSet
 from rear_scale.evaluate.metrics.frechet import FrechetDistance
 from rear_scale.evaluate.networks.row import NetworkRow, StatisticsArrays
 from rear_scale.evaluate.networks.weights import PublishedFile, read_weight_file
@@ -30,28 +30,6 @@ def images(folder: Path) -> tuple[Path, str]:
     return folder / "samples.npz", f"evaluate.reference.plain={folder / 'plain.npz'}"
 
 
-class KernelDistance(ReferenceMetric):
-    """KID: the unbiased squared MMD under the kernel (x y / F + 1)^3. Binkowski et al. 2018, arXiv:1801.01401."""
-
-    name = "kid"
-    network = "inception"
-    columns = (Column("KID", 4, lambda values: values.get("kid")),)
-
-    def score(self, inputs: Inputs, reference: ReferenceSet) -> float | None:
-        rows = reference.rows("pool")
-        return None if rows is None else squared_mmd(inputs.samples.rows("pool")[:], rows[:])
-
-
-def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    own, other = ((kernel(a, a).sum() - kernel(a, a).trace()) / (len(a) * (len(a) - 1)) for a in (x, y))
-    return float(own + other - 2 * kernel(x, y).mean())
-
-
 @pytest.fixture
 def registered() -> Iterator[None]:
     """Metrics and networks that a test adds are gone after it."""
@@ -64,12 +42,13 @@ def registered() -> Iterator[None]:
 def test_a_metric_of_another_file_is_in_results_summaries_and_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics.register(KernelDistance())
+    module = module_of("A metric")  # of docs/extending.md
+    metrics.register(module.KernelDistance())
     samples, reference = images(tmp_path)
     (tmp_path / "inception").touch()
     evaluate_here(monkeypatch, "--samples", samples, reference, f"evaluate.inception_weights={tmp_path / 'inception'}")
     features = [_Small()(some_images(count, seed))["pool"] for count, seed in ((30, 3), (40, 2))]
-    expected = pytest.approx(squared_mmd(*features), rel=1e-9)
+    expected = pytest.approx(module.squared_mmd(*features), rel=1e-9)
     found = read_result(tmp_path / "samples.result.json").images
     value = found.networks["inception"].references["plain"]["kid"]
     assert value == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -15,14 +16,13 @@ import rear_scale
 from rear_scale import config
 from rear_scale.config import ExperimentConfig, reference
 from rear_scale.config.fields import declarations
-from rear_scale.config.overrides import field_type
+from rear_scale.config.overrides import check_override, field_type
 from rear_scale.parallel import facts
 
+PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [
-    ROOT / "README.md",
-    ROOT / "data/README.md",
+    *PAGES,
     ROOT / "configs/README.md",
-    ROOT / "docs/trust.md",
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted((ROOT / "launchers").iterdir()),
     *sorted((ROOT / "launchers/slurm").iterdir()),
@@ -30,7 +30,11 @@ TEXTS = [
 TEXTS = [path for path in TEXTS if path.is_file()]
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def name_in_ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_in_ids)
 def test_every_path_and_config_that_a_text_names_is_there(path: Path) -> None:
     text = path.read_text()
     for named in re.findall(r"(?:launchers|configs|rear_scale|tests|data|docs)/[\w/.-]*\w", text):
@@ -40,22 +44,83 @@ def test_every_path_and_config_that_a_text_names_is_there(path: Path) -> None:
         assert (config.CONFIG_DIR / named).is_file(), named
 
 
-def test_every_option_of_the_readme_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    options = set(
-        re.findall(
-            r"\b((?:run|model|tokenizer|data|objective|optim|train|checkpoint|resume|sample|evaluate|wandb)\.[a-z_]+)\b",
-            text,
-        )
-    )
-    assert len(options) > 5
-    for option in options:
+@pytest.mark.parametrize("path", PAGES, ids=name_in_ids)
+def test_every_link_of_a_page_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), target
+        if anchor:
+            assert anchor in anchors(page), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_in_ids)
+def test_every_option_of_a_page_exists(path: Path) -> None:
+    text = path.read_text()
+    sections = "|".join(field.name for field in dataclasses.fields(ExperimentConfig))
+    # Not the folders and files of these names, nor the names of modules.
+    for option in re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z_]+(?:\.[a-zA-Z_]+)*)(?![\w/(])", text):
         if option.split(".")[1] not in ("py", "sh", "yaml", "sbatch"):
             field_type(option)
     groups = {path.name for path in config.CONFIG_DIR.iterdir() if path.is_dir()}
-    for group, value in re.findall(r"\b(\w+)=(\w+)", text):
-        if group in groups:
+    for group, value in re.findall(r"(?<![\w.])(\w+)=(\w+)", text):
+        if group in groups and value not in OF_EXTENDING:
             assert (config.CONFIG_DIR / group / f"{value}.yaml").is_file(), f"{group}={value}"
+
+
+OF_EXTENDING = ("ddp_fp16", "tiles")  # what docs/extending.md adds
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_in_ids)
+def test_every_command_of_a_page_takes_its_options(path: Path) -> None:
+    for script, line in commands(path.read_text()):
+        words = line.split()
+        for word in words:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in options_of(script), f"{script} {word}"
+            elif re.match(r"[\w.]+=", word) and word.partition("=")[0] != "--config" and "..." not in word:
+                check_override(word)
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(script, its arguments) of each command in code: indented, or between backticks."""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    code = [line for line in lines if re.match(r" {4,}\S", line)] + re.findall(r"`([^`]+)`", text)
+    found = [re.search(r"((?:launchers|data)/\S+\.(?:py|sbatch))\b([^#|;]*)", line) for line in code]
+    return [(match[1], match[2]) for match in found if match]
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    """What a script, the modules that it names and the folder of its name have as options. A batch script takes those of its
+    launcher."""
+    name = re.sub(r"slurm/(\w+)\.sbatch", r"\1.py", script)
+    source = (ROOT / name).read_text()
+    modules = re.findall(r"rear_scale(?:\.\w+)+", source)
+    files = [ROOT / f"{module.replace('.', '/')}.py" for module in [*modules, "rear_scale.cli"]]
+    files += (ROOT / "rear_scale" / Path(name).stem).glob("*.py")
+    texts = [source, *(file.read_text() for file in files if file.is_file())]
+    return {option for text in texts for option in re.findall(r"\"(--[\w-]+)\"", text)}
+
+
+def test_the_commands_of_the_pages_are_seen() -> None:
+    found = {script for page in PAGES for script, _ in commands(page.read_text())}
+    scripts = {name_in_ids(path) for path in [*(ROOT / "launchers").rglob("*.*"), *(ROOT / "data").glob("*.py")]}
+    assert found <= scripts
+    assert {script for script in scripts if script.endswith((".py", ".sbatch"))} - found <= WITHOUT_A_COMMAND
+    assert "--sweep" in options_of("launchers/evaluate.py")
+
+
+# Called by other scripts, or shown by name alone.
+WITHOUT_A_COMMAND = {"launchers/demo.py"}
 
 
 def test_the_reference_of_fields_is_that_of_the_schema() -> None:
@@ -65,8 +130,10 @@ def test_the_reference_of_fields_is_that_of_the_schema() -> None:
         assert f"`{name}`" in written or not own.doc, name
 
 
-def test_the_first_screen_has_the_two_commands() -> None:
-    first = (ROOT / "README.md").read_text().splitlines()[:15]
+def test_the_readme_is_short_and_its_first_screen_has_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    first = lines[:15]
     assert any("bash launchers/demo.sh" in line for line in first)
     assert any("bash launchers/test.sh" in line for line in first)
 
@@ -119,9 +186,9 @@ def imports_of(name: str) -> tuple[set[str], set[str], set[str]]:
     return everywhere, late, typed
 
 
-def test_the_import_order_is_that_of_the_readme_and_complete() -> None:
+def test_the_import_order_is_that_of_the_map_and_complete() -> None:
     order = import_order()
-    shown = (ROOT / "README.md").read_text().split("## Map of the code")[1].split("\n## ")[0]
+    shown = (ROOT / "docs/architecture.md").read_text().split("## Map of the code")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in shown.splitlines() if line.startswith("| `rear_scale")]
     assert [name for row in rows for name in re.findall(r"`rear_scale/(\w+)", row)] == order
     assert {name.partition(".")[0] for name in MODULES} - {"__init__"} == {*order}
@@ -184,9 +251,19 @@ def test_the_table_of_strategies_is_that_of_their_facts() -> None:
         marks = " | ".join("yes" if has else "-" for has in features)
         name = f"`{row.name}`{' (default)' if row.name == default else ''}"
         lines.append(f"| {name} | {row.title} | {shards or 'nothing'} | {ranks} | {marks} |")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/training.md").read_text()
     for line in lines:
         assert line in text, line
+
+
+def test_the_walk_names_functions_and_classes_that_are_there() -> None:
+    walk = (ROOT / "docs/architecture.md").read_text().split("## One batch of training")[1].split("\n## Rules")[0]
+    stages = re.findall(r"`(rear_scale/[\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", walk)
+    assert len(stages) > 25
+    for file, names in stages:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"(?:def|class) {name}\b", source), f"{file}: {name}"
 
 
 def test_engines_are_imported_where_they_belong() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from helpers import ROOT, write_token_shards
 from PIL import Image
 
-from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.config import InputError
 from rear_scale.files import file_sha256
 from rear_scale.shards import record
 from rear_scale.shards.images import write_images
@@ -56,20 +54,3 @@ def test_image_shards_are_drawn_as_they_are(tmp_path: Path) -> None:
     show(tmp_path / "set", None, 48, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert np.array_equal(grid[:64, 66:130], pixels[1])
-
-
-def test_the_tokenizer_of_the_readme_is_a_whole_one(tmp_path: Path) -> None:
-    text = (ROOT / "data/README.md").read_text()
-    code = textwrap.dedent(re.search(r"\n( {8}from __future__.*?)\n\n2\. ", text, re.DOTALL)[1])
-    assert len(code.splitlines()) < 60
-    scope: dict = {"__name__": "tiles"}
-    exec(code, scope)
-    cfg = TokenizerConfig("tiles", None, 24, 36, 16, 2)
-    scope["Tiles"].untrained(cfg).save(str(tmp_path / "tiles.safetensors"))
-    tokenizer = scope["Tiles"].from_file(str(tmp_path / "tiles.safetensors"))
-    greys = torch.linspace(0, 1, 16)[:, None, None, None].expand(16, 3, 24, 24)
-    ids = tokenizer.encode(greys)
-    assert torch.equal(ids, torch.arange(16)[:, None].expand(16, 36))
-    assert torch.allclose(tokenizer.decode(ids), greys, atol=1e-6)
-    with pytest.raises(InputError, match=r"tiles.safetensors, made by"):
-        scope["Tiles"].from_file(str(tmp_path / "none"))

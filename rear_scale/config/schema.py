@@ -94,8 +94,8 @@ class TokenizerConfig:
     codebook_dim: int = number(256, "width of one code", above=0, most=65_536, by_weights=True)
     training: TokenizerTrainingConfig | None = section(None, may_change=True,
         doc="training of a tokenizer of our own; null = the weights come from elsewhere")
-    precision: str = choice("fp32", "precision of decoding (README: the error of images); encoding has its own", among=PRECISIONS,
-        may_change=True)
+    precision: str = choice("fp32", "precision of decoding (docs/sampling.md: the error of images); encoding has its own",
+        among=PRECISIONS, may_change=True)
     # At most 1,024 rows or columns: a scan order of a longer line takes long.
     grid: list[int] | None = setting(None, by_weights=True,
         doc="[rows, columns] of the tokens behind the prefix, in raster order; null = a sequence without a grid. Where no config "

@@ -63,7 +63,7 @@ def _apex_adam(device: torch.device) -> Any:
         import apex
     except ImportError:
         raise InputError(
-            "optim.backend=apex needs NVIDIA apex, which is built from its own repository (see README.md). "
+            "optim.backend=apex needs NVIDIA apex, which is built from its own repository (see docs/training.md). "
             "Use optim.backend=auto, whose fused kernel does the same"
         ) from None
     if not hasattr(apex, "optimizers"):
@@ -72,7 +72,7 @@ def _apex_adam(device: torch.device) -> Any:
         except ImportError:
             raise InputError(
                 f"optim.backend=apex: the package apex in {getattr(apex, '__path__', ['?'])[0]} is not NVIDIA's but another one "
-                "of that name, as PyPI has it. Uninstall it and build NVIDIA's (see README.md), or use optim.backend=auto"
+                "of that name, as PyPI has it. Uninstall it and build NVIDIA's (see docs/training.md), or use optim.backend=auto"
             ) from None
     if device.type != "cuda":
         raise InputError("optim.backend=apex works on CUDA devices only. Use optim.backend=auto")

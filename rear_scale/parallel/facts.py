@@ -23,7 +23,7 @@ class Facts:
     formulas: (
         str  # module with memory(update) -> Memory and traffic(update) -> Traffic; imports nothing that `needs` names
     )
-    title: str  # the engine, as README.md names it
+    title: str  # the engine, as docs/training.md names it
     needs: str | None = None  # a package beyond torch
     shards: tuple[str, ...] = ()  # of optimizer, gradients, weights, in this order
     alone: bool = False  # runs one process only
