@@ -26,7 +26,7 @@ from rear_scale.shards.crops import CROPS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("import-jsonl", "import-alitok", "export-jsonl", "export-alitok"):
         command = commands.add_parser(name)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from rear_scale import cli
+from rear_scale.config import InputError
+from rear_scale.places import how_to_install
 from rear_scale.shards.images import write_images
 
 IMAGE_SIZE = 24
@@ -26,9 +26,14 @@ NUM_VAL = 360
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder; its train/ and val/ are written")
     out = parser.parse_args().out
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise InputError(f"the digits come with scikit-learn. Install it: {how_to_install('scikit-learn')}") from None
     digits = load_digits()
     indices = np.arange(len(digits.target))
     train, val = train_test_split(indices, test_size=NUM_VAL, stratify=digits.target, random_state=0)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from rear_scale import cli
+from rear_scale.bench import reference
 from rear_scale.device import uses_cuda
 from rear_scale.files import write_text_atomically
 from rear_scale.run.versions import commit
@@ -26,7 +27,7 @@ from rear_scale.run.versions import commit
 
 def main() -> None:
     modes = [name for name in ("train", "sample", "data") if importlib.util.find_spec(f"rear_scale.bench.{name}")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", help=", ".join(modes))
     chosen = None
     for name in modes:
@@ -49,6 +50,7 @@ def main() -> None:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
         print(json.dumps({**settings, **machine()}, indent=1, default=str))
         return
+    reference.check_there()
     found = arguments.run(arguments)
     if found is None:
         return  # not the first of several ranks

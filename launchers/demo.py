@@ -1,5 +1,7 @@
-"""The whole path on scikit-learn's handwritten digits: images -> tokenizer -> tar shards -> training of vanilla AR and reAR
-with deepspeed -> sampling -> evaluation -> runs/demo/report.html and runs/demo/summary.json.
+"""The whole path on handwritten digits, from images to trained models, samples and a report.
+
+scikit-learn's digits -> tokenizer -> tar shards -> training of vanilla AR and reAR with deepspeed -> sampling -> evaluation
+-> runs/demo/report.html and runs/demo/summary.json.
 
     bash launchers/demo.sh              one training seed
     bash launchers/demo.sh --seeds 3    three, with mean and spread
@@ -11,9 +13,10 @@ import argparse
 
 from rear_scale import cli
 from rear_scale.config import InputError
-from rear_scale.demo.commands import FOLDER, open_folder, stages
+from rear_scale.demo.commands import FOLDER, check_packages, open_folder, stages
 from rear_scale.demo.report import write_report
 from rear_scale.demo.summary import print_table, write_summary
+from rear_scale.places import as_typed
 from rear_scale.world import locked
 
 
@@ -30,8 +33,9 @@ def main() -> None:
     seeds = list(range(args.seeds))
     planned = stages(seeds, args.overrides)
     if args.dry_run:
-        print("\n".join(stage.line for stage in planned))
+        print("\n".join(as_typed(stage.line) for stage in planned))
         return
+    check_packages()
     in_use = f"{FOLDER} is in use by another demo. Wait for it, or start in another folder"
     # Beside the folder, which is moved when it was made by other settings.
     with locked(FOLDER.with_name(f".{FOLDER.name}.lock"), in_use):

@@ -108,8 +108,7 @@ install pip setuptools wheel
 # DeepSpeed is published as source and imports torch while it is built, so torch goes in first and the build is not
 # isolated. DS_BUILD_OPS=0: its kernels are compiled when they are first used on a GPU, and never here.
 install torch
-DS_BUILD_OPS=0 install --no-build-isolation deepspeed
-install --no-build-isolation --editable '.[demo,test,wandb]'
+DS_BUILD_OPS=0 install --no-build-isolation --editable '.[train,demo,test,wandb]'
 .venv/bin/python -m pip check --disable-pip-version-check >>"$log" 2>&1 || {
     tail -n 5 "$log" >&2
     echo "error: the packages in .venv do not fit together (see above). Remove .venv and run the same command again." >&2

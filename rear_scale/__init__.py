@@ -9,10 +9,10 @@ As a library, it offers the names of `__all__`; api.py documents them, and is im
 Its folders and files in their import order: each imports only those before it, and itself. docs/architecture.md has a line for
 each. parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
-    config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
+    places, config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> scaling
         -> sample -> evaluate -> analysis -> train -> report -> api
-        -> bench, demo
+        -> bench, demo, __main__
 """
 
 import os

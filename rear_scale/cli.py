@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
-from rear_scale import config, device, world
+from rear_scale import config, device, places, world
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import load_config, open_with_config
 from rear_scale.checkpoint.writer import Unwritten
@@ -49,7 +49,15 @@ class CheckpointCommand(Command):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says of --section.field what it is without the dashes."""
+    """Says of --section.field what it is without the dashes, and names the scripts as they are started here."""
+
+    def __init__(self, **settings: Any) -> None:
+        if not places.IN_CHECKOUT:
+            settings.setdefault("prog", f"python -m rear_scale {Path(sys.argv[0]).stem}")
+        super().__init__(**settings)
+
+    def format_help(self) -> str:
+        return places.as_typed(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError, or ends the process as argparse does."""
@@ -171,7 +179,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _say_error(line: str) -> None:
     # Names out of files stand in it, which must not steer a terminal.
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in places.as_typed(line))
     rank = _rank()
     if rank == 0:
         say(f"error: {line}")

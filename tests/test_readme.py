@@ -156,6 +156,7 @@ MODULES = {name_of(path): path for path in (ROOT / "rear_scale").rglob("*.py")}
 # Modules that are imported inside a function, by the module that does it, and why.
 LATE = {
     "__init__": ("api", "it imports torch, which `import rear_scale` does without"),
+    "__main__": ("cli", "it imports torch, and the list of commands is to be there at once"),
     "optim.adamw": ("optim.deepspeed_adam", "it imports DeepSpeed, which other optimizers do without"),
     "run.requeue": ("checkpoint.open", "it imports torch, and the answer is to be there within a second"),
     "scaling.command": ("scaling.measure scaling.simulate", "a plan on paper needs no engines"),

@@ -66,7 +66,9 @@ def set_up(folder: Path, pip_conf: str = "", **env: str) -> list[tuple[list[str]
 )
 def test_packages_go_into_the_environment(tmp_path: Path, pip_conf: str, env: dict[str, str]) -> None:
     calls = set_up(tmp_path, pip_conf, **env)
-    assert [call[0][2] for call in calls] == ["install"] * 4 + ["check"]
+    assert [call[0][2] for call in calls] == ["install"] * 3 + ["check"]
+    assert calls[2][0][-1].startswith(".[train,")
+    assert calls[2][1]["DS_BUILD_OPS"] == "0"
     for _, variables in calls:
         given = {name for name in variables if name.startswith("PIP_")}
         assert given - _SOURCES == {"PIP_CONFIG_FILE"}  # this machine's own pip.conf may name sources
@@ -90,7 +92,7 @@ def test_a_file_takes_the_place_of_locks(tmp_path: Path, holder: str | None) -> 
     if holder is not None:
         text = holder.format(host=socket.gethostname(), pid=os.getpid())
         (tmp_path / ".venv.lock.holder").write_text(f"{text}\n")
-    assert len(set_up(tmp_path, PATH=without_locks(tmp_path))) == 5
+    assert len(set_up(tmp_path, PATH=without_locks(tmp_path))) == 4
     assert not (tmp_path / ".venv.lock.holder").exists()
 
 

@@ -35,12 +35,12 @@ from rear_scale.config import InputError
 from rear_scale.device import uses_cuda
 from rear_scale.files import write_text_atomically
 from rear_scale.parallel import facts
+from rear_scale.places import ROOT
 from rear_scale.progress import say
 from rear_scale.report.page import Section, Table, write_page
 from rear_scale.run.versions import commit
 from rear_scale.world import end_with_parent
 
-_ROOT = Path(__file__).resolve().parents[2]
 _LEAST_S = 5.0  # a part is not begun with less time than this
 _BENCH = "launchers/bench.py"
 _TINY = ["model.depth=1", "model.width=32", "train.micro_batch_size=2", "sample.batch_size=2"]
@@ -225,7 +225,7 @@ def _process(part: Part, out: Path, left_s: float) -> tuple[Answer | None, str]:
         open(path, "w") as log,
         subprocess.Popen(
             part.command,
-            cwd=_ROOT,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 from rear_scale.config import InputError
+from rear_scale.places import ROOT
 
-_FOLDER = Path(__file__).resolve().parents[2] / "tests" / "reference"
+_FOLDER = ROOT / "tests" / "reference"
+
+
+def check_there() -> None:
+    """Raises InputError outside a checkout, before anything is written or measured."""
+    if not _FOLDER.is_dir():
+        raise InputError(f"not found: {_FOLDER}, which the bench compares with. Run it from a checkout of the project")
 
 
 def load(name: str) -> ModuleType:

@@ -32,6 +32,7 @@ from rear_scale.model.fp8 import check_fp8
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective, Task, shared_classes
 from rear_scale.parallel import facts, open_strategy
+from rear_scale.parallel.engine import check_installed
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.progress import progress
 from rear_scale.world import World, discover, joined
@@ -91,6 +92,7 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
         raise InputError(
             f"--config {arguments.config}: the plain step is written for reAR and AR in the paper's form. Use such a config"
         )
+    check_installed(facts.of(cfg.strategy))
     check_fp8(cfg, world.device)
     plan = config.derive(cfg, world.size, 1_281_167)
     codebook = torch.randn(

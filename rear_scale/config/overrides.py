@@ -13,18 +13,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from rear_scale import places
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
 from rear_scale.config.schema import STRATEGY_KEY, ExperimentConfig
 from rear_scale.parallel import facts
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_DIR = places.ROOT / "configs"
 LONGEST_TEXT = 4096  # characters; no path is longer
 _FORM = "the form is section.field=value"
 _NULL = re.compile(r"null|Null|NULL|None")  # none is a text: a policy, a folder

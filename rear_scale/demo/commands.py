@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 from pathlib import Path
 
 import torch
 
-from rear_scale.config import derive, load
+from rear_scale.config import CONFIG_DIR, InputError, derive, load
 from rear_scale.files import write_text_atomically
+from rear_scale.places import PACKAGE, commands, how_to_install
 from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
 
 FOLDER = Path("runs/demo")  # relative to the current directory, as configs/demo.yaml has it
-_ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"ar": "demo_ar.yaml", "rear": "demo.yaml"}
 
 _GRID_EVERY_IMAGES = 19_200  # 300 steps
@@ -57,6 +58,16 @@ def stages(seeds: list[int], overrides: list[str]) -> list[Stage]:
         for model in MODELS:
             found += _model_stages(model, seed, [*shown, *overrides], encoded)
     return found
+
+
+def check_packages() -> None:
+    """Raises InputError when a package is not installed that only the demo needs: the digits come with scikit-learn, and
+    DeepSpeed trains on them."""
+    for package, module in (("scikit-learn", "sklearn"), ("deepspeed", "deepspeed")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"the demo needs the package {package}, which is not installed. Install it: {how_to_install(package)}"
+            )
 
 
 def _model_stages(model: str, seed: int, overrides: list[str], tokens: list[Stage]) -> list[Stage]:
@@ -115,9 +126,9 @@ def open_folder(overrides: list[str]) -> StageFolder:
 def _fingerprint(overrides: list[str]) -> str:
     """A hash of the code and settings that the results depend on."""
     digest = hashlib.sha256(repr(overrides).encode())
-    for pattern in ("rear_scale/**/*.py", "configs/**/*.yaml", "launchers/*.py", "data/*.py"):
-        for path in sorted(_ROOT.glob(pattern)):
-            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    code = [*PACKAGE.rglob("*.py"), *CONFIG_DIR.rglob("*.yaml"), *commands().values()]
+    for path in sorted(code):
+        digest.update(path.relative_to(PACKAGE.parent).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from rear_scale.demo.summary import table
 from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.networks.classifier import NUM_FEATURES
 from rear_scale.evaluate.result import Result, read_result
+from rear_scale.places import as_typed
 from rear_scale.report.figures import class_rows, curves, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
@@ -103,7 +104,7 @@ def _training(seed: int) -> Section:
 
 
 def _commands(stages: list[Stage], folder: StageFolder) -> Section:
-    lines = [f"{stage.line}   # {folder.seconds(stage):.0f} s" for stage in stages]
+    lines = [f"{as_typed(stage.line)}   # {folder.seconds(stage):.0f} s" for stage in stages]
     return Section("Commands", ["Each stage can be typed by itself, from the project's root."], code="\n".join(lines))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rear_scale.config import ExperimentConfig, InputError, OptimConfig
 from rear_scale.optim.groups import Groups, Rule, decays, register
+from rear_scale.places import how_to_install
 
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -53,7 +54,8 @@ def _deepspeed_adam() -> Any:
         from rear_scale.optim.deepspeed_adam import fused_adam
     except ImportError as error:
         raise InputError(
-            f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it, or use optim.backend=auto"
+            f"optim.backend=deepspeed needs DeepSpeed ({error}). Install it: {how_to_install('deepspeed')}, or use "
+            "optim.backend=auto"
         ) from None
     return fused_adam()
 

@@ -26,11 +26,10 @@ from typing import Any
 
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
+from rear_scale.places import ROOT, as_typed
 from rear_scale.progress import say
 from rear_scale.shards.inputs import Inputs, fingerprint
 from rear_scale.world import end_with_parent, free_port
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class StageFolder:
         if changed is None:
             say(f"{place}{stage.title}: finished before")
             return
-        say(f"{place}{stage.title}{f' again: {changed}' if changed else ''}\n    {stage.line}")
+        say(f"{place}{stage.title}{f' again: {changed}' if changed else ''}\n    {as_typed(stage.line)}")
         # From here on the products are no longer those of the record, even if the command is killed.
         self._record(stage).unlink(missing_ok=True)
         started = time.monotonic()
@@ -158,7 +157,7 @@ def _missing(stage: Stage) -> list[Path]:
 def _arguments(command: Sequence[str]) -> list[str]:
     """The command with the project's own files by their full paths, and on a port that nobody else uses."""
     program, *arguments = command
-    arguments = [str(_ROOT / word) if word.startswith(("launchers/", "data/")) else word for word in arguments]
+    arguments = [str(ROOT / word) if word.startswith(("launchers/", "data/")) else word for word in arguments]
     if program == "deepspeed":
         arguments = ["--master_port", str(free_port()), *arguments]
     if program == "torchrun":

@@ -7,6 +7,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import rear_scale
+
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
@@ -18,13 +20,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The git commit of this code, marked when files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+def commit() -> str:
+    """The git commit of this code, marked when files differ from it; the version where git does not have this code."""
+    here = Path(__file__)
     try:
-        ask = {"cwd": here, "capture_output": True, "text": True, "check": True}
+        ask = {"cwd": here.parent, "capture_output": True, "text": True, "check": True}
+        # An installed copy may lie in an environment inside of a repository that is not ours.
+        subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **ask)
         head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return f"version {rear_scale.__version__}"
     return f"{head}-changed" if changed else head

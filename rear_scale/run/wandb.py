@@ -22,6 +22,7 @@ from typing import Any
 from rear_scale.checkpoint.folder import folders
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.files import write_text_atomically
+from rear_scale.places import how_to_install
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 
@@ -234,7 +235,8 @@ def _check_package() -> None:
         place = Path(spec.origin).parent if spec.origin else Path(*list(spec.submodule_search_locations or [])[:1])
         found = f"is hidden by {place.resolve()}, or not installed"
     raise InputError(
-        f"wandb.mode needs the package wandb, which {found}. Use `pip install .[wandb]`, or wandb.mode=disabled"
+        f"wandb.mode needs the package wandb, which {found}. Install it: {how_to_install('wandb')}, or use "
+        "wandb.mode=disabled"
     )
 
 

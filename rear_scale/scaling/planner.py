@@ -19,6 +19,7 @@ from rear_scale.model.activations import head_activation_bytes
 from rear_scale.parallel import facts
 from rear_scale.parallel.facts import Facts
 from rear_scale.parallel.memory import elements, memory_per_rank
+from rear_scale.places import as_typed
 from rear_scale.scaling.cost import StepTime, step_time
 from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 
@@ -140,7 +141,7 @@ def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice)
     else:
         start = f"srun --nodes {cluster.nodes} --ntasks-per-node {cluster.per_node} --gpus-per-node {cluster.per_node} python"
     words = ["--config", config, *_arguments(overrides, cluster, choice)]
-    return f"{start} launchers/train.py {shlex.join(words)}"
+    return as_typed(f"{start} launchers/train.py {shlex.join(words)}")
 
 
 def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.parallel import facts
+from rear_scale.parallel.engine import missing_package
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.shards.codebook import read_checked
 from rear_scale.shards.plain import plain_tars
@@ -103,6 +104,8 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     if plan.last_step < plan.total_steps:
         marks.append(("stops early at", plan.last_step))
     lines += [f"{name}: {_both_units(steps, cfg, plan)}" for name, steps in marks]
+    if (missing := missing_package(facts.of(cfg.strategy))) is not None:
+        lines.append(f"note: {missing}")
     if cfg.optim.warmup_steps >= plan.total_steps:
         lines.append(
             f"note: the warm-up of {cfg.optim.warmup_steps:,} steps is as long as the run: the learning rate ends at "

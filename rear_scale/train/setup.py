@@ -13,6 +13,8 @@ from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
 from rear_scale.objective import Objective
 from rear_scale.objective.terms import terms_of
+from rear_scale.parallel import facts
+from rear_scale.parallel.engine import check_installed
 from rear_scale.progress import Say, say
 from rear_scale.shards.codebook import codebook_of, read_both, read_checked
 from rear_scale.shards.reader import (
@@ -51,8 +53,10 @@ class Data:
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
-    """Raises InputError when shards or first weights are missing or do not fit, the batch does not divide, a rank has too
-    little memory, the attention kernel or fp8 cannot run here, or a term of the loss does not fit."""
+    """Raises InputError when the strategy's engine is not installed, shards or first weights are missing or do not fit, the
+    batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, or a term of the loss
+    does not fit."""
+    check_installed(facts.of(cfg.strategy))
     start.check(cfg)
     terms_of(cfg)
     device = torch.device("cuda" if uses_cuda() else "cpu")
