@@ -3,8 +3,12 @@
     python data/prepare_imagefolder.py --images IMAGENET/train --out data/imagenet256/images/train
     python data/prepare_imagefolder.py --images IMAGENET/val --out data/imagenet256/images/val --size 256
 
+    python data/prepare_imagefolder.py --images PHOTOS --out shards/train --size 32 --split train
+    python data/prepare_imagefolder.py --images PHOTOS --out shards/val --size 32 --split val
+
 Without --size the files go in as they are, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
-which is what an evaluation compares samples with. The class id is the position among the sorted folder names, or that of
+which is what an evaluation compares samples with. --split takes a tenth of every class for val, or the others for train;
+--val-share sets another fraction. The class id is the position among the sorted folder names, or that of
 --class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt. The same command continues after
 a kill and leaves a finished folder as it is; a finished folder of other images or settings is refused.
 """
@@ -28,7 +32,7 @@ from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import EXIF, BadImage, center_crop
 from rear_scale.shards.images import IMAGES_PER_SHARD, png, read_image_index, write_image_manifest, write_image_shard
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
-from rear_scale.shards.sources import FolderSource, SourceImage
+from rear_scale.shards.sources import FolderSource, SourceImage, Split
 from rear_scale.shards.walk import shown
 
 
@@ -39,12 +43,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON")
     parser.add_argument("--exif", choices=EXIF, default="ignore", help="with --size: whether images are turned first")
+    parser.add_argument("--split", choices=("train", "val"), help="only this part of every class (default: all images)")
+    parser.add_argument("--val-share", type=float, help="with --split: fraction of a class in val (default: 0.1)")
     parser.add_argument("--max-bad-share", type=float, default=0.1, help="more unreadable files are an error")
     prepare(**vars(parser.parse_args()))
 
 
 def prepare(
-    images: Path, out: Path, size: int | None, class_map: Path | None, max_bad_share: float, exif: str = "ignore"
+    images: Path,
+    out: Path,
+    size: int | None,
+    class_map: Path | None,
+    max_bad_share: float,
+    exif: str = "ignore",
+    split: str | None = None,
+    val_share: float | None = None,
 ) -> None:
     """Raises InputError when `images` is no folder of class folders, or too many files cannot be read."""
     if size is not None and size < 1:
@@ -55,9 +68,12 @@ def prepare(
         raise InputError(
             f"--exif {exif} needs --size: without, files go in as they are. Set pretokenize.exif later instead"
         )
-    source = FolderSource(images, read_class_map(class_map) if class_map else None)
+    part = _split(split, val_share)
+    source = FolderSource(images, read_class_map(class_map) if class_map else None, part)
     source.say_notes()
     inputs: Inputs = {**source.inputs, "--size": size, "--exif": exif}
+    if part is not None:
+        inputs = {**inputs, "--split": part.name, "--val-share": part.val_share}
     if (out / "index.json").exists():
         index = read_image_index(out)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
@@ -95,6 +111,19 @@ def prepare(
     print(
         f"{shown(out)}: {label_counts.sum()} images of {len(source.class_names)} classes in {len(shards)} shards{left_out}"
     )
+
+
+def _split(name: str | None, val_share: float | None) -> Split | None:
+    if name is None:
+        if val_share is not None:
+            raise InputError(
+                f"--val-share={val_share:g} needs --split train or --split val. Add it, or leave the fraction out"
+            )
+        return None
+    share = 0.1 if val_share is None else val_share
+    if not 0 < share < 1:
+        raise InputError(f"--val-share={share:g} is not between 0 and 1. Use 0.1")
+    return Split(name, share)
 
 
 def entry(image: SourceImage, size: int | None, exif: str) -> tuple[str, bytes, int] | tuple[str, str]:

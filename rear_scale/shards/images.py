@@ -164,9 +164,16 @@ def read_image_index(folder: str | Path) -> dict[str, Any]:
 
 
 def write_images(
-    folder: Path, images: Iterable[tuple[Image.Image, int]], image_size: int, class_names: list[str]
+    folder: Path,
+    images: Iterable[tuple[Image.Image, int]],
+    image_size: int,
+    class_names: list[str],
+    inputs: Inputs | None = None,
 ) -> ImageShards:
-    """Writes square images of one size and their class ids as PNG shards, the manifest last. Bytes depend on the images alone."""
+    """Writes square images of one size and their class ids as PNG shards, the manifest last. Bytes depend on the images alone.
+
+    inputs: what the images were made from, for the manifest.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[TarShard] = []
     label_counts = [0] * len(class_names)
@@ -175,7 +182,7 @@ def write_images(
         shards.append(write_image_shard(folder, len(shards), files))
         for _, label in group:
             label_counts[label] += 1
-    write_image_manifest(folder, image_size, class_names, label_counts, shards)
+    write_image_manifest(folder, image_size, class_names, label_counts, shards, inputs)
     return open_images(folder)
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -113,10 +114,39 @@ def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[t
     return np.stack(crops), skipped
 
 
+@dataclass(frozen=True)
+class Split:
+    """One of the two parts of a folder of images: `val`, a fraction of every class, or `train`, the others."""
+
+    name: str
+    val_share: float
+
+    def members(self, files: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each file belongs to the part; files: (class, name).
+
+        A hash of the name decides, so that the parts are the same on every machine and new images change little. Every class
+        of at least two images has one in either part.
+        """
+        by_class: dict[str, list[int]] = {}
+        for number, (label, _) in enumerate(files):
+            by_class.setdefault(label, []).append(number)
+        in_val = [False] * len(files)
+        for numbers in by_class.values():
+            count = min(max(1, round(self.val_share * len(numbers))), len(numbers) - 1)
+            digests = {
+                number: hashlib.sha256(files[number][1].encode("utf-8", "surrogateescape")).digest()
+                for number in numbers
+            }
+            for number in sorted(numbers, key=digests.__getitem__)[:count]:
+                in_val[number] = True
+        return [member == (self.name == "val") for member in in_val]
+
+
 class FolderSource(ImageSource):
     """FOLDER/CLASS/**/FILE: classes and files by sorted name."""
 
-    def __init__(self, folder: Path, ids: dict[str, int] | None) -> None:
+    def __init__(self, folder: Path, ids: dict[str, int] | None, split: Split | None = None) -> None:
+        """split: the part of the images that is read; None = all. Class ids are those of the whole folder."""
         self.folder = folder
         found = walk(folder, EXTENSIONS)
         self.left_out = found.left_out
@@ -140,6 +170,10 @@ class FolderSource(ImageSource):
                 f"{folder} holds class folders without a {', '.join(EXTENSIONS)} file "
                 f"({self.left_out.line() or 'they are empty'}). Is it the right one?"
             )
+        if split is not None:
+            members = split.members([(name, file.name) for name, file in zip(classes, self.files, strict=True)])
+            self.files = list(compress(self.files, members))
+            classes = list(compress(classes, members))
         self.labels = [self.ids[name] for name in classes]
         self.notes = id_notes(found.folders, counts, self.ids, mapped=ids is not None)
         listing = "\n".join(
