@@ -54,7 +54,7 @@ def prepare(
     out: Path,
     size: int | None,
     class_map: Path | None,
-    max_bad_share: float,
+    max_bad_fraction: float,
     exif: str = "ignore",
     split: str | None = None,
     val_share: float | None = None,
@@ -100,7 +100,7 @@ def prepare(
             bar.update(end - start)
     skipped = [item for shard in finished for item in shard.skipped]
     writer.write_skipped(out, skipped)
-    writer.check_skipped(skipped, len(source), max_bad_share, images, out / "skipped.txt")
+    writer.check_skipped(skipped, len(source), max_bad_fraction, images, out / "skipped.txt")
     label_counts = np.zeros(len(source.class_names), dtype=np.int64)
     for shard in finished:
         label_counts[: len(shard.label_counts)] += shard.label_counts

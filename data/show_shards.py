@@ -19,7 +19,7 @@ from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.files import file_sha256
 from rear_scale.sample.grid import write_sheet
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards import images
 from rear_scale.shards.blocks import open_blocks
 from rear_scale.shards.crops import BadImage, center_crop
@@ -125,7 +125,7 @@ def decoded_images(shards: Path, manifest: Manifest, weights: Path, samples: int
         rows.append(tokens[number - firsts[place]].astype(np.int64))
     with torch.inference_mode():
         parts = [
-            to_uint8(tokenizer.decode(part), "trunc255") for part in torch.from_numpy(np.stack(rows)).split(_BATCH)
+            to_uint8(tokenizer.decode(part), "truncate") for part in torch.from_numpy(np.stack(rows)).split(_BATCH)
         ]
     return np.concatenate(parts)
 

@@ -148,7 +148,7 @@ class Fuzzer:
                 np.save(tokens, np.full(16, number, np.uint16))
                 tar.write({"__key__": f"{number:04d}", "npy": tokens.getvalue(), "cls": str(number % 3).encode()})
         self.tokenizer = TokenizerConfig(name="compact", num_tokens=16, codebook_size=32, codebook_dim=8)
-        index_plain(plain, self.tokenizer, plain, on_error="raise", max_skipped_share=0.0)
+        index_plain(plain, self.tokenizer, plain, on_error="raise", max_skipped_fraction=0.0)
         record = {"file": "shard-000000.tar", "samples": 2, "size": 0, "sha256": sha256(b"").hexdigest(),
                   "block_crc32": [1], "source": "x", "labels": [1, 1], "skipped": [["a", "b"]]}  # fmt: skip
         (folder / "records").mkdir()
@@ -346,7 +346,7 @@ class Fuzzer:
                 changed = np.load(io.BytesIO(rows))
                 changed.flat[self.random.randrange(changed.size)] = self.random.choice((-1, 2**62, 7, 10**6, 65_535))
                 (folder / "a.tar.offsets.npy").write_bytes(_npy(changed))
-            manifest = index_plain(folder, self.tokenizer, folder, on_error="raise", max_skipped_share=0.0)
+            manifest = index_plain(folder, self.tokenizer, folder, on_error="raise", max_skipped_fraction=0.0)
             open_tokens(str(folder), tempfile.mkdtemp(dir=self.folder), manifest=manifest)
         finally:
             (folder / "offsets.json").write_bytes(index)

@@ -50,7 +50,7 @@ def _sampling(copies: str) -> Callable[[Path, Path], list[str]]:
     def arguments(inputs: Path, case: Path) -> list[str]:
         return [
             "--checkpoint", str(inputs / "run"), "--out", str(case / "samples.npz"), f"tokenizer.weights={inputs / 'weights'}",
-            "sample.num_images=12", "sample.batch_size=5", f"sample.copies={copies}",
+            "sample.num_images=12", "sample.batch_size=5", f"sample.also_write={copies}",
         ]  # fmt: skip
 
     return arguments
@@ -74,7 +74,7 @@ def _pretokenizing(inputs: Path, case: Path) -> list[str]:
         "--config", str(HERE.parent / "configs" / "demo.yaml"), f"tokenizer.weights={inputs / 'weights'}",
         "tokenizer.image_size=16", "tokenizer.num_tokens=16", "tokenizer.codebook_size=32", "tokenizer.codebook_dim=8",
         f"pretokenize.images={inputs / 'images'}", f"pretokenize.out={case / 'tokens'}", "pretokenize.batch_size=8",
-        "pretokenize.samples_per_shard=10", "pretokenize.max_bad_share=0.2",
+        "pretokenize.samples_per_shard=10", "pretokenize.max_bad_fraction=0.2",
     ]  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_importing_the_package_imports_no_torch() -> None:
                 "sample.guidance.scale=6",
                 "sample.guidance.power=1.5",
                 "sample.batch_size=7",
-                "sample.quantiser=round",
+                "sample.uint8_rounding=nearest",
             ],
         ),
     ],

@@ -37,7 +37,7 @@ def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: P
     values = json.loads(done.stdout)
     assert json.loads((tmp_path / "result.json").read_text()) == values
     assert values["ratio"] == values["images_per_s"] / values["reference_images_per_s"] > 1
-    assert set(values["variants"]) == {"resident", "stream", "webdataset", "jsonl"}
+    assert set(values["variants"]) == {"mmap", "stream", "webdataset", "jsonl"}
     # One block of 1,024 a shard; with the usual ones of 4,096 it is less.
     assert 514 < values["bytes_per_sample"] < 530
     assert values["anonymous_bytes_per_sample"] > 0
@@ -52,7 +52,7 @@ def test_data_prints_one_object_and_all_readers_see_the_same_samples(tmp_path: P
         readers.jsonl_batches(folder / "tokens.jsonl", 256),
         readers.webdataset_batches(plain, 256),
         data._stream(folder),
-        data._resident(folder),
+        data._mmap(folder),
     ):
         epoch = [next(batches) for _ in range(16)]
         assert all(tokens.dtype == labels.dtype == torch.int64 for tokens, labels in epoch)

@@ -121,7 +121,10 @@ def test_images_of_another_size_and_missing_settings_are_named(tmp_path: Path) -
         (["evaluate.inception_weights=nowhere.pth"], "not found: evaluate.inception_weights=nowhere.pth"),
         (["evaluate.reference=nowhere.npz"], "not found: evaluate.reference.nowhere=nowhere.npz"),
         (["evaluate.bootstrap=1"], "evaluate.bootstrap=1 is neither 0"),
-        (["evaluate.neighbour_modes=[fp16]"], "evaluate.neighbour_modes=fp16 is not one of exact, adm_fp16"),
+        (
+            ["evaluate.precision_recall_arithmetic=[fp16]"],
+            "evaluate.precision_recall_arithmetic=fp16 is not one of exact, adm_fp16",
+        ),
     ):
         with pytest.raises(InputError, match=expected):
             check_evaluation(config.from_dict(config.to_dict(cfg), "test", overrides))
@@ -186,7 +189,7 @@ def _score_small(world: World, cfg: ExperimentConfig, samples: Path, cache: Path
 
 
 def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
-    options = ["evaluate.bootstrap=20", "evaluate.extrapolate=true", "evaluate.neighbour_reference_images=40"]
+    options = ["evaluate.bootstrap=20", "evaluate.fid_infinity=true", "evaluate.precision_recall_reference_images=40"]
     cfg = with_references(tmp_path, *options)
     write_samples(tmp_path / "samples.npz", iter([some_images(70, 3)]), 70, 12, np.arange(70) % 3)
     expected = run_alone(_score_small, cfg, tmp_path / "samples.npz", tmp_path / "cache1")
@@ -255,7 +258,7 @@ def test_one_image_has_no_distance_by_the_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_options_for_large_sets_are_null_or_finite_on_tiny_ones(tmp_path: Path, count: int) -> None:
     write_samples(tmp_path / "few.npz", iter([some_images(count, 3)]), count, 12, np.zeros(count))
-    cfg = with_references(tmp_path, "evaluate.bootstrap=3", "evaluate.extrapolate=true")
+    cfg = with_references(tmp_path, "evaluate.bootstrap=3", "evaluate.fid_infinity=true")
     found = run_alone(_score_small, cfg, tmp_path / "few.npz", tmp_path / "cache")
     json.dumps(found, allow_nan=False)
     scores = found["inception"]["references"]["shards"]

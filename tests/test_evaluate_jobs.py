@@ -202,7 +202,7 @@ def _tf32(world: World) -> list[bool]:
         return noted
 
     tokenizer.encode, tokenizer.decode = noting(tokenizer.encode), noting(tokenizer.decode)
-    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), {}, "round", "")
+    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), {}, "nearest", "")
     features(np.zeros((1, 16, 16, 3), np.uint8))
     return seen
 
@@ -231,7 +231,7 @@ def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, token
     assert 0 < pairs["codebook_used"] <= 1
     assert pairs["codebook_entropy_bits"] <= 5
     assert found["inception"]["references"]["originals"]["fid"] > 0
-    assert found["quantiser"] == "trunc255"
+    assert found["uint8_rounding"] == "truncate"
     cfg.evaluate.inception_weights = None
     with pytest.raises(InputError, match="rFID needs them"):
         run_alone(reconstruct_without_weights, cfg, tmp_path / "images", tmp_path / "one")
@@ -479,7 +479,7 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
     assert all(f"{score:.3f}" in result.stdout for score in scores)
     one = results[0]
     assert one["sample"]["seed"] == 3
-    assert one["samples"]["quantiser"] == "trunc255"
+    assert one["samples"]["uint8_rounding"] == "truncate"
     assert one["images"]["labels"]["counts"]
     assert one["provenance"]["world_size"] == 1
     assert one["checkpoint"]["sha256"]
@@ -517,7 +517,7 @@ def test_plain_images_have_no_checkpoint(tmp_path: Path) -> None:
         target = EvalTarget(ExperimentConfig(), None, tmp_path / "images.npz", tmp_path / "out.json")
         assert TargetOpener(world).images(target).count == 4
         assert (target.name, target.run) == ("images.npz", None)
-        assert open_image_set(tmp_path / "images.npz", world).quantiser is None
+        assert open_image_set(tmp_path / "images.npz", world).uint8_rounding is None
 
     run_alone(check)
 

@@ -123,7 +123,7 @@ def stored_result(**images: Any) -> dict[str, Any]:
         "checkpoint": {"path": "run/checkpoints/step_00000004", "step": 4, "sha256": ["ab"]},
         "samples": {
             "path": "generated", "identity": "id", "images": 9, "size": [16, 16], "preprocessing": "as stored",
-            "quantiser": "trunc255",
+            "uint8_rounding": "truncate",
         },
         "sample": {"seed": 1}, "dtype": "fp32", "evaluate": {"replace_rate": 0.1}, "config": {}, "seconds": 1.5,
         "provenance": {"commit": None},
@@ -162,7 +162,7 @@ _ALONE = {"count": 7, "class_accuracy": None, "frechet_distance": {}, "nearest_d
         ),
         (
             {
-                "inception": _INCEPTION, "reference_sets": {"adm": {}}, "quantiser": "round", "tokenizer_sha256": "cd",
+                "inception": _INCEPTION, "reference_sets": {"adm": {}}, "uint8_rounding": "nearest", "tokenizer_sha256": "cd",
                 "reconstruction": {"images": 9, "psnr": 20.0, "lpips": None, "codebook_entropy_bits": 3.0},
             },
             {"fid/adm": 3.0, "inception_score": 2.0, "precision_exact/adm": 0.5, "psnr": 20.0},
@@ -177,6 +177,10 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path, images: dict[str, An
     assert summary(found.images, "") == numbers
     assert found.checkpoint.step == 4
     assert found.samples.images == 9
+    # Results of an earlier version have the rounding rule under another name.
+    text = json.dumps(values).replace("uint8_rounding", "quantiser").replace("truncate", "trunc255")
+    (tmp_path / "result.json").write_text(text.replace('nearest"', 'round"'))
+    assert read_result(tmp_path / "result.json") == found
 
 
 def test_scores_during_training_are_those_of_one_split() -> None:

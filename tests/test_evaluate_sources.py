@@ -28,7 +28,7 @@ from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weigh
 from rear_scale.evaluate.reference import check_reference
 from rear_scale.files import file_sha256
 from rear_scale.sample.npz_writer import write_samples
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards.crops import center_crop
 from rear_scale.shards.images import write_images
 from rear_scale.world import World
@@ -221,18 +221,19 @@ def test_copies_bring_the_rule_that_made_them_uint8_and_classes_are_numbers(tmp_
     (tmp_path / "samples.tar").mkdir()
     shard = tmp_path / "samples.tar" / "shard-000000.tar"
     write_tar(shard, some_images(4), 0, True)
-    (tmp_path / "samples.json").write_text('{"quantiser": "round"}')
-    assert run_alone(_quantiser, tmp_path / "samples.tar") == "round"
+    for settings in ('{"uint8_rounding": "nearest"}', '{"quantiser": "round"}'):  # today's, and of an earlier version
+        (tmp_path / "samples.json").write_text(settings)
+        assert run_alone(_rounding, tmp_path / "samples.tar") == "nearest"
     with tarfile.open(shard, "a") as tar:
         info = tarfile.TarInfo("00004.cls")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"cat"))
     with pytest.raises(InputError, match="00004.cls holds b'cat'"):
-        run_alone(_quantiser, tmp_path / "samples.tar")
+        run_alone(_rounding, tmp_path / "samples.tar")
 
 
-def _quantiser(world: World, path: Path) -> str | None:
-    return open_image_set(path, world).quantiser
+def _rounding(world: World, path: Path) -> str | None:
+    return open_image_set(path, world).uint8_rounding
 
 
 def test_the_crop_is_the_middle() -> None:
@@ -396,6 +397,6 @@ def test_inception_averages_do_not_count_the_padding() -> None:
 def test_both_uint8_rules() -> None:
     images = torch.tensor([0.0, 0.5, 0.9999, 1.2, -0.1])[None, :, None, None].expand(1, 5, 1, 1)
     images = images[:, :3], torch.cat([images[:, 3:], images[:, :1]], 1)
-    assert to_uint8(images[0], "trunc255").ravel().tolist() == [0, 127, 254]
-    assert to_uint8(images[0], "round").ravel().tolist() == [0, 128, 255]
-    assert to_uint8(images[1], "trunc255").ravel().tolist() == [255, 0, 0]
+    assert to_uint8(images[0], "truncate").ravel().tolist() == [0, 127, 254]
+    assert to_uint8(images[0], "nearest").ravel().tolist() == [0, 128, 255]
+    assert to_uint8(images[1], "truncate").ravel().tolist() == [255, 0, 0]

@@ -102,10 +102,10 @@ def of_plain_shards(folder: Path) -> None:
     with webdataset.TarWriter(str(folder / "part-0.tar")) as tar:
         tar.write({"__key__": "0", "tokens.npy": np.arange(16, dtype=np.uint16), "cls": 3})
     tokenizer = TokenizerConfig(num_tokens=16, codebook_size=32)
-    first = index_plain(folder, tokenizer, folder, on_error="raise", max_skipped_share=0.0)
+    first = index_plain(folder, tokenizer, folder, on_error="raise", max_skipped_fraction=0.0)
     with pytest.MonkeyPatch.context() as patch:
         refusing(patch, errno.EROFS, os.O_CREAT)  # an index that is there needs no lock
-        assert index_plain(folder, tokenizer, folder, on_error="raise", max_skipped_share=0.0) == first
+        assert index_plain(folder, tokenizer, folder, on_error="raise", max_skipped_fraction=0.0) == first
 
 
 @pytest.mark.parametrize("use", [in_the_cache, of_an_operator, of_a_run, of_plain_shards])

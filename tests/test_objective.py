@@ -215,7 +215,7 @@ def head_terms(tmp_path: Path, tokens: Path, *overrides: str, only: str | None =
 def test_each_released_form_changes_its_own_term(tmp_path: Path, tokens: Path) -> None:
     paper = head_terms(tmp_path, tokens)
     forms = {
-        "objective.heads.encode_counts=unperturbed": {"loss", "loss_encode"},
+        "objective.heads.encode_counts=clean": {"loss", "loss_encode"},
         "objective.heads.distance=negative_cosine": {"loss", "loss_encode", "loss_decode"},
         "objective.heads.positions=all": {"loss", "loss_encode", "loss_decode"},
         "objective.heads.weight=0.5": {"loss"},

@@ -8,7 +8,7 @@ from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder, group_b
 
 SHARDS = (300, 17, 0, 450, 233)  # 1,000 samples
 ORDERS = {
-    "resident": lambda batch, seed=3: BatchOrder(1000, batch, seed),
+    "mmap": lambda batch, seed=3: BatchOrder(1000, batch, seed),
     "stream": lambda batch, seed=3: LaneOrder(1000, batch, seed, shard_samples=SHARDS, lanes=6, buffer_samples=32),
     "many lanes": lambda batch, seed=3: LaneOrder(1000, batch, seed, shard_samples=SHARDS, lanes=512, buffer_samples=8),
 }

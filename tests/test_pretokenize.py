@@ -257,7 +257,7 @@ def test_odd_modes_become_rgb(tmp_path: Path) -> None:
 
 def test_too_many_bad_images_are_an_error(tmp_path: Path) -> None:
     images = photographs(tmp_path / "photographs")
-    cfg = settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_share=0.05")
+    cfg = settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_fraction=0.05")
     with pytest.raises(InputError, match=r"2 of 24 images .* more than the 5.0% .*buildings/text.jpg"):
         run_alone(write, cfg)
     assert (tmp_path / "out/skipped.txt").exists()
@@ -523,7 +523,7 @@ def test_one_image_that_takes_all_memory_does_not_end_the_job(tmp_path: Path, mo
         return convert(image, *arguments, **named)
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    run_alone(write, settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_share=0.5"))
+    run_alone(write, settings(tmp_path, "out", f"pretokenize.images={images}", "pretokenize.max_bad_fraction=0.5"))
     prepare(images, tmp_path / "shards", 16, None, 0.5)
     for out in ("out", "shards"):
         assert "buildings/4.jpg\tMemoryError\n" in (tmp_path / out / "skipped.txt").read_text()

@@ -46,7 +46,7 @@ def packed(tmp_path: Path) -> Path:
 
 def data_config(folder: Path | str, tmp_path: Path, mode: str, **fields) -> DataConfig:
     return DataConfig(
-        train=str(folder), mode=mode, cache_dir=str(tmp_path / "cache"), lanes=6, buffer_samples=20, **fields
+        train=str(folder), mode=mode, cache_dir=str(tmp_path / "cache"), shuffle_streams=6, buffer_samples=20, **fields
     )
 
 
@@ -78,7 +78,7 @@ def write_plain(folder: Path, tokens: TokenSet, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("mode", ["mmap", "stream"])
 def test_both_modes_give_what_the_order_says_at_any_world(tmp_path: Path, packed: Path, mode: str) -> None:
     whole = open_tokens(packed, str(tmp_path / "cache"))
     tokens = opened(data_config(packed, tmp_path, mode))
@@ -96,14 +96,14 @@ def test_both_modes_give_what_the_order_says_at_any_world(tmp_path: Path, packed
             assert np.array_equal(torch.cat([labels for _, labels in parts]), whole.labels[ids.numpy()])
 
 
-@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("mode", ["mmap", "stream"])
 @pytest.mark.parametrize("kind", ["tokens.npy", "npy", "bin", "tokens.bin", "json"])
 def test_plain_webdataset_shards_are_read_in_the_same_order(tmp_path: Path, mode: str, kind: str) -> None:
     folder = write_token_shards(tmp_path / "packed", 300)
     plain = write_plain(tmp_path / "plain", open_tokens(folder, str(tmp_path / "cache")), kind)
     ours, theirs = (opened(data_config(path, tmp_path, mode)) for path in (folder, plain))
     steps = range(1, 27)
-    if mode == "resident":  # a stream's order follows the cut into shards
+    if mode == "mmap":  # a stream's order follows the cut into shards
         for found, expected in zip(sequence(theirs, steps), sequence(ours, steps), strict=True):
             assert torch.equal(found, expected)
     everything = torch.arange(300)
@@ -129,7 +129,7 @@ def test_a_stream_of_equal_plain_shards_has_the_order_of_packed_ones(tmp_path: P
 def test_an_index_is_made_again_when_a_shard_changes_and_kept_when_not(tmp_path: Path) -> None:
     source = open_tokens(write_token_shards(tmp_path / "packed", 40), str(tmp_path / "cache"))
     plain = write_plain(tmp_path / "plain", source, "bin")
-    data = data_config(plain, tmp_path, "resident")
+    data = data_config(plain, tmp_path, "mmap")
     first = open_manifest(str(plain), TOKENIZER, data)
     made = (plain / "offsets.json").stat().st_mtime_ns
     assert open_manifest(str(plain), TOKENIZER, data) == first
@@ -163,7 +163,7 @@ def test_plain_samples_that_do_not_fit_are_named_with_their_byte(tmp_path: Path)
         assert (manifest.num_samples, manifest.num_skipped) == (200, 1)
         (folder / "offsets.json").unlink()
         with pytest.raises(InputError, match="1 of 201 samples"):
-            open_manifest(str(folder), TOKENIZER, replace(skipping, max_skipped_share=0.001))
+            open_manifest(str(folder), TOKENIZER, replace(skipping, max_skipped_fraction=0.001))
 
 
 def damage(folder: Path, what: str) -> tuple[str, int]:
@@ -187,7 +187,7 @@ def damage(folder: Path, what: str) -> tuple[str, int]:
     return path.name, block
 
 
-@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("mode", ["mmap", "stream"])
 @pytest.mark.parametrize("what", ["missing", "truncated", "header", "flipped"])
 def test_damage_is_an_error_with_file_and_byte_or_is_skipped_up_to_a_bound(
     tmp_path: Path, packed: Path, mode: str, what: str
@@ -200,7 +200,7 @@ def test_damage_is_an_error_with_file_and_byte_or_is_skipped_up_to_a_bound(
     with pytest.raises(InputError, match=place):
         opened(raising).rows(everything)
     said: list[str] = []
-    skipping = replace(raising, on_error="skip", max_skipped_share=0.2)
+    skipping = replace(raising, on_error="skip", max_skipped_fraction=0.2)
     tokens = opened(skipping, say=said.append)
     found, labels = tokens.rows(everything)
     lost = range(260, 300) if what == "flipped" else range(200, 300)
@@ -214,18 +214,18 @@ def test_damage_is_an_error_with_file_and_byte_or_is_skipped_up_to_a_bound(
 
     assert samples(found[list(lost)], labels[list(lost)]) <= samples(expected.tokens[kept], expected.labels[kept])
     assert any(name in line for line in said if line.startswith("skipped"))
-    if mode == "resident":
+    if mode == "mmap":
         said.clear()
         opened(skipping, say=said.append)
         assert [line for line in said if line.startswith("skipped")], "the second start says nothing of it"
         with pytest.raises(InputError, match=place):
             opened(raising)
         shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(InputError, match="more than data.max_skipped_share=0.01"):
-        opened(replace(skipping, max_skipped_share=0.01)).rows(everything)
+    with pytest.raises(InputError, match="more than data.max_skipped_fraction=0.01"):
+        opened(replace(skipping, max_skipped_fraction=0.01)).rows(everything)
 
 
-@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("mode", ["mmap", "stream"])
 def test_a_pipe_is_read_as_a_folder_is(tmp_path: Path, packed: Path, mode: str) -> None:
     url = f"pipe:cat {packed}/{{file}}"
     remote, local = (opened(data_config(folder, tmp_path / mode, mode)) for folder in (url, packed))
@@ -257,7 +257,7 @@ def test_a_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_stream_keeps_few_blocks_and_reads_each_once_per_pass(
     tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = opened(replace(data_config(packed, tmp_path, "stream"), lanes=2, buffer_samples=20))
+    tokens = opened(replace(data_config(packed, tmp_path, "stream"), shuffle_streams=2, buffer_samples=20))
     order = tokens.order(BATCH, seed=0)
     reads = []
     read = tokens.files.read

@@ -29,7 +29,7 @@ RELEASED = HeadsConfig(
     hidden=20,
     form="released",
     positions="all",
-    encode_counts="unperturbed",
+    encode_counts="clean",
     distance="negative_cosine",
 )
 

@@ -83,7 +83,7 @@ def test_a_stand_in_is_sampled_scored_and_judged_on_any_number_of_ranks(tmp_path
     assert "not comparable: 25 samples instead of 50,000" in lines[1]
     assert one["images"]["inception"]["samples"] == 25
     assert one["images"]["published"]["fid"] == 1.95
-    assert one["samples"]["quantiser"] == "trunc255"
+    assert one["samples"]["uint8_rounding"] == "truncate"
     assert len(one["checkpoint"]["sha256"][0]) == 64
     # The features are taken while the images are made; the images are not kept.
     assert not list(tmp_path.rglob("samples*.npz"))

@@ -189,7 +189,7 @@ def _sample_slowly(world: World, cfg: ExperimentConfig, found: Checkpoint, outpu
 
 
 def test_given_labels_are_taken_in_turn_and_copies_hold_the_same_images(tmp_path: Path, tokens: Path) -> None:
-    cfg, found = prepared(tmp_path, tokens, "sample.labels=[3,1]", "sample.copies=png")
+    cfg, found = prepared(tmp_path, tokens, "sample.labels=[3,1]", "sample.also_write=png")
     output = tmp_path / "given.npz"
     run_alone(_sample, cfg, found, output)
     loaded = np.load(output)
@@ -205,7 +205,7 @@ def test_given_labels_are_taken_in_turn_and_copies_hold_the_same_images(tmp_path
     assert np.array_equal(np.load(tmp_path / "usual.npz")["arr_0"][same], loaded["arr_0"][same])
     # Copies of what is there need no new images.
     before = output.stat().st_mtime_ns
-    cfg.sample.copies = "tar"
+    cfg.sample.also_write = "tar"
     run_ranks(2, _sample, cfg, found, output)
     assert output.stat().st_mtime_ns == before
     with tarfile.open(tmp_path / "given.tar" / "shard-000000.tar") as tar:
@@ -259,7 +259,11 @@ def test_the_file_is_what_the_adm_evaluation_reads(tmp_path: Path, tokens: Path)
     decoded = CompactTokenizer.from_file(cfg.tokenizer.weights).decode(ids)
     assert np.abs(loaded["arr_0"].astype(int) - (decoded * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()).max() <= 1
     settings = json.loads(output.with_suffix(".json").read_text())
-    assert (settings["step"], settings["sample"]["guidance"]["scale"], settings["quantiser"]) == (1, 2.0, "trunc255")
+    assert (settings["step"], settings["sample"]["guidance"]["scale"], settings["uint8_rounding"]) == (
+        1,
+        2.0,
+        "truncate",
+    )
     with Image.open(output.with_suffix(".png")) as grid:
         assert grid.size == (5 * 66, 5 * 66)
 
@@ -276,10 +280,10 @@ def test_other_settings_are_another_job(tmp_path: Path, tokens: Path) -> None:
 
 
 def test_copies_are_those_of_the_last_job(tmp_path: Path, tokens: Path) -> None:
-    cfg, found = prepared(tmp_path, tokens, "sample.copies=png")
+    cfg, found = prepared(tmp_path, tokens, "sample.also_write=png")
     output = tmp_path / "samples.npz"
     run_alone(_sample, cfg, found, output)
-    cfg.sample.copies = "tar"
+    cfg.sample.also_write = "tar"
     run_alone(_sample, cfg, found, output)
     (tmp_path / "samples" / "mine.png").write_bytes(b"")
     cfg.sample.seed, cfg.sample.num_images = 1, 7

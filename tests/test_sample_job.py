@@ -108,7 +108,7 @@ def test_a_job_is_known_by_all_that_its_images_depend_on(
     identities.append(job.job_identity(cfg, found))
     assert len(set(identities)) == 6
     # And by nothing else.
-    cfg.sample.copies = "png"
+    cfg.sample.also_write = "png"
     assert job.job_identity(cfg, found) == identities[-1]
 
 

@@ -64,11 +64,11 @@ def test_the_codebook_of_plain_shards_is_that_of_the_tokenizer(tmp_path: Path) -
 
 def test_a_streamed_run_resumes_exactly_and_its_order_may_not_change(tmp_path: Path) -> None:
     packed = write_token_shards(tmp_path / "packed", 100)
-    stream = ("data.mode=stream", "data.lanes=4", "data.buffer_samples=8")
+    stream = ("data.mode=stream", "data.shuffle_streams=4", "data.buffer_samples=8")
     unbroken = losses(tmp_path / "unbroken", packed, *stream)
     assert losses(tmp_path / "broken", packed, *stream, "train.stop_at_step=5") == unbroken[:5]
     for changed in (stream[1:], (*stream[:2], "data.buffer_samples=9")):
         with pytest.raises(InputError, match=r"data\.(mode|buffer_samples)="):
             losses(tmp_path / "broken", packed, *changed)
     assert losses(tmp_path / "broken", packed, *stream) == unbroken
-    assert unbroken != losses(tmp_path / "resident", packed)
+    assert unbroken != losses(tmp_path / "mmap", packed)

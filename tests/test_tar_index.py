@@ -133,7 +133,7 @@ def test_damage_is_refused_by_every_command(tmp_path: Path, change: str) -> None
         lambda: open_source(tmp_path),
         lambda: run_alone(_score, tmp_path),
         lambda: run_alone(_score, path),
-        lambda: index_plain(tmp_path, tokenizer, tmp_path, on_error="raise", max_skipped_share=0.0),
+        lambda: index_plain(tmp_path, tokenizer, tmp_path, on_error="raise", max_skipped_fraction=0.0),
     ):
         with pytest.raises(InputError, match=message) as caught:
             command()

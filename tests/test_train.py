@@ -160,7 +160,7 @@ def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder / "run")]
 
 
-@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("mode", ["mmap", "stream"])
 def test_grouped_batches_train_alike_and_resume_exactly(
     tmp_path: Path, tokens: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

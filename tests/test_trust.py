@@ -119,7 +119,7 @@ def test_a_config_that_comes_with_weights_names_no_command_and_no_remote_place(
         lambda values: values["tokenizer"].update(weights="${oc.env:SECRET}"),
         lambda values: values["run"].update(name="a${run.dir}"),
         lambda values: values["evaluate"].update(reference={"adm": "${oc.decode:x}"}),
-        lambda values: values["evaluate"].update(neighbour_modes=["${now:%Y}"]),
+        lambda values: values["evaluate"].update(precision_recall_arithmetic=["${now:%Y}"]),
     ],
 )
 def test_a_config_that_comes_with_weights_interpolates_nothing(tied: Path, change: Callable[[Any], object]) -> None:

@@ -67,9 +67,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     packed = read_manifest(folder / "packed")
     empty, peak = (_in_process(_peak_memory, folder / name, folder / "cache") for name in ("empty", "packed"))
     return {
-        "images_per_s": medians["resident"],
+        "images_per_s": medians["mmap"],
         "reference_images_per_s": medians["jsonl"],
-        "ratio": medians["resident"] / medians["jsonl"],
+        "ratio": medians["mmap"] / medians["jsonl"],
         "variants": {
             name: {
                 "images_per_s": medians[name],
@@ -108,8 +108,8 @@ def _ours(tokens: TokenSet) -> Batches:
         yield tokens.rows(order.global_batch(step)[0])
 
 
-def _resident(folder: Path) -> Batches:
-    return _ours(_open(folder / "packed", "resident", folder / "cache"))
+def _mmap(folder: Path) -> Batches:
+    return _ours(_open(folder / "packed", "mmap", folder / "cache"))
 
 
 def _stream(folder: Path) -> Batches:
@@ -126,7 +126,7 @@ def _jsonl(folder: Path) -> Batches:
 
 
 _READERS: dict[str, Callable[[Path], Batches]] = {
-    "resident": _resident,
+    "mmap": _mmap,
     "stream": _stream,
     "webdataset": _webdataset,
     "jsonl": _jsonl,

@@ -9,6 +9,7 @@ from typing import Any
 from rear_scale.config import geometry
 from rear_scale.config.errors import InputError, UnknownLength
 from rear_scale.config.fields import declaration
+from rear_scale.config.renamed import upgraded
 from rear_scale.config.schema import ExperimentConfig, StrategyConfig, TrainConfig
 from rear_scale.config.values import leaves, to_dict
 from rear_scale.parallel import facts
@@ -114,8 +115,9 @@ _DEFAULTS["data"]["group_by_class"] = False
 
 
 def completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """The values of a checkpoint's config with those of the fields that it does not know: what they had the effect of."""
-    return geometry.completed(_completed(_DEFAULTS, saved))
+    """The values of a checkpoint's config under today's names, completed by the fields that it does not have: the values whose
+    effect the program had then."""
+    return geometry.completed(_completed(_DEFAULTS, upgraded(saved)))
 
 
 def _completed(defaults: Any, values: Any) -> Any:
@@ -129,7 +131,7 @@ def groups_by_class(cfg: ExperimentConfig) -> bool:
     if cfg.data.group_by_class is not None:
         return cfg.data.group_by_class
     adaln = cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln"
-    return adaln and cfg.model.modulation != "per_sample" and cfg.data.mode == "resident"
+    return adaln and cfg.model.modulation != "per_sample" and cfg.data.mode == "mmap"
 
 
 def wants_compile(cfg: ExperimentConfig, device: str) -> bool:

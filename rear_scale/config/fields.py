@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from rear_scale.config.errors import InputError
+from rear_scale.config.renamed import refusal_of_value
 
 _KEY = "rear_scale"  # of dataclass metadata
 _LARGEST_SEED = 2**63 - 1
@@ -193,6 +194,8 @@ def suggest(wrong: str, known: list[str]) -> str:
 def _check_choice(name: str, value: Any, known: list[Any]) -> None:
     if value in known:
         return
+    if refusal := refusal_of_value(name, value):
+        raise InputError(refusal)
     names = ["true" if one is True else "false" if one is False else str(one) for one in known]
     way_out = f"Use one of them{suggest(str(value), names)}"
     if all(part in names for part in str(value).split(",")):

@@ -31,6 +31,7 @@ from rear_scale.config.overrides import (
     strip_optional,
     type_name,
 )
+from rear_scale.config.renamed import upgraded
 from rear_scale.config.schema import ExperimentConfig
 from rear_scale.config.validate import validate
 from rear_scale.config.values import leaves, to_dict
@@ -83,7 +84,7 @@ def from_file(values: Any, source: str, overrides: list[str] | tuple[str, ...] =
 
     `source` is the file. Raises InputError as `load` does, and for values that no such config may hold.
     """
-    found = arrived.taken(values, source)
+    found = upgraded(arrived.taken(values, source))
     try:
         return from_dict(found, source, overrides)
     except InputError as error:
@@ -107,7 +108,12 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
     texts = texts_composed(dict.fromkeys((folder, CONFIG_DIR)), name.with_suffix("").as_posix(), chosen)
     compose_once = _composed if texts is not None else _composed.__wrapped__
     values, listed = compose_once(path, folder, name, chosen, texts)
-    return OmegaConf.create(values), set(listed)
+    return OmegaConf.create(upgraded(values) if _is_of_a_run(path) else values), set(listed)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file is the config.yaml that a run has written into its folder, beside its list of starts."""
+    return path.name == "config.yaml" and (path.parent / "starts.jsonl").is_file()
 
 
 @lru_cache(maxsize=256)  # a study of many runs loads one file again and again, with other overrides

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from rear_scale import places
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
+from rear_scale.config.renamed import refusal_of_key
 from rear_scale.config.schema import STRATEGY_KEY, ExperimentConfig
 from rear_scale.parallel import facts
 
@@ -276,6 +277,8 @@ def entry_type(kind: Any, name: str, section: str) -> Any:
         raise InputError(f"{wrong}: {section} is a single value and has no field {shown(name)}. Use {section}=VALUE")
     hints = _hints(kind)
     if name not in hints:
+        if refusal := refusal_of_key(wrong):
+            raise InputError(refusal)
         known = [f"{section}.{one}" if section else one for one in hints]
         raise InputError(f"{wrong} is not a config key{suggest(wrong, known)}. Known here: {', '.join(known)}")
     return hints[name]

@@ -22,8 +22,11 @@ RECOMPUTE_POLICIES = {
     "selective": "all but matrix products and attention",
 }
 SCAN_ORDERS = ("row_major", "spiral_in", "spiral_out", "z_curve", "subsample", "alternate")
-QUANTISERS = {"trunc255": "cut off, as the released samplers do", "round": "to the nearest"}
-NEIGHBOUR_MODES = ("exact", "adm_fp16")
+UINT8_ROUNDINGS = {"truncate": "towards 0, as the released samplers do", "nearest": "to the nearest level"}
+PRECISION_RECALL_ARITHMETICS = {
+    "exact": "float32",
+    "adm_fp16": "float16 where ADM's evaluator uses it, as published figures have it",
+}
 _EXIF = {"ignore": "pixels as stored", "apply": "turned as the camera noted beside them"}
 _IMAGES = "folder of class folders, or of WebDataset tar shards (jpg, png or webp, and cls)"
 
@@ -110,19 +113,20 @@ class DataConfig:
     train: str | None = path("???",
         "folder of token shards; null = a checkpoint's was remote and is not taken from its file")
     val: str | None = path(None, "folder of token shards")
-    mode: str = choice("resident", "how shards are read",
-        among={"resident": "unpacked once per node, shuffled globally", "stream": "while training"})
+    mode: str = choice("mmap", "how shards are read",
+        among={"mmap": "unpacked once per node into a memory map, shuffled globally",
+               "stream": "read from the shards while training"})
     cache_dir: str | None = path(None, "node-local folder of the unpacked set; null = the system's temporary folder")
     on_error: str = choice("raise", "how a damaged shard is treated", among=("raise", "skip"), may_change=True)
-    max_skipped_share: float = share(0.01, "samples that on_error=skip may lose before it is an error all the same",
+    max_skipped_fraction: float = share(0.01, "samples that on_error=skip may lose before it is an error all the same",
         may_change=True)
-    lanes: int = number(512, above=0, most=1_048_576,
-        doc="in mode stream: shuffled runs through the set that are read side by side, whatever the ranks")
-    buffer_samples: int = number(4096, "in mode stream: samples of a lane that are shuffled together", above=0, most=2**31)
+    shuffle_streams: int = number(512, above=0, most=1_048_576,
+        doc="data.mode=stream: streams of shuffled shards that are interleaved, the same for any number of ranks")
+    buffer_samples: int = number(4096, "data.mode=stream: samples in the shuffle buffer of one stream", above=0, most=2**31)
     group_by_class: bool | None = setting(None,
         "each global batch is handed out in the order of classes, so that a micro-batch has few of them and AdaLN little work: "
         "the same samples per update. null: as the checkpoint says, and in a new run true where AdaLN runs once per class and "
-        "data.mode=resident (in mode stream every rank would read all lanes)")
+        "data.mode=mmap (with data.mode=stream every rank would have to read all streams)")
     assumed_images: int | None = number(None, above=0, may_change=True,
         doc="images of one epoch, used where data.train is not there (a dry run)")
 
@@ -141,7 +145,7 @@ class PretokenizeConfig:
         least=10, says="must hold the crops of at least one image")
     class_map: str | None = path(None, "file with class ids by name; null = position among the sorted folder names")
     exif: str = choice("ignore", "how images are turned", among=_EXIF)
-    max_bad_share: float = share(0.1, "images that cannot be read are skipped; a larger share of them is an error")
+    max_bad_fraction: float = share(0.1, "images that cannot be read are skipped; a larger share of them is an error")
 
 
 @dataclass
@@ -171,7 +175,7 @@ class HeadsConfig:
     shared: bool = setting(False, "one head for both taps, as Eq. 6 writes it; the released code has two")
     positions: str = choice("eq6", "positions of both terms", among={"eq6": "i = 1 .. N-1", "all": "N each, as released"})
     encode_counts: str = choice("all", "tokens that the encode term counts",
-        among={"all": "noisy ones too (section 3.2)", "unperturbed": "without the noisy ones (released)"})
+        among={"all": "noisy ones too (section 3.2)", "clean": "without the noisy ones (released)"})
     distance: str = choice("one_minus_cosine", "distance of embeddings; the two differ in a constant, the gradient is the same",
         among={"one_minus_cosine": "1 - cos", "negative_cosine": "-cos, as released"})
     lone_term: str = choice("once", "weight of a term without the other", among={"once": "1", "twice": "2, as released"})
@@ -222,9 +226,9 @@ class OptimConfig:
     betas: list[float] = setting([0.9, 0.96], "decay of AdamW's two moments",
         rules=(Rule(lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
                     "must be two numbers in [0, 1)", "The papers use [0.9,0.96]", "two in [0, 1)"),))
-    weight_decay: float = number(0.03, "weight decay of the weights that optim.decay names", least=0,
+    weight_decay: float = number(0.03, "weight decay of the parameters that optim.decay_parameters selects", least=0,
         way_out="The papers use 0.03")
-    decay: str = choice("released", "weights that decay",
+    decay_parameters: str = choice("released", "parameters that weight decay applies to",
         among={"released": "not biases, norms, embeddings, final AdaLN", "matrices": "all of 2 or more dimensions"})
     grad_clip: float = number(1.0, "largest global gradient norm", above=0)
     backend: str = choice("auto", "AdamW's code; auto = fused on GPUs, foreach on CPUs", may_change=True,
@@ -327,12 +331,12 @@ class SampleConfig:
         doc="draw from the likeliest codes that hold this share of the probability; null = all")
     order: str | None = choice(None, "scan order; null = that of objective.permutation.order; random = another for each image",
         among=(*SCAN_ORDERS, "random"))
-    copies: str | None = choice(None, "beside the npz; null = none",
-        among={"png": "a folder of files", "tar": "shards of them, with labels"})
+    also_write: str | None = choice(None, "PNG copies of the samples beside the npz; null = none",
+        among={"png": "a folder of PNG files", "tar": "WebDataset shards of PNG files and labels"})
     grid_every_images: int | None = number(None, above=0,
         doc="training images between two sheets of samples in the run, each drawn at the next checkpoint; null = none")
     cuda_graphs: bool = setting(True, "on a GPU, start the kernels of many steps together")
-    quantiser: str = choice("trunc255", "rounding of images to uint8", among=QUANTISERS)
+    uint8_rounding: str = choice("truncate", "how float images become uint8", among=UINT8_ROUNDINGS)
     guidance: GuidanceConfig = section(GuidanceConfig)
 
 
@@ -371,13 +375,15 @@ class EvaluateConfig:
     network_weights: dict[str, str] = setting(
         {}, "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
     cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs")
-    neighbour_modes: list[str] = choices(["exact", "adm_fp16"], "arithmetic of precision and recall", among=NEIGHBOUR_MODES)
-    neighbour_reference_images: int | None = number(10_000, above=0,
+    precision_recall_arithmetic: list[str] = choices(["exact", "adm_fp16"], among=PRECISION_RECALL_ARITHMETICS,
+        doc="arithmetic of the distances behind precision, recall, density and coverage")
+    precision_recall_reference_images: int | None = number(10_000, above=0,
         doc="reference images, evenly spaced, for precision and recall; null = all")
     bootstrap: int = number(0, "resamplings for intervals; each costs about one pass over the features. 0 = none", most=100_000,
         rules=(Rule(lambda draws: draws == 0 or draws >= 2, "is neither 0 (none) nor at least 2 resamplings", "Use 100",
                     "0, or ≥ 2"),))
-    extrapolate: bool = setting(False, "Fréchet distances at infinitely many samples, by a line in 1/N")
+    fid_infinity: bool = setting(False,
+        "also FID∞ and the like: Fréchet distances extrapolated to infinitely many samples (Chong & Forsyth 2020)")
     seed: int = seed(0, "seed of resampling and subsets")
     training: TrainingScoresConfig | None = section(None, "scores during training; null = none")
     classifier: ClassifierConfig | None = section(None,

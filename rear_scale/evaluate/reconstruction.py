@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config.renamed import downgraded
 from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.evaluate.job import open_networks
 from rear_scale.evaluate.metrics import metrics_of
@@ -22,7 +23,7 @@ from rear_scale.evaluate.networks.feature_cache import extract
 from rear_scale.evaluate.reference import open_reference
 from rear_scale.evaluate.result import ImageScores, ReconstructionScores
 from rear_scale.evaluate.scores import network_scores, run_metrics
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.tokenizer import decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -38,19 +39,26 @@ class ReconstructionFeatures:
         tokenizer: Tokenizer,
         network: FeatureNetwork,
         distances: Mapping[str, PairDistance],
-        quantiser: str,
+        uint8_rounding: str,
         sha256: str,
     ) -> None:
         """distances: of an image and its reconstruction, by name."""
-        self.tokenizer, self.network, self.distances, self.quantiser = tokenizer, network, distances, quantiser
+        self.tokenizer, self.network, self.distances, self.uint8_rounding = (
+            tokenizer,
+            network,
+            distances,
+            uint8_rounding,
+        )
         pairs = [distance.identity for distance in distances.values()] or ["no lpips"]
-        self.identity = f"reconstruction {' '.join((sha256, quantiser, network.identity, *pairs))}"
+        # The rule under its old name, so that features cached before it was renamed are found.
+        rule = downgraded({"sample": {"uint8_rounding": uint8_rounding}})["sample"]["quantiser"]
+        self.identity = f"reconstruction {' '.join((sha256, rule, network.identity, *pairs))}"
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """The network's features of the reconstructions, `psnr` [n], each distance [n] and `tokens` [n, N]."""
         with exact_arithmetic(), torch.inference_mode():
             tokens = self.tokenizer.encode(as_batch(images, self.tokenizer.codebook.device).float() / 255)
-            decoded = to_uint8(self.tokenizer.decode(tokens).float(), self.quantiser)
+            decoded = to_uint8(self.tokenizer.decode(tokens).float(), self.uint8_rounding)
         found = {**self.network(decoded), "psnr": psnr(images, decoded), "tokens": tokens.cpu().numpy()}
         return {**found, **{name: distance(images, decoded) for name, distance in self.distances.items()}}
 
@@ -77,7 +85,7 @@ def score_reconstruction(
         )
     sha256 = world.on_main(lambda: weights_sha256(cfg.tokenizer))
     decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))
-    extractor = ReconstructionFeatures(tokenizer, network, distances, cfg.sample.quantiser, decoder)
+    extractor = ReconstructionFeatures(tokenizer, network, distances, cfg.sample.uint8_rounding, decoder)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
     sets = {"originals": str(images), **cfg.evaluate.reference}
     references = [
@@ -89,6 +97,6 @@ def score_reconstruction(
     scores = ImageScores(
         networks={network.name: network_scores(network, blocks, references, cfg.evaluate, world)},
         reference_sets={reference.name: reference.describe() for reference in references},
-        reconstruction=ReconstructionScores(originals.count, differences, cfg.sample.quantiser, sha256),
+        reconstruction=ReconstructionScores(originals.count, differences, cfg.sample.uint8_rounding, sha256),
     )
     return originals, scores

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError, to_dict
+from rear_scale.config.renamed import with_todays_rounding
 from rear_scale.evaluate.images.image_set import ImageSet
 from rear_scale.evaluate.metrics import METRICS
 from rear_scale.evaluate.metrics.base import Metric
@@ -98,7 +99,7 @@ class ReconstructionScores:
 
     images: int
     values: Mapping[str, Any]  # by key
-    quantiser: str  # how floats became uint8
+    uint8_rounding: str  # how floats became uint8
     tokenizer_sha256: str
 
 
@@ -122,12 +123,13 @@ class ImageScores:
                 found["labels"] = self.labels
         if self.reconstruction is not None:
             found["reconstruction"] = {"images": self.reconstruction.images, **self.reconstruction.values}
-            found["quantiser"] = self.reconstruction.quantiser
+            found["uint8_rounding"] = self.reconstruction.uint8_rounding
             found["tokenizer_sha256"] = self.reconstruction.tokenizer_sha256
         return found if self.published is None else {**found, "published": dict(self.published)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        values = with_todays_rounding(values)
         pairs = dict(values["reconstruction"]) if "reconstruction" in values else None
         return cls(
             ClassifierScores.from_json(values) if "samples" in values else None,
@@ -140,7 +142,7 @@ class ImageScores:
             values.get("labels"),
             None
             if pairs is None
-            else ReconstructionScores(pairs.pop("images"), pairs, values["quantiser"], values["tokenizer_sha256"]),
+            else ReconstructionScores(pairs.pop("images"), pairs, values["uint8_rounding"], values["tokenizer_sha256"]),
             values.get("published"),
         )
 
@@ -187,7 +189,7 @@ class SamplesRecord:
     images: int
     size: list[int]  # height and width in pixels
     preprocessing: str
-    quantiser: str  # how floats became uint8
+    uint8_rounding: str  # how floats became uint8
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,10 @@ class Result:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         rest = {entry.name: values[entry.name] for entry in fields(cls)}
         checkpoint = None if rest["checkpoint"] is None else CheckpointRecord(**rest["checkpoint"])
-        own = {"images": ImageScores.from_json(rest["images"]), "samples": SamplesRecord(**rest["samples"])}
+        own = {
+            "images": ImageScores.from_json(rest["images"]),
+            "samples": SamplesRecord(**with_todays_rounding(rest["samples"])),
+        }
         return cls(**{**rest, **own, "checkpoint": checkpoint})
 
 
@@ -246,13 +251,13 @@ def write_result(
     world: World,
 ) -> None:
     """Rank 0 only. images: from evaluate.job; tokens: from analysis.token_prediction; source: where the images come from."""
-    quantiser = samples.quantiser or "not known: the images came as uint8"
+    uint8_rounding = samples.uint8_rounding or "not known: the images came as uint8"
     size = [samples.height, samples.width]
     result = Result(
         images=images,
         tokens=tokens,
         checkpoint=None if checkpoint is None else _record(checkpoint),
-        samples=SamplesRecord(source, samples.identity, samples.count, size, samples.preprocessing, quantiser),
+        samples=SamplesRecord(source, samples.identity, samples.count, size, samples.preprocessing, uint8_rounding),
         sample=None if checkpoint is None else asdict(cfg.sample),
         dtype=None if checkpoint is None else cfg.train.precision,
         evaluate=asdict(cfg.evaluate),

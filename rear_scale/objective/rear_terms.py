@@ -52,7 +52,7 @@ class _Alignment(Term):
         if self.heads.positions == "eq6":
             part = slice(0, -1) if self.name == "encode" else slice(1, None)
             targets, replaced = targets[:, part], None if replaced is None else replaced[:, part]
-        unperturbed = ~replaced if self.heads.encode_counts == "unperturbed" and replaced is not None else None
+        unperturbed = ~replaced if self.heads.encode_counts == "clean" and replaced is not None else None
         counted = [unperturbed if self.name == "encode" else None]
         if self.heads.lone_term == "twice" and self.other not in output:
             counted = [unperturbed, None]

@@ -17,7 +17,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 def adamw_rule(name: str, weight: Tensor, cfg: ExperimentConfig) -> Rule:
     """optim.name=adamw: AdamW for every parameter, in the two published groups, with weight decay and without."""
     optim = cfg.optim
-    if decays(name, weight, optim.decay):
+    if decays(name, weight, optim.decay_parameters):
         return Rule("adamw", make_adamw, STATES, weight_decay=optim.weight_decay, set_step=set_step)
     return Rule("adamw_without_decay", make_adamw, STATES, set_step=set_step)
 

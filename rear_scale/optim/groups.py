@@ -103,7 +103,7 @@ def states_per_weight(model: nn.Module, cfg: ExperimentConfig) -> float:
 
 
 def decays(name: str, weight: Tensor, which: str) -> bool:
-    """Whether weight decay applies to a parameter. which: optim.decay."""
+    """Whether weight decay applies to a parameter. which: optim.decay_parameters."""
     return weight.ndim >= 2 and (which == "matrices" or not any(fragment in name for fragment in _NO_DECAY))
 
 

@@ -85,7 +85,7 @@ class Parts:
 def check_space(output: Path, parts: Parts, to_make: int, count: int, tokenizer: TokenizerConfig) -> None:
     """Raises InputError unless there is room for the parts of to_make images and for the files of all `count` of them.
 
-    Copies (sample.copies) are not counted: how small PNGs are shows when they are made.
+    Copies (sample.also_write) are not counted: how small PNGs are shows when they are made.
     """
     image = 3 * tokenizer.image_size**2 if parts.with_images else 0
     needed = (to_make + count) * (image + 2 * tokenizer.num_tokens + _NUMBERS_BYTES)

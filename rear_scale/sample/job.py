@@ -26,6 +26,7 @@ from torch import Tensor
 from rear_scale.checkpoint.folder import Checkpoint, step_name
 from rear_scale.checkpoint.restore import load_generator_weights
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config.renamed import downgraded
 from rear_scale.files import write_text_atomically
 from rear_scale.model import Generator, empty_model
 from rear_scale.progress import progress, say
@@ -41,7 +42,7 @@ from rear_scale.sample.files import (
     write_copies,
     written_over,
 )
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards.codebook import codebook_of, read_checked
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, weights_sha256
@@ -50,7 +51,7 @@ from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 _ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
-_NOT_THE_IMAGES = ("copies", "grid_every_images", "cuda_graphs")  # settings of sampling that no image depends on
+_NOT_THE_IMAGES = ("also_write", "grid_every_images", "cuda_graphs")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
@@ -93,13 +94,15 @@ def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
     """A hash of all that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
     permuted, codebook = cfg.objective.permutation, _tied_codebook(cfg)
+    sample = {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES}
     parts = {
         "algorithm": _ALGORITHM,
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
         "codebook": None if codebook is None else hashlib.sha256(codebook.numpy().tobytes()).hexdigest(),
         "order": [cfg.sample.order or permuted.order, permuted.prefix],
         "tokenizer": decoder_identity(cfg.tokenizer),
-        "sample": {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES},
+        # Under the old names of fields, so that renaming one does not change the identity of samples made before.
+        "sample": downgraded({"sample": sample})["sample"],
         "precision": cfg.train.precision,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -165,7 +168,7 @@ class _Job:
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
     """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
 
-    With sample.copies, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
+    With sample.also_write, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
     must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
     writes there, when there is too little disk space, when the tokenizer is not the one whose tokens the model was trained
     on, and when the ranks do not have the same checkpoint and settings.
@@ -204,8 +207,8 @@ def _sample(job: _Job) -> None:
             as_tokens = "" if job.tokenizer else _AS_TOKENS.format(cfg.tokenizer.name)
             say(f"{job.result}: {cfg.sample.num_images:,} images{as_tokens}")
     world.barrier()
-    if cfg.sample.copies is not None and job.tokenizer is not None:
-        write_copies(job.output, cfg.sample.copies, job.labels, world)
+    if cfg.sample.also_write is not None and job.tokenizer is not None:
+        write_copies(job.output, cfg.sample.also_write, job.labels, world)
         world.barrier()
 
 
@@ -274,7 +277,7 @@ def make_images(
 def decode_images(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -> np.ndarray:
     """Images (uint8 [B, S, S, 3]) of token ids (int64 [B, N])."""
     with torch.inference_mode():
-        return to_uint8(tokenizer.decode(tokens), cfg.sample.quantiser)
+        return to_uint8(tokenizer.decode(tokens), cfg.sample.uint8_rounding)
 
 
 def _make_unit(
@@ -305,7 +308,7 @@ def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
         "checkpoint": str(job.checkpoint.path),
         "step": job.checkpoint.step,
         "sample": asdict(cfg.sample),
-        "quantiser": cfg.sample.quantiser,
+        "uint8_rounding": cfg.sample.uint8_rounding,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
         # Tokens that were decided by less than this, and by less than the error of logits in this precision: another batch
         # size, device or precision may draw others from there on.

@@ -44,12 +44,12 @@ def index_folder(folder: str | Path, cache_root: Path) -> Path:
 
 
 def index_plain(
-    folder: str | Path, tokenizer: TokenizerConfig, place: Path, *, on_error: str, max_skipped_share: float
+    folder: str | Path, tokenizer: TokenizerConfig, place: Path, *, on_error: str, max_skipped_fraction: float
 ) -> Manifest:
     """The manifest of a folder of plain shards; indexes them first unless that is done and they are as they were.
 
     Any number of processes may call it at once. Raises InputError, with file and byte, for a sample that is damaged or
-    does not fit the tokenizer; with on_error="skip" it is left out, up to a share of max_skipped_share.
+    does not fit the tokenizer; with on_error="skip" it is left out, up to a share of max_skipped_fraction.
     """
     tars = plain_tars(folder)
     state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars]
@@ -63,7 +63,7 @@ def index_plain(
     with locked(place / ".offsets.lock"):
         found = _read_index(place, made_from)
         if found is None:
-            found = _build(Path(folder), tars, tokenizer, place, on_error, max_skipped_share)
+            found = _build(Path(folder), tars, tokenizer, place, on_error, max_skipped_fraction)
             text = json.dumps({"format": FORMAT, "made_from": made_from, "manifest": found.as_dict()}, indent=1)
             write_text_atomically(place / "offsets.json", text)
     return found
@@ -80,7 +80,7 @@ def _read_index(place: Path, made_from: Any) -> Manifest | None:
 
 
 def _build(
-    folder: Path, tars: list[Path], tokenizer: TokenizerConfig, place: Path, on_error: str, max_skipped_share: float
+    folder: Path, tars: list[Path], tokenizer: TokenizerConfig, place: Path, on_error: str, max_skipped_fraction: float
 ) -> Manifest:
     shards: list[TarShard] = []
     counts = np.zeros(0, dtype=np.int64)
@@ -98,11 +98,11 @@ def _build(
             shards.append(TarShard(tar.name, len(rows), tar.stat().st_size, file_sha256(tar)))
             bar.update()
     samples = int(counts.sum())
-    if len(skipped) > max_skipped_share * (samples + len(skipped)) or not samples:
+    if len(skipped) > max_skipped_fraction * (samples + len(skipped)) or not samples:
         first = skipped[0] if skipped else "no tar has any"
         raise InputError(
             f"{folder}: {len(skipped)} of {samples + len(skipped)} samples cannot be used, more than "
-            f"data.max_skipped_share={max_skipped_share}; first: {first}. Repair the shards, or allow more"
+            f"data.max_skipped_fraction={max_skipped_fraction}; first: {first}. Repair the shards, or allow more"
         )
     codebook = folder / "codebook.npy"
     return Manifest(

@@ -51,7 +51,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
 
     All ranks must call this. Rank r encodes shards r, r + W, ...; batches are fixed by sample index inside a shard.
     Images that cannot be decoded are skipped, counted and listed in skipped.txt. Raises InputError when they are more than
-    pretokenize.max_bad_share, and when the folder holds tokens of something else.
+    pretokenize.max_bad_fraction, and when the folder holds tokens of something else.
     """
     job, out = cfg.pretokenize, Path(cfg.pretokenize.out)
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
@@ -90,7 +90,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     skipped = [entry for shard in shards for entry in shard.skipped]
     if world.is_main:
         writer.write_skipped(out, skipped)
-    writer.check_skipped(skipped, len(source), job.max_bad_share, source.folder, out / "skipped.txt")
+    writer.check_skipped(skipped, len(source), job.max_bad_fraction, source.folder, out / "skipped.txt")
     if world.is_main:
         _finish(out, cfg, source, tokenizer, weights_sha256, made_from, inputs, shards)
     world.barrier()

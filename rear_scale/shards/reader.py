@@ -104,7 +104,7 @@ class StreamSet(TokenSet):
         self.firsts = np.concatenate([[0], np.cumsum(sizes)])
         self.kept: OrderedDict[tuple[int, int], Block] = OrderedDict()  # the block used longest ago comes first
         self.lost: set[tuple[int, int]] = set()
-        self.capacity = self._samples_of_lanes(-(-data.lanes // world_size))
+        self.capacity = self._samples_of_lanes(-(-data.shuffle_streams // world_size))
 
     def _samples_of_lanes(self, lanes: int) -> int:
         """Samples of the blocks that the buffers of so many lanes may touch."""
@@ -117,7 +117,7 @@ class StreamSet(TokenSet):
             global_batch_size,
             seed,
             shard_samples=tuple(shard.samples for shard in self.manifest.shards),
-            lanes=self.data.lanes,
+            lanes=self.data.shuffle_streams,
             buffer_samples=self.data.buffer_samples,
         )
 
@@ -141,7 +141,7 @@ class StreamSet(TokenSet):
 
     def labels_of(self, ids: Tensor) -> Tensor:
         # Labels lie in the blocks: a rank that asks for those of a whole batch reads every lane.
-        self.capacity = self._samples_of_lanes(self.data.lanes)
+        self.capacity = self._samples_of_lanes(self.data.shuffle_streams)
         return self.rows(ids)[1]
 
     def _block(self, shard: int, block: int) -> Block:
@@ -165,7 +165,7 @@ class StreamSet(TokenSet):
                 self.lost.add((shard, block))
                 self.say(f"skipped {self.files.length(shard, block)} samples: {error}")
                 lost = sum(self.files.length(*key) for key in self.lost)
-                _check_lost(lost, len(self), self.data.max_skipped_share, str(error))
+                _check_lost(lost, len(self), self.data.max_skipped_fraction, str(error))
         if block + 1 < self.files.count(shard):
             return self._read(shard, block + 1)
         following = (shard + 1) % len(self.manifest.shards)
@@ -182,7 +182,7 @@ def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _
     """The training set in the mode of the config. Raises InputError as the two modes do."""
     if data.mode == "stream":
         return open_stream(data, manifest, world_size, say)
-    return open_tokens(data.train, data.cache_dir, say, manifest, data.on_error, data.max_skipped_share)
+    return open_tokens(data.train, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
 
 
 def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:
@@ -198,7 +198,7 @@ def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> 
     if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
         return read_manifest(folder)
     place = index_folder(folder, _cache_root(data.cache_dir))
-    limits = {"on_error": data.on_error, "max_skipped_share": data.max_skipped_share}
+    limits = {"on_error": data.on_error, "max_skipped_fraction": data.max_skipped_fraction}
     return index_plain(folder, tokenizer, place, **limits)
 
 
@@ -208,13 +208,13 @@ def open_tokens(
     progress: Say = _quiet,
     manifest: Manifest | None = None,
     on_error: str = "raise",
-    max_skipped_share: float = 0.0,
+    max_skipped_fraction: float = 0.0,
 ) -> ResidentSet:
     """Unpacks the shards of `folder` on this node unless that is done already, and maps them.
 
     Any number of processes of a node may call it at once: one unpacks, the others wait for it.
     manifest: what `open_manifest` gave; null = that of packed shards. on_error="skip": the samples of a damaged block are
-    replaced by others, up to a share of max_skipped_share.
+    replaced by others, up to a share of max_skipped_fraction.
     Raises InputError for a missing, truncated or altered shard (naming file and byte), and for too little disk space.
     """
     manifest = read_manifest(folder) if manifest is None else manifest
@@ -231,7 +231,7 @@ def open_tokens(
             if unpacked is None:
                 index = index_folder(folder, root) if manifest.layout == "plain" else None
                 files = open_blocks(folder, manifest, index)
-                unpacked = _unpack(files, whole, progress, None if on_error == "raise" else max_skipped_share)
+                unpacked = _unpack(files, whole, progress, None if on_error == "raise" else max_skipped_fraction)
     for line in _lost_lines(unpacked):
         progress(line)
     return ResidentSet(
@@ -267,8 +267,8 @@ def _complete(places: list[Path], manifest: Manifest) -> Path | None:
     return next((place for place in places if is_complete(place)), None)
 
 
-def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float | None) -> Path:
-    """Writes the memory maps and returns their folder. max_skipped_share: null = any damage is an error."""
+def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_fraction: float | None) -> Path:
+    """Writes the memory maps and returns their folder. max_skipped_fraction: null = any damage is an error."""
     manifest = files.manifest
     remove_leftovers(whole.parent, whole.name)
     needed = 2 * manifest.num_samples * (manifest.num_tokens + 1)
@@ -279,7 +279,7 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float |
             f"{needed / 2**30:.1f} GiB. Set data.cache_dir to a node-local folder with more space, or data.mode=stream"
         )
     with temporary_folder(whole) as temporary:
-        lost, errors = _write_maps(files, temporary, say, max_skipped_share)
+        lost, errors = _write_maps(files, temporary, say, max_skipped_fraction)
         unpacked = whole
         if lost:
             _replace_lost(temporary, manifest, lost)
@@ -290,7 +290,7 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_share: float |
 
 
 def _write_maps(
-    files: BlockFiles, folder: Path, say: Say, max_skipped_share: float | None
+    files: BlockFiles, folder: Path, say: Say, max_skipped_fraction: float | None
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """Writes all tokens and labels. Returns first sample and end of every block that could not be read, and the errors."""
     manifest = files.manifest
@@ -305,7 +305,7 @@ def _write_maps(
                 try:
                     tokens, labels = files.read(shard, block)
                 except InputError as error:
-                    if max_skipped_share is None:
+                    if max_skipped_fraction is None:
                         raise
                     tokens, labels = np.zeros((length, manifest.num_tokens), np.uint16), np.zeros(length, np.uint16)
                     lost.append((written, written + length))
@@ -314,10 +314,10 @@ def _write_maps(
                 tokens_file.write(np.ascontiguousarray(tokens).data)
                 labels_file.write(np.ascontiguousarray(labels).data)
                 written += length
-            if max_skipped_share is None:
+            if max_skipped_fraction is None:
                 files.check_rest(shard)
     if lost:
-        _check_lost(sum(end - first for first, end in lost), written, max_skipped_share, errors[0])
+        _check_lost(sum(end - first for first, end in lost), written, max_skipped_fraction, errors[0])
     return lost, errors
 
 
@@ -343,10 +343,10 @@ def _lost_lines(unpacked: Path) -> list[str]:
     return [f"skipped a block: {error}" for error in json.loads(record.read_text())] if record.exists() else []
 
 
-def _check_lost(lost: int, total: int, max_skipped_share: float | None, first: str) -> None:
-    if lost > (max_skipped_share or 0.0) * total or lost == total:
+def _check_lost(lost: int, total: int, max_skipped_fraction: float | None, first: str) -> None:
+    if lost > (max_skipped_fraction or 0.0) * total or lost == total:
         raise InputError(
-            f"{lost} of {total} samples cannot be read, more than data.max_skipped_share={max_skipped_share}; the first "
+            f"{lost} of {total} samples cannot be read, more than data.max_skipped_fraction={max_skipped_fraction}; the first "
             f"error is: {first}. Repair the shards, or allow more"
         )
 

@@ -54,7 +54,7 @@ def released_heads(c: dict, **changes: object) -> HeadsConfig | None:
         "hidden": c["projection_dim"],
         "form": "released",
         "positions": "all",
-        "encode_counts": "unperturbed",
+        "encode_counts": "clean",
         "distance": "negative_cosine",
         "lone_term": "twice",
     }

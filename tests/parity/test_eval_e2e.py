@@ -15,7 +15,7 @@ from rear_scale.evaluate.metrics.moments import Moments, moments_of
 from rear_scale.evaluate.metrics.precision_recall import overlap, radii
 from rear_scale.evaluate.networks.base import InceptionFeatures
 from rear_scale.evaluate.networks.inception import Inception
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 
 BATCH = 16
 
@@ -120,7 +120,7 @@ def test_reconstructions_as_the_released_evaluator_scores_them(case, compare, ex
         sha256 = stored(expected, "sha256", f"{name}_float32_nchw")
         assert sha256 in (None, hashlib.sha256(floats.tobytes()).hexdigest())
         sets[name] = torch.from_numpy(floats)
-    for rule, key in (("trunc255", "result_truncation"), ("round", "result_if_rounded_instead")):
+    for rule, key in (("truncate", "result_truncation"), ("nearest", "result_if_rounded_instead")):
         if key not in expected:
             continue
         pools = {name: features_of(extractor, to_uint8(images, rule))["pool"] for name, images in sets.items()}

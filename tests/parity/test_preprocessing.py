@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rear_scale.sample.quantise import to_uint8
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards.crops import center_crop, cut
 
 
@@ -42,5 +42,5 @@ def test_crops(case) -> None:
 
 def test_colours_are_truncated(case) -> None:
     if "float_image" in case:
-        found = to_uint8(torch.from_numpy(case.arrays["float_image"]), "trunc255")
+        found = to_uint8(torch.from_numpy(case.arrays["float_image"]), "truncate")
         assert np.array_equal(found, case.arrays["uint8_from_float_image"])

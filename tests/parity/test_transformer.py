@@ -93,7 +93,7 @@ def objective(case, **heads: object) -> Objective:
     c = case.json["config"]
     cfg = config.load("rear_xl.yaml", ["strategy=single", "data.assumed_images=100"])
     cfg.tokenizer = dataclasses.replace(cfg.tokenizer, num_tokens=c["image_seq_len"], codebook_size=c["codebook_size"])
-    released = {"positions": "all", "encode_counts": "unperturbed", "distance": "negative_cosine", "lone_term": "twice"}
+    released = {"positions": "all", "encode_counts": "clean", "distance": "negative_cosine", "lone_term": "twice"}
     cfg.objective.heads = HeadsConfig(**{**released, **heads})
     codebook = array(case, "tokenizer_codebook") if "tokenizer_codebook" in case else torch.ones(c["codebook_size"], 1)
     return Objective(cfg, config.derive(cfg, 1, 100), codebook, torch.device("cpu"))

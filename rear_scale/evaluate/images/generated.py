@@ -49,7 +49,7 @@ def generated_images(
         size,
         blocks,
         read,
-        quantiser=cfg.sample.quantiser,
+        uint8_rounding=cfg.sample.uint8_rounding,
         class_names=_class_names(cfg),
         generation=Generation(draw, decode),
     )

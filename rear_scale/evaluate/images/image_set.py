@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from rear_scale.config import InputError
+from rear_scale.config.renamed import with_todays_rounding
 from rear_scale.evaluate.images.npz import StoredArray, read_samples, read_sha256
 from rear_scale.shards.classes import class_id
 from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
@@ -50,7 +51,7 @@ class ImageSet:
     blocks: Sequence[np.ndarray]  # the numbers (int64) of each block's images; a block is read at once
     read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
     preprocessing: str = AS_STORED
-    quantiser: str | None = None  # the rule that made them uint8; null = they came so
+    uint8_rounding: str | None = None  # the rule that made them uint8; null = they came so
     class_names: Sequence[str] | None = None  # by class id; None where the set has no classes, or does not name them
     generation: Generation | None = None  # of images that are stored nowhere
 
@@ -114,13 +115,13 @@ def from_npz(path: Path, world: World) -> ImageSet:
     images, labels = read_samples(path)
     # One rank reads the whole file for its checksum.
     sha256 = world.on_main(lambda: read_sha256(path))
-    return from_arrays(path.name, sha256, images, labels, _quantiser_beside(path))
+    return from_arrays(path.name, sha256, images, labels, _rounding_beside(path))
 
 
-def _quantiser_beside(path: Path) -> str | None:
+def _rounding_beside(path: Path) -> str | None:
     """The uint8 rule as launchers/sample.py notes it beside its files; their copies included; null for files of others."""
     try:
-        found = read_json(path.with_suffix(".json")).get("quantiser")
+        found = with_todays_rounding(read_json(path.with_suffix(".json"))).get("uint8_rounding")
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) and found.isprintable() else None
@@ -131,7 +132,7 @@ def from_arrays(
     identity: str,
     images: StoredArray | np.ndarray,
     labels: np.ndarray | None,
-    quantiser: str | None = None,
+    uint8_rounding: str | None = None,
 ) -> ImageSet:
     """Images (uint8 [n, H, W, 3]) that can be sliced, under a hash of their content."""
 
@@ -140,7 +141,7 @@ def from_arrays(
         return images[part], None if labels is None else labels[part]
 
     height, width = images.shape[1:3]
-    return ImageSet(name, identity, height, width, consecutive_blocks(len(images)), read, quantiser=quantiser)
+    return ImageSet(name, identity, height, width, consecutive_blocks(len(images)), read, uint8_rounding=uint8_rounding)
 
 
 def from_shards(name: str, shards: ImageShards) -> ImageSet:
@@ -261,7 +262,7 @@ def _from_files(path: Path, files: list[_File], size: int | None, exif: str) -> 
         consecutive_blocks(len(files)),
         read,
         preprocessing,
-        _quantiser_beside(path),
+        _rounding_beside(path),
         class_names,
     )
 

@@ -19,7 +19,7 @@ _EXTRAPOLATION_POINTS = 8
 
 
 class FrechetDistance(Metric):
-    """The Fréchet distance on one feature, with its value at infinitely many images under evaluate.extrapolate."""
+    """The Fréchet distance on one feature, with its value at infinitely many images under evaluate.fid_infinity."""
 
     against_references = True
     resamples: ClassVar = True
@@ -34,7 +34,7 @@ class FrechetDistance(Metric):
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         found = [partial(self._distances, inputs)]
-        if inputs.cfg.extrapolate:
+        if inputs.cfg.fid_infinity:
             found.append(partial(self._extrapolated, inputs))
         return found
 

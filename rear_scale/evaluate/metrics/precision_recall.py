@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rear_scale.config import InputError
-from rear_scale.config.schema import NEIGHBOUR_MODES
+from rear_scale.config.schema import PRECISION_RECALL_ARITHMETICS
 from rear_scale.evaluate.metrics.base import Column, FeatureSet, Inputs, Metric, Output, ReferenceSet, Rows
 from rear_scale.evaluate.metrics.bootstrap import share_draws, share_interval
 from rear_scale.evaluate.networks.base import exact_arithmetic
@@ -52,7 +52,7 @@ class Distances:
     """
 
     def __init__(self, rows: Rows, columns: Rows, mode: str, device: torch.device) -> None:
-        assert mode in NEIGHBOUR_MODES, mode
+        assert mode in PRECISION_RECALL_ARITHMETICS, mode
         self.rows, self.columns, self.mode, self.device = rows, columns, mode, device
         self.fits_half: dict[tuple[int, int], bool] = {}
         if mode == "adm_fp16":
@@ -187,7 +187,7 @@ _NAMES = ("precision", "recall", "density", "coverage")
 
 
 class NeighbourShares(Metric):
-    """Precision, recall, density and coverage on one feature, each in the arithmetics of evaluate.neighbour_modes."""
+    """Precision, recall, density and coverage on one feature, each in the arithmetics of evaluate.precision_recall_arithmetic."""
 
     against_references = True
 
@@ -206,12 +206,12 @@ class NeighbourShares(Metric):
 
     def _against(self, inputs: Inputs, reference: ReferenceSet) -> Output:
         cfg, world, samples = inputs.cfg, inputs.world, inputs.samples
-        rows = reference.rows(self.feature, cfg.neighbour_reference_images)
+        rows = reference.rows(self.feature, cfg.precision_recall_reference_images)
         if rows is None or min(len(rows), samples.count) <= NEIGHBOURS:
             return Output(dict.fromkeys(_NAMES), reference.name)
         sample_rows = samples.rows(self.feature)
         found: dict[str, dict[str, float]] = {name: {} for name in _NAMES}
-        for mode in cfg.neighbour_modes:
+        for mode in cfg.precision_recall_arithmetic:
             reference_radii = self._radii(reference, rows, mode, world)
             sample_radii = self._radii(samples, sample_rows, mode, world)
             both = overlap(rows, sample_rows, reference_radii, sample_radii, mode, world)
