@@ -42,20 +42,21 @@ def registered() -> Iterator[None]:
 def test_a_metric_of_another_file_is_in_results_summaries_and_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = module_of("A metric")  # of docs/extending.md
-    metrics.register(module.KernelDistance())
+    metrics.register(module_of("A metric").MeanDistance())  # of docs/extending.md
     samples, reference = images(tmp_path)
     (tmp_path / "inception").touch()
     evaluate_here(monkeypatch, "--samples", samples, reference, f"evaluate.inception_weights={tmp_path / 'inception'}")
     features = [_Small()(some_images(count, seed))["pool"] for count, seed in ((30, 3), (40, 2))]
-    expected = pytest.approx(module.squared_mmd(*features), rel=1e-9)
+    own, other = (rows.astype(np.float64).mean(0) for rows in features)
+    expected = pytest.approx(((own - other) ** 2).sum(), rel=1e-9)
     found = read_result(tmp_path / "samples.result.json").images
-    value = found.networks["inception"].references["plain"]["kid"]
+    value = found.networks["inception"].references["plain"]["mean_distance"]
     assert value == expected
-    assert summary(found, "")["kid/plain"] == summary(found, "seed=1")["kid/plain/seed=1"] == value
-    assert _named(found, 30)["kid_n30/plain"] == value
+    assert summary(found, "")["mean_distance/plain"] == value
+    assert summary(found, "seed=1")["mean_distance/plain/seed=1"] == value
+    assert _named(found, 30)["mean_distance_n30/plain"] == value
     header, ours, *_ = capsys.readouterr().out.splitlines()
-    assert header.split() == ["model", "FID", "sFID", "IS", "precision", "recall", "KID", "samples", "against"]
+    assert header.split() == ["model", "FID", "sFID", "IS", "precision", "recall", "means", "samples", "against"]
     assert ours.split()[6:] == [f"{value:.4f}", "30", "plain"]
 
 

@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
 import rear_scale
@@ -19,7 +20,10 @@ from rear_scale.config.fields import declarations
 from rear_scale.config.overrides import check_override, field_type
 from rear_scale.parallel import facts
 
-PAGES = [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TEXTS = [
     *PAGES,
     ROOT / "configs/README.md",
@@ -44,7 +48,7 @@ def test_every_path_and_config_that_a_text_names_is_there(path: Path) -> None:
         assert (config.CONFIG_DIR / named).is_file(), named
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_in_ids)
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_in_ids)
 def test_every_link_of_a_page_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
@@ -136,6 +140,12 @@ def test_the_readme_is_short_and_its_first_screen_has_the_two_commands() -> None
     first = lines[:15]
     assert any("bash launchers/demo.sh" in line for line in first)
     assert any("bash launchers/test.sh" in line for line in first)
+
+
+def test_the_citation_names_this_version() -> None:
+    values = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert values["version"] == rear_scale.__version__
+    assert [len(paper["authors"]) for paper in values["references"]] == [9, 5]
 
 
 def import_order() -> list[str]:
