@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--exif", choices=EXIF, default="ignore", help="with --size: whether images are turned first")
     parser.add_argument("--split", choices=("train", "val"), help="only this part of every class (default: all images)")
     parser.add_argument("--val-share", type=float, help="with --split: fraction of a class in val (default: 0.1)")
-    parser.add_argument("--max-bad-share", type=float, default=0.1, help="more unreadable files are an error")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="more unreadable files are an error")
     prepare(**vars(parser.parse_args()))
 
 
