@@ -15,7 +15,7 @@ from helpers import ROOT
 
 import rear_scale
 from rear_scale import config
-from rear_scale.config import ExperimentConfig, reference
+from rear_scale.config import ExperimentConfig, reference, renamed
 from rear_scale.config.fields import declarations
 from rear_scale.config.overrides import check_override, field_type
 from rear_scale.parallel import facts
@@ -140,6 +140,12 @@ def test_the_readme_is_short_and_its_first_screen_has_the_two_commands() -> None
     first = lines[:15]
     assert any("bash launchers/demo.sh" in line for line in first)
     assert any("bash launchers/test.sh" in line for line in first)
+
+
+def test_the_changelog_lists_every_renamed_key() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    for old, new in renamed.KEYS.items():
+        assert re.search(rf"\| `{old}\b.* \| `{new}\b", text), old
 
 
 def test_the_citation_names_this_version() -> None:
