@@ -12,8 +12,8 @@ PAGE = ROOT / "docs/extending.md"
 
 
 def snippets(heading: str) -> list[str]:
-    """The Python blocks of a section, in their order."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """The Python blocks below a heading (`# Extending`, `## A metric`), in their order."""
+    section = PAGE.read_text().split(f"{heading}\n", 1)[1].split("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 

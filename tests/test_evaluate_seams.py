@@ -42,7 +42,7 @@ def registered() -> Iterator[None]:
 def test_a_metric_of_another_file_is_in_results_summaries_and_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics.register(module_of("A metric").MeanDistance())  # of docs/extending.md
+    metrics.register(module_of("## A metric").MeanDistance())  # of docs/extending.md
     samples, reference = images(tmp_path)
     (tmp_path / "inception").touch()
     evaluate_here(monkeypatch, "--samples", samples, reference, f"evaluate.inception_weights={tmp_path / 'inception'}")

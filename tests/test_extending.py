@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_TOKENS, ROOT, tiny_config
 from snippets import module_of, snippets
 
-from rear_scale.config import InputError, TokenizerConfig, derive
+from rear_scale.config import InputError, TokenizerConfig, derive, load
 from rear_scale.config.schema import OPTIMIZERS
 from rear_scale.model import build_model
 from rear_scale.objective import Objective, terms
 from rear_scale.optim import groups
+from rear_scale.parallel import facts
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ CPU = torch.device("cpu")
 def test_loss_terms(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terms, "_KINDS", dict(terms._KINDS))
     for number in range(2):
-        module_of("A loss term", number)
+        module_of("## A loss term", number)
     settings = ("objective.terms.z_loss.weight=1e-4", "objective.terms.two_ahead={weight: 0.5, tap: 2}")
     cfg = tiny_config(tmp_path, tokens, "model.dropout=0", "model.attn_dropout=0", *settings)
     model = build_model(cfg)
@@ -47,7 +49,7 @@ def test_loss_terms(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatc
 def test_optimizer(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "_registered", dict(groups._registered))
     monkeypatch.setitem(OPTIMIZERS, "sgd_for_matrices", "rear_scale.optim.sgd_for_matrices")
-    module_of("An optimizer")
+    module_of("## An optimizer")
     cfg = tiny_config(tmp_path, tokens, "optim.name=sgd_for_matrices")
     model = build_model(cfg)
     rules = groups.rules_of(model, cfg)
@@ -65,16 +67,27 @@ def test_optimizer(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
             assert torch.allclose(weight, torch.full_like(weight, 1 - rate * (1 + decay))), name
 
 
+def test_script_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_ROWS", dict(facts._ROWS))
+    monkeypatch.delitem(sys.modules, "own_strategy", raising=False)
+    started: list[str] = []
+    monkeypatch.setattr("runpy.run_path", lambda path, run_name: started.append(path))
+    monkeypatch.setattr(sys, "argv", ["my_rear_scale.py", "train", "--config", "rear_b.yaml", "strategy=ddp_fp16"])
+    module_of("# Extending")
+    assert started == [str(ROOT / "launchers/train.py")]
+    assert load("rear_b.yaml", ["strategy=ddp_fp16"]).strategy.name == "ddp_fp16"
+
+
 def test_strategy() -> None:
     """The page shows the file that test_own_strategy.py trains with."""
     file = (ROOT / "tests/own_strategy.py").read_text().split('"""\n\n', 1)[1]
-    assert snippets("A strategy") == [file]
+    assert snippets("## A strategy") == [file]
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    [code] = snippets("A tokenizer")
+    [code] = snippets("## A tokenizer")
     assert len(code.splitlines()) < 60
-    Tiles = module_of("A tokenizer").Tiles
+    Tiles = module_of("## A tokenizer").Tiles
     Tiles.untrained(TokenizerConfig("tiles", None, 24, 36, 16, 2)).save(str(tmp_path / "tiles.safetensors"))
     tokenizer = Tiles.from_file(str(tmp_path / "tiles.safetensors"))
     greys = torch.linspace(0, 1, 16)[:, None, None, None].expand(16, 3, 24, 24)
