@@ -23,6 +23,7 @@ from rear_scale import cli
 from rear_scale.config import CONFIG_DIR, InputError, TokenizerConfig, check_yaml
 from rear_scale.shards import token_files as tokens
 from rear_scale.shards.crops import CROPS
+from rear_scale.shards.record import read_manifest
 
 
 def main() -> None:
@@ -52,6 +53,11 @@ def main() -> None:
         tokens.export_jsonl(arguments.source, arguments.out)
     else:
         tokens.export_alitok(arguments.source, arguments.out)
+    if arguments.command.startswith("export"):
+        cli.end(arguments.out)
+    else:
+        following = cli.typed("train", "--config", "CONFIG.yaml", f"data.train={arguments.out}")
+        cli.end(arguments.out, read_manifest(arguments.out).in_a_line(), following)
 
 
 def tokenizer(arguments: argparse.Namespace) -> TokenizerConfig:

@@ -46,6 +46,8 @@ def main() -> None:
         print(
             f"{out / split}: {len(shards)} images of {len(shards.class_names)} classes in {len(shards.shards)} shards"
         )
+    own = [] if out == Path("runs/demo/images") else [f"tokenizer.training.images={out / 'train'}"]
+    cli.end(out, f"{len(digits.target):,} images", cli.typed("train_tokenizer", "--config", "demo.yaml", *own))
 
 
 def enlarge(scan: np.ndarray) -> Image.Image:

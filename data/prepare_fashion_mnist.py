@@ -63,6 +63,9 @@ def main() -> None:
     train, val = (evenly(part, round(args.share * len(part[1]))) for part in (train, val))
     for name, part in (("train", train), ("val", val), ("held_in", evenly(train, len(val[1])))):
         write_split(args.out / name, *part)
+    own = f"tokenizer.training.images={args.out / 'train'}"
+    count = f"{len(train[1]):,} images to train on, {len(val[1]):,} to validate on"
+    cli.end(args.out, count, cli.typed("train_tokenizer", "--config", "demo_fashion.yaml", own))
 
 
 def read_files(source: Path) -> dict[str, bytes]:

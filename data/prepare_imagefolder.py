@@ -46,7 +46,15 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "val"), help="only this part of every class (default: all images)")
     parser.add_argument("--val-share", type=float, help="with --split: fraction of a class in val (default: 0.1)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="more unreadable files are an error")
-    prepare(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    prepare(**vars(args))
+    images = sum(shard.samples for shard in read_image_index(args.out)["shards"])
+    following = cli.typed(
+        "pretokenize", "--config", "CONFIG.yaml", f"pretokenize.images={args.out}", "pretokenize.out=TOKENS"
+    )
+    if args.split == "train":
+        following = "the same command with --split val and another --out"
+    cli.end(args.out, f"{images:,} images", following)
 
 
 def prepare(

@@ -5,6 +5,7 @@ scikit-learn's digits -> tokenizer -> tar shards -> training of vanilla AR and r
 
     bash launchers/demo.sh              one training seed
     bash launchers/demo.sh --seeds 3    three, with mean and spread
+    bash launchers/demo.sh --dry-run    only the commands of all stages
 
 Run again after a kill, it continues; finished stages are not run again. Overrides go to both trainings.
 """
@@ -15,7 +16,7 @@ from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.demo.commands import FOLDER, check_packages, open_folder, stages
 from rear_scale.demo.report import write_report
-from rear_scale.demo.summary import print_table, write_summary
+from rear_scale.demo.summary import accuracy, print_table, write_summary
 from rear_scale.places import as_typed
 from rear_scale.world import locked
 
@@ -42,7 +43,10 @@ def main() -> None:
         folder = open_folder(args.overrides)
         folder.run_all(planned)
         summary = write_summary(seeds)
-        print_table(summary, write_report(summary, planned, folder))
+        report = write_report(summary, planned, folder)
+        print_table(summary, report)
+    best = f"class accuracy of reAR's samples {accuracy(summary)}"
+    cli.end(report, best, cli.typed("sample", "--checkpoint", summary["rear"]["run_dir"]))
 
 
 if __name__ == "__main__":

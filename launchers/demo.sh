@@ -2,5 +2,10 @@
 # The whole path on real images, on this machine: see `launchers/demo.sh --help`. Run again after a kill, it continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then
+    # Installs nothing: without the environment, the text of the help alone.
+    .venv/bin/python launchers/demo.py --help 2>/dev/null || sed -n '/^"""/,/"""$/p' launchers/demo.py | tr -d '"'
+    exit
+fi
 bash launchers/setup.sh
 exec .venv/bin/python launchers/demo.py "$@"

@@ -12,6 +12,8 @@ import json
 from rear_scale import cli, config
 from rear_scale.scaling import output
 from rear_scale.scaling.command import make_plan
+from rear_scale.scaling.devices import open_cluster
+from rear_scale.shards.codebook import classes_of_shards, is_packed
 
 
 def main() -> None:
@@ -27,10 +29,16 @@ def main() -> None:
     )
     command = cli.parse(parser)
     if command.args.dry_run:
-        print(config.to_yaml(command.cfg))
+        cluster = open_cluster(command.cfg)
+        print(f"{command.args.config} on {cluster.gpus} x {cluster.gpu}: nothing is planned in a dry run")
+        if command.args.full:
+            print(config.to_yaml(command.cfg))
         return
     args = command.args
-    found = make_plan(args.config, command.cfg, args.overrides, measured=args.measure, simulated=args.simulate)
+    cfg = command.cfg
+    if is_packed(cfg.data.train):
+        cfg, _ = classes_of_shards(cfg, command.given)
+    found = make_plan(args.config, cfg, args.overrides, measured=args.measure, simulated=args.simulate)
     print(json.dumps(output.as_dict(found), indent=1) if args.json else output.as_text(found))
 
 

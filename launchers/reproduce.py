@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument("--weights", type=Path, default=Path("weights"), metavar="FOLDER", help="default: weights")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/reproduce/MODEL")
-    parser.add_argument("--dry-run", action="store_true", help="print the config and what is missing, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what is missing, and stop")
+    parser.add_argument("--full", action="store_true", help="with --dry-run: print the resolved config too")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     entry, ranks = entry_of(args.model), world.discover()
@@ -32,7 +33,7 @@ def main() -> None:
     missing = entry.missing(cfg, args.weights)
     if args.dry_run:
         if ranks.rank == 0:
-            print(config.to_yaml(cfg), *missing, *entry.left_out(cfg, args.weights), sep="\n")
+            print(*missing, *entry.left_out(cfg, args.weights), *([config.to_yaml(cfg)] if args.full else []), sep="\n")
         return
     if missing:
         raise InputError("; ".join(missing) + ". Put them there, or name their folder with --weights")
@@ -44,6 +45,7 @@ def main() -> None:
         lines = reproduce(entry, cfg, args.weights, out, Evaluation(cfg, out / "features", joined), joined)
         if joined.is_main:
             print("\n".join(lines))
+    cli.end(out / "result.json", lines[-1])
 
 
 if __name__ == "__main__":

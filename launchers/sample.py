@@ -10,7 +10,9 @@ The same command continues after a kill. Image i is the same for any number of r
 from pathlib import Path
 
 from rear_scale import cli
+from rear_scale.evaluate.job import missing_inputs
 from rear_scale.sample.job import check_output, default_output, sample_images
+from rear_scale.tokenizer import TOKENS_ONLY
 from rear_scale.world import joined
 
 
@@ -30,6 +32,12 @@ def main() -> None:
     output = command.args.out or default_output(command.cfg, command.checkpoint)
     with joined(command.ranks, same_for_any_world=True) as world:
         sample_images(command.cfg, command.checkpoint, world, output)
+    if command.cfg.tokenizer.name in TOKENS_ONLY:
+        cli.end(output.with_suffix(".tokens.npy"), f"{command.cfg.sample.num_images:,} sequences")
+        return
+    number = f"{command.cfg.sample.num_images:,} images, some of them in {output.with_suffix('.png').name}"
+    words = ["--checkpoint", command.args.checkpoint, "--samples", output, *missing_inputs(command.cfg)]
+    cli.end(output, number, cli.typed("evaluate", *words))
 
 
 if __name__ == "__main__":

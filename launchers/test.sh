@@ -6,6 +6,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' launchers/test.sh # help installs nothing
+    exit
+fi
+
 install_slurm() {
     local PATH=$PATH:/usr/sbin:/sbin as_root=()
     if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then return; fi

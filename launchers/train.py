@@ -12,6 +12,7 @@ all-reduce.
 from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.training_scores import check_training_scores, training_hooks
+from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import check_wandb
 from rear_scale.sample.sheets import check_grids, grid_hooks
@@ -30,8 +31,11 @@ def main() -> None:
     command = cli.parse(parser)
     cfg = command.cfg
     if command.args.dry_run:
-        dry_run.show(cfg, command.ranks)
+        dry_run.show(cfg, command.ranks, command.given, full=command.args.full)
         return
+    cfg, note = setup.with_classes(cfg, command.given)
+    if note and command.ranks.rank == 0:
+        say(note)
     if command.args.check:
         preflight.check(cfg, command.ranks)
         return
@@ -57,6 +61,10 @@ def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
         train(cfg, data.plan, world, tokens, codebook, hooks)
+    weights = [] if cfg.tokenizer.weights else ["tokenizer.weights=WEIGHTS"]
+    cli.end(
+        cfg.run.dir, RunFolder(cfg.run.dir).in_a_number(), cli.typed("sample", "--checkpoint", cfg.run.dir, *weights)
+    )
 
 
 if __name__ == "__main__":

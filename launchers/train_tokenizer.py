@@ -14,7 +14,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 from rear_scale.shards.sources import check_size, load_crops, open_source
 from rear_scale.tokenizer import open_tokenizer
-from rear_scale.tokenizer.compact_training import check_same_training, remove_progress, train_compact
+from rear_scale.tokenizer.compact_training import check_same_training, quality, remove_progress, train_compact
 from rear_scale.world import joined
 
 
@@ -45,12 +45,26 @@ def main() -> None:
             f"tokenizer.weights={path} is being trained by another process. Wait for it, or set another file",
         ):
             if path.exists():
-                open_tokenizer(tokenizer, world.device)
+                trained = open_tokenizer(tokenizer, world.device)
                 check_same_training(tokenizer, pixels)
                 remove_progress(path)  # a kill may have come between
                 say(f"{path} is complete")
             else:
-                train_compact(tokenizer, pixels, world.device)
+                trained = train_compact(tokenizer, pixels, world.device)
+        images, out = tokenizer.training.images, command.cfg.data.train
+        given = [text for text in command.args.overrides if not text.startswith("pretokenize.")]
+        cli.end(
+            path,
+            quality(trained, pixels),
+            cli.typed(
+                "pretokenize",
+                "--config",
+                command.args.config,
+                *given,
+                f"pretokenize.images={images}",
+                f"pretokenize.out={out}",
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+import psutil
+
 from rear_scale import config, device, places, world
 from rear_scale.checkpoint.folder import Checkpoint
-from rear_scale.checkpoint.open import load_config, open_with_config
+from rear_scale.checkpoint.open import given_keys, load_config, open_with_config
 from rear_scale.checkpoint.writer import Unwritten
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config.other_names import our_name
 from rear_scale.files import DISK_ERRORS
 from rear_scale.peers import LostRanks
 from rear_scale.progress import say
+from rear_scale.run.stages import STAGE_VARIABLE
 from rear_scale.shards.storage import is_remote, not_checked
 
 EXIT_INPUT_ERROR = 2
 _RANK_0_SPEAKS_FIRST_S = 10.0
+_CLOCKS_DIFFER_S = 5.0  # of a shared file system and of this machine
 _ENDED_RANK_SPEAKS_FIRST_S = 1.0
 # What a file system says to a path that a user chose.
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -39,6 +48,8 @@ class Command:
     cfg: ExperimentConfig
     args: argparse.Namespace
     ranks: world.Ranks
+    # The dotted keys that the user sets; of a command line with --config.
+    given: frozenset[str] = field(default=frozenset(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,9 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments:.* --?((\w+)[\w.]*)", message)
         if unknown and unknown[2] in get_type_hints(ExperimentConfig):
             raise InputError(f"{message}. Values of the config are set without dashes: {unknown[1]}=VALUE")
+        option = re.search(r"unrecognized arguments: --?([\w.-]+)", message)
+        if option and (ours := our_name(option[1])):
+            raise InputError(f"{message}. It is a value of the config, which is set without dashes: {ours}=VALUE")
         super().error(message)
 
 
@@ -75,7 +89,7 @@ def make_parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Overrides have the form section.field=value; --dry-run prints every field with its value.",
+        epilog="Overrides have the form section.field=value; --dry-run --full prints every field with its value.",
     )
     if from_checkpoint:
         parser.add_argument(
@@ -87,9 +101,8 @@ def make_parser(
         config = "for a weight file: the config to use instead of the one that fits it; or without a checkpoint"
     parser.add_argument("--config", metavar="NAME.yaml", help=config)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and what follows from it, and stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print what follows from the config, and stop")
+    parser.add_argument("--full", action="store_true", help="with --dry-run: print the resolved config too")
     # deepspeed adds it; the variables of the environment say the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -101,7 +114,8 @@ def parse(parser: argparse.ArgumentParser) -> Command:
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
-    command = Command(config.with_home(load_config(args.config, args.overrides)), args, world.discover())
+    cfg, given = config.with_home(load_config(args.config, args.overrides)), given_keys(args.config, args.overrides)
+    command = Command(cfg, args, world.discover(), given=given)
     # Where both are there, the file of the current folder is meant.
     path, known = Path(args.config), config.CONFIG_DIR / args.config
     if command.ranks.rank == 0 and path.is_file() and known.is_file() and not path.samefile(known):
@@ -113,7 +127,9 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     """As `parse`, with the config that the checkpoint was trained with. Raises InputError when there is no checkpoint."""
     args = parser.parse_intermixed_args()
     if args.checkpoint is None:
-        raise InputError("--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo_rear")
+        raise InputError(
+            "--checkpoint is missing. Use --checkpoint RUN, for instance --checkpoint runs/demo/rear_seed0"
+        )
     figure = getattr(args, "figure", None)
     overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
     checkpoint, cfg = open_with_config(args.checkpoint, args.config, overrides)
@@ -182,12 +198,36 @@ def _say_error(line: str) -> None:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in places.as_typed(line))
     rank = _rank()
     if rank == 0:
+        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            _first_to_say(line)
         say(f"error: {line}")
         return
     # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say, the
     # error is this rank's own.
     time.sleep(_RANK_0_SPEAKS_FIRST_S)
-    say(f"error on rank {rank}: {line}")
+    if _first_to_say(line):
+        say(f"error on rank {rank}: {line}")
+
+
+def _first_to_say(line: str) -> bool:
+    """Whether no other rank of this start has said the same error, as far as a folder that they share can tell: that of the
+    logs of a SLURM job, else the temporary folder of the machine."""
+    job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT")]
+    mark = hashlib.sha256("\n".join((*job, line)).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("REAR_LOGS") or tempfile.gettempdir()) / f".rear_scale-{os.getuid()}-{mark}"
+    try:
+        # What an earlier start of the job has left says nothing about this one.
+        if path.stat().st_mtime < psutil.Process().create_time() - _CLOCKS_DIFFER_S:
+            path.unlink()
+    except OSError:
+        pass  # there is none, or another rank has just removed it
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # better twice than not at all
+    return True
 
 
 def _rank() -> int:
@@ -213,13 +253,14 @@ def _end_with_launcher() -> None:
 def show_paths(
     command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...], given: Sequence[tuple[str, str | Path]] = ()
 ) -> None:
-    """The dry run of a command that turns files into files: its config, and which of them are there.
+    """The dry run of a command that turns files into files: which of them are there; under --full its config first.
 
     given: inputs that are no fields, by the option or key that names them.
     """
     if command.ranks.rank != 0:
         return
-    print(config.to_yaml(command.cfg))
+    if command.args.full:
+        print(config.to_yaml(command.cfg))
     for name in (*inputs, *outputs):
         value = command.cfg
         for part in name.split("."):
@@ -237,3 +278,39 @@ def show_paths(
             print(not_checked(name, str(path)))
             continue
         print(f"{name}: {path} (exists)" if Path(path).exists() else f"not found: {name}={path}")
+
+
+def end(result: object, number: str = "", following: str = "") -> None:
+    """The last lines of a command, on stderr of rank 0: where the result is, how good it is in one number where there is one,
+    and the command that comes next, as `typed` gives it. A stage of a longer job (run/stages.py) does not say the last."""
+    if _rank() != 0:
+        return
+    say(f"done: {result}{f' ({number})' if number else ''}")
+    if following and STAGE_VARIABLE not in os.environ:
+        say(f"next: {following}")
+
+
+def typed(name: str, *words: object) -> str:
+    """The command line of a launcher (`train`, `sample`, ...) as a user types it who has started this process as it was."""
+    ranks, script = world.discover(), Path(sys.argv[0])
+    folder = Path("launchers")
+    if script.parent.name == "launchers" and places.IN_CHECKOUT:
+        folder = script.parent
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())
+    if ranks.launcher == "slurm" and places.IN_CHECKOUT:
+        nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+        start = f"sbatch --nodes {nodes} {folder}/slurm/{name}.sbatch"
+    elif ranks.world_size > 1:
+        start = f"{_program('torchrun')} --nproc-per-node {ranks.local_world_size} {folder}/{name}.py"
+    else:
+        start = f"{_program('python')} {folder}/{name}.py"
+    return places.as_typed(f"{start} {shlex.join(map(str, words))}")
+
+
+def _program(name: str) -> str:
+    """A program of this interpreter's environment: its name where a shell finds that one, else its path."""
+    found, own = shutil.which(name), Path(sys.executable).parent / name
+    if found is not None and Path(found).parent == own.parent:
+        return name
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)

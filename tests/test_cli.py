@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,3 +86,61 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_line(end) -> None:
 def test_ctrl_c_says_how_to_go_on(end) -> None:
     assert end(KeyboardInterrupt()) == (130, "stopped; the same command continues, and keeps what is finished\n")
     assert end(KeyboardInterrupt("at step 4")) == (130, "stopped; at step 4\n")
+
+
+def test_the_same_error_of_many_ranks_is_said_once(end, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "_RANK_0_SPEAKS_FIRST_S", 0.0)
+    monkeypatch.setenv("REAR_LOGS", str(tmp_path))
+
+    def said(error: str, *ranks: int) -> list[str]:
+        lines = []
+        for rank in ranks:
+            monkeypatch.setenv("RANK", str(rank))
+            lines += end(InputError(error))[1].splitlines()
+        return lines
+
+    assert said("no shards", 0, 1, 2) == ["error: no shards"]
+    assert said("no GPU on this node", 3, 2, 5) == ["error on rank 3: no GPU on this node"]
+    assert said("GPU 1 is gone", 1) == ["error on rank 1: GPU 1 is gone"]
+    # What an earlier start of the same job has left silences nobody.
+    for mark in tmp_path.iterdir():
+        os.utime(mark, (0, 0))
+    assert said("no shards", 1, 2) == ["error on rank 1: no shards"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "python {here}launchers/sample.py --checkpoint 'a b'"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --nproc-per-node 2 {here}launchers/sample.py --checkpoint 'a b'",
+        ),
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "4",
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_ID": "0",
+                "SLURM_JOB_NUM_NODES": "2",
+            },
+            "sbatch --nodes 2 {here}launchers/slurm/sample.sbatch --checkpoint 'a b'",
+        ),
+    ],
+)
+def test_the_next_command_is_started_as_this_one_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], expected: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "LOCAL_RANK", "WORLD_SIZE"]:
+        monkeypatch.delenv(name, raising=False)
+    address = {"MASTER_ADDR": "a", "MASTER_PORT": "1"} if variables else {}
+    for name, value in {**variables, **address, "PATH": str(Path(sys.executable).parent)}.items():
+        monkeypatch.setenv(name, value)
+    for script, here in (("launchers/train.py", ""), ("/x/launchers/train.py", "/x/"), ("data/prepare_digits.py", "")):
+        monkeypatch.setattr(sys, "argv", [script])
+        assert cli.typed("sample", "--checkpoint", "a b") == expected.format(here=here)
+    cli.end("runs/x", "loss 2.5", "python next.py")
+    assert capsys.readouterr().err == "done: runs/x (loss 2.5)\nnext: python next.py\n"
+    monkeypatch.setenv("RANK", "1")
+    cli.end("runs/x")
+    assert capsys.readouterr().err == ""

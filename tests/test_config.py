@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rear_scale import cli, config
-from rear_scale.config import InputError, to_dict, to_yaml
+from rear_scale.config import InputError, other_names, to_dict, to_yaml
+from rear_scale.config.overrides import field_type
 from rear_scale.config.values import leaves
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.train import dry_run
@@ -42,6 +43,11 @@ def test_every_config_loads_and_dry_runs(path: Path, capsys: pytest.CaptureFixtu
 def test_dry_run_prints_lengths_in_steps_and_epochs(capsys: pytest.CaptureFixture[str]) -> None:
     dry_run.show(config.load("rear_xl.yaml"), ALONE)
     text = capsys.readouterr().out
+    assert len(text.splitlines()) < 40
+    dry_run.show(config.load("rear_xl.yaml"), ALONE, full=True)
+    full = capsys.readouterr().out
+    assert full.startswith(text.rpartition("every field with its value")[0])
+    assert "\n  warmup_steps: 62500\n" in full
     assert "run length: 250,000 steps = 399.6 epochs" in text
     assert "warm-up end: 62,500 steps = 99.9 epochs" in text
     assert "noise end: 187,500 steps = 299.7 epochs" in text
@@ -89,7 +95,7 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path: Path) -> None:
         ("sample.guidance.schedule=cosine", "did you mean power_cosine?"),
         ("train.epochs=null", "exactly one of the two"),
         ("model.depth", "the form is section.field=value"),
-        ("~model.depth", "fields are not removed"),
+        ("~model.depth", "model.depth takes a whole number and is not removed"),
     ],
 )
 def test_errors_name_field_value_and_rule(override: str, expected: str) -> None:
@@ -123,7 +129,7 @@ def test_odd_values_are_one_line_too(override: str, expected: str) -> None:
         (b"defaults: [demo, _self_]\nmodel: 3\n", "model=3 in"),
         (b"defaults: [demo, _self_]\nmodel:\n", "model=null in"),
         (b"defaults: [mine, _self_]\n", "its defaults lead back to themselves"),
-        (b"- a\n", "must be a DictConfig"),
+        (b"- a\n", "its YAML is a list"),
         (b"", "tokenizer.name is not set in"),
     ],
 )
@@ -440,3 +446,41 @@ def test_twins_differ_in_what_they_compare() -> None:
         "objective.permutation.order"
     }
     assert difference("ablation/rar_table2_200_300.yaml", "rar_l.yaml") == {"model.conditioning"}
+
+
+def test_names_of_other_projects_are_answered_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ours, others in other_names._NAMES.items():
+        field_type(ours)
+        for other in others.split():
+            assert other_names.our_name(other) == ours, other  # none stands for two fields
+    for wrong, ours in (
+        ("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("optimizer.lr", "optim.lr"),
+        ("train.max-steps", "train.total_steps"), ("train.batch_size", "train.global_batch_size"),
+        ("training.gradient_accumulation_steps", "train.micro_batch_size"), ("model.hidden_size", "model.width"),
+        ("model.n_layer", "model.depth"), ("trainer.max_epochs", "train.epochs"), ("model.vq_model.codebook_size",
+        "tokenizer.codebook_size"),
+    ):  # fmt: skip
+        assert f"did you mean {ours}?" in error_of("rear_xl.yaml", f"{wrong}=1"), wrong
+    for word in ("--learning_rate", "--max-steps"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", "demo.yaml", f"{word}=1"])
+        with pytest.raises(InputError, match=r"set without dashes: (optim\.lr|train\.total_steps)=VALUE"):
+            cli.parse(cli.make_parser(""))
+
+
+def test_a_file_that_is_there_and_no_config_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name, content, expected in (
+        (
+            "a.yml",
+            "x: 1",
+            "is there, but it is no YAML file by its name (.yml): a config is named NAME.yaml. Rename it to a.yaml",
+        ),
+        ("a", "x: 1", "by its name (without an ending)"),
+        ("run", None, "is there, but it is a folder"),
+        ("words.yaml", "for i in 1 2", "words.yaml is no config: its YAML is a single value, not sections with fields"),
+        ("list.yaml", "- a", "list.yaml is no config: its YAML is a list"),
+        ("open.yaml", "{a: 1,", "open.yaml is not valid YAML"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert expected in error_of(str(tmp_path / name)), name

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,15 @@ from rear_scale.evaluate.metrics import precision_recall as neighbours
 from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.evaluate.metrics.statistics_file import images_of, write_statistics
 from rear_scale.evaluate.networks import feature_cache as blocks
-from rear_scale.evaluate.networks.classifier import ClassifierFeatures, check_same_training, train_classifier
+from rear_scale.evaluate.networks.classifier import (
+    ClassifierFeatures,
+    check_same_training,
+    class_names,
+    train_classifier,
+)
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract
 from rear_scale.evaluate.networks.inception import Inception, resize_tf1
-from rear_scale.evaluate.published import ROWS, our_rows, table
+from rear_scale.evaluate.published import ROWS, our_rows, table_with_published, token_table
 from rear_scale.evaluate.result import ImageScores, check_result
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener
 from rear_scale.sample.npz_writer import write_samples
@@ -133,16 +139,34 @@ def test_images_of_another_size_and_missing_settings_are_named(tmp_path: Path) -
 def test_the_classifier_learns_and_refuses_foreign_files(tmp_path: Path) -> None:
     evaluation(tmp_path)
     cfg = ClassifierConfig(str(tmp_path / "weights"), str(tmp_path / "training"), steps=60)
-    train_classifier(cfg, torch.device("cpu"))
+    train_classifier(cfg, torch.device("cpu"), 12)
     images, labels = open_images(tmp_path / "validation").load()
     found = ClassifierFeatures(cfg, torch.device("cpu"))(images)
     assert (found["classes"] == labels).mean() > 0.9
     assert found["features"].shape == (60, 64)
-    check_same_training(cfg)
+    check_same_training(cfg, 12)
     for field, value in (("steps", 61), ("lr", 1.0), ("seed", 1), ("images", str(tmp_path / "validation"))):
         with pytest.raises(InputError, match=rf"evaluate.classifier.{field}=.* was trained with"):
-            check_same_training(dataclasses.replace(cfg, **{field: value}))
-    check_same_training(dataclasses.replace(cfg, images=str(tmp_path / "gone")))
+            check_same_training(dataclasses.replace(cfg, **{field: value}), 12)
+    check_same_training(dataclasses.replace(cfg, images=str(tmp_path / "gone")), 12)
+    # Class folders, and tars without a manifest, serve as well as shards of one size.
+    pixels, classes = open_images(tmp_path / "training").load()
+    for number, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+        (tmp_path / f"folders/{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((24, 24), Image.Resampling.NEAREST).save(
+            tmp_path / f"folders/{label}/{number}.png"
+        )
+    (tmp_path / "tars").mkdir()
+    for tar in (tmp_path / "training").glob("*.tar"):
+        (tmp_path / "tars" / tar.name).write_bytes(tar.read_bytes())
+    for name, named in (("folders", ["0", "1", "2"]), ("tars", None)):
+        own = dataclasses.replace(cfg, weights=str(tmp_path / name / "weights"), images=str(tmp_path / name))
+        train_classifier(own, torch.device("cpu"), 12)
+        assert (ClassifierFeatures(own, torch.device("cpu"))(images)["classes"] == labels).mean() > 0.9
+        check_same_training(own, 12)
+        with pytest.raises(InputError, match=r"evaluate.classifier.images=.* was trained with"):
+            check_same_training(own, 24)
+        assert class_names(own) == named
     (tmp_path / "weights").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read"):
         ClassifierFeatures(cfg, torch.device("cpu"))
@@ -221,9 +245,83 @@ def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
     assert found["inception_score"]["bootstrap"]["std"] > 0
     assert set(shards["precision"]) == set(shards["recall"]) == {"exact", "adm_fp16"}
     assert any("its file has no statistics" in note for note in plain["notes"])
-    printed = table(our_rows("ours", ImageScores.from_json(expected)))
-    assert all(row.model in printed for row in ROWS.values())
+    rows = our_rows("ours", ImageScores.from_json(expected), (12, 12))
+    printed = table_with_published(rows)
+    assert "published rows are left out: they are of 50,000 images of 256x256" in printed
     assert f"{shards['fid']:.3f}" in printed
+    assert rows[0].caveats[:2] == ["fewer than 50,000 images", "images of 12x12"]
+    assert printed.splitlines()[0].split()[-1] == "caveats"
+
+
+def test_published_rows_stand_beside_comparable_scores_alone() -> None:
+    against = {"fid": 2.0, "sfid": 5.0, "precision": {"adm_fp16": 0.8}, "recall": None, "notes": []}
+
+    def rows(
+        size: tuple[int, int] = (256, 256), *, notes: tuple[str, ...] = (), score: Any = None, **other: Any
+    ) -> list:
+        own = {"weights_sha256": "ab", "weights_are_published": True, "samples": 50_000, "inception_score": score or {}}
+        scores = {**own, "references": {"adm": {**against, "notes": list(notes)}}, **other}
+        return our_rows(
+            "ours", ImageScores.from_json({"inception": scores, "reference_sets": {}, "labels": None}), size
+        )
+
+    assert all(row.model in table_with_published(rows()) for row in ROWS.values())
+    assert "caveats" not in table_with_published(rows())
+    for found, caveat in (
+        (rows(samples=1000), "fewer than 50,000 images"),
+        (rows(weights_are_published=False), "weights are not the published ones"),
+        (rows((24, 24)), "images of 24x24"),
+        (rows(notes=("fid: 5 sample images give a singular covariance of 8 features",)), "singular covariance"),
+        (rows(notes=("each is resized to the network's input from its own size",)), "the reference has another size"),
+        (rows(score={"value": 3.0, "warning": "lacks classes"}), "IS of splits that lack classes"),
+    ):
+        printed = table_with_published(found)
+        assert found[0].caveats == [caveat]
+        assert printed.splitlines()[1].endswith(caveat)
+        assert "RAR-B" not in printed
+        assert "published rows are left out" in printed
+
+
+def test_the_classifier_alone_has_a_table_with_the_references_as_a_yardstick() -> None:
+    found = {
+        "features": "a layer",
+        "samples": {"count": 9, "class_accuracy": 0.5, "frechet_distance": {"a": 4}, "nearest_distance": {"a": 5, "b": 6}},
+        "references": {
+            "a": {"count": 7, "class_accuracy": 0.9, "frechet_distance": {"b": 1.0}, "nearest_distance": {"b": 2.0}},
+            "b": {"count": 8, "class_accuracy": None, "frechet_distance": {"a": 1.0}, "nearest_distance": {"a": 3.0}},
+        },
+    }  # fmt: skip
+    printed = table_with_published(our_rows("ours", ImageScores.from_json(found), (24, 24)))
+    assert [line.split() for line in printed.splitlines()] == [
+        ["model", "accuracy", "Fréchet", "nearest", "samples", "against"],
+        ["ours", "0.500", "4.00", "5.0", "9", "a"],
+        ["ours", "0.500", "-", "6.0", "9", "b"],
+        ["a", "images", "0.900", "1.00", "2.0", "7", "b"],
+        ["b", "images", "-", "1.00", "3.0", "8", "a"],
+    ]
+    predicted = token_table(
+        {"run, step 4": {"val_clean": {"ctr": 0.5, "perplexity": 2.0, "sequences": 9}}, "other": None}
+    )
+    assert predicted.splitlines()[1].split() == ["run,", "step", "4", "data.val", "clean", "0.5000", "2.000", "9"]
+    assert token_table({"other": None}) == ""
+
+
+def test_all_missing_inputs_are_named_at_once() -> None:
+    cfg = config.load("demo.yaml", [
+        "evaluate.reference={a: none/a, b: none/b}", "evaluate.inception_weights=none/i", "evaluate.vgg_weights=none/v",
+        "evaluate.dinov2_weights=none/d", "evaluate.classifier={weights: none/w, images: none/c}",
+    ])  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        check_evaluation(cfg)
+    for name in (
+        "reference.a=none/a",
+        "reference.b=none/b",
+        "inception_weights",
+        "dinov2_weights",
+        "classifier.images=none/c",
+    ):
+        assert f"not found: evaluate.{name}" in str(caught.value), name
+    assert "\n" not in str(caught.value)
 
 
 def test_few_samples_are_scored_and_marked(tmp_path: Path) -> None:

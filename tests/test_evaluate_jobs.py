@@ -31,6 +31,8 @@ from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.networks.dinov2 import DinoV2
 from rear_scale.evaluate.networks.feature_cache import Part, extract
 from rear_scale.evaluate.networks.inception import Inception
+from rear_scale.evaluate.published import our_rows
+from rear_scale.evaluate.result import ImageScores
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets
 from rear_scale.evaluate.training_scores import TrainingScores, check_training_scores, is_due
 from rear_scale.run import wandb
@@ -233,12 +235,12 @@ def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, token
     assert found["inception"]["references"]["originals"]["fid"] > 0
     assert found["uint8_rounding"] == "truncate"
     cfg.evaluate.inception_weights = None
-    with pytest.raises(InputError, match="rFID needs them"):
-        run_alone(reconstruct_without_weights, cfg, tmp_path / "images", tmp_path / "one")
-
-
-def reconstruct_without_weights(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> None:
-    reconstruction.score_reconstruction(cfg, images, cache, world)
+    alone = run_alone(_reconstruct, cfg, tmp_path / "images", tmp_path / "one")
+    assert alone["reconstruction"] == pairs
+    assert "inception" not in alone
+    (row,) = our_rows("compact", ImageScores.from_json(alone))
+    assert row.cells == {"PSNR": f"{pairs['psnr']:.2f}", "LPIPS": "-", "codes used": f"{pairs['codebook_used']:.3f}"}
+    assert (row.samples, row.against, row.caveats) == ("20", "-", [])
 
 
 def test_scores_in_training_come_at_the_first_checkpoint_after_each_multiple(tmp_path: Path, tokens: Path) -> None:

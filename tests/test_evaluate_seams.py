@@ -56,8 +56,20 @@ def test_a_metric_of_another_file_is_in_results_summaries_and_the_table(
     assert summary(found, "seed=1")["mean_distance/plain/seed=1"] == value
     assert _named(found, 30)["mean_distance_n30/plain"] == value
     header, ours, *_ = capsys.readouterr().out.splitlines()
-    assert header.split() == ["model", "FID", "sFID", "IS", "precision", "recall", "means", "samples", "against"]
-    assert ours.split()[6:] == [f"{value:.4f}", "30", "plain"]
+    assert header.split() == [
+        "model",
+        "FID",
+        "sFID",
+        "IS",
+        "precision",
+        "recall",
+        "means",
+        "samples",
+        "against",
+        "caveats",
+    ]
+    assert ours.split()[6:9] == [f"{value:.4f}", "30", "plain"]
+    assert ours.endswith("fewer than 50,000 images; images of 12x12")
 
 
 class Thumbnail:

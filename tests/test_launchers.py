@@ -207,7 +207,7 @@ def test_dry_runs_of_a_checkpoint_change_nothing(
     run_alone(lambda world: train(cfg, data.plan, world, *data.open(world), Hooks()))
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["launcher", "--checkpoint", "run", "sample.seed=7", "--dry-run"])
+    monkeypatch.setattr("sys.argv", ["launcher", "--checkpoint", "run", "sample.seed=7", "--dry-run", "--full"])
     runpy.run_path(str(ROOT / f"launchers/{launcher}.py"))["main"]()
     out = capsys.readouterr().out
     assert f"not found: tokenizer.weights={tmp_path / 'none'}" in out

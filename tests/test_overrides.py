@@ -11,7 +11,8 @@ import pytest
 
 from rear_scale import cli, config
 from rear_scale.config import InputError, check_override, combinations
-from rear_scale.config.overrides import quoted
+from rear_scale.config.overrides import field_type, is_map, quoted
+from rear_scale.config.schema import ExperimentConfig
 from rear_scale.evaluate.targets import _settings
 from rear_scale.run.requeue import _run_dir
 
@@ -128,8 +129,10 @@ def test_values_are_read_by_the_type_of_their_field(override: str, value: Any) -
         ("optim.lr", "has no value: the form is section.field=value"),
         ("=1", "has no key"),
         ("", "has no key"),
-        ("~optim.lr", "fields are not removed"),
-        ("~optim.lr=1", "fields are not removed"),
+        ("~optim.lr", "optim.lr takes a number and is not removed"),
+        ("~optim.lr=1", "what is removed has no value"),
+        ("~evaluate.reference.trainign", "there is no such entry; did you mean training? It has validation, training"),
+        ("~optim", "optim takes a section and is not removed"),
         ("optim@x.lr=1", "optim@x is not a config key"),
         ("optim.betas[0]=1", "optim.betas[0] is not a config key; did you mean optim.betas?"),
         ("official=rear_b", "official is not a config key"),
@@ -212,3 +215,59 @@ def test_sweeps_of_an_evaluation_keep_lists_together() -> None:
     for sweep in ("sample.guidance.scale=4.0,,6.9", "sample.guidance.scale=4.0,"):
         with pytest.raises(InputError, match=r"--sweep sample\.guidance\.scale=.*a value is missing between commas"):
             _settings([sweep])
+
+
+MAPS = [key for key in config.fields.declarations(ExperimentConfig) if is_map(field_type(key))]
+
+
+@pytest.mark.parametrize("key", MAPS)
+def test_an_entry_of_every_map_and_the_map_itself_can_be_dropped(key: str, tmp_path: Path) -> None:
+    section, _, name = key.rpartition(".")
+    value = "{weight: 1}" if key == "objective.terms" else "PATH"
+    whole = f"{key}={{a: {value}, b: {value}}}"
+
+    def names(config_file: str, *overrides: str) -> list[str]:
+        return list(getattr(getattr(config.load(config_file, overrides), section), name))
+
+    for dropped in (f"~{key}.a", f"{key}.a=null"):
+        assert names("rear_b.yaml", whole, dropped) == ["b"], dropped
+    for emptied in (f"~{key}", f"{key}=null", f"{key}={{}}"):
+        assert names("rear_b.yaml", whole, emptied) == [], emptied
+        assert names("rear_b.yaml", whole, emptied, f"{key}.c={value}") == ["c"], emptied
+    # The same in a file over another one.
+    (tmp_path / "one.yaml").write_text(
+        f"defaults: [rear_b, _self_]\n{section}: {{{name}: {{a: {value}, b: {value}}}}}\n"
+    )
+    for said, left in ((f"{{a: null, c: {value}}}", ["b", "c"]), ("null", [])):
+        (tmp_path / "two.yaml").write_text(f"defaults: [one, _self_]\n{section}: {{{name}: {said}}}\n")
+        assert names(str(tmp_path / "two.yaml")) == left
+
+
+def test_optional_fields_are_removed_to_null() -> None:
+    cfg = config.load("demo.yaml", ["~evaluate.classifier", "~data.val", "~evaluate.reference.training"])
+    assert (cfg.evaluate.classifier, cfg.data.val, list(cfg.evaluate.reference)) == (None, None, ["validation"])
+
+
+def test_paths_of_a_saved_config_are_found_from_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, here = tmp_path / "project/runs/own", tmp_path / "elsewhere"
+    for file in (run / "x", here / "data/val/x", tmp_path / "project/data/train/x", tmp_path / "project/data/val/x"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    (tmp_path / "project/w.bin").write_text("")
+    monkeypatch.chdir(here)
+    cfg = config.load("demo.yaml", [
+        "data.train=data/train", "data.val=data/val", "tokenizer.weights=w.bin", "run.dir=data/train",
+        "data.cache_dir=data/train", "~evaluate.reference", "evaluate.reference={a: data/train, b: data/none, c: w.bin}",
+    ])  # fmt: skip
+    lines = config.found_from(cfg, run, given={"evaluate.reference.c"})
+    project = tmp_path.resolve() / "project"
+    assert (cfg.data.train, cfg.data.val) == (f"{project}/data/train", "data/val")
+    assert cfg.tokenizer.weights == f"{project}/w.bin"
+    assert cfg.evaluate.reference == {"a": f"{project}/data/train", "b": "data/none", "c": "w.bin"}
+    assert (cfg.run.dir, cfg.data.cache_dir) == ("data/train", "data/train")
+    assert (
+        lines[0] == f"tokenizer.weights=w.bin is not here: {project}/w.bin is taken, found from the folder of the run"
+    )
+    assert len(lines) == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from contextlib import nullcontext
 from dataclasses import replace
@@ -240,11 +241,20 @@ def test_the_line_to_paste_is_the_run_that_was_planned(
 def test_the_line_to_paste_starts_a_run(gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
     command = planned("rear_b.yaml", f"cluster.gpus={gpus}")["recommended"]["command"]
     words = shlex.split(command)
-    script = words.index("launchers/train.py")
-    assert words[0] == {1: "python", 8: "torchrun", 64: "srun"}[gpus]
+    script = words.index("--config") - 1
+    assert (
+        words[: script + 1]
+        == {
+            1: ["python", "launchers/train.py"],
+            8: ["torchrun", "--nproc-per-node", "8", "launchers/train.py"],
+            64: ["sbatch", "--nodes", "8", "launchers/slurm/train.sbatch"],
+        }[gpus]
+    )
     assert words[script + 1 : script + 3] == ["--config", "rear_b.yaml"]
     dry_run.show(config.load("rear_b.yaml", words[script + 3 :]), discover({}))
-    assert f"ranks: {gpus}, strategy " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"ranks: {gpus}, strategy " in shown
+    assert re.search(rf"by formula, on {gpus} x h100-80g: \d+\.\d+ s a step, [\d.]+ days, [\d,]+ GPU-hours", shown)
 
 
 def test_the_launcher_prints_one_json_object_or_one_line_of_error() -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, metrics, run_alone, tiny_config, write_token_shards
+from helpers import (
+    CODEBOOK_DIM,
+    CODEBOOK_SIZE,
+    NUM_CLASSES,
+    metrics,
+    run_alone,
+    tiny_config,
+    tiny_config_file,
+    write_checkpoint,
+    write_token_shards,
+)
 
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, given_keys, load
 from rear_scale.shards.reader import open_tokens
 from rear_scale.shards.record import read_codebook, read_manifest
 from rear_scale.tokenizer.compact import CompactTokenizer
-from rear_scale.train import setup
+from rear_scale.train import dry_run, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.world import World, discover
 
@@ -72,3 +83,43 @@ def test_a_streamed_run_resumes_exactly_and_its_order_may_not_change(tmp_path: P
             losses(tmp_path / "broken", packed, *changed)
     assert losses(tmp_path / "broken", packed, *stream) == unbroken
     assert unbroken != losses(tmp_path / "mmap", packed)
+
+
+def test_the_number_of_classes_is_that_of_the_shards_unless_the_user_sets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, file = write_token_shards(tmp_path / "tokens", 100), tmp_path / "tiny.yaml"
+    tiny_config_file(tmp_path, tokens)
+    file.write_text(file.read_text().replace(f", num_classes: {NUM_CLASSES}", ""))
+
+    def followed(*overrides: str) -> tuple[int, str]:
+        cfg, note = setup.with_classes(load(str(file), overrides), given_keys(str(file), overrides))
+        return cfg.model.num_classes, note or ""
+
+    classes, note = followed()
+    assert classes == NUM_CLASSES
+    assert f"model.num_classes=5, the number of classes in data.train={tokens}, not the config's default 1000" in note
+    assert followed("model.num_classes=8") == (8, "")
+    assert followed("model=demo")[0] == NUM_CLASSES  # the file of the group says 10
+    assert followed(f"data.train={tmp_path}/none") == (1000, "")
+    assert followed("train.init_from=weights.safetensors") == (1000, "")
+    with pytest.raises(InputError, match=r"sample.labels=\[7\] must be class ids 0 .. 4"):
+        followed("sample.labels=[7]")
+    # A file of the user's that the config is composed of counts as theirs; those of configs/ do not.
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/own.yaml").write_text("{depth: 2, width: 32, num_heads: 2, num_classes: 9}")
+    file.write_text(file.read_text().replace("  - base\n", "  - base\n  - model: own\n"))
+    assert followed() == (9, "")
+    # A run goes on with the number that it began with.
+    checkpoint = write_checkpoint(tmp_path / "run", 4)
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    (checkpoint / "meta.json").write_text(json.dumps({**meta, "config": {"model": {"num_classes": 1000}}}))
+    file.write_text(file.read_text().replace("  - model: own\n", ""))
+    assert followed("model.num_classes=8") == (8, "")
+    assert followed()[0] == 1000
+
+    dry_run.show(load(str(file), [f"run.dir={tmp_path}/new"]), discover({}), full=True)
+    assert "num_classes: 5" in (shown := capsys.readouterr().out)
+    assert "model.num_classes=5, the number of classes in" in shown
+    setup.check_data(load(str(file), ["strategy=single"]), discover({}))
+    assert "995 of model.num_classes=1,000 classes have no images in data.train" in capsys.readouterr().err

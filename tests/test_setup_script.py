@@ -132,3 +132,16 @@ def test_where_packages_come_from_is_kept(tmp_path: Path) -> None:
         "PIP_CERT": "/a file.pem",
     }
     assert {name: variables.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("script", "expected"), [("demo.sh", "--seeds 3"), ("test.sh", "Arguments go to pytest")])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_installs_nothing(tmp_path: Path, script: str, expected: str, option: str) -> None:
+    (tmp_path / "launchers").mkdir()
+    for name in ("demo.sh", "demo.py", "test.sh"):
+        shutil.copy(ROOT / "launchers" / name, tmp_path / "launchers")
+    (tmp_path / "launchers/setup.sh").write_text("touch installed")
+    command = ["bash", str(tmp_path / "launchers" / script), option]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert expected in done.stdout
+    assert not (tmp_path / "installed").exists()

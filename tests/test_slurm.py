@@ -244,7 +244,7 @@ def test_the_other_scripts_start_their_launchers(cluster: Cluster, trained: Path
     logs = {name: tmp_path / name for name in ("sample", "evaluate")}
     jobs = [
         cluster.submit(
-            f"launchers/slurm/{name}.sbatch", "--checkpoint", trained / "run", "--dry-run", "sample.seed=7",
+            f"launchers/slurm/{name}.sbatch", "--checkpoint", trained / "run", "--dry-run", "--full", "sample.seed=7",
             options=["--nodes=1"], logs=folder, REAR_TASKS_PER_NODE="1",
         )
         for name, folder in logs.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -62,3 +63,31 @@ def test_cores_that_are_not_the_tasks_are_said(tmp_path: Path) -> None:
     _, output, error = run_task(tmp_path, refused=True, SLURM_LOCALID="2")
     assert error == "note: cores 32-47 of GPU 00000000:c3:00.0 are not this task's\n"
     assert output.endswith("a b c\n")
+
+
+@pytest.mark.parametrize(
+    ("output", "variables", "expected"),
+    [
+        ("slurm-rear_train-7.out", {}, "rear_train-7/job.out"),
+        ("slurm-rear_train-7.out", {"SLURM_RESTART_COUNT": "1"}, "rear_train-7/job.1.out"),
+        (
+            "slurm-rear_train-8.out",
+            {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"},
+            "rear_train-8/job.out",
+        ),
+        ("mine.out", {}, None),
+    ],
+)
+def test_the_output_of_a_job_goes_where_its_logs_are(
+    tmp_path: Path, output: str, variables: dict[str, str], expected: str | None
+) -> None:
+    """As SLURM runs a batch script: with its output open to a file, to which it writes itself too."""
+    environ = {"PATH": os.environ["PATH"], "SLURM_JOB_NAME": "rear_train", "SLURM_JOB_ID": "7", **variables}
+    script = f"set -euo pipefail; echo before; source {ROOT}/launchers/slurm/common.sh; echo $REAR_LOGS"
+    with open(tmp_path / output, "a") as file:
+        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environ, stdout=file, check=True, timeout=60)
+        print("CANCELLED DUE TO TIME LIMIT", file=file)
+    found = tmp_path / (f"runs/slurm/{expected}" if expected else output)
+    assert (tmp_path / output).exists() == (expected is None)
+    logs = f"runs/slurm/rear_train-{environ['SLURM_JOB_ID']}"
+    assert found.read_text().splitlines() == ["before", logs, "CANCELLED DUE TO TIME LIMIT"]

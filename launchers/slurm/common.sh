@@ -10,7 +10,7 @@
 #   REAR_CONTAINER       words before the interpreter                default: none; "apptainer exec --nv image.sif"
 #   REAR_SRUN_OPTIONS    more words for srun                         default: none; "--container-image=... --container-mounts=..."
 #   REAR_TASKS_PER_NODE  processes of a node                         default: one for each GPU; 1 where there is none
-#   REAR_LOGS            folder for one log per node                 default: runs/slurm/JOBNAME-JOBID
+#   REAR_LOGS            folder for job.out and one log per node     default: runs/slurm/JOBNAME-JOBID
 #   WANDB_MODE           for runs with wandb                         default: offline, as compute nodes have no network
 #   MASTER_PORT          where ranks meet on the first node          default: a number made of the job's that is free there
 #   NCCL_*, GLOO_*       as the cluster needs them, for instance NCCL_SOCKET_IFNAME
@@ -62,9 +62,17 @@ free_port() {
 }
 export MASTER_PORT=${MASTER_PORT:-$(free_port)}
 
-JOB=${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-REAR_LOGS=${REAR_LOGS:-runs/slurm/$JOB}
+# As --output names it (%x-%j); a task of an array has a number of its own.
+JOB=${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-0}
+export REAR_LOGS=${REAR_LOGS:-runs/slurm/$JOB}
 mkdir -p "$REAR_LOGS"
+
+# This job's own output goes where the logs are, unless sbatch was given another --output. SLURM makes no folders, so it begins
+# in the folder of sbatch; what SLURM itself adds to the open file follows it.
+OUTPUT=$(readlink "/proc/$$/fd/1" || true)
+if [[ "$OUTPUT" == */slurm-"$JOB".out && $(stat -c %d "$OUTPUT") == $(stat -c %d "$REAR_LOGS") ]]; then
+    mv "$OUTPUT" "$REAR_LOGS/job${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}.out"
+fi
 echo "logs: $REAR_LOGS" >&2
 
 LOG=(--output="$REAR_LOGS/node%n-%N.log" --open-mode=append)

@@ -36,6 +36,7 @@ from rear_scale.config.values import leaves
 from rear_scale.files import file_sha256
 from rear_scale.model import meta_model
 from rear_scale.parallel.strategy import StateName
+from rear_scale.progress import say
 from rear_scale.untrusted import is_count, shown
 from rear_scale.weight_file import find_weights, read_header
 from rear_scale.world import World, discover
@@ -132,6 +133,10 @@ def open_with_config(
     place = newest_or_refuse(path, f"--checkpoint {path}")
     found = _intact(place) if place.is_dir() else _weight_file(path, place, config_name, overrides)
     cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
+    lines = config.found_from(cfg, found.run, config.override_keys(overrides))
+    if discover().rank == 0:
+        for line in lines:
+            say(line)
     check_overrides(found, cfg)
     _check_fits(found.shapes(), cfg, str(found.path))
     return found, cfg
@@ -213,6 +218,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     if published.is_released_yaml(Path(name)):
         return published.config_of_yaml(Path(name), overrides)
     return config.load(name, overrides)
+
+
+def given_keys(name: str, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """As config.given_keys; a YAML of the released trainers sets all that is read from it."""
+    if published.is_released_yaml(Path(name)):
+        return frozenset(leaves(to_dict(published.config_of_yaml(Path(name), overrides))))
+    return config.given_keys(name, overrides)
 
 
 def _own_head(path: Path) -> dict[str, Any]:

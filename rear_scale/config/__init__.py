@@ -7,11 +7,11 @@ is spent.
 Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
 """
 
-from rear_scale.config.arrived import is_remote
+from rear_scale.config.arrived import found_from, is_remote
 from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
-from rear_scale.config.errors import InputError, UnknownLength, first_line
-from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, load
+from rear_scale.config.errors import InputError, UnknownLength, all_checks, first_line
+from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, given_keys, load, override_keys
 from rear_scale.config.overrides import CONFIG_DIR, check_override, combinations, in_quotes, shown
 from rear_scale.config.schema import (
     CheckpointConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerTrainingConfig",
     "UnknownLength",
+    "all_checks",
     "check_override",
     "check_resumable",
     "check_references",
@@ -59,12 +60,15 @@ __all__ = [
     "figure_overrides",
     "find_config",
     "first_line",
+    "found_from",
     "from_dict",
     "groups_by_class",
     "from_file",
+    "given_keys",
     "in_quotes",
     "is_remote",
     "load",
+    "override_keys",
     "settled",
     "shown",
     "to_dict",

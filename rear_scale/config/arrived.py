@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rear_scale.config.errors import InputError
-from rear_scale.config.schema import RunConfig
+from rear_scale.config.fields import declarations
+from rear_scale.config.schema import ExperimentConfig, RunConfig
 
 _DEEPEST = 8  # levels of sections; ours have four
 _LONGEST_TEXT = 4096  # characters, as a path has at most
@@ -57,6 +58,42 @@ def taken(values: Any, source: str) -> dict[str, Any]:
     if isinstance(wandb, dict) and "mode" in wandb:
         wandb["mode"] = "disabled"
     return found
+
+
+def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> list[str]:
+    """Sets relative paths of files to read that are not here, but in the folder of the run or one above it: the config was
+    saved by a command in another folder. Returns a line for the user for each.
+
+    folder: of the run. given: dotted keys that the user has set, whose paths stay.
+    """
+    bases = [base for base in (folder.resolve(), *folder.resolve().parents) if base != base.parent]
+    lines = []
+    for key, own in declarations(ExperimentConfig).items():
+        if not own.reads or key in given:
+            continue
+        *sections, name = key.split(".")
+        section: Any = cfg
+        for one in sections:
+            section = getattr(section, one, None)
+        value = getattr(section, name, None)
+        places, labels = (value, f"{key}.") if isinstance(value, dict) else ({name: value}, "")
+        for entry, text in places.items():
+            label = f"{labels}{entry}" if labels else key
+            if label in given or not isinstance(text, str) or not (found := _elsewhere(text, bases)):
+                continue
+            lines.append(f"{label}={text} is not here: {found} is taken, found from the folder of the run")
+            if labels:
+                value[entry] = found
+            else:
+                setattr(section, name, found)
+    return lines
+
+
+def _elsewhere(text: str, bases: Iterable[Path]) -> str | None:
+    """Where a relative path leads from the first of some folders; None where it leads somewhere from here, or from none."""
+    if text.startswith(("/", "~")) or is_remote(text) or os.path.exists(text):
+        return None
+    return next((str(base / text) for base in bases if os.path.exists(base / text)), None)
 
 
 def _is_inside(folder: Any) -> bool:

@@ -49,6 +49,7 @@ class Declaration:
     each: bool = False  # whether the choices are of each entry of a list
     may_change: bool | None = None  # whether a resumed run may have another value without resume.allow
     by_weights: bool | None = None  # whether the weights of a checkpoint are for one value
+    reads: bool = False  # whether it names files or folders that are read
 
     @property
     def choices(self) -> dict[Any, str]:
@@ -67,13 +68,13 @@ class Declaration:
 
 
 def setting(default: Any, doc: str, **traits: Any) -> Any:
-    """A field without a rule of its own. traits here and below: rules, may_change, by_weights."""
+    """A field without a rule of its own. traits here and below: rules, may_change, by_weights, reads."""
     return _field(default, Declaration(doc, **traits))
 
 
 def path(default: str | None, doc: str, **traits: Any) -> Any:
     """A file or folder. Where files lie changes nothing that is computed, so a resumed run may find them elsewhere."""
-    return _field(default, Declaration(doc, **{"may_change": True, **traits}))
+    return _field(default, Declaration(doc, **{"may_change": True, "reads": True, **traits}))
 
 
 def choice(default: Any, doc: str, *, among: Choices, **traits: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -27,6 +28,9 @@ from rear_scale.config.overrides import (
     check_override,
     entry_type,
     field_type,
+    hints,
+    is_entry,
+    is_map,
     shown,
     strip_optional,
     type_name,
@@ -55,6 +59,29 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     if cfg.data.train is None:
         raise InputError(f"data.train is null in {path} or on the command line. Set it to a folder: data.train=PATH")
     return cfg
+
+
+def given_keys(config: str, overrides: list[str] | tuple[str, ...] = ()) -> frozenset[str]:
+    """The dotted keys that the user sets: on the command line, and in files outside configs/ or the named one of configs/.
+
+    Not those of the files of configs/ that it is composed of. Raises InputError for an unknown file and a wrong override.
+    """
+    path, keys = find_config(config), override_keys(overrides)
+    if path.is_relative_to(CONFIG_DIR):
+        return own_keys(_text_of(path)) | keys
+    groups = [(item.key, item.value) for item in map(check_override, overrides) if item.is_group]
+    for name, (text, *_) in texts_composed([path.parent], path.stem, groups) or (
+        (path.stem, (_text_of(path).encode(),)),
+    ):
+        section = name.rpartition("/")[0].replace("/", ".")  # of a file such as model/mine.yaml
+        keys |= {f"{section}.{key}" if section else key for key in own_keys((text or b"").decode(errors="replace"))}
+    return keys
+
+
+def override_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """The dotted keys that overrides set; not those of the file of a group. Raises InputError for a wrong override."""
+    parsed = [check_override(text) for text in overrides]
+    return frozenset(key for item in parsed if not item.is_group for key in leaves({item.key: item.value}))
 
 
 def figure_overrides(name: str) -> list[str]:
@@ -103,7 +130,12 @@ def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
     """The values of a file with the groups of its defaults list, and which of `groups` that list has."""
     ours = path.is_relative_to(CONFIG_DIR)
     folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
-    check_yaml(_text_of(path), str(path))
+    text = _text_of(path)
+    check_yaml(text, str(path))
+    if (kind := _not_a_mapping(text)) is not None:
+        raise InputError(
+            f"{path} is no config: its YAML is {kind}, not sections with fields. Write them as in {CONFIG_DIR}"
+        )
     chosen = tuple(groups.items())
     texts = texts_composed(dict.fromkeys((folder, CONFIG_DIR)), name.with_suffix("").as_posix(), chosen)
     compose_once = _composed if texts is not None else _composed.__wrapped__
@@ -160,6 +192,17 @@ def _composed(
             return OmegaConf.to_container(values, resolve=False), tuple(listed)
 
 
+def _not_a_mapping(text: str) -> str | None:
+    """What a YAML text holds in place of keys and values; None where it holds them, or nothing, or is no YAML."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return (
+        None if found is None or isinstance(found, dict) else "a list" if isinstance(found, list) else "a single value"
+    )
+
+
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -178,6 +221,10 @@ def _overridden(values: DictConfig, overrides: list[Override], composed: set[str
             if override.is_group:
                 group = OmegaConf.load(CONFIG_DIR / key / f"{value}.yaml")
                 OmegaConf.update(values, key, group, merge=key in composed, force_add=True)
+            elif override.removes:
+                _remove(values, key)
+            elif value == {} or (value is None and is_map(field_type(key)) and not is_entry(key)):
+                OmegaConf.update(values, key, {}, merge=False, force_add=True)
             else:
                 OmegaConf.update(values, key, value, merge=isinstance(value, dict), force_add=True)
         except OmegaConfBaseException as error:
@@ -188,11 +235,39 @@ def _overridden(values: DictConfig, overrides: list[Override], composed: set[str
     return OmegaConf.to_container(values, resolve=False)
 
 
+def _remove(values: DictConfig, key: str) -> None:
+    """Removes an entry of a field with named entries. Raises InputError where there is none of that name."""
+    section, _, name = key.rpartition(".")
+    entries = OmegaConf.select(values, section)
+    if not isinstance(entries, DictConfig) or name not in entries:
+        known = [str(one) for one in entries] if isinstance(entries, DictConfig) else []
+        listed = f"It has {', '.join(known)}" if known else f"{section} has no entries"
+        raise InputError(f"~{key}: there is no such entry{suggest(name, known) or '.'} {listed}")
+    del entries[name]
+
+
+def _without_nulls(values: Any, kind: Any) -> Any:
+    """Values without the entries of fields with named entries that are null: nulls drop what an earlier file has set."""
+    plain = strip_optional(kind)
+    if is_map(kind) and values is None and plain is kind:
+        return {}
+    if not isinstance(values, dict):
+        return values
+    if is_map(kind):
+        entry = get_args(plain)[1]
+        kept = values if entry is Any else {name: one for name, one in values.items() if one is not None}
+        return {name: _without_nulls(one, entry) for name, one in kept.items()}
+    if not dataclasses.is_dataclass(plain):
+        return values
+    return {name: _without_nulls(one, hints(plain).get(name, Any)) for name, one in values.items()}
+
+
 def _typed(
     values: dict[str, Any], overrides: list[Override], source: str, own: frozenset[str] = frozenset()
 ) -> ExperimentConfig:
     """own: dotted keys that the user's file sets itself, beside those of the overrides."""
     overridden = {key for item in overrides for key in leaves({item.key: item.value})}
+    values = _without_nulls(values, ExperimentConfig)
     _keep_one_length(values, overridden)
     _name_reference(values)
     _check_values(values, ExperimentConfig, "", source)
@@ -282,9 +357,22 @@ def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: 
 
 def find_config(config: str) -> Path:
     """The file that --config means: one here, or one in configs/. Raises InputError when there is none."""
-    for path in (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml"):
+    places = (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml")
+    for path in places:
         if path.is_file() and path.suffix == ".yaml":
             return path.resolve()
+    for path in places:
+        if path.exists():
+            what, way_out = (
+                f"no YAML file by its name ({path.suffix or 'without an ending'})",
+                f"Rename it to {path.with_suffix('.yaml').name}",
+            )
+            if path.is_dir():
+                what, way_out = "a folder", f"Name a file in it, such as {path / 'config.yaml'} of a run"
+            raise InputError(
+                f"--config {config} is there, but it is {what}: a config is named NAME.yaml. {way_out}; a run or "
+                "a weight file is named with --checkpoint"
+            )
     folders = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
     known = sorted(p.relative_to(CONFIG_DIR).as_posix() for pattern in folders for p in CONFIG_DIR.glob(pattern))
     listed = [name for name in known if not name.startswith("ablation/")]

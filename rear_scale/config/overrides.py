@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from rear_scale import places
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import suggest
+from rear_scale.config.other_names import our_name
 from rear_scale.config.renamed import refusal_of_key
 from rear_scale.config.schema import STRATEGY_KEY, ExperimentConfig
 from rear_scale.parallel import facts
@@ -36,7 +37,7 @@ _NAME = re.compile(r"[^\s.:=\[\]{}$]+")  # of an entry such as evaluate.referenc
 _LONGEST_NUMBER = 400  # characters
 
 
-_hints = cache(get_type_hints)  # it reads the source's annotations anew each time
+hints = cache(get_type_hints)  # it reads the source's annotations anew each time
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Override:
     key: str  # section.field, a section, or a group with a folder in configs/
     value: Any  # plain: text, number, truth value, None, list or dict; of a group the name of its file
     is_group: bool = False
+    removes: bool = False  # ~section.field.NAME: the entry of that name goes
 
 
 def check_override(text: str) -> Override:
@@ -53,9 +55,7 @@ def check_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     key = re.sub(r"^\+{1,2}", "", key)  # Hydra's marks for a key that is new: all keys are known here
     if key.startswith("~"):
-        raise InputError(
-            f"override {shown(text)}: fields are not removed. Leave it out for the value of the config, or set another; {_FORM}"
-        )
+        return _removal(text)
     if not equals or not key:
         raise InputError(
             f"override {shown(text)} has no {'value' if key else 'key'}: {_FORM}, without spaces around the ="
@@ -69,9 +69,33 @@ def check_override(text: str) -> Override:
     return Override(key, _read(value, field_type(key), key))
 
 
+def _removal(text: str) -> Override:
+    """~key: removes an entry of a field with named entries, empties such a field, and sets an optional field to null."""
+    key = text.removeprefix("~")
+    if "=" in key or key != key.strip() or not key:
+        raise InputError(f"override {shown(text)}: what is removed has no value. The form is ~section.field.NAME")
+    kind = field_type(key)
+    section, _, _ = key.rpartition(".")
+    if section and is_map(field_type(section)):
+        return Override(key, None, removes=True)
+    if is_map(kind):
+        return Override(key, {})
+    if strip_optional(kind) is not kind:
+        return Override(key, None)
+    raise InputError(
+        f"override {shown(text)}: {key} takes {type_name(kind)} and is not removed. Leave it out for the value of the config, or "
+        f"set another; {_FORM}"
+    )
+
+
+def is_map(kind: Any) -> bool:
+    """Whether a type is that of a field with named entries, such as evaluate.reference."""
+    return get_origin(strip_optional(kind)) is dict
+
+
 def is_group(key: str) -> bool:
     """Whether a section has a folder of files in configs/ to choose from, as in strategy=ddp."""
-    return key in _hints(ExperimentConfig) and (CONFIG_DIR / key).is_dir()
+    return key in hints(ExperimentConfig) and (CONFIG_DIR / key).is_dir()
 
 
 def _choice(key: str, value: str) -> str:
@@ -95,7 +119,7 @@ def _read(text: str, kind: Any, key: str) -> Any:
     plain = strip_optional(kind)
     if kind is Any:
         return _read_any(text, key)
-    if plain is not kind and _NULL.fullmatch(text.strip()):
+    if _NULL.fullmatch(text.strip()) and (plain is not kind or is_map(kind) or is_entry(key)):
         return None
     if not text.strip():
         raise InputError(f"{key}= is empty: it takes {type_name(kind)}. Leave it out for the value of the config")
@@ -112,6 +136,12 @@ def _read(text: str, kind: Any, key: str) -> Any:
         # A path in place of named ones is a text; one in place of a section is refused by the schema's check.
         return _read_text(text, key) if inner is None else _read_entries(inner, plain, key)
     return _read_scalar(text, key)
+
+
+def is_entry(key: str) -> bool:
+    """Whether a key names an entry of a field with named entries."""
+    section, _, _ = key.rpartition(".")
+    return "[" not in key and section != "" and is_map(field_type(section))
 
 
 def _read_any(text: str, key: str) -> Any:
@@ -260,13 +290,16 @@ def field_type(key: str) -> Any:
     kind: Any = ExperimentConfig
     done: list[str] = []
     for part in key.split("."):
-        kind = entry_type(strip_optional(kind), part, ".".join(done))
+        kind = entry_type(strip_optional(kind), part, ".".join(done), key)
         done.append(part)
     return kind
 
 
-def entry_type(kind: Any, name: str, section: str) -> Any:
-    """The type of one field of a section, or of one entry of a field with named entries. Raises InputError."""
+def entry_type(kind: Any, name: str, section: str, key: str = "") -> Any:
+    """The type of one field of a section, or of one entry of a field with named entries. Raises InputError.
+
+    key: all of the key that it is a part of.
+    """
     wrong = shown(f"{section}.{name}" if section else name)
     if get_origin(kind) is dict:
         if not _NAME.fullmatch(name) or not name.isprintable():
@@ -275,13 +308,15 @@ def entry_type(kind: Any, name: str, section: str) -> Any:
     if not dataclasses.is_dataclass(kind):
         section = shown(section)
         raise InputError(f"{wrong}: {section} is a single value and has no field {shown(name)}. Use {section}=VALUE")
-    hints = _hints(kind)
-    if name not in hints:
+    fields = hints(kind)
+    if name not in fields:
         if refusal := refusal_of_key(wrong):
             raise InputError(refusal)
-        known = [f"{section}.{one}" if section else one for one in hints]
-        raise InputError(f"{wrong} is not a config key{suggest(wrong, known)}. Known here: {', '.join(known)}")
-    return hints[name]
+        known = [f"{section}.{one}" if section else one for one in fields]
+        ours = our_name(key or wrong)
+        meant = f"; did you mean {ours}?" if ours and ours != wrong else suggest(wrong, known)
+        raise InputError(f"{wrong} is not a config key{meant}. Known here: {', '.join(known)}")
+    return fields[name]
 
 
 def strip_optional(kind: Any) -> Any:

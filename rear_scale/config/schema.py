@@ -37,7 +37,7 @@ _IMAGES = "folder of class folders, or of WebDataset tar shards (jpg, png or web
 @dataclass
 class RunConfig:
     name: str = setting("run", "names the run in logs and the default folder", may_change=True)
-    dir: str = path("runs/${run.name}", "the run folder itself")
+    dir: str = path("runs/${run.name}", "the run folder itself", reads=False)
     seed: int = seed(0, "every random draw of the run is a function of it")
 
 
@@ -50,7 +50,8 @@ class ModelConfig:
     num_heads: int = number(16, "attention heads, which divide the width", above=0)
     mlp_width: int | None = number(None, above=0, most=1_048_576,
         doc="hidden width of the feed-forward; null = 4 x width, or AliTok's rule (8/3 x width)")
-    num_classes: int = number(1000, "classes of the data; the null class of guidance comes on top", above=0, most=65_536,
+    num_classes: int = number(1000, above=0, most=65_536,
+        doc="classes, without the null class of guidance; where you do not set it, training takes the number in data.train",
         too_large="does not fit the 16-bit labels of the shards. Use at most 65536 classes")
     dropout: float = number(0.1, least=0, below=1, way_out="The papers use 0.1",
         doc="dropout after the attention projection, after GELU and after the second feed-forward matrix")
@@ -116,7 +117,7 @@ class DataConfig:
     mode: str = choice("mmap", "how shards are read",
         among={"mmap": "unpacked once per node into a memory map, shuffled globally",
                "stream": "read from the shards while training"})
-    cache_dir: str | None = path(None, "node-local folder of the unpacked set; null = the system's temporary folder")
+    cache_dir: str | None = path(None, "node-local folder of the unpacked set; null = the system's temporary folder", reads=False)
     on_error: str = choice("raise", "how a damaged shard is treated", among=("raise", "skip"), may_change=True)
     max_skipped_fraction: float = share(0.01, "samples that on_error=skip may lose before it is an error all the same",
         may_change=True)
@@ -134,7 +135,7 @@ class DataConfig:
 @dataclass
 class PretokenizeConfig:
     images: str | None = path(None, _IMAGES)
-    out: str | None = path(None, "folder of the token shards to write")
+    out: str | None = path(None, "folder of the token shards to write", reads=False)
     batch_size: int = number(64, above=0, most=1_048_576,
         doc="crops encoded at once; fixed by sample index, so it does not depend on the ranks")
     crops: str = choice("center", "crops of each image",
@@ -345,7 +346,7 @@ class ClassifierConfig:
     """A small classifier of the data set's own classes, trained when its file is first needed."""
 
     weights: str = path("???", "file; written if it is not there")
-    images: str = path("???", "folder of labelled image shards that it is trained on")
+    images: str = path("???", _IMAGES)
     steps: int = setting(600, "updates")
     batch_size: int = setting(64, "images of an update")
     lr: float = setting(2e-3, "learning rate")
@@ -363,7 +364,7 @@ class TrainingScoresConfig:
 
 @dataclass
 class EvaluateConfig:
-    reference: dict[str, str] = setting({},
+    reference: dict[str, str] = setting({}, reads=True, doc=
         "name -> what to compare samples with: .npz (statistics, images or both), folder of images, folder of tar shards")
     inception_weights: str | None = path(None, "pt_inception-2015-12-05-6726825d.pth: FID, sFID, IS, precision, recall")
     dinov2_weights: str | None = path(None, "dinov2_vitl14_pretrain.pth: the Fréchet distance on DINOv2 features")
@@ -372,9 +373,10 @@ class EvaluateConfig:
         "kernel distance, precision and recall of images that are unlike ImageNet's")
     vgg_weights: str | None = path(None, "vgg16-397923af.pth: LPIPS of reconstructions, with lpips_weights")
     lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16")
-    network_weights: dict[str, str] = setting(
-        {}, "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
-    cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs")
+    network_weights: dict[str, str] = setting({}, reads=True, doc=
+        "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
+    cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs",
+        reads=False)
     precision_recall_arithmetic: list[str] = choices(["exact", "adm_fp16"], among=PRECISION_RECALL_ARITHMETICS,
         doc="arithmetic of the distances behind precision, recall, density and coverage")
     precision_recall_reference_images: int | None = number(10_000, above=0,

@@ -133,6 +133,11 @@ def _cell(value: float | dict[str, Any] | None, digits: int) -> str:
     return f"{value:.{digits}f}"
 
 
+def accuracy(summary: dict[str, Any]) -> str:
+    """That of reAR's samples, with its spread over seeds."""
+    return _cell(summary["rear"].get("class_accuracy"), 3)
+
+
 def print_table(summary: dict[str, Any], report: Path) -> None:
     header, rows = table(summary)
     print(aligned([header, *rows]))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rear_scale import cli
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import open_with_config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, all_checks
 from rear_scale.evaluate.images.image_set import check_image_set
 from rear_scale.evaluate.job import Evaluation, check_evaluation
-from rear_scale.evaluate.networks import weight_fields
+from rear_scale.evaluate.networks import rows_in_use, weight_fields
 from rear_scale.evaluate.networks.feature_cache import Part
-from rear_scale.evaluate.published import TableRow, our_rows, table
+from rear_scale.evaluate.published import TableRow, our_rows, table, table_with_published, token_table
 from rear_scale.evaluate.reconstruction import score_reconstruction
 from rear_scale.evaluate.result import ImageScores, check_result, summary, write_result
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets, result_path_next_to
@@ -26,6 +26,7 @@ from rear_scale.model import Generator
 from rear_scale.progress import say
 from rear_scale.run import wandb
 from rear_scale.run.folder import RunFolder
+from rear_scale.tokenizer import check_weights
 from rear_scale.world import World, joined
 
 TokenScores = Mapping[str, Mapping[str, float]]
@@ -64,13 +65,20 @@ def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
         _show_paths(command)
     elif args.reconstruct is not None:
         _check_alone(args)
-        check_image_set(args.reconstruct)
+        networks = [*rows_in_use(command.cfg.evaluate), *rows_in_use(command.cfg.evaluate, of_pairs=True)]
+        all_checks(
+            lambda: check_image_set(args.reconstruct),
+            lambda: check_weights(command.cfg.tokenizer),
+            *(partial(row.check, command.cfg.evaluate) for row in networks),
+        )
         _reconstruct(command, args.reconstruct)
     else:
         targets = _targets(command)
-        check_evaluation(command.cfg, args.write_statistics)
-        if args.samples is not None:
-            check_image_set(args.samples)
+        all_checks(
+            lambda: check_evaluation(command.cfg, args.write_statistics),
+            *(partial(check_image_set, target.samples) for target in targets if target.samples is not None),
+            *(partial(check_weights, target.cfg.tokenizer) for target in targets if target.samples is None),
+        )
         with joined(command.ranks, same_for_any_world=True) as world:
             _Job(command, targets, score_tokens, world).run()
 
@@ -114,8 +122,10 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
             seconds = time.monotonic() - started
             write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)
             say(f"{out}: written")
-            print(table(our_rows(f"{command.cfg.tokenizer.name} (reconstruction)", scores), {}))
-            print(json.dumps(scores.to_json()["reconstruction"], indent=1))
+            name, size = f"{command.cfg.tokenizer.name} (reconstruction)", (originals.height, originals.width)
+            rows = our_rows(name, scores, size)
+            print(table(rows, {}))
+            cli.end(out, f"PSNR {rows[0].cells['PSNR']} dB")
 
 
 def _targets(command: cli.Command) -> list[EvalTarget]:
@@ -151,6 +161,7 @@ class _Job:
     score_tokens: ScoreTokens
     world: World
     tokens: dict[Path, TokenScores | None] = field(default_factory=dict)  # by checkpoint
+    predicted: dict[str, TokenScores | None] = field(default_factory=dict)  # the same by name, for the table
 
     def __post_init__(self) -> None:
         self.args: Any = self.command.args
@@ -165,7 +176,22 @@ class _Job:
             if self.args.write_statistics is not None:
                 self._write_statistics(target)
         if self.world.is_main and rows:
-            print(table(rows))
+            print(table_with_published(rows))
+            if predicted := token_table(self.predicted):
+                print(f"\n{predicted}")
+            self._end(rows[0])
+
+    def _end(self, row: TableRow) -> None:
+        """The last lines: the result, its first number, and other settings of sampling to try."""
+        target = self.targets[-1]
+        title, value = next(iter(row.cells.items()))
+        following = ""
+        if target.checkpoint is not None and target.samples is None and not self.args.sweep:
+            scale = target.cfg.sample.guidance.scale
+            values = ",".join(f"{scale * factor:.3g}" for factor in (0.8, 1, 1.25))
+            words = ["--checkpoint", self.args.checkpoint, *self.args.overrides]
+            following = cli.typed("evaluate", *words, "--sweep", f"sample.guidance.scale={values}")
+        cli.end(target.output, f"{title} {value}", following)
 
     def _score(self, target: EvalTarget) -> list[TableRow]:
         """Rows for the table."""
@@ -189,13 +215,17 @@ class _Job:
             if target.checkpoint.path not in self.tokens:
                 self.tokens[target.checkpoint.path] = self._token_scores(target)
             write(self.tokens[target.checkpoint.path])
-        return self._report(target, images) if self.world.is_main else []
+            self.predicted[f"{target.cfg.run.name}, step {target.checkpoint.step}"] = self.tokens[
+                target.checkpoint.path
+            ]
+        size = (samples.height, samples.width)
+        return self._report(target, images, size) if self.world.is_main else []
 
-    def _report(self, target: EvalTarget, images: ImageScores) -> list[TableRow]:
+    def _report(self, target: EvalTarget, images: ImageScores, size: tuple[int, int]) -> list[TableRow]:
         say(f"{target.output}: written")
         if target.run is not None:
             wandb.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting))
-        return our_rows(target.name, images)
+        return our_rows(target.name, images, size)
 
     def _token_scores(self, target: EvalTarget) -> TokenScores | None:
         data = target.cfg.data
@@ -214,8 +244,12 @@ class _Job:
     def _write_statistics(self, target: EvalTarget) -> None:
         # As images of a reference are: files of any size are cropped.
         images = self.opener.images(target, target.cfg.tokenizer.image_size)
-        if not self.evaluation.write_statistics(images, self.args.write_statistics, self.args.part):
+        statistics = self.args.write_statistics
+        if not self.evaluation.write_statistics(images, statistics, self.args.part):
             self._say_others_are_missing(target)
+        elif not self.command.cfg.evaluate.reference:
+            words = ["--samples", "SAMPLES", f"evaluate.reference.{statistics.stem}={statistics}", *self.args.overrides]
+            cli.end(statistics, f"of {images.count:,} images", cli.typed("evaluate", *words))
 
     def _say_others_are_missing(self, target: EvalTarget) -> None:
         if self.world.is_main:

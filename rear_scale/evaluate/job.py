@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, all_checks
 from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.evaluate.metrics import metrics_of
 from rear_scale.evaluate.metrics.base import FeatureSet, Inputs
@@ -19,16 +20,20 @@ from rear_scale.evaluate.metrics.moments import Moments
 from rear_scale.evaluate.metrics.statistics_file import is_ours, write_statistics
 from rear_scale.evaluate.networks import check_network_names, rows_in_use, statistics_arrays
 from rear_scale.evaluate.networks.base import Extractor, FeatureNetwork
-from rear_scale.evaluate.networks.classifier import ClassifierFeatures, check_same_training, train_classifier
+from rear_scale.evaluate.networks.classifier import (
+    ClassifierFeatures,
+    check_same_training,
+    class_names,
+    train_classifier,
+)
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, Part, extract, feature_folder, is_complete
 from rear_scale.evaluate.networks.inception import INCEPTION
 from rear_scale.evaluate.networks.pixels import NearestPixels
-from rear_scale.evaluate.reference import Reference, check_reference, open_reference, read_reference
+from rear_scale.evaluate.reference import RESIZED, Reference, check_reference, open_reference, read_reference
 from rear_scale.evaluate.result import ClassifierScores, ImageScores, SetScores
 from rear_scale.evaluate.scores import network_scores, run_metrics
 from rear_scale.progress import say
 from rear_scale.shards.classes import check_same_classes
-from rear_scale.shards.images import open_images
 from rear_scale.world import World
 
 
@@ -38,24 +43,46 @@ def check_evaluation(cfg: ExperimentConfig, statistics: Path | None = None) -> N
     statistics: the file that `write_statistics` will make, which needs no reference but a network.
     """
     evaluate = cfg.evaluate
+    all_checks(
+        lambda: _check_compared(cfg, statistics),
+        lambda: _check_features(cfg),
+        *(partial(row.check, evaluate) for row in rows_in_use(evaluate)),
+        lambda: check_network_names(evaluate),
+        *(partial(check_reference, name, path) for name, path in evaluate.reference.items()),
+    )
+
+
+def _check_compared(cfg: ExperimentConfig, statistics: Path | None) -> None:
     if statistics is not None:
         _check_statistics_file(cfg, statistics)
-    elif not evaluate.reference:
+    elif not cfg.evaluate.reference:
         raise InputError(
             "evaluate.reference is empty. Set evaluate.reference.NAME=PATH to an .npz, a folder of images or tar shards to "
             "compare with"
         )
-    rows = rows_in_use(evaluate)
-    if evaluate.classifier is None and not rows:
+
+
+def _check_features(cfg: ExperimentConfig) -> None:
+    classifier = cfg.evaluate.classifier
+    if classifier is None and not rows_in_use(cfg.evaluate):
         raise InputError(
             "there are no features to compare by. Set evaluate.inception_weights to the path of "
             f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
         )
-    for row in rows:
-        row.check(evaluate)
-    check_network_names(evaluate)
-    for name, path in evaluate.reference.items():
-        check_reference(name, path)
+    if classifier is not None and not Path(classifier.weights).exists() and not Path(classifier.images).exists():
+        raise InputError(
+            f"not found: evaluate.classifier.images={classifier.images}, which the classifier is trained on, as "
+            f"evaluate.classifier.weights={classifier.weights} is not there either. Set one of them, or evaluate.classifier=null"
+        )
+
+
+def missing_inputs(cfg: ExperimentConfig) -> list[str]:
+    """The settings, with a word in place of the file, that a config lacks for an evaluation."""
+    evaluate = cfg.evaluate
+    found = [] if evaluate.reference else ["evaluate.reference.NAME=REFERENCE"]
+    if evaluate.classifier is None and not rows_in_use(evaluate):
+        found.append(f"evaluate.inception_weights={INCEPTION.name}")
+    return found
 
 
 def _check_statistics_file(cfg: ExperimentConfig, path: Path) -> None:
@@ -88,7 +115,7 @@ class Evaluation:
         self.nearest: NearestPixels | None = None
         if self.classifier is not None:
             self.small_sets = {
-                name: open_image_set(path, world, exif=cfg.evaluate.exif)
+                name: open_image_set(path, world, self.classifier.image_size, cfg.evaluate.exif)
                 for name, path in cfg.evaluate.reference.items()
             }
             for name, images in self.small_sets.items():
@@ -255,10 +282,10 @@ def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures 
     if classifier is None:
         return None
     if world.is_main and not Path(classifier.weights).exists():
-        train_classifier(classifier, world.device)
+        train_classifier(classifier, world.device, cfg.tokenizer.image_size)
     world.barrier()
     features = ClassifierFeatures(classifier, world.device)
-    world.on_main(lambda: check_same_training(classifier))
+    world.on_main(lambda: check_same_training(classifier, cfg.tokenizer.image_size))
     return features
 
 
@@ -277,7 +304,7 @@ def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> N
         height, width = reference.size
         note = (
             f"the samples are {samples.width}x{samples.height}, {reference.name} is {width}x{height}: each is "
-            "resized to the network's input from its own size, so the distance holds the difference in sharpness too"
+            f"{RESIZED} from its own size, so the distance holds the difference in sharpness too"
         )
         reference.notes.append(note)
         if world.is_main:
@@ -287,10 +314,11 @@ def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> N
 def check_class_names(cfg: ExperimentConfig, what: str, images: ImageSet) -> None:
     """Raises InputError when a set numbers its classes otherwise than the images that the classifier was trained on."""
     trained_on = cfg.evaluate.classifier
-    # The images may be gone once the classifier is there.
-    if trained_on is None or images.class_names is None or not (Path(trained_on.images) / "index.json").is_file():
+    if trained_on is None or images.class_names is None:
         return
-    names = open_images(trained_on.images).class_names
+    names = class_names(trained_on)
+    if names is None:
+        return  # the images may be gone once the classifier is there
     check_same_classes(f"evaluate.classifier.images={trained_on.images}", names, what, images.class_names)
 
 

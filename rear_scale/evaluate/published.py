@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rear_scale.evaluate.metrics import METRICS
-from rear_scale.evaluate.result import ImageScores
+from rear_scale.evaluate.metrics.frechet import SINGULAR
+from rear_scale.evaluate.reference import RESIZED
+from rear_scale.evaluate.result import OF_SMALL_IMAGES, ImageScores
 from rear_scale.text_table import aligned
 
 ACCEPTED_FID_DIFFERENCE = 0.05
+PUBLISHED_SAMPLES = 50_000
+PUBLISHED_SIZE = (256, 256)  # height and width in pixels
+# What a note of a reference says, and the caveat of the table for it.
+_MARKED = {SINGULAR: SINGULAR, RESIZED: "the reference has another size"}
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,78 @@ class TableRow:
     cells: Mapping[str, str]
     samples: str
     against: str
+    caveats: Sequence[str] = ()  # why its numbers compare with few others
+    comparable: bool = False  # whether published rows may stand beside it
 
 
-def our_rows(name: str, scores: ImageScores) -> list[TableRow]:
-    """One row per reference; none where no metric with a column was computed."""
-    metrics = [metric for metric in METRICS if metric.columns and metric.network in scores.networks]
-    networks = [scores.networks[metric.network] for metric in metrics]
-    references = dict.fromkeys(reference for network in networks for reference in network.references)
+def our_rows(name: str, scores: ImageScores, size: tuple[int, int] | None = None) -> list[TableRow]:
+    """One row per reference, or one without; then one for each reference of a classifier, as a yardstick.
+
+    size: height and width of the images; without it no row counts as comparable. None where no metric with a column was
+    computed.
+    """
+    values = {metric: scores.values(metric) for metric in METRICS if metric.columns}
+    values = {metric: parts for metric, parts in values.items() if parts}
+    if not values:
+        return []
+    references = list(dict.fromkeys(other for parts in values.values() for other in parts if other is not None))
     rows = []
-    for reference in references:
-        cells = {}
-        for metric in metrics:
-            values = scores.values(metric).get(reference if metric.against_references else None, {})
-            cells |= {column.title: _cell(column.read(values), column.digits) for column in metric.columns}
-        rows.append(TableRow(name, cells, f"{networks[0].samples:,}", reference))
+    for reference in references or [None]:
+        cells: dict[str, str] = {}
+        for metric, parts in values.items():
+            own = parts.get(reference if metric.against_references else None, {})
+            cells |= {column.title: _cell(column.read(own), column.digits) for column in metric.columns}
+        caveats = _caveats(scores, reference, size)
+        comparable = "inception" in scores.networks and size is not None and not caveats
+        rows.append(TableRow(name, cells, f"{_count(scores):,}", reference or "-", caveats, comparable))
+    return rows + _yardsticks(scores)
+
+
+def _yardsticks(scores: ImageScores) -> list[TableRow]:
+    """The references of a classifier as rows of the same columns, each against the others."""
+    rows = []
+    for name, own in (scores.classifier.references if scores.classifier is not None else {}).items():
+        others = list(dict.fromkeys(other for parts in own.by_reference.values() for other in parts))
+        for other in others:
+            cells = {}
+            for metric in METRICS:
+                if metric.network in OF_SMALL_IMAGES:
+                    found = own.by_reference.get(metric.name, {}).get(other) if metric.against_references else None
+                    part = {metric.name: found} if metric.against_references else own.of_samples
+                    cells |= {column.title: _cell(column.read(part), column.digits) for column in metric.columns}
+            rows.append(TableRow(f"{name} images", cells, f"{own.count:,}", other))
     return rows
+
+
+def _count(scores: ImageScores) -> int:
+    """Images that were scored."""
+    for network in scores.networks.values():
+        return network.samples
+    if scores.reconstruction is not None:
+        return scores.reconstruction.images
+    assert scores.classifier is not None
+    return scores.classifier.samples.count
+
+
+def _caveats(scores: ImageScores, reference: str | None, size: tuple[int, int] | None) -> list[str]:
+    """Why the numbers of a row compare with few others."""
+    found = []
+    for name, network in scores.networks.items():
+        columns = [column for metric in METRICS if metric.network == name for column in metric.columns]
+        if not columns:
+            continue
+        if network.weights_are_published is False:
+            found.append("weights are not the published ones")
+        if any(column.published for column in columns):
+            if network.samples < PUBLISHED_SAMPLES and scores.reconstruction is None:
+                found.append(f"fewer than {PUBLISHED_SAMPLES:,} images")
+            if size is not None and size != PUBLISHED_SIZE:
+                found.append(f"images of {size[1]}x{size[0]}")
+        notes = network.references.get(reference, {}).get("notes", []) if reference is not None else []
+        found += [short for mark, short in _MARKED.items() if any(mark in note for note in notes)]
+        if "warning" in network.of_samples.get("inception_score", {}):
+            found.append("IS of splits that lack classes")
+    return list(dict.fromkeys(found))
 
 
 def _cell(value: float | None, digits: int) -> str:
@@ -81,14 +145,46 @@ def published_row(row: PublishedRow) -> TableRow:
         for column in metric.columns
         if column.published is not None
     }
-    return TableRow(row.model, cells, "50,000", f"{row.reference} [{row.source}]")
+    return TableRow(row.model, cells, f"{PUBLISHED_SAMPLES:,}", f"{row.reference} [{row.source}]")
 
 
-def table(ours: list[TableRow], published: Mapping[str, PublishedRow] = ROWS) -> str:
-    """Ours first, the published rows below, columns aligned."""
+def table(ours: Sequence[TableRow], published: Mapping[str, PublishedRow]) -> str:
+    """Ours first, the published rows below, columns aligned; caveats in the last column, where there are any."""
     rows = [*ours, *map(published_row, published.values())]
     titles = [column.title for metric in METRICS for column in metric.columns]
     titles = [title for title in titles if any(title in row.cells for row in rows)]
     lines = [["model", *titles, "samples", "against"]]
     lines += [[row.model, *(row.cells.get(title, "-") for title in titles), row.samples, row.against] for row in rows]
-    return aligned(lines, left=(0, len(titles) + 2))
+    if any(row.caveats for row in rows):
+        lines[0].append("caveats")
+        for line, row in zip(lines[1:], rows, strict=True):
+            line.append("; ".join(row.caveats))
+    return aligned(lines, left=(0, len(titles) + 2, len(titles) + 3))
+
+
+def table_with_published(ours: Sequence[TableRow]) -> str:
+    """As `table`, with all published rows where one of ours may be compared with them, else a line that says why not."""
+    if any(row.comparable for row in ours):
+        return table(ours, ROWS)
+    text = table(ours, {})
+    if any("FID" in row.cells for row in ours):
+        height, width = PUBLISHED_SIZE
+        text += (
+            f"\npublished rows are left out: they are of {PUBLISHED_SAMPLES:,} images of {width}x{height} by the published "
+            "Inception weights"
+        )
+    return text
+
+
+def token_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]] | None]) -> str:
+    """Correct token ratio and perplexity by checkpoint, set and context; empty where none was computed.
+
+    scores: by name of the checkpoint, as analysis.token_prediction gives them.
+    """
+    lines = [["checkpoint", "tokens", "context", "correct ratio", "perplexity", "sequences"]]
+    for name, found in scores.items():
+        for key, values in (found or {}).items():
+            held, _, context = key.rpartition("_")
+            numbers = [f"{values['ctr']:.4f}", f"{values['perplexity']:.3f}", f"{values['sequences']:,}"]
+            lines.append([name, f"data.{held}", context, *numbers])
+    return aligned(lines, left=(0, 1, 2)) if len(lines) > 1 else ""

@@ -20,9 +20,10 @@ from rear_scale.evaluate.metrics.distances import psnr
 from rear_scale.evaluate.networks import rows_in_use
 from rear_scale.evaluate.networks.base import FeatureNetwork, PairDistance, as_batch, exact_arithmetic
 from rear_scale.evaluate.networks.feature_cache import extract
-from rear_scale.evaluate.reference import open_reference
-from rear_scale.evaluate.result import ImageScores, ReconstructionScores
+from rear_scale.evaluate.reference import Reference, open_reference
+from rear_scale.evaluate.result import ImageScores, NetworkScores, ReconstructionScores
 from rear_scale.evaluate.scores import network_scores, run_metrics
+from rear_scale.progress import say
 from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.tokenizer import decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
@@ -37,12 +38,12 @@ class ReconstructionFeatures:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        network: FeatureNetwork,
+        network: FeatureNetwork | None,
         distances: Mapping[str, PairDistance],
         uint8_rounding: str,
         sha256: str,
     ) -> None:
-        """distances: of an image and its reconstruction, by name."""
+        """network: None = no features of the reconstructions. distances: of an image and its reconstruction, by name."""
         self.tokenizer, self.network, self.distances, self.uint8_rounding = (
             tokenizer,
             network,
@@ -52,14 +53,16 @@ class ReconstructionFeatures:
         pairs = [distance.identity for distance in distances.values()] or ["no lpips"]
         # The rule under its old name, so that features cached before it was renamed are found.
         rule = downgraded({"sample": {"uint8_rounding": uint8_rounding}})["sample"]["quantiser"]
-        self.identity = f"reconstruction {' '.join((sha256, rule, network.identity, *pairs))}"
+        of_network = "no network" if network is None else network.identity
+        self.identity = f"reconstruction {' '.join((sha256, rule, of_network, *pairs))}"
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """The network's features of the reconstructions, `psnr` [n], each distance [n] and `tokens` [n, N]."""
+        """The network's features of the reconstructions, if there is one, `psnr` [n], each distance [n] and `tokens` [n, N]."""
         with exact_arithmetic(), torch.inference_mode():
             tokens = self.tokenizer.encode(as_batch(images, self.tokenizer.codebook.device).float() / 255)
             decoded = to_uint8(self.tokenizer.decode(tokens).float(), self.uint8_rounding)
-        found = {**self.network(decoded), "psnr": psnr(images, decoded), "tokens": tokens.cpu().numpy()}
+        features = {} if self.network is None else self.network(decoded)
+        found = {**features, "psnr": psnr(images, decoded), "tokens": tokens.cpu().numpy()}
         return {**found, **{name: distance(images, decoded) for name, distance in self.distances.items()}}
 
 
@@ -68,13 +71,13 @@ def score_reconstruction(
 ) -> tuple[ImageSet, ImageScores]:
     """The images, cropped to the tokenizer's size, and the scores of their reconstructions. All ranks must call this.
 
-    rFID is the `fid` against `originals`; evaluate.reference adds others. LPIPS needs evaluate.vgg_weights and
-    evaluate.lpips_weights, and is left out without them.
+    rFID is the `fid` against `originals`; evaluate.reference adds others; without evaluate.inception_weights there is none.
+    LPIPS needs evaluate.vgg_weights and evaluate.lpips_weights, and is left out without them.
     """
-    if cfg.evaluate.inception_weights is None:
-        raise InputError("evaluate.inception_weights is not set, but rFID needs them. Set it to the file's path")
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
-    network = open_networks(cfg, world)[0]
+    network = None if cfg.evaluate.inception_weights is None else open_networks(cfg, world)[0]
+    if network is None and world.is_main:
+        say("evaluate.inception_weights is not set: no rFID")
     pairs = rows_in_use(cfg.evaluate, of_pairs=True)
     distances = {row.name: row.open(cfg.evaluate, world.device) for row in pairs}
     originals = open_image_set(images, world, tokenizer.image_size, cfg.evaluate.exif)
@@ -87,15 +90,19 @@ def score_reconstruction(
     decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))
     extractor = ReconstructionFeatures(tokenizer, network, distances, cfg.sample.uint8_rounding, decoder)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
-    sets = {"originals": str(images), **cfg.evaluate.reference}
-    references = [
-        open_reference(name, path, cfg.evaluate, [network], cache, tokenizer.image_size, world)
-        for name, path in sets.items()
-    ]
+    references: list[Reference] = []
+    networks: dict[str, NetworkScores] = {}
+    if network is not None:
+        sets = {"originals": str(images), **cfg.evaluate.reference}
+        references = [
+            open_reference(name, path, cfg.evaluate, [network], cache, tokenizer.image_size, world)
+            for name, path in sets.items()
+        ]
+        networks = {network.name: network_scores(network, blocks, references, cfg.evaluate, world)}
     inputs = Inputs(extractor, FeatureSet("reconstructions", blocks, world.device), [], cfg.evaluate, world)
     differences = run_metrics(metrics_of(extractor.name), inputs).of_samples
     scores = ImageScores(
-        networks={network.name: network_scores(network, blocks, references, cfg.evaluate, world)},
+        networks=networks,
         reference_sets={reference.name: reference.describe() for reference in references},
         reconstruction=ReconstructionScores(originals.count, differences, cfg.sample.uint8_rounding, sha256),
     )

@@ -24,6 +24,8 @@ from rear_scale.evaluate.networks.base import FeatureNetwork
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks, extract, is_whole
 from rear_scale.world import World
 
+RESIZED = "resized to the network's input"  # in the notes of references whose size is not that of the samples
+
 
 @dataclass
 class Reference:

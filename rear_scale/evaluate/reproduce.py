@@ -17,7 +17,14 @@ from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.job import Evaluation
 from rear_scale.evaluate.networks.inception import INCEPTION
 from rear_scale.evaluate.networks.weights import PublishedFile, read_weight_file
-from rear_scale.evaluate.published import ACCEPTED_FID_DIFFERENCE, ROWS, PublishedRow, our_rows, table
+from rear_scale.evaluate.published import (
+    ACCEPTED_FID_DIFFERENCE,
+    PUBLISHED_SAMPLES,
+    ROWS,
+    PublishedRow,
+    our_rows,
+    table,
+)
 from rear_scale.evaluate.result import NetworkScores, write_result
 from rear_scale.model import Generator
 from rear_scale.progress import say
@@ -38,7 +45,6 @@ ADM_REFERENCE = PublishedFile(
 VALIDATION = PublishedFile(
     "imagenet_val", "https://image-net.org: the 50,000 validation images in a folder or as tar shards", None
 )
-PUBLISHED_SAMPLES = 50_000
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def reproduce(
         seconds = time.monotonic() - started
         write_result(out / "result.json", cfg, checkpoint, samples, "generated", images, None, seconds, world)
         say(f"{out / 'result.json'}: written")
-    ours = our_rows(f"{entry.name}, ours", images)
+    ours = our_rows(f"{entry.name}, ours", images, (samples.height, samples.width))
     return [table(ours, {entry.name: entry.row}), *(verdict.text for verdict in judged)]
 
 

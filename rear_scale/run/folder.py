@@ -115,6 +115,18 @@ class RunFolder:
     def log(self, metrics: dict[str, Any]) -> None:
         self._append("metrics.jsonl", metrics)
 
+    def in_a_number(self) -> str:
+        """The last validation loss, or the last loss where there is none, as `val_loss 2.3456 at step 600`; empty without one."""
+        try:
+            lines = read_metrics(self.path)
+            for name in ("val_loss", "loss"):
+                for line in reversed(lines):
+                    if isinstance(line.get(name), float):
+                        return f"{name} {line[name]:.4f} at step {line['step']}"
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # the run is done all the same
+        return ""
+
     def note(self, event: str, step: int, **details: Any) -> None:
         """A line in events.jsonl."""
         self._append("events.jsonl", {"event": event, "step": step, **details})

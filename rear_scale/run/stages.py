@@ -31,6 +31,8 @@ from rear_scale.progress import say
 from rear_scale.shards.inputs import Inputs, fingerprint
 from rear_scale.world import end_with_parent, free_port
 
+STAGE_VARIABLE = "REAR_STAGE"  # of the environment: says to a command that it is a stage of a longer job
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -168,7 +170,7 @@ def _arguments(command: Sequence[str]) -> list[str]:
 def _environment(processes: int) -> dict[str, str]:
     """Programs are those beside this Python, whatever stands first in PATH; deepspeed starts `python` by name too."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    found = {**os.environ, "PATH": path}
+    found = {**os.environ, "PATH": path, STAGE_VARIABLE: "1"}
     if processes > 1:
         # Set here: otherwise torchrun sets 1 and prints a warning.
         found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))

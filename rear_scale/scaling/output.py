@@ -98,7 +98,7 @@ def _width(row: Width) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    parts = [_head(report), _table(report), _recommendation(report), _scaling(report)]
+    parts = [_head(report), _recommendation(report), _table(report), _scaling(report), _assumptions(report)]
     return "\n\n".join([*parts, _simulation(report.simulated)] if report.simulated else parts)
 
 
@@ -118,19 +118,24 @@ def _head(report: Report) -> str:
 
 def _table(report: Report) -> str:
     head = ["strategy", "recompute", *PARTS, "peak GiB", "micro-batch", "step s", "hidden s", "days", "GPU-hours"]
-    rows = [head]
-    for one in report.choices:
+    rows = [["", *head]]
+    # The recommended one first; the others as they come.
+    for one in sorted(report.choices, key=lambda one: not _is_best(one, report.best)):
         memory = [f"{one.memory_gib[part]:.1f}" for part in (*PARTS, "peak")]
         times = ["does not fit"]
         if one.fits:
             hidden = one.time.communication_s - one.time.exposed_s
             times = [str(one.cfg.train.micro_batch_size), f"{one.time.total_s:.3f}", f"{hidden:.3f}"]
             times += [f"{one.run_s / 86_400:.2f}", f"{one.gpu_hours:,.0f}"]
-        rows.append([one.name, one.checkpointing, *memory, *times])
+        rows.append([">" if _is_best(one, report.best) else "", one.name, one.checkpointing, *memory, *times])
     return (
-        "memory per GPU in GiB, with the largest micro-batch that fits (peak: the most at one time, not the sum)\n"
-        + aligned(rows, left=(0, 1))
+        "memory per GPU in GiB, with the largest micro-batch that fits (peak: the most at one time, not the sum); > marks the "
+        "recommended row\n" + aligned(rows, left=(0, 1, 2))
     )
+
+
+def _is_best(choice: Choice, best: Choice) -> bool:
+    return (choice.name, choice.checkpointing) == (best.name, best.checkpointing)
 
 
 def _recommendation(report: Report) -> str:
@@ -139,6 +144,12 @@ def _recommendation(report: Report) -> str:
         f"recommended: strategy={best.name}, {best.run_s / 86_400:.2f} days, {best.gpu_hours:,.0f} GPU-hours",
         f"    {report.command}",
     ]
+    return "\n".join(lines)
+
+
+def _assumptions(report: Report) -> str:
+    """What the times are made of, and what is not in them."""
+    lines = []
     if report.measured:
         found = report.measured
         lines.append(

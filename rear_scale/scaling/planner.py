@@ -19,7 +19,7 @@ from rear_scale.model.activations import head_activation_bytes
 from rear_scale.parallel import facts
 from rear_scale.parallel.facts import Facts
 from rear_scale.parallel.memory import elements, memory_per_rank
-from rear_scale.places import as_typed
+from rear_scale.places import IN_CHECKOUT, as_typed
 from rear_scale.scaling.cost import StepTime, step_time
 from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 
@@ -133,15 +133,19 @@ def recommend(
 
 
 def command(config: str, overrides: list[str], cluster: Cluster, choice: Choice) -> str:
-    """The line to paste, in a shell on the one machine or inside a SLURM cluster."""
+    """The line to paste, as README has it: in a shell on the one machine, or where sbatch is for several."""
     if cluster.gpus == 1:
-        start = "python"
+        start = "python launchers/train.py"
     elif cluster.nodes == 1:
-        start = f"torchrun --standalone --nproc-per-node {cluster.gpus}"
+        start = f"torchrun --nproc-per-node {cluster.gpus} launchers/train.py"
+    elif IN_CHECKOUT:
+        start = f"sbatch --nodes {cluster.nodes} launchers/slurm/train.sbatch"
     else:
-        start = f"srun --nodes {cluster.nodes} --ntasks-per-node {cluster.per_node} --gpus-per-node {cluster.per_node} python"
+        # The batch scripts are in a checkout alone.
+        tasks = f"--ntasks-per-node {cluster.per_node} --gpus-per-node {cluster.per_node}"
+        start = f"srun --nodes {cluster.nodes} {tasks} python launchers/train.py"
     words = ["--config", config, *_arguments(overrides, cluster, choice)]
-    return as_typed(f"{start} launchers/train.py {shlex.join(words)}")
+    return as_typed(f"{start} {shlex.join(words)}")
 
 
 def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[str]:

@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig
+from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig, all_checks
 from rear_scale.files import file_sha256, write_array_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
@@ -25,7 +26,7 @@ from rear_scale.shards.crops import CROPS, BadImage, cut
 from rear_scale.shards.inputs import Inputs, check_same_inputs, fingerprint
 from rear_scale.shards.record import Manifest, read_manifest, write_manifest
 from rear_scale.shards.sources import ImageSource, SourceImage, check_size, open_source
-from rear_scale.tokenizer import open_tokenizer
+from rear_scale.tokenizer import check_weights, open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.weight_file import find_weights
 from rear_scale.world import World, discover
@@ -36,14 +37,26 @@ Prepared = tuple[SourceImage, np.ndarray | str]
 
 def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
     """Raises InputError when the job has no images, no output folder, or images of another size than the tokenizer's."""
-    for name in ("images", "out"):
-        if getattr(cfg.pretokenize, name) is None:
-            raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
+    all_checks(
+        *(partial(_check_set, cfg, name) for name in ("images", "out")),
+        lambda: _check_images(cfg.pretokenize.images),
+        lambda: check_weights(cfg.tokenizer),
+    )
     source = open_source(cfg.pretokenize.images, cfg.pretokenize.class_map)
     if discover().rank == 0:
         source.say_notes()
     check_size(source, cfg.tokenizer.image_size)
     return source
+
+
+def _check_set(cfg: ExperimentConfig, name: str) -> None:
+    if getattr(cfg.pretokenize, name) is None:
+        raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
+
+
+def _check_images(folder: str | None) -> None:
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"not found: pretokenize.images={folder}. It is a folder of class folders, or of tar shards")
 
 
 def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> None:

@@ -102,6 +102,13 @@ class Manifest:
         content = {name: value for name, value in self.as_dict().items() if name != "inputs"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def in_a_line(self) -> str:
+        """What the shards hold, for a person."""
+        skipped = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
+        return (
+            f"{self.num_samples:,} sequences of {self.num_images:,} images of {len(self.label_counts)} classes{skipped}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         values = {**vars(self), "shards": [shard.as_dict() for shard in self.shards]}
         return values if self.inputs is not None else {name: values[name] for name in values if name != "inputs"}

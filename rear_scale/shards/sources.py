@@ -96,6 +96,12 @@ def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[t
 
     Raises InputError when they do not fit in memory, or none can be decoded.
     """
+    crops, _, skipped = load_labelled(source, image_size)
+    return crops, skipped
+
+
+def load_labelled(source: ImageSource, image_size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+    """As `load_crops`, with the class ids int64 [n] of the crops."""
     check_size(source, image_size)
     needed, free = len(source) * image_size**2 * 3, psutil.virtual_memory().available
     if needed > 0.5 * free:
@@ -103,15 +109,16 @@ def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[t
             f"{len(source):,} images of {image_size} pixels take {needed / 2**30:.1f} GiB of memory, but {source.folder} may "
             f"take half of the {free / 2**30:.1f} GiB that are free. Use fewer images or smaller ones"
         )
-    crops, skipped = [], []
+    crops, labels, skipped = [], [], []
     for image in source.read(0, len(source)):
         try:
             crops.append(center_crop(image.decode(), image_size))
+            labels.append(image.label)
         except BadImage as error:
             skipped.append((image.name, str(error)))
     if not crops:
         raise InputError(f"none of the {len(source)} images in {source.folder} can be read. Is it the right folder?")
-    return np.stack(crops), skipped
+    return np.stack(crops), np.array(labels, np.int64), skipped
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from rear_scale.config import InputError, TokenizerConfig
@@ -45,19 +47,28 @@ def find_tokenizer(name: str) -> type[Tokenizer]:
     return _TOKENIZERS[name]
 
 
+def check_weights(cfg: TokenizerConfig) -> None:
+    """Raises InputError when tokenizer.weights, which images need, is not set or not there. The file is not read."""
+    kind = find_tokenizer(cfg.name)
+    published = f" ({kind.published})" if kind.published else ""
+    if cfg.weights is None:
+        raise InputError(
+            f"tokenizer.weights is not set, but images need the weights of {cfg.name}{published}. "
+            "Set it to the file's path"
+        )
+    if not Path(cfg.weights).exists():
+        made = ", or train it with launchers/train_tokenizer.py" if cfg.training is not None else ""
+        raise InputError(f"not found: tokenizer.weights={cfg.weights}{published}. Set the path of a weight file{made}")
+
+
 def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
     """The frozen tokenizer of a config, with its weights.
 
     Raises InputError when it has no weight file or one that does not fit the config.
     """
-    kind = find_tokenizer(cfg.name)
-    if cfg.weights is None:
-        published = f" ({kind.published})" if kind.published else ""
-        raise InputError(
-            f"tokenizer.weights is not set, but images need the weights of {cfg.name}{published}. "
-            "Set it to the file's path"
-        )
-    tokenizer = kind.from_file(cfg.weights)
+    check_weights(cfg)
+    assert cfg.weights is not None
+    tokenizer = find_tokenizer(cfg.name).from_file(cfg.weights)
     for field in ("image_size", "num_tokens", "codebook_size"):
         _check_is(cfg, field, getattr(cfg, field), getattr(tokenizer, field))
     if cfg.grid is not None:  # null asks for nothing of a grid: then no order scans one

@@ -21,7 +21,7 @@ from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConf
 from rear_scale.config.values import leaves
 from rear_scale.files import atomic_open, remove_leftovers
 from rear_scale.progress import progress
-from rear_scale.tokenizer.base import to_unit_range
+from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.tokenizer.compact import CodeTracker, CompactTokenizer, build
 from rear_scale.weight_file import read_training
 
@@ -61,6 +61,23 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
     tokenizer.save(path, settings)
     remove_progress(path)
     return tokenizer
+
+
+@torch.inference_mode()
+def quality(tokenizer: Tokenizer, images: np.ndarray, most: int = 512) -> str:
+    """PSNR and use of the codebook in words, on at most so many of the images (uint8 [n, S, S, 3]), evenly spaced."""
+    chosen = torch.from_numpy(images[np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))])
+    ratios, used = [], set()
+    for part in chosen.split(64):
+        originals = to_unit_range(part.to(tokenizer.codebook.device))
+        ids = tokenizer.encode(originals)
+        errors = (tokenizer.decode(ids).float() - originals).square().flatten(1).mean(1)
+        ratios += (-10 * errors.clamp(min=1e-10).log10()).tolist()
+        used.update(ids.unique().tolist())
+    return (
+        f"PSNR {sum(ratios) / len(ratios):.2f} dB on {len(chosen)} training images, {len(used)} of {tokenizer.codebook_size} "
+        "codes used"
+    )
 
 
 def remove_progress(path: Path) -> None:

@@ -1,33 +1,46 @@
-"""What a training run would be: the resolved config and the numbers that follow from it. Builds no weights, runs no
-command and opens nothing remote."""
+"""What a training run would be: the numbers that follow from its config, and the resolved config where it is asked for.
+Builds no weights, runs no command and opens nothing remote."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
+from rear_scale.config.devices import devices
+from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.parallel import facts
 from rear_scale.parallel.engine import missing_package
 from rear_scale.parallel.memory import memory_per_rank
-from rear_scale.shards.codebook import read_checked
+from rear_scale.scaling.cost import step_time
+from rear_scale.scaling.devices import cluster_of
+from rear_scale.shards.codebook import class_note, is_packed, read_checked
 from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.reader import check_agree
 from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
 from rear_scale.text_table import aligned
-from rear_scale.train import fit
+from rear_scale.train import fit, setup
 from rear_scale.world import Ranks
 
 
-def show(cfg: ExperimentConfig, ranks: Ranks) -> None:
-    """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet."""
-    lines = [to_yaml(cfg).rstrip(), "", *_data_lines(cfg)]
+def show(cfg: ExperimentConfig, ranks: Ranks, given: Collection[str] = (), *, full: bool = False) -> None:
+    """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet.
+
+    given: dotted keys that the user has set. full: the resolved config too.
+    """
+    notes = []
+    if is_packed(cfg.data.train):
+        cfg, note = setup.with_classes(cfg, given)
+        notes = [note] if note else []
+    lines = [*_data_lines(cfg), *notes]
     try:
         lines += _run_lines(cfg, derive(cfg, _world_size(cfg, ranks), _images_per_epoch(cfg)))
     except UnknownLength as unknown:
         lines.append(f"run length: {unknown}")
     lines += _model_lines(cfg)
+    lines += ["", to_yaml(cfg).rstrip()] if full else ["every field with its value: --dry-run --full"]
     if ranks.rank == 0:
         print("\n".join(lines), flush=True)
 
@@ -38,7 +51,7 @@ def _world_size(cfg: ExperimentConfig, ranks: Ranks) -> int:
 
 
 def _data_lines(cfg: ExperimentConfig) -> list[str]:
-    lines = []
+    lines, notes = [], []
     found: list[Manifest] = []
     for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
         if folder is None:
@@ -46,7 +59,7 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
         if is_remote(folder):
             lines.append(not_checked(name, folder))
             continue
-        if not (Path(folder) / "index.json").exists():
+        if not is_packed(folder):
             tars = len(plain_tars(folder))
             lines.append(
                 f"{name}: {tars} plain WebDataset shards, indexed when training starts"
@@ -56,6 +69,8 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             continue
         manifest = read_checked(cfg, folder)
         found.append(manifest)
+        if name == "data.train" and (note := class_note(cfg, manifest)):
+            notes.append(note)
         crops = manifest.crops_per_image
         passes = f" ({crops} crops each: one pass over them is {crops} epochs)" if crops > 1 else ""
         lines.append(
@@ -63,14 +78,15 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
     if len(found) == 2 and (note := check_agree(*found, cfg.data)):
-        lines.append(note)
+        notes.append(note)
+    lines += notes
     if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
         lines.append(f"not found: train.init_from={cfg.train.init_from}")
     return lines
 
 
 def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
-    if is_remote(cfg.data.train) or not (Path(cfg.data.train) / "index.json").exists():
+    if not is_packed(cfg.data.train):
         return None
     try:
         return read_checked(cfg, cfg.data.train).num_images
@@ -104,14 +120,26 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     if plan.last_step < plan.total_steps:
         marks.append(("stops early at", plan.last_step))
     lines += [f"{name}: {_both_units(steps, cfg, plan)}" for name, steps in marks]
+    lines += _time_lines(cfg, plan)
     if (missing := missing_package(facts.of(cfg.strategy))) is not None:
         lines.append(f"note: {missing}")
-    if cfg.optim.warmup_steps >= plan.total_steps:
-        lines.append(
-            f"note: the warm-up of {cfg.optim.warmup_steps:,} steps is as long as the run: the learning rate ends at "
-            f"{cfg.optim.lr * plan.total_steps / cfg.optim.warmup_steps:.2e} and never reaches optim.lr={cfg.optim.lr}"
-        )
+    if note := setup.warmup_note(cfg, plan):
+        lines.append(note)
     return lines
+
+
+def _time_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
+    """Length and cost of the run by the planner's formula; nothing for a GPU that it does not know, and for half machines."""
+    device = devices().get(cfg.cluster.gpu)
+    if device is None or not device.fills_machines(plan.world_size):
+        return []
+    cluster = cluster_of(plan.world_size, cfg.cluster.gpu, device)
+    step_s = step_time(cfg, cluster, plan.accumulation, meta_model(cfg)).total_s
+    hours = step_s * plan.last_step / 3600
+    return [
+        f"time, by formula, on {cluster.gpus} x {cluster.gpu}: {step_s:.3f} s a step, {hours / 24:.2f} days, "
+        f"{hours * cluster.gpus:,.0f} GPU-hours (launchers/plan.py compares strategies and clusters)"
+    ]
 
 
 def _both_units(steps: int, cfg: ExperimentConfig, plan: Plan) -> str:

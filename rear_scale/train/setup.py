@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, Plan, derive
+from rear_scale.checkpoint.folder import CHECKPOINTS, open_checkpoint, saved_steps, step_name
+from rear_scale.config import ExperimentConfig, Plan, all_checks, derive
 from rear_scale.device import uses_cuda
 from rear_scale.model.attention import choose_kernel
 from rear_scale.model.fp8 import check_fp8
@@ -15,8 +18,16 @@ from rear_scale.objective import Objective
 from rear_scale.objective.terms import terms_of
 from rear_scale.parallel import facts
 from rear_scale.parallel.engine import check_installed
-from rear_scale.progress import Say, say
-from rear_scale.shards.codebook import codebook_of, read_both, read_checked
+from rear_scale.progress import Say, say, say_once
+from rear_scale.shards.codebook import (
+    CLASSES_KEY,
+    class_note,
+    classes_of_shards,
+    codebook_of,
+    read_both,
+    read_checked,
+    with_num_classes,
+)
 from rear_scale.shards.reader import (
     BatchOrder,
     GroupedOrder,
@@ -26,6 +37,7 @@ from rear_scale.shards.reader import (
 )
 from rear_scale.shards.record import Manifest
 from rear_scale.train import fit, start
+from rear_scale.untrusted import is_count
 from rear_scale.world import Ranks, World
 
 
@@ -57,15 +69,50 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, or a term of the loss
     does not fit."""
     check_installed(facts.of(cfg.strategy))
-    start.check(cfg)
     terms_of(cfg)
     device = torch.device("cuda" if uses_cuda() else "cpu")
     choose_kernel(cfg.model.kernel, device, cfg.train.precision)
     check_fp8(cfg, device)
-    manifest, _ = read_both(cfg, ranks.rank == 0)
+    manifests: list[Manifest] = []
+    all_checks(lambda: start.check(cfg), lambda: manifests.append(read_both(cfg, ranks.rank == 0)[0]))
+    (manifest,) = manifests
     plan = derive(cfg, ranks.world_size, manifest.num_images)
+    if ranks.rank == 0:
+        for note in (class_note(cfg, manifest), warmup_note(cfg, plan)):
+            if note is not None:
+                say_once(note)
     fit.check(cfg, plan, ranks)
     return Data(cfg, plan, manifest, codebook_of(cfg, manifest))
+
+
+def warmup_note(cfg: ExperimentConfig, plan: Plan) -> str | None:
+    """A line for the user where the learning rate never reaches its peak, else None."""
+    optim = cfg.optim
+    if optim.warmup_steps < plan.total_steps:
+        return None
+    return (
+        f"note: the warm-up of {optim.warmup_steps:,} steps is as long as the run: the learning rate ends at "
+        f"{optim.lr * plan.total_steps / optim.warmup_steps:.2e} and never reaches optim.lr={optim.lr}"
+    )
+
+
+def with_classes(cfg: ExperimentConfig, given: Collection[str]) -> tuple[ExperimentConfig, str | None]:
+    """As `classes_of_shards`, but a run that is resumed keeps the number of classes that it began with."""
+    begun = _classes_of_run(cfg.run.dir)
+    if begun is None or CLASSES_KEY in given:
+        return classes_of_shards(cfg, given)
+    return with_num_classes(cfg, begun, f"that of the checkpoints in {cfg.run.dir}")
+
+
+def _classes_of_run(folder: str) -> int | None:
+    """model.num_classes of a run's newest checkpoint; None where there is none that says it."""
+    steps = saved_steps(folder)
+    if not steps:
+        return None
+    saved = open_checkpoint(Path(folder) / CHECKPOINTS / step_name(steps[0])).meta["config"]
+    model = saved.get("model") if isinstance(saved, dict) else None
+    found = model.get("num_classes") if isinstance(model, dict) else None
+    return found if is_count(found) else None
 
 
 def data_order(cfg: ExperimentConfig, tokens: TokenSet, objective: Objective) -> BatchOrder | GroupedOrder:

@@ -124,7 +124,7 @@ class Metric(ABC):
     name: str  # unique in the list; the key in result.json, unless `numbers` says otherwise
     network: str  # whose features it reads: a row of networks/__init__.py, `classifier`, `pixels` or `reconstruction`
     against_references: bool  # False: of the scored images alone
-    columns: Sequence[Column] = ()  # in the printed table; those of classifier and pixels have none
+    columns: Sequence[Column] = ()  # in the printed table
     label: str = ""  # in reports, with {reference} in place of the name of a reference
     digits: int = 3  # decimal places in reports
     resamples = False  # whether `resampled` gives bootstrap draws; such a metric has one number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rear_scale.evaluate.metrics.base import Inputs, ReferenceMetric, ReferenceSet, SampleMetric
+from rear_scale.evaluate.metrics.base import Column, Inputs, ReferenceMetric, ReferenceSet, SampleMetric
 from rear_scale.evaluate.metrics.distances import frechet_distance
 
 
@@ -15,6 +15,7 @@ class ClassAccuracy(SampleMetric):
     name = "class_accuracy"
     network = "classifier"
     label, digits = "class accuracy of the samples", 3
+    columns = (Column("accuracy", 3, lambda values: values.get("class_accuracy")),)
 
     def score(self, inputs: Inputs) -> float | None:
         labels, classes = inputs.samples.column("label"), inputs.samples.column("classes")
@@ -27,6 +28,7 @@ class ClassifierDistance(ReferenceMetric):
     name = "frechet_distance"
     network = "classifier"
     label, digits = "Fréchet distance to the {reference} images", 2
+    columns = (Column("Fréchet", 2, lambda values: values.get("frechet_distance")),)
 
     def score(self, inputs: Inputs, reference: ReferenceSet) -> float | None:
         own, other = inputs.samples.moments("features"), reference.moments("features")
@@ -42,6 +44,7 @@ class NearestDistance(ReferenceMetric):
     name = "nearest_distance"
     network = "pixels"
     label, digits = "distance to the nearest {reference} image", 1
+    columns = (Column("nearest", 1, lambda values: values.get("nearest_distance")),)
 
     def score(self, inputs: Inputs, reference: ReferenceSet) -> float:
         distances = inputs.samples.column(reference.name)

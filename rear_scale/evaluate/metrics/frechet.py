@@ -16,6 +16,7 @@ from rear_scale.evaluate.metrics.distances import frechet_distance
 from rear_scale.evaluate.metrics.moments import Moments, MomentSums
 
 _EXTRAPOLATION_POINTS = 8
+SINGULAR = "singular covariance"  # in the notes of distances
 
 
 class FrechetDistance(Metric):
@@ -57,7 +58,7 @@ class FrechetDistance(Metric):
 
     def _singular(self, count: int, size: int, whose: str) -> str:
         return (
-            f"{self.name}: {count:,} {whose} images give a singular covariance of {size} features; the value is exact for "
+            f"{self.name}: {count:,} {whose} images give a {SINGULAR} of {size} features; the value is exact for "
             "them, but compares only with values of as many"
         )
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from rear_scale.evaluate.metrics.base import Inputs, Metric, Output, SampleMetric
+from rear_scale.evaluate.metrics.base import Column, Inputs, Metric, Output, SampleMetric
 from rear_scale.evaluate.metrics.distances import codebook_use
 
 
@@ -19,6 +19,7 @@ class Psnr(Metric):
     name = "psnr"
     network = "reconstruction"
     against_references = False
+    columns = (Column("PSNR", 2, lambda values: values.get("psnr")),)
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         return [partial(self._parts, inputs)]
@@ -36,6 +37,7 @@ class Lpips(SampleMetric):
 
     name = "lpips"
     network = "reconstruction"
+    columns = (Column("LPIPS", 3, lambda values: values.get("lpips")),)
 
     def score(self, inputs: Inputs) -> float | None:
         distances = inputs.samples.column("lpips")
@@ -48,6 +50,7 @@ class TokenUse(Metric):
     name = "codebook_used"
     network = "reconstruction"
     against_references = False
+    columns = (Column("codes used", 3, lambda values: values.get("codebook_used")),)
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         return [partial(self._parts, inputs)]

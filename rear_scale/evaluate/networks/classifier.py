@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.config import ClassifierConfig, InputError
 from rear_scale.files import file_sha256
-from rear_scale.progress import progress
-from rear_scale.shards.images import open_images
+from rear_scale.progress import progress, say
+from rear_scale.shards.images import ImageShards, open_images, read_image_index
+from rear_scale.shards.sources import load_labelled, open_source
 from rear_scale.tokenizer.compact_training import to_unit_range
 from rear_scale.weight_file import fill, read_training, read_weights, write_weights
 
@@ -81,27 +82,44 @@ class ClassifierFeatures:
         return {"features": features.float().cpu().numpy(), "classes": classes.cpu().numpy()}
 
 
-def training_settings(cfg: ClassifierConfig) -> dict[str, Any]:
-    """What the weights depend on, by field. Raises InputError when the images are not there."""
-    shards = open_images(cfg.images)
-    identity = hashlib.sha256("".join(shard.sha256 for shard in shards.shards).encode()).hexdigest()
+def class_names(cfg: ClassifierConfig) -> list[str] | None:
+    """The names of the classes by id; None where the images are gone, or do not name them."""
+    if not _is_there(cfg.images):
+        return None
+    shards = _shards_of_one_size(cfg.images)
+    return shards.class_names if shards else open_source(cfg.images).class_names
+
+
+def training_settings(cfg: ClassifierConfig, image_size: int) -> dict[str, Any]:
+    """What the weights depend on, by field. Raises InputError when the images are not there.
+
+    image_size: pixels of the side to which images are cropped that are no shards of one size.
+    """
+    shards = _shards_of_one_size(cfg.images)
+    if shards is not None:
+        identity = hashlib.sha256("".join(shard.sha256 for shard in shards.shards).encode()).hexdigest()
+        names: list[str] | None = shards.class_names
+    else:
+        source = open_source(cfg.images)
+        identity = hashlib.sha256(f"{source.fingerprint} {image_size}".encode()).hexdigest()
+        names = source.class_names
     prefix = "evaluate.classifier"
     return {
         f"{prefix}.images": identity[:16],
         **{f"{prefix}.{name}": getattr(cfg, name) for name in ("steps", "batch_size", "lr", "seed")},
-        "class_names": shards.class_names,
+        "class_names": names,
     }
 
 
-def check_same_training(cfg: ClassifierConfig) -> None:
+def check_same_training(cfg: ClassifierConfig, image_size: int) -> None:
     """Raises InputError when the weights, which are there, were trained on other images or with other settings.
 
     A file that does not say so, and images that are gone, are taken as they are.
     """
     before = read_training(cfg.weights)
-    if not before or not (Path(cfg.images) / "index.json").is_file():
+    if not before or not _is_there(cfg.images):
         return
-    for field, value in training_settings(cfg).items():
+    for field, value in training_settings(cfg, image_size).items():
         if before.get(field) != value:
             raise InputError(
                 f"{field}={value}, but {cfg.weights} was trained with {before.get(field)}. Set it back, name another "
@@ -109,12 +127,16 @@ def check_same_training(cfg: ClassifierConfig) -> None:
             )
 
 
-def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:
-    """Trains on cfg.images and writes cfg.weights. One process; a second or so per hundred steps on small images."""
-    shards = open_images(cfg.images)
-    pixels, labels = (torch.from_numpy(part) for part in shards.load())
+def train_classifier(cfg: ClassifierConfig, device: torch.device, image_size: int) -> None:
+    """Trains on cfg.images and writes cfg.weights. One process; a second or so per hundred steps on small images.
+
+    image_size: see `training_settings`. Raises InputError when the images are not there or cannot be read.
+    """
+    settings = training_settings(cfg, image_size)
+    images, classes, num_classes = _load(cfg.images, image_size)
+    pixels, labels, size = torch.from_numpy(images), torch.from_numpy(classes), images.shape[1]
     torch.manual_seed(cfg.seed)
-    classifier = Classifier(shards.image_size, len(shards.class_names)).to(device)
+    classifier = Classifier(size, num_classes).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=cfg.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps)
     with progress("train classifier", cfg.steps, "step") as bar:
@@ -122,10 +144,10 @@ def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:
             generator = torch.Generator().manual_seed(rng.fold(cfg.seed, rng.Purpose.CLASSIFIER_BATCH, step))
             chosen = torch.randint(len(pixels), (cfg.batch_size,), generator=generator)
             # Shifted, so that it judges shapes and not places.
-            images = F.pad(to_unit_range(pixels[chosen].to(device)), [_SHIFT] * 4)
+            batch = F.pad(to_unit_range(pixels[chosen].to(device)), [_SHIFT] * 4)
             top, left = torch.randint(2 * _SHIFT + 1, (2,), generator=generator).tolist()
-            images = images[:, :, top : top + shards.image_size, left : left + shards.image_size]
-            loss = F.cross_entropy(classifier(images), labels[chosen].to(device))
+            batch = batch[:, :, top : top + size, left : left + size]
+            loss = F.cross_entropy(classifier(batch), labels[chosen].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -133,4 +155,28 @@ def train_classifier(cfg: ClassifierConfig, device: torch.device) -> None:
             bar.update()
     path = Path(cfg.weights)
     path.parent.mkdir(parents=True, exist_ok=True)
-    classifier.save(path, training_settings(cfg))
+    classifier.save(path, settings)
+
+
+def _load(folder: str, image_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Images uint8 [n, S, S, 3], their class ids int64 [n], and the number of classes."""
+    if shards := _shards_of_one_size(folder):
+        images, labels = shards.load()
+        return images, labels, len(shards.class_names)
+    source = open_source(folder)
+    source.say_notes()
+    images, labels, skipped = load_labelled(source, image_size)
+    for name, reason in skipped:
+        say(f"skipped {name}: {reason}")
+    return images, labels, int(labels.max()) + 1 if source.class_names is None else len(source.class_names)
+
+
+def _shards_of_one_size(folder: str) -> ImageShards | None:
+    """The image shards in a folder; None where it has no manifest of such, or one of images of several sizes."""
+    if not (Path(folder) / "index.json").is_file() or read_image_index(folder)["image_size"] is None:
+        return None
+    return open_images(folder)
+
+
+def _is_there(folder: str) -> bool:
+    return Path(folder).is_dir() and any(Path(folder).iterdir())
