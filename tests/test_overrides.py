@@ -267,7 +267,7 @@ def test_paths_of_a_saved_config_are_found_from_the_folder_of_the_run(
     assert cfg.tokenizer.weights == f"{project}/w.bin"
     assert cfg.evaluate.reference == {"a": f"{project}/data/train", "b": "data/none", "c": "w.bin"}
     assert (cfg.run.dir, cfg.data.cache_dir) == ("data/train", "data/train")
-    assert (
-        lines[0] == f"tokenizer.weights=w.bin is not here: {project}/w.bin is taken, found from the folder of the run"
-    )
-    assert len(lines) == 3
+    assert lines == [
+        f"taken from {project}, as they are not here: tokenizer.weights=w.bin, data.train=data/train, "
+        "evaluate.reference.a=data/train"
+    ]

@@ -62,12 +62,12 @@ def taken(values: Any, source: str) -> dict[str, Any]:
 
 def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> list[str]:
     """Sets relative paths of files to read that are not here, but in the folder of the run or one above it: the config was
-    saved by a command in another folder. Returns a line for the user for each.
+    saved by a command in another folder. Returns a line for the user for each folder that they are found from.
 
     folder: of the run. given: dotted keys that the user has set, whose paths stay.
     """
     bases = [base for base in (folder.resolve(), *folder.resolve().parents) if base != base.parent]
-    lines = []
+    found_in: dict[Path, list[str]] = {}
     for key, own in declarations(ExperimentConfig).items():
         if not own.reads or key in given:
             continue
@@ -79,21 +79,21 @@ def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> l
         places, labels = (value, f"{key}.") if isinstance(value, dict) else ({name: value}, "")
         for entry, text in places.items():
             label = f"{labels}{entry}" if labels else key
-            if label in given or not isinstance(text, str) or not (found := _elsewhere(text, bases)):
+            if label in given or not isinstance(text, str) or (base := _base_of(text, bases)) is None:
                 continue
-            lines.append(f"{label}={text} is not here: {found} is taken, found from the folder of the run")
+            found_in.setdefault(base, []).append(f"{label}={text}")
             if labels:
-                value[entry] = found
+                value[entry] = str(base / text)
             else:
-                setattr(section, name, found)
-    return lines
+                setattr(section, name, str(base / text))
+    return [f"taken from {base}, as they are not here: {', '.join(paths)}" for base, paths in found_in.items()]
 
 
-def _elsewhere(text: str, bases: Iterable[Path]) -> str | None:
-    """Where a relative path leads from the first of some folders; None where it leads somewhere from here, or from none."""
+def _base_of(text: str, bases: Iterable[Path]) -> Path | None:
+    """The first of some folders from which a relative path leads somewhere; None where it does so from here, or from none."""
     if text.startswith(("/", "~")) or is_remote(text) or os.path.exists(text):
         return None
-    return next((str(base / text) for base in bases if os.path.exists(base / text)), None)
+    return next((base for base in bases if os.path.exists(base / text)), None)
 
 
 def _is_inside(folder: Any) -> bool:
