@@ -5,7 +5,7 @@
 
 writes OUT/train (60,000 images), OUT/val (10,000) and OUT/held_in (as many training images as there are in val, which give a
 distance of real images from real images). The grey 28 x 28 pictures get a black border to 32 x 32. A finished folder is left
-as it is. --share 0.2 takes a fifth of each part, evenly over the classes.
+as it is. --fraction 0.2 takes a fifth of each part, evenly over the classes.
 
 Source: Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; licence MIT. Nothing is downloaded.
 """
@@ -53,15 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=SOURCE, help=f"folder of the four files (default: {SOURCE})")
     parser.add_argument("--out", type=Path, required=True, help="folder; its train/, val/ and held_in/ are written")
-    parser.add_argument("--share", type=float, default=1.0, metavar="F", help="fraction of each part (default: all)")
+    parser.add_argument("--fraction", type=float, default=1.0, metavar="F", help="fraction of each part (default: all)")
     args = parser.parse_args()
-    if not 0 < args.share <= 1:
-        raise InputError(f"--share={args.share:g} is not above 0 and at most 1. Use 0.2 for a fifth")
+    if not 0 < args.fraction <= 1:
+        raise InputError(f"--fraction={args.fraction:g} is not above 0 and at most 1. Use 0.2 for a fifth")
     files = read_files(args.source)
     train = split(files["train-images-idx3-ubyte.gz"], files["train-labels-idx1-ubyte.gz"])
     val = split(files["t10k-images-idx3-ubyte.gz"], files["t10k-labels-idx1-ubyte.gz"])
-    train, val = (evenly(part, round(args.share * len(part[1]))) for part in (train, val))
-    for name, part in (("train", train), ("val", val), ("held_in", evenly(train, len(val[1])))):
+    train, val = (evenly(part, round(args.fraction * len(part[1]))) for part in (train, val))
+    for name, part in (("train", train), ("held_in", evenly(train, len(val[1]))), ("val", val)):
         write_split(args.out / name, *part)
     own = f"tokenizer.training.images={args.out / 'train'}"
     count = f"{len(train[1]):,} images to train on, {len(val[1]):,} to validate on"

@@ -7,10 +7,11 @@
     python data/prepare_imagefolder.py --images PHOTOS --out shards/val --size 32 --split val
 
 Without --size the files go in as they are, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
-which is what an evaluation compares samples with. --split takes a tenth of every class for val, or the others for train;
---val-share sets another fraction. The class id is the position among the sorted folder names, or that of
---class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt. The same command continues after
-a kill and leaves a finished folder as it is; a finished folder of other images or settings is refused.
+which is what an evaluation compares samples with. --split takes a tenth of every class for val, or the others for train, or
+as many of these as there are in val (held_in); --val-fraction sets another fraction. The class id is the position among the
+sorted folder names, or that of --class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt.
+The same command continues after a kill and leaves a finished folder as it is; a finished folder of other images or settings
+is refused.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON")
     parser.add_argument("--exif", choices=EXIF, default="ignore", help="with --size: whether images are turned first")
-    parser.add_argument("--split", choices=("train", "val"), help="only this part of every class (default: all images)")
-    parser.add_argument("--val-share", type=float, help="with --split: fraction of a class in val (default: 0.1)")
+    parser.add_argument(
+        "--split", choices=("train", "val", "held_in"), help="only this part of every class (default: all images)"
+    )
+    parser.add_argument("--val-fraction", type=float, help="with --split: fraction of a class in val (default: 0.1)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="more unreadable files are an error")
     args = parser.parse_args()
     prepare(**vars(args))
@@ -65,7 +68,7 @@ def prepare(
     max_bad_fraction: float,
     exif: str = "ignore",
     split: str | None = None,
-    val_share: float | None = None,
+    val_fraction: float | None = None,
 ) -> None:
     """Raises InputError when `images` is no folder of class folders, or too many files cannot be read."""
     if size is not None and size < 1:
@@ -76,12 +79,12 @@ def prepare(
         raise InputError(
             f"--exif {exif} needs --size: without, files go in as they are. Set pretokenize.exif later instead"
         )
-    part = _split(split, val_share)
+    part = _split(split, val_fraction)
     source = FolderSource(images, read_class_map(class_map) if class_map else None, part)
     source.say_notes()
     inputs: Inputs = {**source.inputs, "--size": size, "--exif": exif}
     if part is not None:
-        inputs = {**inputs, "--split": part.name, "--val-share": part.val_share}
+        inputs = {**inputs, "--split": part.name, "--val-fraction": part.val_fraction}
     if (out / "index.json").exists():
         index = read_image_index(out)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
@@ -121,16 +124,16 @@ def prepare(
     )
 
 
-def _split(name: str | None, val_share: float | None) -> Split | None:
+def _split(name: str | None, val_fraction: float | None) -> Split | None:
     if name is None:
-        if val_share is not None:
+        if val_fraction is not None:
             raise InputError(
-                f"--val-share={val_share:g} needs --split train or --split val. Add it, or leave the fraction out"
+                f"--val-fraction={val_fraction:g} needs --split train or --split val. Add it, or leave the fraction out"
             )
         return None
-    share = 0.1 if val_share is None else val_share
+    share = 0.1 if val_fraction is None else val_fraction
     if not 0 < share < 1:
-        raise InputError(f"--val-share={share:g} is not between 0 and 1. Use 0.1")
+        raise InputError(f"--val-fraction={share:g} is not between 0 and 1. Use 0.1")
     return Split(name, share)
 
 

@@ -1,52 +1,84 @@
-"""The whole path on handwritten digits, from images to trained models, samples and a report.
+"""The whole path on real images, from images to trained models, samples and a report.
 
-scikit-learn's digits -> tokenizer -> tar shards -> training of vanilla AR and reAR with deepspeed -> sampling -> evaluation
--> runs/demo/report.html and runs/demo/summary.json.
+images -> tokenizer -> tar shards -> training of vanilla AR and reAR with deepspeed -> sampling -> evaluation
+-> report.html and summary.json in runs/demo, runs/demo_fashion or runs/demo_FOLDER.
 
     bash launchers/demo.sh              one training seed
     bash launchers/demo.sh --seeds 3    three, with mean and spread
     bash launchers/demo.sh --dry-run    only the commands of all stages
+    bash launchers/demo.sh --data fashion           photographs of clothes (apt install dataset-fashion-mnist)
+    bash launchers/demo.sh --data fashion --quick   the same on a fifth of them
+    bash launchers/demo.sh --data FOLDER            your own images, FOLDER/CLASS/FILE
 
-Run again after a kill, it continues; finished stages are not run again. Overrides go to both trainings.
+Run again after a kill, it continues; finished stages are not run again. Overrides go to every stage that reads a config.
 """
 
 import argparse
+from pathlib import Path
 
 from rear_scale import cli
+from rear_scale.bench.model import use_device
 from rear_scale.config import InputError
-from rear_scale.demo.commands import FOLDER, check_packages, open_folder, stages
+from rear_scale.demo.commands import open_folder, stages
+from rear_scale.demo.own import SIZES, look_at, plan
+from rear_scale.demo.recipe import DIGITS, Recipe, fashion
 from rear_scale.demo.report import write_report
 from rear_scale.demo.summary import accuracy, print_table, write_summary
 from rear_scale.places import as_typed
+from rear_scale.progress import say
 from rear_scale.world import locked
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
+        "--data", default="digits", metavar="digits|fashion|FOLDER", help="what is trained on (default: digits)"
+    )
+    parser.add_argument("--size", choices=SIZES, help="of a folder: 32, 48 or 64 pixels, each with a model for it")
+    parser.add_argument("--quick", action="store_true", help="of fashion: a fifth of the images, for a first look")
+    parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="training seeds 0 .. N-1 of each model (default 1)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands of all stages, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for both trainings")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for every stage with a config")
     args = parser.parse_intermixed_args()
     if args.seeds < 1:
         raise InputError(f"--seeds={args.seeds} must be at least 1. Use --seeds 1")
+    recipe = _recipe(args)
     seeds = list(range(args.seeds))
-    planned = stages(seeds, args.overrides)
+    planned = stages(recipe, seeds, args.overrides)
     if args.dry_run:
         print("\n".join(as_typed(stage.line) for stage in planned))
         return
-    check_packages()
-    in_use = f"{FOLDER} is in use by another demo. Wait for it, or start in another folder"
+    recipe.check_packages()
+    in_use = f"{recipe.folder} is in use by another demo. Wait for it, or start in another folder"
     # Beside the folder, which is moved when it was made by other settings.
-    with locked(FOLDER.with_name(f".{FOLDER.name}.lock"), in_use):
-        folder = open_folder(args.overrides)
+    with locked(recipe.folder.with_name(f".{recipe.folder.name}.lock"), in_use):
+        folder = open_folder(recipe, args.overrides)
         folder.run_all(planned)
-        summary = write_summary(seeds)
-        report = write_report(summary, planned, folder)
-        print_table(summary, report)
+        summary = write_summary(recipe, seeds)
+        report = write_report(recipe, summary, planned, folder)
+        print_table(recipe, summary, report)
     best = f"class accuracy of reAR's samples {accuracy(summary)}"
     cli.end(report, best, cli.typed("sample", "--checkpoint", summary["rear"]["run_dir"]))
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """Raises InputError for data that no demo has, and for an option that the data do not have."""
+    known = args.data in ("digits", "fashion")
+    if args.quick and args.data != "fashion":
+        raise InputError(f"--quick is of --data fashion, not of {args.data}. Leave it out, or set train.total_steps")
+    if args.size and known:
+        raise InputError(f"--size is of --data FOLDER, not of {args.data}. Leave it out")
+    if args.data == "digits":
+        return DIGITS
+    if args.data == "fashion":
+        return fashion(quick=args.quick)
+    folder = look_at(Path(args.data))
+    chosen = plan(folder, args.size, use_device())
+    for line in chosen.lines(folder):
+        say(line)
+    return chosen.recipe
 
 
 if __name__ == "__main__":

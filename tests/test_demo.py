@@ -18,8 +18,9 @@ from helpers import ROOT, command_line, environment, launch
 
 from rear_scale.config import InputError
 from rear_scale.demo import report
-from rear_scale.demo.commands import FOLDER, open_folder, stages
-from rear_scale.demo.summary import SCORES
+from rear_scale.demo.commands import open_folder, stages
+from rear_scale.demo.recipe import DIGITS
+from rear_scale.demo.summary import scores_of
 from rear_scale.world import locked
 
 IMAGES = 200
@@ -38,17 +39,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_start_does_not_touch_what_is_as_it_was(here: Path) -> None:
-    open_folder(["a"])
-    mark = FOLDER / "stages/fingerprint"
+    open_folder(DIGITS, ["a"])
+    mark = DIGITS.folder / "stages/fingerprint"
     before = mark.stat()
-    open_folder(["a"])
+    open_folder(DIGITS, ["a"])
     assert (mark.stat().st_ino, mark.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    open_folder(["b"])
-    assert (FOLDER.with_name("demo.old1") / "stages/fingerprint").exists()
+    open_folder(DIGITS, ["b"])
+    assert (DIGITS.folder.with_name("demo.old1") / "stages/fingerprint").exists()
 
 
 def summary_of(rate: float) -> dict:
-    scores = dict.fromkeys(SCORES, 0.25)
+    scores = dict.fromkeys(scores_of(DIGITS), 0.25)
     ratios = {"ctr_train": {"mean": 0.75, "std": 0.0, "values": [0.75]}, "ctr_clean": 0.5}
     return {
         "seeds": [0],
@@ -65,7 +66,7 @@ def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPat
     result = SimpleNamespace(
         sample={"guidance": {"schedule": "linear", "scale": 3}}, tokens={"val_noisy": {"draws": 5}}
     )
-    section = report._scores(summary_of(0.35), result)
+    section = report._scores(DIGITS, summary_of(0.35), result)
     text = " ".join(section.text)
     assert "with probability 0.35 by a random one, over 5 fixed draws" in text
     assert "vanilla AR 0.750 against 0.500; reAR 0.250 against 0.250" in text
@@ -74,7 +75,7 @@ def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPat
         {"step": n, "images_seen": n, "noise_max": max(0, 4 - n), "loss_ar": 1.0, "accuracy": 0.5} for n in range(1, 6)
     ]
     monkeypatch.setattr(report, "read_metrics", lambda run: steps)
-    assert "up to step 3 of 5" in " ".join(report._training(0).text)
+    assert "up to step 3 of 5" in " ".join(report._training(DIGITS, 0).text)
 
 
 def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -93,7 +94,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_wrong_arguments_leave_good_results_where_they_are(
     here: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: str
 ) -> None:
-    open_folder(SHORT)
+    open_folder(DIGITS, SHORT)
     with pytest.raises(InputError, match=expected):
         demo(monkeypatch, override)
     assert [path.name for path in (here / "runs").iterdir()] == ["demo"]
@@ -137,7 +138,7 @@ def check_results(folder: Path, seeds: int) -> dict:
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["seeds"] == list(range(seeds))
     for model in ("ar", "rear"):
-        for name in SCORES:
+        for name in scores_of(DIGITS):
             value = summary[model][name]
             if seeds > 1:
                 assert value["mean"] == pytest.approx(np.mean(value["values"]))
@@ -152,7 +153,7 @@ def check_results(folder: Path, seeds: int) -> dict:
         assert (folder / summary[model]["samples"]).with_suffix(".png").exists()
     report = (demo / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5
-    for stage in stages(list(range(seeds)), SHORT):
+    for stage in stages(DIGITS, list(range(seeds)), SHORT):
         assert " ".join(stage.command[-3:]) in report.replace("&#39;", "")
     return summary
 
@@ -203,7 +204,7 @@ def test_a_kill_in_every_stage_changes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0
     kills = 0
     chance = random.Random(0)
-    for stage in stages([0, 1], SHORT):
+    for stage in stages(DIGITS, [0, 1], SHORT):
         log = tmp_path / "killed/runs/demo/logs" / f"{stage.name}.log"
         kill_when(start(tmp_path / "killed", *arguments), log, delay=chance.uniform(0, 6))
         kills += 1

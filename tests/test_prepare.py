@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 
 def test_clothes_become_shards_of_even_classes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = source / "out"
-    run(monkeypatch, "--source", source, "--out", out, "--share", "0.5")
+    run(monkeypatch, "--source", source, "--out", out, "--fraction", "0.5")
     for name, count in (("train", 20), ("val", 10), ("held_in", 10)):
         shards = open_images(out / name)
         images, labels = shards.load()
@@ -56,7 +56,7 @@ def test_clothes_become_shards_of_even_classes(source: Path, monkeypatch: pytest
     train, held_in = ({image.tobytes() for image in open_images(out / name).load()[0]} for name in ("train", "held_in"))
     assert held_in < train
     before = (out / "train/index.json").stat().st_mtime_ns
-    run(monkeypatch, "--source", source, "--out", out, "--share", "0.5")
+    run(monkeypatch, "--source", source, "--out", out, "--fraction", "0.5")
     assert (out / "train/index.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="is finished, but of other inputs"):
         run(monkeypatch, "--source", source, "--out", out)
@@ -88,6 +88,9 @@ def test_a_split_is_even_stable_and_leaves_no_part_empty() -> None:
     assert [a != b for a, b in zip(train, val, strict=True)] == [True] * len(files)
     chosen = [name for (_, name), member in zip(files, val, strict=True) if member]
     assert [sum(name.startswith(label) for name in chosen) for label in "abc"] == [3, 1, 0]
+    held_in = Split("held_in", 0.1).members(files)
+    assert sum(held_in) == 4
+    assert all(not inner or outer for inner, outer in zip(held_in, train, strict=True))
     more = Split("val", 0.1).members([*files, ("a", "a/new.png")])
     kept = {name for (_, name), member in zip(files, more, strict=False) if member}
     assert len(set(chosen) - kept) <= 1
@@ -101,11 +104,11 @@ def test_parts_of_a_folder_have_the_class_ids_of_the_whole(tmp_path: Path) -> No
             picture = Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8))
             picture.save(tmp_path / "photos" / label / f"{number}.png")
     for part in ("train", "val"):
-        folders.prepare(tmp_path / "photos", tmp_path / part, 8, None, 0.1, split=part, val_share=0.25)
+        folders.prepare(tmp_path / "photos", tmp_path / part, 8, None, 0.1, split=part, val_fraction=0.25)
     train, val = (open_images(tmp_path / part) for part in ("train", "val"))
     assert (train.label_counts, val.label_counts) == ([1, 9, 9], [0, 3, 3])
     assert train.class_names == val.class_names == ["ant", "bee", "cat"]
-    with pytest.raises(InputError, match="finished, but of other inputs: --val-share 0.25 then, 0.5 now"):
-        folders.prepare(tmp_path / "photos", tmp_path / "val", 8, None, 0.1, split="val", val_share=0.5)
-    with pytest.raises(InputError, match="--val-share=0.5 needs --split"):
-        folders.prepare(tmp_path / "photos", tmp_path / "x", 8, None, 0.1, val_share=0.5)
+    with pytest.raises(InputError, match="finished, but of other inputs: --val-fraction 0.25 then, 0.5 now"):
+        folders.prepare(tmp_path / "photos", tmp_path / "val", 8, None, 0.1, split="val", val_fraction=0.5)
+    with pytest.raises(InputError, match="--val-fraction=0.5 needs --split"):
+        folders.prepare(tmp_path / "photos", tmp_path / "x", 8, None, 0.1, val_fraction=0.5)

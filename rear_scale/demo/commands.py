@@ -1,126 +1,157 @@
-"""The commands of the demo as stages, and its folder."""
+"""The commands of a demo as stages, and its folder."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rear_scale.config import CONFIG_DIR, InputError, derive, load
+from rear_scale.config import CONFIG_DIR, derive
+from rear_scale.demo.recipe import MODELS, TITLES, Recipe
 from rear_scale.files import write_text_atomically
-from rear_scale.places import PACKAGE, commands, how_to_install
+from rear_scale.places import PACKAGE, commands
 from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
-
-FOLDER = Path("runs/demo")  # relative to the current directory, as configs/demo.yaml has it
-MODELS = {"ar": "demo_ar.yaml", "rear": "demo.yaml"}
-
-_GRID_EVERY_IMAGES = 19_200  # 300 steps
+from rear_scale.shards.inputs import Inputs
 
 
-def run_folder(model: str, seed: int) -> Path:
-    return FOLDER / f"{model}_seed{seed}"
+def stages(recipe: Recipe, seeds: list[int], overrides: Sequence[str]) -> list[Stage]:
+    """All stages up to the report. The overrides go to every command that reads a config.
 
-
-def samples_file(model: str, seed: int) -> Path:
-    return run_folder(model, seed) / "samples.npz"
-
-
-def stages(seeds: list[int], overrides: list[str]) -> list[Stage]:
-    """All stages up to the report. The overrides go to both trainings. Raises InputError for what these would refuse."""
-    for config in MODELS.values():
-        derive(load(config, overrides), _num_processes(), None)
-    images, tokens = FOLDER / "images", FOLDER / "tokens"
-    command = ["python", "data/prepare_digits.py", "--out", str(images)]
-    digits = Stage("images", "digits as image shards", command, (images / "val/index.json",))
-    command = ["python", "launchers/train_tokenizer.py", "--config", "demo.yaml"]
-    weights = Path(load("demo.yaml").tokenizer.weights)
-    tokenizer = Stage("tokenizer", "train the tokenizer", command, (weights,), {"images": digits.key})
-    encoded = [
-        Stage(
-            f"tokens_{split}",
-            f"images to token shards ({split})",
-            [*_torchrun(), "launchers/pretokenize.py", "--config", "demo.yaml",
-             f"pretokenize.images={images / split}", f"pretokenize.out={tokens / split}"],
-            (tokens / split / "index.json",),
-            {"tokenizer": tokenizer.key},
-            _num_processes(),
-        )
-        for split in ("train", "val")
-    ]  # fmt: skip
-    found = [digits, tokenizer, *encoded]
+    Raises InputError for what these commands would refuse.
+    """
+    for model in MODELS:
+        derive(recipe.load(model, overrides), num_processes(), None)
+    maker = _Maker(recipe, tuple(overrides))
+    images = maker.images()
+    tokenizer = maker.tokenizer(images[-1])
+    tokens = [maker.tokens(split, tokenizer) for split in ("train", "val")]
+    found = [*images, tokenizer, *tokens]
+    if recipe.yardsticks:
+        found += maker.yardsticks(tokenizer)
     for seed in seeds:
-        # The report shows the first seed.
-        shown = [f"sample.grid_every_images={_GRID_EVERY_IMAGES}"] if seed == seeds[0] else []
         for model in MODELS:
-            found += _model_stages(model, seed, [*shown, *overrides], encoded)
+            # The report shows the first seed.
+            found += maker.of_model(model, seed, tokens, with_sheets=seed == seeds[0])
     return found
 
 
-def check_packages() -> None:
-    """Raises InputError when a package is not installed that only the demo needs: the digits come with scikit-learn, and
-    DeepSpeed trains on them."""
-    for package, module in (("scikit-learn", "sklearn"), ("deepspeed", "deepspeed")):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"the demo needs the package {package}, which is not installed. Install it: {how_to_install(package)}"
-            )
+@dataclass(frozen=True)
+class _Maker:
+    """Stages of one recipe."""
 
+    recipe: Recipe
+    overrides: tuple[str, ...]  # the user's
 
-def _model_stages(model: str, seed: int, overrides: list[str], tokens: list[Stage]) -> list[Stage]:
-    """Training, sampling and evaluation of one model with one seed."""
-    label = f"{'vanilla AR' if model == 'ar' else 'reAR'}, seed {seed}"
-    run, samples = run_folder(model, seed), samples_file(model, seed)
-    processes = _num_processes()
-    train = Stage(
-        f"train_{model}_{seed}",
-        f"train {label}",
-        ["deepspeed", "--num_gpus", str(processes), "launchers/train.py", "--config", MODELS[model],
-         f"run.name={run.name}", f"run.dir={run}", f"run.seed={seed}", *overrides],
-        (run / "checkpoints/latest",),
-        {stage.name: stage.key for stage in tokens},
-        processes,
-    )  # fmt: skip
-    sample = Stage(
-        f"sample_{model}_{seed}",
-        f"sample {label}",
-        [*_torchrun(), "launchers/sample.py", "--checkpoint", str(run), "--out", str(samples)],
-        (samples,),
-        {"training": train.key},
-        processes,
-    )
-    evaluate = Stage(
-        f"evaluate_{model}_{seed}",
-        f"evaluate {label}",
-        [*_torchrun(), "launchers/evaluate.py", "--checkpoint", str(run), "--samples", str(samples)],
-        (run / "result.json",),
-        {"samples": sample.key},
-        processes,
-    )
-    return [train, sample, evaluate]
+    def images(self) -> list[Stage]:
+        """The last of them writes the validation images."""
+        stages: list[Stage] = []
+        for split, (title, command) in self.recipe.prepare.items():
+            inputs: Inputs = {stage.name: stage.key for stage in stages}
+            name = "images" if split == "val" else f"images_{split}"
+            stages.append(Stage(name, title, command, (self.recipe.images / split / "index.json",), inputs))
+        return stages
+
+    def tokenizer(self, images: Stage) -> Stage:
+        weights = self.recipe.load("rear", self.overrides).tokenizer.weights
+        assert weights is not None
+        command = ["python", "launchers/train_tokenizer.py", *self._config("rear")]
+        return Stage("tokenizer", "train the tokenizer", command, (Path(weights),), {"images": images.key})
+
+    def tokens(self, split: str, tokenizer: Stage) -> Stage:
+        images, tokens = self.recipe.images / split, self.recipe.folder / "tokens" / split
+        return Stage(
+            f"tokens_{split}",
+            f"images to token shards ({split})",
+            [*_torchrun(), "launchers/pretokenize.py", *self._config("rear"),
+             f"pretokenize.images={images}", f"pretokenize.out={tokens}"],
+            (tokens / "index.json",),
+            {"tokenizer": tokenizer.key},
+            num_processes(),
+        )  # fmt: skip
+
+    def yardsticks(self, tokenizer: Stage) -> list[Stage]:
+        """Scores of what no generator can beat: the tokenizer's reconstructions, and real images."""
+        recipe, command = self.recipe, [*_torchrun(), "launchers/evaluate.py", *self._config("rear")]
+        return [
+            Stage(
+                "reconstruct",
+                "score the tokenizer's reconstructions",
+                [*command, "--reconstruct", str(recipe.images / "val"), "--out", str(recipe.reconstruction)],
+                (recipe.reconstruction,),
+                {"tokenizer": tokenizer.key},
+                num_processes(),
+            ),
+            Stage(
+                "held_in",
+                "score real images of the training part",
+                [*command, "--samples", str(recipe.images / "held_in"), "--out", str(recipe.held_in)],
+                (recipe.held_in,),
+                {"tokenizer": tokenizer.key},
+                num_processes(),
+            ),
+        ]
+
+    def of_model(self, model: str, seed: int, tokens: list[Stage], *, with_sheets: bool) -> list[Stage]:
+        """Training, sampling and evaluation of one model with one seed. with_sheets: of samples during training."""
+        label = f"{TITLES[model]}, seed {seed}"
+        run, samples = self.recipe.run_folder(model, seed), self.recipe.samples_file(model, seed)
+        sheets = [f"sample.grid_every_images={self.recipe.grid_every_images}"] if with_sheets else []
+        train = Stage(
+            f"train_{model}_{seed}",
+            f"train {label}",
+            ["deepspeed", "--num_gpus", str(num_processes()), "launchers/train.py", "--config", self.recipe.config(model),
+             f"run.name={run.name}", f"run.dir={run}", f"run.seed={seed}", *sheets, *self.overrides],
+            (run / "checkpoints/latest",),
+            {stage.name: stage.key for stage in tokens},
+            num_processes(),
+        )  # fmt: skip
+        sample = Stage(
+            f"sample_{model}_{seed}",
+            f"sample {label}",
+            [*_torchrun(), "launchers/sample.py", "--checkpoint", str(run), "--out", str(samples)],
+            (samples,),
+            {"training": train.key},
+            num_processes(),
+        )
+        evaluate = Stage(
+            f"evaluate_{model}_{seed}",
+            f"evaluate {label}",
+            [*_torchrun(), "launchers/evaluate.py", "--checkpoint", str(run), "--samples", str(samples)],
+            (run / "result.json",),
+            {"samples": sample.key},
+            num_processes(),
+        )
+        return [train, sample, evaluate]
+
+    def _config(self, model: str) -> list[str]:
+        return ["--config", self.recipe.config(model), *self.overrides]
 
 
 def _torchrun() -> list[str]:
-    return ["torchrun", "--nproc-per-node", str(_num_processes())]
+    return ["torchrun", "--nproc-per-node", str(num_processes())]
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
     """Two; where there are GPUs, at most one per GPU."""
     return min(2, torch.cuda.device_count()) or 2
 
 
-def open_folder(overrides: list[str]) -> StageFolder:
-    """The demo's folder, after one of other code or other overrides was renamed: its results are not continued."""
-    mark, fingerprint = FOLDER / "stages/fingerprint", _fingerprint(overrides)
+def open_folder(recipe: Recipe, overrides: Sequence[str]) -> StageFolder:
+    """The demo's folder with its configs. One of other code or other overrides is renamed first, and not continued."""
+    folder = recipe.folder
+    mark, fingerprint = folder / "stages/fingerprint", _fingerprint([*map(str, recipe.settings.items()), *overrides])
     if mark.exists() and mark.read_text() != fingerprint:
-        _set_aside()
+        _set_aside(folder)
     if not mark.exists():
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(mark, fingerprint)
-    return StageFolder(FOLDER)
+    recipe.write_configs()
+    return StageFolder(folder)
 
 
 def _fingerprint(overrides: list[str]) -> str:
@@ -132,9 +163,9 @@ def _fingerprint(overrides: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _set_aside() -> None:
+def _set_aside(folder: Path) -> None:
     number = 1
-    while (aside := FOLDER.with_name(f"{FOLDER.name}.old{number}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
-    say(f"{FOLDER} was made by other code or settings: it is kept as {aside}, and the demo starts afresh")
-    shutil.move(FOLDER, aside)
+    say(f"{folder} was made by other code or settings: it is kept as {aside}, and the demo starts afresh")
+    shutil.move(folder, aside)

@@ -1,12 +1,14 @@
-"""report.html of the demo."""
+"""report.html of a demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rear_scale.config import load
-from rear_scale.demo.commands import FOLDER, MODELS, run_folder, samples_file
+import numpy as np
+import torch
+
+from rear_scale.demo.recipe import MODELS, TITLES, Recipe
 from rear_scale.demo.summary import table
 from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.networks.classifier import NUM_FEATURES
@@ -17,24 +19,28 @@ from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.sample.sheets import FOLDER as GRIDS
+from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards.images import open_images
+from rear_scale.tokenizer import open_tokenizer
+from rear_scale.tokenizer.base import to_unit_range
 
 _PER_CLASS = 12
-_TITLES = {"ar": "vanilla AR", "rear": "reAR"}
+_RECONSTRUCTED = 24  # images that are shown beside their reconstructions
 
 
-def write_report(summary: dict[str, Any], stages: list[Stage], folder: StageFolder) -> Path:
+def write_report(recipe: Recipe, summary: dict[str, Any], stages: list[Stage], folder: StageFolder) -> Path:
     """Writes FOLDER/report.html from finished stages. Returns its path."""
-    path = FOLDER / "report.html"
+    path = recipe.folder / "report.html"
     seed = summary["seeds"][0]
-    result = read_result(run_folder("rear", seed) / "result.json")
+    result = read_result(recipe.run_folder("rear", seed) / "result.json")
     write_page(
         path,
-        "rear_scale demo: reAR and vanilla AR on handwritten digits",
+        f"rear_scale demo: reAR and vanilla AR on {recipe.what}",
         [
-            _samples(seed),
-            _scores(summary, result),
-            _training(seed),
+            _samples(recipe, seed),
+            _scores(recipe, summary, result),
+            *([_reconstructions(recipe)] if recipe.yardsticks else []),
+            _training(recipe, seed),
             _commands(stages, folder),
             _versions(result),
         ],
@@ -42,62 +48,105 @@ def write_report(summary: dict[str, Any], stages: list[Stage], folder: StageFold
     return path
 
 
-def _samples(seed: int) -> Section:
-    cfg = load("demo.yaml")
-    digits, labels = open_images(cfg.evaluate.reference["validation"]).load()
-    pictures = [Picture(grid(class_rows(digits, labels, _PER_CLASS), _PER_CLASS), "real validation digits")]
+def _samples(recipe: Recipe, seed: int) -> Section:
+    real, labels = open_images(recipe.images / "val").load()
+    pictures = [Picture(grid(class_rows(real, labels, _PER_CLASS), _PER_CLASS), "real validation images")]
     for model in MODELS:
-        images, classes = read_samples(samples_file(model, seed))
+        images, classes = read_samples(recipe.samples_file(model, seed))
         assert classes is not None
-        pictures.append(Picture(grid(class_rows(images[:], classes, _PER_CLASS), _PER_CLASS), _TITLES[model]))
+        pictures.append(Picture(grid(class_rows(images[:], classes, _PER_CLASS), _PER_CLASS), TITLES[model]))
     text = f"Each row is a class. Training seed {seed}; the first {_PER_CLASS} samples of each class, not selected."
     return Section("Samples", [text], pictures=pictures)
 
 
-def _scores(summary: dict[str, Any], result: Result) -> Section:
-    header, rows = table(summary)
-    assert result.sample is not None
-    assert result.tokens is not None
-    guidance, draws = result.sample["guidance"], result.tokens["val_noisy"]["draws"]
-    size = load("demo.yaml").tokenizer.image_size
-    ratios = [
-        f"{_TITLES[model]} {_mean(summary[model]['ctr_train']):.3f} against {_mean(summary[model]['ctr_clean']):.3f}"
-        for model in MODELS
+@torch.inference_mode()
+def _reconstructions(recipe: Recipe) -> Section:
+    cfg = recipe.load("rear")
+    tokenizer = open_tokenizer(cfg.tokenizer, torch.device("cpu"))
+    originals = np.stack([image for image, _ in open_images(recipe.images / "val").read(0, _RECONSTRUCTED)])
+    tokens = tokenizer.encode(to_unit_range(torch.from_numpy(originals)))
+    decoded = to_uint8(tokenizer.decode(tokens).float(), cfg.sample.uint8_rounding)
+    text = (
+        f"Every generator draws {cfg.tokenizer.num_tokens} tokens of {cfg.tokenizer.codebook_size} codes per image, so none "
+        "can do better than the tokenizer does on real images: its distances are the floor of theirs."
+    )
+    pictures = [
+        Picture(grid(originals, _PER_CLASS), "validation images"),
+        Picture(grid(decoded, _PER_CLASS), "the same through the tokenizer"),
     ]
-    text = f"""
-Training seeds behind each number: {len(summary["seeds"])}. {summary["num_samples"]:,} samples per seed, {guidance["schedule"]}
-guidance at scale {guidance["scale"]}. A ± is the standard deviation over seeds.
+    return Section("The tokenizer", [text], pictures=pictures)
 
+
+def _scores(recipe: Recipe, summary: dict[str, Any], result: Result) -> Section:
+    header, rows = table(recipe, summary)
+    assert result.sample is not None
+    guidance = result.sample["guidance"]
+    drawn = f"""
+Training seeds behind each number: {len(summary["seeds"])}. {summary["num_samples"]:,} samples per seed, {guidance["schedule"]}
+guidance at scale {guidance["scale"]}. A ± is the standard deviation over seeds."""
+    paragraphs = [drawn, *(_on_a_network() if recipe.yardsticks else _on_digits(recipe)), *_on_tokens(summary, result)]
+    return Section("Scores", [" ".join(part.split()) for part in paragraphs], Table(header, rows))
+
+
+def _on_digits(recipe: Recipe) -> list[str]:
+    size = recipe.load("rear").tokenizer.image_size
+    return [
+        f"""
 These are not FID figures: Inception says little about digits of {size} pixels. The Fréchet distance here is taken on
 {NUM_FEATURES} features of a small digit classifier that was trained on the same training images, and class accuracy is that
-classifier's agreement with the class that was asked for. Both compare inside this page only.
-
+classifier's agreement with the class that was asked for. Both compare inside this page only.""",
+        """
 The distance to the nearest training image is a root mean square difference in grey levels (0 to 255), averaged over the
-samples. The last column gives it for real digits that were held out; values far below it would mean copies.
+samples. The last column gives it for real digits that were held out; values far below it would mean copies.""",
+    ]
 
+
+def _on_a_network() -> list[str]:
+    return [
+        """
+These are not FID figures, which are taken on Inception and 256 pixels. The distances, precision, recall, density and coverage
+are taken on the 1,280 features of EfficientNet-Lite0, trained on ImageNet, against the validation images. The column of
+reconstructions holds the validation images after the tokenizer, which no generator can beat; the column of real images holds
+training images, as many as there are validation images. A Fréchet distance falls with the number of samples, so compare
+models with as many samples; the kernel distance does not depend on it.""",
+        f"""
+Class accuracy is the agreement of a small classifier, trained on the training images alone, with the class that was asked for;
+in the column of real images, its accuracy on the validation images. The other Fréchet distance is taken on its
+{NUM_FEATURES} features.""",
+    ]
+
+
+def _on_tokens(summary: dict[str, Any], result: Result) -> list[str]:
+    assert result.tokens is not None
+    draws = result.tokens["val_noisy"]["draws"]
+    ratios = [
+        f"{TITLES[model]} {_mean(summary[model]['ctr_train']):.3f} against {_mean(summary[model]['ctr_clean']):.3f}"
+        for model in MODELS
+    ]
+    return [
+        f"""
 The correct token ratio is the share of right next-token predictions when the true tokens are the context. For the noisy one
 (reAR, appendix C.1), each context token is replaced with probability {summary["replace_rate"]:g} by a random one, over
-{draws} fixed draws that are the same for both models.
-
-What a model has memorised shows in its ratio on training images against that on validation images: {"; ".join(ratios)}."""
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
-    return Section("Scores", paragraphs, Table(header, rows))
+{draws} fixed draws that are the same for both models.""",
+        f"""
+What a model has memorised shows in its ratio on training images against that on validation images: {"; ".join(ratios)}.""",
+    ]
 
 
 def _mean(value: float | dict[str, Any]) -> float:
     return value["mean"] if isinstance(value, dict) else value
 
 
-def _training(seed: int) -> Section:
-    metrics = {_TITLES[model]: read_metrics(run_folder(model, seed)) for model in MODELS}
+def _training(recipe: Recipe, seed: int) -> Section:
+    metrics = {TITLES[model]: read_metrics(recipe.run_folder(model, seed)) for model in MODELS}
     pictures = [
         Picture(curves(metrics, "loss_ar", "cross-entropy per token"), "cross-entropy on the training batches"),
         Picture(curves(metrics, "accuracy", "share of correct predictions"), "accuracy on the training batches"),
     ]
     for model in MODELS:
-        for sheet in sorted((run_folder(model, seed) / GRIDS).glob("*.png")):
-            pictures.append(Picture(sheet.read_bytes(), f"{_TITLES[model]}: samples during training, {sheet.stem}"))
-    steps = read_metrics(run_folder("rear", seed))
+        for sheet in sorted((recipe.run_folder(model, seed) / GRIDS).glob("*.png")):
+            pictures.append(Picture(sheet.read_bytes(), f"{TITLES[model]}: samples during training, {sheet.stem}"))
+    steps = read_metrics(recipe.run_folder("rear", seed))
     last = max((line["step"] for line in steps if line["noise_max"] > 0), default=0)
     text = f"reAR predicts from noisy context up to step {last} of {steps[-1]['step']}, so its curves are worse until then."
     return Section("Training", [text], pictures=pictures)

@@ -123,30 +123,40 @@ def load_labelled(source: ImageSource, image_size: int) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class Split:
-    """One of the two parts of a folder of images: `val`, a fraction of every class, or `train`, the others."""
+    """A part of a folder of images.
+
+    `val` is a fraction of every class, `train` the others. `held_in` is a part of train with as many images as val, as far as
+    there are: the distance of real images from real images is taken on it.
+    """
 
     name: str
-    val_share: float
+    val_fraction: float
+
+    def val_count(self, images: int) -> int:
+        """How many of a class's images are in val."""
+        return min(max(1, round(self.val_fraction * images)), images - 1)
 
     def members(self, files: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each file belongs to the part; files: (class, name).
 
         A hash of the name decides, so that the parts are the same on every machine and new images change little. Every class
-        of at least two images has one in either part.
+        of at least two images has one in train and one in val.
         """
         by_class: dict[str, list[int]] = {}
         for number, (label, _) in enumerate(files):
             by_class.setdefault(label, []).append(number)
-        in_val = [False] * len(files)
+        chosen = [False] * len(files)
         for numbers in by_class.values():
-            count = min(max(1, round(self.val_share * len(numbers))), len(numbers) - 1)
+            count = self.val_count(len(numbers))
             digests = {
                 number: hashlib.sha256(files[number][1].encode("utf-8", "surrogateescape")).digest()
                 for number in numbers
             }
-            for number in sorted(numbers, key=digests.__getitem__)[:count]:
-                in_val[number] = True
-        return [member == (self.name == "val") for member in in_val]
+            ordered = sorted(numbers, key=digests.__getitem__)
+            parts = {"val": ordered[:count], "train": ordered[count:], "held_in": ordered[count : 2 * count]}
+            for number in parts[self.name]:
+                chosen[number] = True
+        return chosen
 
 
 class FolderSource(ImageSource):
