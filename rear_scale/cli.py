@@ -30,6 +30,7 @@ from rear_scale.config.other_names import our_name
 from rear_scale.files import DISK_ERRORS
 from rear_scale.peers import LostRanks
 from rear_scale.progress import say
+from rear_scale.run.folder import is_config_of_run
 from rear_scale.run.stages import STAGE_VARIABLE
 from rear_scale.shards.storage import is_remote, not_checked
 
@@ -114,13 +115,24 @@ def parse(parser: argparse.ArgumentParser) -> Command:
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
-    cfg, given = config.with_home(load_config(args.config, args.overrides)), given_keys(args.config, args.overrides)
+    cfg, given = _config_of(args.config, args.overrides), given_keys(args.config, args.overrides)
     command = Command(cfg, args, world.discover(), given=given)
     # Where both are there, the file of the current folder is meant.
     path, known = Path(args.config), config.CONFIG_DIR / args.config
     if command.ranks.rank == 0 and path.is_file() and known.is_file() and not path.samefile(known):
         say(f"--config {args.config}: {path.resolve()}, not the file of that name in {config.CONFIG_DIR}")
     return command
+
+
+def _config_of(name: str, overrides: Sequence[str]) -> ExperimentConfig:
+    """The config of --config. Paths in that of a run are found from its folder where they are not found from here."""
+    cfg = config.with_home(load_config(name, overrides))
+    if Path(name).is_file() and is_config_of_run(Path(name)):
+        lines = config.found_from(cfg, Path(name).parent, config.override_keys(overrides))
+        if _rank() == 0:
+            for line in lines:
+                say(line)
+    return cfg
 
 
 def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
@@ -149,7 +161,7 @@ def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Comman
     args = parser.parse_intermixed_args()
     if args.checkpoint is not None:
         return parse_checkpoint(parser)
-    cfg = config.with_home(load_config(args.config or default_config, args.overrides))
+    cfg = _config_of(args.config or default_config, args.overrides)
     return Command(cfg, args, world.discover())
 
 

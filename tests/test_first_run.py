@@ -100,10 +100,16 @@ def test_every_command_names_its_result_and_the_next_command(
     assert table[0].split() == ["model", "accuracy", "Fréchet", "nearest", "samples", "against"]
     assert table[1].split()[-2:] == ["6", "validation"]
     assert any(line.split()[:4] == ["own,", "step", "2", "data.val"] for line in table)
+    run("python launchers/evaluate.py --config own.yaml --reconstruct photos/val", monkeypatch)
+    output, said = capsys.readouterr()
+    assert output.splitlines()[0].split() == ["model", "PSNR", "LPIPS", "codes", "used", "samples", "against"]
+    assert "done: photos/val.reconstruction.json (PSNR " in said
     # Relative paths of the config are found from the folder of the run.
     monkeypatch.chdir(here / "photos")
     run("python launchers/sample.py --checkpoint ../runs/own --dry-run", monkeypatch)
     assert f"tokenizer.weights: {here.resolve()}/weights/tokenizer.safetensors (exists)" in capsys.readouterr().out
+    run("python launchers/train_tokenizer.py --config ../runs/own/config.yaml --dry-run", monkeypatch)
+    assert f"tokenizer.training.images: {here.resolve()}/photos/train (exists)" in capsys.readouterr().out
 
 
 def test_all_that_is_missing_is_said_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

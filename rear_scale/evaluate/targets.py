@@ -15,7 +15,7 @@ from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.images.generated import generated_images
 from rear_scale.evaluate.images.image_set import ImageSet, open_image_set
 from rear_scale.model import Generator
-from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator
+from rear_scale.sample.job import check_tokenizer, default_output, is_done, job_identity, load_generator, say_untrained
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -142,6 +142,7 @@ class TargetOpener:
         if is_done(written, job_identity(target.cfg, target.checkpoint)):
             return open_image_set(written, self.world)
         cfg = target.cfg
+        say_untrained(cfg, self.world)
         if self._tokenizer is None or self._tokenizer[0] != cfg.tokenizer.weights:
             self._tokenizer = (cfg.tokenizer.weights, open_tokenizer(cfg.tokenizer, self.world.device))
         return generated_images(cfg, target.checkpoint, self.model(target), self._tokenizer[1], self.world)

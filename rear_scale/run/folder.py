@@ -156,6 +156,11 @@ class RunFolder:
         self.logs.setdefault(name, LineLog(self.path / name)).append(json.dumps(values))
 
 
+def is_config_of_run(path: Path) -> bool:
+    """Whether a file is the config that a run has saved in its folder."""
+    return path.name == "config.yaml" and (path.parent / "starts.jsonl").is_file()
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Says that a file could not be written because the disk is full or fails, and goes on."""

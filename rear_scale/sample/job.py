@@ -14,6 +14,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.config.renamed import downgraded
 from rear_scale.files import write_text_atomically
 from rear_scale.model import Generator, empty_model
-from rear_scale.progress import progress, say
+from rear_scale.progress import progress, say, say_once
 from rear_scale.run.folder import provenance
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.decode_worker import DecodeWorker
@@ -43,7 +44,7 @@ from rear_scale.sample.files import (
     written_over,
 )
 from rear_scale.sample.uint8_rounding import to_uint8
-from rear_scale.shards.codebook import codebook_of, read_checked
+from rear_scale.shards.codebook import class_note, codebook_of, is_packed, read_checked
 from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, decoder_identity, open_tokenizer, weights_sha256
 from rear_scale.tokenizer.base import Tokenizer
@@ -124,6 +125,15 @@ def check_output(output: Path) -> None:
         )
 
 
+def say_untrained(cfg: ExperimentConfig, world: World) -> None:
+    """Tells the user of classes that will be sampled although data.train, where it is here, has no images of them."""
+    if not world.is_main or cfg.sample.labels is not None or not is_packed(cfg.data.train):
+        return
+    with suppress(InputError):  # sampling needs no shards
+        if note := class_note(cfg, read_checked(cfg, cfg.data.train)):
+            say_once(note)
+
+
 def check_trained_on(cfg: ExperimentConfig, manifest: Manifest) -> None:
     """check_tokenizer, before there is a checkpoint: for the training tokens of this manifest, as checkpoints will name them."""
     check_tokenizer(cfg, Checkpoint(Path(cfg.run.dir), {"tokenizer_sha256": manifest.tokenizer_sha256}))
@@ -175,6 +185,7 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
     """
     check_output(output)
     check_tokenizer(cfg, checkpoint)
+    say_untrained(cfg, world)
     identity = job_identity(cfg, checkpoint)
     _check_same_job(checkpoint, identity, world)
     tokenizer = None if cfg.tokenizer.name in TOKENS_ONLY else open_tokenizer(cfg.tokenizer, world.device)
