@@ -98,15 +98,15 @@ def commands(text: str) -> list[tuple[str, str]]:
     """(script, its arguments) of each command in code: indented, or between backticks."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     code = [line for line in lines if re.match(r" {4,}\S", line)] + re.findall(r"`([^`]+)`", text)
-    found = [re.search(r"((?:launchers|data)/\S+\.(?:py|sbatch))\b([^#|;]*)", line) for line in code]
+    found = [re.search(r"(launchers/demo\.sh|(?:launchers|data)/\S+\.(?:py|sbatch))\b([^#|;]*)", line) for line in code]
     return [(match[1], match[2]) for match in found if match]
 
 
 @cache
 def options_of(script: str) -> set[str]:
-    """What a script, the modules that it names and the folder of its name have as options. A batch script takes those of its
-    launcher."""
-    name = re.sub(r"slurm/(\w+)\.sbatch", r"\1.py", script)
+    """What a script, the modules that it names and the folder of its name have as options. A shell script takes those of the
+    launcher that it starts."""
+    name = re.sub(r"slurm/(\w+)\.sbatch|(\w+)\.sh", r"\1\2.py", script)
     source = (ROOT / name).read_text()
     modules = re.findall(r"rear_scale(?:\.\w+)+", source)
     files = [ROOT / f"{module.replace('.', '/')}.py" for module in [*modules, "rear_scale.cli"]]
