@@ -56,10 +56,22 @@ def use_gpu(index: int) -> torch.device:
     """GPU `index` as the current one of this process. Raises InputError when it does not compute."""
     try:
         torch.cuda.set_device(index)
-        torch.ones(1, device=torch.device("cuda", index)).item()
     except RuntimeError as error:
-        raise InputError(f"GPU {index} cannot be used: {first_line(error)}. {_WAY_OUT}") from error
+        raise _unusable(index, error) from error
+    return check_gpu(index)
+
+
+def check_gpu(index: int) -> torch.device:
+    """GPU `index`, without making it the current one. Raises InputError when it does not compute."""
+    try:
+        torch.ones(1, device=torch.device("cuda", index)).item()
+    except (RuntimeError, AssertionError) as error:
+        raise _unusable(index, error) from error
     return torch.device("cuda", index)
+
+
+def _unusable(index: int, error: Exception) -> InputError:
+    return InputError(f"GPU {index} cannot be used: {first_line(error)}. {_WAY_OUT}")
 
 
 def describe(device: torch.device, env: Mapping[str, str] = os.environ) -> str:

@@ -109,7 +109,7 @@ class Generator(nn.Module, ABC):
             self.codebook = codebook.to(self.codebook_proj.weight)
 
     def forward(
-        self, tokens: Tensor, classes: Tensor, rows: Tensor | None, order: Tensor | None = None
+        self, tokens: Tensor, classes: Tensor, rows: Tensor | None = None, order: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Logits of every token given the tokens before it, and the features.
 

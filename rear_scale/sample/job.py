@@ -57,17 +57,23 @@ _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decod
 
 
 def load_generator(
-    cfg: ExperimentConfig, checkpoint: Checkpoint, device: torch.device, *, with_heads: bool = False
+    cfg: ExperimentConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    with_heads: bool = False,
+    codebook: Tensor | None = None,
 ) -> Generator:
     """The model of a checkpoint, in eval mode, in the precision that it was trained in.
 
-    with_heads: with the heads of the loss, which the checkpoint must have then; sampling needs none.
+    with_heads: with the heads of the loss, which the checkpoint must have then; sampling needs none. codebook: float32 [K, Z]
+    of a model that is tied to it; None = the one beside the training tokens.
     """
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     # In its place from the start: as many ranks as a node has GPUs each hold one copy, and none of them on the CPU.
     model = empty_model(cfg, device, dtype, with_heads=with_heads)
     load_generator_weights(checkpoint, model)
-    codebook = _tied_codebook(cfg)
+    codebook = _tied_codebook(cfg) if codebook is None else codebook
     if codebook is not None:
         model.set_codebook(codebook)
     return model.eval().requires_grad_(False)
