@@ -1,6 +1,7 @@
 """Scale-out training, sampling and evaluation of visual autoregressive models with reAR.
 
-As a library, it offers the names of `__all__`; api.py documents them, and is imported when one of them is first used.
+As a library, it offers the names of `__all__`; api.py documents them, and is imported when one of them is first used. They keep
+their arguments and results within a minor version (`__version__`); everything else may change with any commit.
 
     import rear_scale
     m = rear_scale.load("runs/rear_xl", tokenizer="maskgit-vqgan-imagenet-f16-256.bin")

@@ -91,9 +91,8 @@ def load(
     """
     place = _device(device)
     source = Path(path).expanduser()
-    found = newest_or_refuse(
-        source, str(path)
-    )  # its errors name the path alone; those of open_with_config, --checkpoint
+    # Before open_with_config, whose errors would name it as --checkpoint.
+    found = newest_or_refuse(source, str(path))
     if config is not None and found.is_dir():
         raise InputError(
             f"config={config}, but {path} brings the config of its training. Leave it out, and give other values as overrides"
@@ -115,8 +114,11 @@ class Model:
     model: a torch.nn.Module on `device`, in eval mode, whose weights have the precision of its training (train.precision) and
     no gradients. model(tokens, classes)["logits"] are the logits [n, N, K] of token ids int64 [n, N] for class ids int64 [n]
     on the device: logits[:, t] predicts tokens[:, t] from the class and tokens[:, :t]. model.null_class is the id of "no class".
-    It has the heads of the training loss where the source has them. To train it further, make it trainable first:
-    model.float().requires_grad_(True).train(); `sample` uses the new weights, without dropout.
+    A model trained for another order than that of the stored tokens takes them in its order, and the order beside them
+    (rear_scale/model/generator.py). It has the heads of the training loss where the source has them.
+
+    To train it further, make it trainable first: model.float().requires_grad_(True).train(). `sample` then uses the new
+    weights, without dropout.
 
     config: the config of the training, with overrides. path, step: the checkpoint, and the updates that it was trained for.
     """

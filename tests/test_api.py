@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -14,11 +15,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_CLASSES, NUM_TOKENS, run_alone, tiny_config
+from notebook import NOTEBOOK, execute
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluate import _Small, some_images
 from test_evaluate import evaluation as evaluation_config
@@ -31,10 +35,12 @@ from rear_scale.checkpoint.open import open_with_config
 from rear_scale.checkpoint.restore import load_weights
 from rear_scale.evaluate import job as evaluation
 from rear_scale.evaluate.images.image_set import open_image_set
+from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.model import build_model
 from rear_scale.objective import Objective
 from rear_scale.objective.prediction import held_out_task
 from rear_scale.shards.codebook import codebook_of, read_checked
+from rear_scale.shards.images import write_images
 from rear_scale.tokenizer.base import to_unit_range
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.world import SingleProcess, World
@@ -54,7 +60,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
         tokenizer.encoder[-1].weight.mul_(100)
         tokenizer.decoder[-1].weight.mul_(10)
     tokenizer.save(folder / "weights")
-    prepared(folder, tokens, "train.total_steps=4")
+    images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
+    labelled = ((Image.fromarray(image), number % NUM_CLASSES) for number, image in enumerate(images))
+    write_images(folder / "images", labelled, 16, [str(number) for number in range(NUM_CLASSES)])
+    Classifier(16, NUM_CLASSES).save(folder / "classifier")
+    judge = f"evaluate.classifier={{weights: {folder / 'classifier'}, images: {folder / 'images'}}}"
+    reference = f"evaluate.reference={{photographs: {folder / 'images'}}}"
+    prepared(folder, tokens, "train.total_steps=4", judge, reference)
     return folder / "run"
 
 
@@ -112,6 +124,22 @@ def test_samples_are_those_of_the_command(
     if overrides:
         for other in ((seed, overrides[3:]), (seed + 1, overrides)):
             assert not np.array_equal(model.sample_tokens(CLASSES, *other), tokens)
+
+
+def test_the_notebook_runs_and_its_samples_are_those_of_the_command(run: Path, tmp_path: Path) -> None:
+    printed = execute(run, tmp_path)
+    given = ["sample.labels=[0,1,2,3,4,0,1,2]", "sample.num_images=8", "sample.seed=0", "sample.batch_size=8"]
+    checkpoint, cfg = open_with_config(run, None, given)
+    run_alone(_sample, cfg, checkpoint, tmp_path / "samples.npz")
+    images = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert hashlib.sha256(images.tobytes()).hexdigest() in printed["Sample"]
+    assert "nearest_distance" in printed["Scores"]
+    assert "class_accuracy" in printed["Scores"]
+
+
+def test_the_notebook_is_stored_without_results() -> None:
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None)
 
 
 def test_tokens_become_images_and_back(run: Path, model: rear_scale.Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import ROOT, command_line, environment, launch
+from notebook import execute
 
 from rear_scale.config import InputError
 from rear_scale.demo import report
@@ -190,6 +192,22 @@ def test_a_stage_that_fails_is_named_and_can_be_repeated(tmp_path: Path) -> None
     result = launch("python", "launchers/demo.py", cwd=tmp_path)
     assert result.returncode == 2
     assert "error: the stage 'digits as image shards' failed with exit code 2" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_notebook_runs_after_the_demo(tmp_path: Path) -> None:
+    assert launch("python", "launchers/demo.py", *SHORT, cwd=tmp_path, timeout=900).returncode == 0
+    started = time.monotonic()
+    printed = execute(Path("runs/demo/rear_seed0"), tmp_path)
+    seconds = time.monotonic() - started
+    print(f"the notebook took {seconds:.0f} s")
+    assert seconds < 180
+    settings = ["sample.labels=[0,1,2,3,4,5,6,7]", "sample.num_images=8", "sample.seed=0", "sample.batch_size=8"]
+    command = ["python", "launchers/sample.py", "--checkpoint", "runs/demo/rear_seed0", "--out", "eight.npz", *settings]
+    assert launch(*command, cwd=tmp_path).returncode == 0
+    images = np.load(tmp_path / "eight.npz")["arr_0"]
+    assert hashlib.sha256(images.tobytes()).hexdigest() in printed["Sample"]
 
 
 @pytest.mark.long
