@@ -126,6 +126,7 @@ def publish_folder(temporary: Path, path: str | Path) -> None:
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
+    """Writes a text file; a reader sees the old or the new text, never a part of it."""
     with atomic_file(path) as temporary:
         temporary.write_text(text)
 
@@ -148,6 +149,7 @@ def remove_folder(path: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
+    """The SHA-256 checksum of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

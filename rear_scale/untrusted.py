@@ -213,6 +213,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_sha256(value: Any) -> bool:
+    """Whether a value out of JSON is a SHA-256 checksum in lower-case hexadecimal digits."""
     return isinstance(value, str) and len(value) == 64 and all(letter in "0123456789abcdef" for letter in value)
 
 

@@ -37,6 +37,8 @@ _DRAW_SEED = 20_250_710
 
 @dataclass(frozen=True)
 class TokenPrediction:
+    """How well a model predicts the tokens of a set (reAR Eq. 8 and 9)."""
+
     ctr: float  # correct token ratio (Eq. 8): share of argmax predictions that are right
     perplexity: float  # exp of the mean negative log-likelihood of a token (Eq. 9), over the whole set
     sequences: int

@@ -88,6 +88,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
     return int(folder.name.removeprefix("step_"))
 
 

@@ -24,11 +24,14 @@ from rear_scale.untrusted import check_file, is_count, read_json, shown
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
+    """Weights and optimizer state of a checkpoint of the released trainers."""
+
     step: int  # updates done
     tensors: dict[str, dict[str, Tensor]]  # param, exp_avg, exp_avg_sq -> parameter name -> float32
 
 
 def is_released_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint folder of the released trainers, by its files."""
     return path.is_dir() and (path / "optimizer.bin").exists() and (path / "metadata.json").exists()
 
 

@@ -17,6 +17,7 @@ def to_dict(cfg: ExperimentConfig) -> dict[str, Any]:
 
 
 def to_yaml(cfg: ExperimentConfig) -> str:
+    """The whole config as YAML text, which `load` reads."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 

@@ -138,6 +138,7 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def published_row(row: PublishedRow) -> TableRow:
+    """The row of the table of scores for a published result."""
     values = asdict(row)
     cells = {
         column.title: _cell(values[column.published], column.published_digits)

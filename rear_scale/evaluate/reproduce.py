@@ -132,6 +132,7 @@ ENTRIES = {
 
 
 def entry_of(name: str) -> Entry:
+    """The published model of a name. Raises InputError for an unknown one."""
     if name not in ENTRIES:
         raise InputError(f"{name} is not one of the published models {', '.join(ENTRIES)}. Use one of them")
     return ENTRIES[name]

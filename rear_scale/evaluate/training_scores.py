@@ -101,4 +101,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def training_hooks(cfg: ExperimentConfig, world: World) -> list[TrainingScores]:
+    """The scores during training that the config asks for, or none."""
     return [] if cfg.evaluate.training is None else [TrainingScores(cfg, world)]

@@ -47,6 +47,8 @@ def _frequencies(width: int) -> Tensor:
 
 
 class SwiGLU(nn.Module):
+    """The gated feed-forward of AliTok's generator."""
+
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
@@ -59,6 +61,8 @@ class SwiGLU(nn.Module):
 
 
 class AliTokBlock(nn.Module):
+    """One block of AliTok's generator: attention and feed-forward, each after a norm."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.norm1 = _norm(shape.width)

@@ -29,6 +29,8 @@ _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with GELU between, and dropout."""
+
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout

@@ -33,6 +33,7 @@ class Layout(Protocol):
 
 
 def row_major(rows: int, columns: int) -> list[int]:
+    """Row by row, as tokens are stored."""
     return list(range(rows * columns))
 
 
@@ -59,6 +60,7 @@ def spiral_out(rows: int, columns: int) -> list[int]:
 
 
 def spiral_in(rows: int, columns: int) -> list[int]:
+    """The reverse of `spiral_out`."""
     return spiral_out(rows, columns)[::-1]
 
 

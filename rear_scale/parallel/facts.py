@@ -61,6 +61,7 @@ def register(row: Facts) -> None:
 
 
 def rows() -> tuple[Facts, ...]:
+    """All strategies, in the order of their registration."""
     return tuple(_ROWS.values())
 
 
@@ -86,6 +87,7 @@ def engine_class(row: Facts) -> Any:
 
 
 def formulas(row: Facts) -> ModuleType:
+    """The module with `memory` and `traffic` of the strategy, imported."""
     return import_module(row.formulas)
 
 

@@ -117,6 +117,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def memory(update: Update) -> Memory:
+    """Bytes of the rank that holds most under FSDP2, by part."""
     cfg, itemsize, model = update.cfg, update.itemsize, update.model
     ranks = _sharding_ranks(update)
     shard = elements_padded(model, ranks) // ranks
@@ -138,6 +139,7 @@ def memory(update: Update) -> Memory:
 
 
 def traffic(update: Update) -> Traffic:
+    """Collectives of one update under FSDP2 and the bytes that they move."""
     strategy, model, itemsize, sent = update.cfg.strategy, update.model, update.itemsize, Traffic()
     ranks = _sharding_ranks(update)
     sizes = [elements_padded(unit, ranks) for unit in units(model)]

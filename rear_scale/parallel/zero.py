@@ -42,6 +42,7 @@ def stage_of(cfg: ExperimentConfig) -> int:
 
 
 def memory(update: Update) -> Memory:
+    """Bytes of the rank that holds most under ZeRO, by part."""
     cfg, itemsize, is_bf16 = update.cfg, update.itemsize, update.cfg.train.precision == "bf16"
     psi = elements(update.model)
     shard = -(-psi // update.world_size)
@@ -72,6 +73,7 @@ def memory(update: Update) -> Memory:
 
 
 def traffic(update: Update) -> Traffic:
+    """Collectives of one update under ZeRO and the bytes that they move."""
     return _of_stage_3(update) if stage_of(update.cfg) == 3 else _of_stages_1_and_2(update)
 
 

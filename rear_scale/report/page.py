@@ -13,6 +13,8 @@ from rear_scale.files import write_text_atomically
 
 @dataclass(frozen=True)
 class Picture:
+    """A PNG with its caption."""
+
     png: bytes
     caption: str
 
@@ -23,12 +25,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
+    """A table of texts."""
+
     header: list[str]
     rows: list[list[str]]
 
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page under one heading."""
+
     title: str
     text: list[str] = field(default_factory=list)  # paragraphs
     table: Table | None = None
@@ -37,6 +43,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: list[Section]) -> None:
+    """Writes one HTML file that needs no other."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

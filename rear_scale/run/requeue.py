@@ -73,6 +73,7 @@ def _run_dir(arguments: list[str]) -> str:
 
 
 def main() -> None:
+    """Prints what the batch script asks for; ends with code 2 for bad input."""
     command, *arguments = sys.argv[1:]
     if command == "begin":
         try:

@@ -11,6 +11,7 @@ import rear_scale
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, of those that are installed."""
     found = {"python": platform.python_version()}
     for package in ("rear_scale", "torch", "deepspeed", "webdataset", "hydra-core", "numpy"):
         try:

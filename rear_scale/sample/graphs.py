@@ -22,6 +22,8 @@ _SHAPES = 4  # of batches whose graphs are kept, each with memory of its own
 
 
 class Graph(Protocol):
+    """Work on a device that is recorded once and replayed."""
+
     def record(self, work: Callable[[], None]) -> None:
         """Notes what the work does on the device, without doing it."""
         ...

@@ -11,6 +11,8 @@ from rear_scale.config.fields import suggest
 
 @dataclass(frozen=True)
 class Cluster:
+    """GPUs of one kind, with the figures of that kind."""
+
     gpus: int
     gpu: str
     device: Device

@@ -98,6 +98,7 @@ def _width(row: Width) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
+    """The report of a plan as text for a terminal."""
     parts = [_head(report), _recommendation(report), _table(report), _scaling(report), _assumptions(report)]
     return "\n\n".join([*parts, _simulation(report.simulated)] if report.simulated else parts)
 

@@ -21,6 +21,7 @@ def listing_hash(lines: Iterable[object]) -> str:
 
 
 def fingerprint(inputs: Inputs) -> str:
+    """A hash of all inputs, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 

@@ -186,6 +186,7 @@ def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _
 
 
 def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:
+    """The training set, read from its shards while training."""
     index = index_folder(data.train, _cache_root(data.cache_dir)) if manifest.layout == "plain" else None
     return StreamSet(open_blocks(data.train, manifest, index), data, world_size, say)
 

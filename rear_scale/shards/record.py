@@ -55,6 +55,8 @@ _COUNTS = {
 
 @dataclass(frozen=True)
 class TarShard:
+    """One shard of a folder, as index.json lists it."""
+
     file: str  # name inside the folder
     samples: int
     size: int  # bytes
@@ -115,6 +117,7 @@ class Manifest:
 
 
 def shard_name(index: int) -> str:
+    """The file name of a shard."""
     return f"shard-{index:06d}.tar"
 
 
@@ -224,6 +227,7 @@ def shards_from(entries: Any, source: str | Path) -> list[TarShard]:
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Writes index.json of a folder of token shards."""
     write_index(folder, manifest.as_dict())
 
 

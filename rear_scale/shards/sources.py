@@ -30,6 +30,8 @@ _LONGEST_CLASS = 4096  # bytes that are read of a cls member
 
 @dataclass(frozen=True)
 class SourceImage:
+    """One image of a source, not decoded yet."""
+
     name: str  # the file, or shard and key, as text
     data: bytes  # of the image file; empty where it cannot be read
     label: int

@@ -47,6 +47,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarSample:
+    """One sample of a WebDataset shard: its members of one key."""
+
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> first byte and size of its content
 

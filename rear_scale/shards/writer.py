@@ -29,6 +29,8 @@ from rear_scale.shards.walk import shown
 
 
 class FinishedShard(NamedTuple):
+    """One written shard with what the manifest counts."""
+
     shard: TarShard
     label_counts: np.ndarray  # int64 [classes]
     skipped: list[tuple[str, str]]  # name of an image and why it could not be read

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
+    """Self-attention of a vision transformer."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -25,6 +27,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm block of a vision transformer."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -40,4 +44,5 @@ class Block(nn.Module):
 
 
 def blocks(depth: int, width: int, num_heads: int) -> nn.ModuleList:
+    """A stack of `Block`."""
     return nn.ModuleList(Block(width, num_heads) for _ in range(depth))

@@ -43,6 +43,8 @@ from rear_scale.world import Ranks, World
 
 @dataclass(frozen=True)
 class Data:
+    """The data of a run after all checks: config, plan, training manifest and codebook."""
+
     cfg: ExperimentConfig
     plan: Plan
     manifest: Manifest

@@ -61,6 +61,7 @@ class ImageSet:
 
 
 def consecutive_blocks(count: int) -> list[np.ndarray]:
+    """Image numbers of blocks of BLOCK_IMAGES, the last one shorter."""
     return [np.arange(start, min(start + BLOCK_IMAGES, count)) for start in range(0, count, BLOCK_IMAGES)]
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
+    """Mean and covariance of a feature over a set of images."""
+
     mean: Tensor  # float64 [F]
     covariance: Tensor  # float64 [F, F], normalised by N - 1
     count: int | None  # images; null = not known (published statistics do not say)

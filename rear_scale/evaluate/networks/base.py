@@ -18,6 +18,8 @@ from rear_scale.evaluate.networks.weights import fill, read_weight_file
 
 
 class Extractor(Protocol):
+    """Features of images: a network, or the pixels themselves."""
+
     name: str
     identity: str  # a hash of the weights and of what is done to the images before them
 

@@ -29,6 +29,8 @@ _SHIFT = 2  # pixels, in training
 
 
 class Classifier(nn.Module):
+    """Three convolutions and two linear layers."""
+
     def __init__(self, image_size: int, num_classes: int) -> None:
         super().__init__()
         self.image_size, self.num_classes = image_size, num_classes

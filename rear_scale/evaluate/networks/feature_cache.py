@@ -145,6 +145,7 @@ def _read_and(
 
 
 def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:
+    """Whether the files of all blocks are there and intact."""
     return not _missing(blocks, Part())
 
 
@@ -186,6 +187,7 @@ def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
+    """The folder of the features of a set by a network, named by a hash of all that they depend on."""
     # The batch belongs to it, because another shape may be computed by another kernel.
     identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)} {len(images.blocks[0])}"
     return cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
