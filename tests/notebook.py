@@ -23,7 +23,7 @@ def execute(run: Path, folder: Path) -> dict[str, str]:
     for cell in notebook.cells:
         cell.source = _RUN.sub(f'RUN = "{run}"', cell.source)
     places = {name: str(folder / name.lower()) for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR")}
-    client = NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment(PYTHONPATH=str(ROOT), PATH=os.environ["PATH"], **places))
     return {heading: _printed(cell) for heading, cell in _with_headings(notebook)}
 
