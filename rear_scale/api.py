@@ -66,7 +66,7 @@ Pixels = np.ndarray | Tensor
 Device = str | torch.device
 
 _ARGUMENTS = ("labels", "num_images", "seed")  # fields of the sample section that `Model.sample` takes as arguments
-_OF_FILES = ("copies", "grid_every_images")  # fields of the sample section about the files of a command
+_OF_FILES = ("also_write", "grid_every_images")  # fields of the sample section about the files of a command
 
 
 def load(

@@ -246,7 +246,7 @@ def test_heads_need_the_codebook_of_the_shards_or_the_tokenizer(run: Path, tmp_p
         (lambda m: m.sample(3), r"classes are int64 \[\], but whole numbers of shape \[n\]"),
         (lambda m: m.sample([0], seed=1.5), r"seed=1\.5 is not a whole number"),
         (lambda m: m.sample([0], overrides="sample.top_k=1"), r"is one text\. Give a list of them: overrides=\['sample"),
-        (lambda m: m.sample([0], overrides=["sample.copies=png"]), r"sample\.copies=png: sample writes no files"),
+        (lambda m: m.sample([0], overrides=["sample.also_write=png"]), r"sample\.also_write=png: sample writes no files"),
         (lambda m: m.sample([0], overrides=["sample.labels=[1]"]), r"override sample\.labels=\[1\]: sample takes settings"),
         (lambda m: m.sample([0], overrides=["optim.lr=1"]), r"override optim\.lr=1: sample takes settings"),
         (lambda m: m.sample([0], seed=-1), r"sample\.seed=-1 must lie between"),
