@@ -92,7 +92,7 @@ def _yardsticks(scores: ImageScores) -> list[TableRow]:
     for name, own in (scores.classifier.references if scores.classifier is not None else {}).items():
         others = list(dict.fromkeys(other for parts in own.by_reference.values() for other in parts))
         for other in others:
-            cells = {}
+            cells: dict[str, str] = {}
             for metric in METRICS:
                 if metric.network in OF_SMALL_IMAGES:
                     found = own.by_reference.get(metric.name, {}).get(other) if metric.against_references else None

@@ -111,7 +111,9 @@ def load_labelled(source: ImageSource, image_size: int) -> tuple[np.ndarray, np.
             f"{len(source):,} images of {image_size} pixels take {needed / 2**30:.1f} GiB of memory, but {source.folder} may "
             f"take half of the {free / 2**30:.1f} GiB that are free. Use fewer images or smaller ones"
         )
-    crops, labels, skipped = [], [], []
+    crops: list[np.ndarray] = []
+    labels: list[int] = []
+    skipped: list[tuple[str, str]] = []
     for image in source.read(0, len(source)):
         try:
             crops.append(center_crop(image.decode(), image_size))

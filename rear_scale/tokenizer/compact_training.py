@@ -67,7 +67,8 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
 def quality(tokenizer: Tokenizer, images: np.ndarray, most: int = 512) -> str:
     """PSNR and use of the codebook in words, on at most so many of the images (uint8 [n, S, S, 3]), evenly spaced."""
     chosen = torch.from_numpy(images[np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))])
-    ratios, used = [], set()
+    ratios: list[float] = []
+    used: set[int] = set()
     for part in chosen.split(64):
         originals = to_unit_range(part.to(tokenizer.codebook.device))
         ids = tokenizer.encode(originals)

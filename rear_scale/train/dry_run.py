@@ -30,7 +30,7 @@ def show(cfg: ExperimentConfig, ranks: Ranks, given: Collection[str] = (), *, fu
 
     given: dotted keys that the user has set. full: the resolved config too.
     """
-    notes = []
+    notes: list[str] = []
     if is_packed(cfg.data.train):
         cfg, note = setup.with_classes(cfg, given)
         notes = [note] if note else []
@@ -51,7 +51,8 @@ def _world_size(cfg: ExperimentConfig, ranks: Ranks) -> int:
 
 
 def _data_lines(cfg: ExperimentConfig) -> list[str]:
-    lines, notes = [], []
+    lines: list[str] = []
+    notes: list[str] = []
     found: list[Manifest] = []
     for name, folder in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
         if folder is None:
