@@ -389,7 +389,7 @@ def test_a_dry_run_names_every_input_that_is_missing(
 
 
 def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
-    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, found = prepared(tmp_path, tokens)
     common = (
@@ -397,17 +397,19 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
         "sample.num_images=4",
     )  # fmt: skip
     asked, logged = [], {}
-    monkeypatch.setattr(
-        token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or {"train_clean": 1}
-    )
+    predicted = {"train_clean": {"ctr": 0.25, "perplexity": 3.5, "sequences": 100, "draws": 0}}
+    monkeypatch.setattr(token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or predicted)
     monkeypatch.setattr(wandb, "log_summary", lambda cfg, run, values: logged.update(values))
     evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
     assert len(asked) == 1
     for seed in (1, 2):
         result = json.loads((tmp_path / f"run/result_seed={seed}.json").read_text())
-        assert result["tokens"] == {"train_clean": 1}
+        assert result["tokens"] == predicted
         assert logged[f"fid/reference/seed={seed}"] == result["images"]["inception"]["references"]["reference"]["fid"]
     assert {name.split("/")[0] for name in logged} >= {"fid", "sfid", "inception_score", "precision_exact"}
+    *scores, _, header, row = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in scores[1:3]] == [["tiny", "seed=1"], ["tiny", "seed=2"]]
+    assert row.split()[-3:] == ["0.2500", "3.500", "100"]
 
     def damaged(*arguments: object) -> None:
         raise InputError("a shard is damaged")
@@ -415,6 +417,7 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
     monkeypatch.setattr(token_prediction, "score_tokens", damaged)
     with pytest.raises(InputError, match="a shard is damaged"):
         evaluate_here(monkeypatch, *common)
+    assert capsys.readouterr().out.startswith("model ")
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["images"]["inception"]["samples"] == 4
     assert result["tokens"] is None

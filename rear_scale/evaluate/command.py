@@ -162,6 +162,7 @@ class _Job:
     world: World
     tokens: dict[Path, TokenScores | None] = field(default_factory=dict)  # by checkpoint
     predicted: dict[str, TokenScores | None] = field(default_factory=dict)  # the same by name, for the table
+    rows: list[TableRow] = field(default_factory=list)  # of the table, on rank 0 alone
 
     def __post_init__(self) -> None:
         self.args: Any = self.command.args
@@ -169,21 +170,24 @@ class _Job:
         self.evaluation = Evaluation(self.command.cfg, self.targets[0].output.parent / "features", self.world)
 
     def run(self) -> None:
-        rows: list[TableRow] = []
-        for target in self.targets:
-            if self.command.cfg.evaluate.reference:
-                rows += self._score(target)
-            if self.args.write_statistics is not None:
-                self._write_statistics(target)
-        if self.world.is_main and rows:
-            print(table_with_published(rows))
-            if predicted := token_table(self.predicted):
-                print(f"\n{predicted}")
-            self._end(rows[0])
+        try:
+            for target in self.targets:
+                if self.command.cfg.evaluate.reference:
+                    self._score(target)
+                if self.args.write_statistics is not None:
+                    self._write_statistics(target)
+        finally:
+            # What is scored is shown, whatever a later target or damaged token shards bring.
+            if self.rows:
+                print(table_with_published(self.rows))
+                if predicted := token_table(self.predicted):
+                    print(f"\n{predicted}")
+        if self.rows:
+            self._end(self.rows[0])
 
     def _end(self, row: TableRow) -> None:
         """The last lines: the result, its first number, and other settings of sampling to try."""
-        target = self.targets[-1]
+        target = self.targets[0]
         title, value = next(iter(row.cells.items()))
         following = ""
         if target.checkpoint is not None and target.samples is None and not self.args.sweep:
@@ -193,13 +197,12 @@ class _Job:
             following = cli.typed("evaluate", *words, "--sweep", f"sample.guidance.scale={values}")
         cli.end(target.output, f"{title} {value}", following)
 
-    def _score(self, target: EvalTarget) -> list[TableRow]:
-        """Rows for the table."""
+    def _score(self, target: EvalTarget) -> None:
         started = time.monotonic()
         samples = self.opener.images(target)
         if self.args.part is not None and not self.evaluation.extract_part(samples, self.args.part):
             self._say_others_are_missing(target)
-            return []
+            return
         images = self.evaluation.score(samples)
 
         def write(predictions: TokenScores | None) -> None:
@@ -210,6 +213,8 @@ class _Job:
 
         # Once before: a damaged token shard must not cost the scores of the images.
         write(None)
+        if self.world.is_main:
+            self.rows += our_rows(target.name, images, (samples.height, samples.width))
         if target.checkpoint is not None:
             # Sampling settings do not touch them: once a checkpoint.
             if target.checkpoint.path not in self.tokens:
@@ -218,14 +223,13 @@ class _Job:
             self.predicted[f"{target.cfg.run.name}, step {target.checkpoint.step}"] = self.tokens[
                 target.checkpoint.path
             ]
-        size = (samples.height, samples.width)
-        return self._report(target, images, size) if self.world.is_main else []
+        if self.world.is_main:
+            self._report(target, images)
 
-    def _report(self, target: EvalTarget, images: ImageScores, size: tuple[int, int]) -> list[TableRow]:
+    def _report(self, target: EvalTarget, images: ImageScores) -> None:
         say(f"{target.output}: written")
         if target.run is not None:
             wandb.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting))
-        return our_rows(target.name, images, size)
 
     def _token_scores(self, target: EvalTarget) -> TokenScores | None:
         data = target.cfg.data
