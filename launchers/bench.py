@@ -1,9 +1,9 @@
-"""Times a part of the system beside a plain reference and prints one JSON object.
+"""Benchmarks a part of the system against a plain reference implementation and prints one JSON object.
 
     python launchers/bench.py data
 
-stdout holds the object and nothing else; progress goes to stderr. --out FILE writes it to a file too; --dry-run shows the
-settings and measures nothing.
+stdout holds only this object; progress goes to stderr. --out FILE also writes it to a file; --dry-run prints the settings and
+measures nothing.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     for name in modes:
         command = commands.add_parser(name)
         if name in sys.argv[1:2]:
-            # Only the mode that runs is imported: each measures with nothing loaded that it does not need.
+            # Import only the selected mode, so that a benchmark runs without packages that it does not need.
             mode = importlib.import_module(f"rear_scale.bench.{name}")
             command.description = mode.__doc__
             command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here too")
@@ -42,19 +42,19 @@ def main() -> None:
             command.set_defaults(mode=name, run=mode.run)
             chosen = command
     if chosen is None:
-        parser.parse_args()  # ends here: help, or what is wrong
+        parser.parse_args()  # ends the process with the help text or an error
         return
-    # The mode's own parser: overrides may stand between its options, which sub-commands do not allow.
+    # Use the mode's own parser, because sub-commands do not allow overrides between options.
     arguments = chosen.parse_intermixed_args(sys.argv[2:])
     if arguments.dry_run:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "dry_run")}
         print(json.dumps({**settings, **machine()}, indent=1, default=str))
         return
     reference.check_there()
-    found = arguments.run(arguments)
-    if found is None:
-        return  # not the first of several ranks
-    text = json.dumps({"mode": arguments.mode, **found, **machine()}, indent=1)
+    result = arguments.run(arguments)
+    if result is None:
+        return  # a rank other than 0
+    text = json.dumps({"mode": arguments.mode, **result, **machine()}, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(arguments.out, text + "\n")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, object]:
-    """Where the figures were measured."""
+    """The command, commit, device and versions of a measurement."""
     device = torch.cuda.get_device_name() if uses_cuda() else _processor()
     packages = ("torch", "numpy", "webdataset")
     return {
@@ -75,7 +75,7 @@ def machine() -> dict[str, object]:
 
 
 def _processor() -> str:
-    """The CPU's own name, which Linux knows; platform.processor() mostly says its architecture."""
+    """The name of the CPU from /proc/cpuinfo; platform.processor() often gives only the architecture."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

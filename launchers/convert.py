@@ -1,15 +1,15 @@
-"""Converts weights between forms.
+"""Converts weights between formats.
 
     python launchers/convert.py runs/rear_xl --to consolidated --out rear_xl.safetensors
 
 SOURCE: a run folder (its newest checkpoint), a checkpoint folder, a weight file of ours, or a released one.
 
     portable      a checkpoint folder: OUT holds *.safetensors and meta.json
-    consolidated  one safetensors file of float32 weights, with the config in its head
+    consolidated  one safetensors file of float32 weights, with the config in its header
     official      a file that the released loaders read (.safetensors, .bin or .pth)
-    merged        as official, with RAR's two position tables in one
+    merged        as official, with RAR's two position tables added into one
 
---ema takes the moving average of the weights (optim.ema_decay) in place of the weights.
+--ema converts the moving average of the weights (optim.ema_decay) instead of the weights.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from rear_scale.checkpoint.convert import FORMS, convert
 def main() -> None:
     parser = cli.make_parser(__doc__, config="for a weight file: the config to use instead of the one that fits it")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder or weight file")
-    parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
+    parser.add_argument("--to", required=True, choices=FORMS, help="format to write")
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="file, or folder for portable")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     args = cli.parse_source(parser)

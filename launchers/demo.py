@@ -52,7 +52,7 @@ def main() -> None:
         return
     recipe.check_packages()
     in_use = f"{recipe.folder} is in use by another demo. Wait for it, or start in another folder"
-    # Beside the folder, which is moved when it was made by other settings.
+    # The lock file is beside the folder and not in it, because open_folder may rename the folder.
     with locked(recipe.folder.with_name(f".{recipe.folder.name}.lock"), in_use):
         folder = open_folder(recipe, args.overrides)
         folder.run_all(planned)

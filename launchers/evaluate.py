@@ -4,13 +4,13 @@
     python launchers/evaluate.py --samples SAMPLES.npz evaluate.reference.adm=REFERENCE.npz evaluate.inception_weights=FILE
     ... --checkpoint runs/rear_xl --sweep sample.guidance.scale=4.0,6.9 --also runs/rear_l     several in one job
 
-A checkpoint's images are generated while they are scored and written nowhere; samples that launchers/sample.py has written
-are used. --samples takes an .npz, a folder of images, or tar shards. Writes RUN/result.json (result_SETTING.json under
---sweep; SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, to the
-same numbers. --part I/N computes one of N shares of the features, for jobs that run side by side on one file system; the
-one that finds all shares there goes on to the scores. --reconstruct takes images through the tokenizer of --config and back.
---write-statistics makes a reference file of the images; image files are cropped to tokenizer.image_size. It needs no
-evaluate.reference; with one, the images are scored too.
+A checkpoint's images are generated during scoring and not stored; samples that launchers/sample.py has written before are used
+instead. --samples takes an .npz, a folder of images, or tar shards. Writes RUN/result.json (result_SETTING.json with --sweep;
+SAMPLES.result.json without a checkpoint). The same command continues after a kill, on any number of ranks, with the same
+results. --part I/N computes one of N parts of the features, for parallel jobs on a shared file system; the job that finds all
+parts complete computes the scores. --reconstruct scores reconstructions of images by the tokenizer of --config.
+--write-statistics writes statistics of the images, to be used as a reference; image files are cropped to
+tokenizer.image_size. It needs no evaluate.reference; if one is set, the images are scored too.
 """
 
 from rear_scale import cli

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU machine can do, measured in half an hour: see `launchers/gpu_check.sh --help`. The same command continues.
+# Measures and checks a GPU machine in half an hour: see `launchers/gpu_check.sh --help`. The same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=python3

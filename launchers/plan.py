@@ -1,10 +1,10 @@
-"""Says what fits on a cluster and what it costs: memory, time and GPU-hours of every strategy, and which to take.
+"""Plans a run on a cluster: memory, time and GPU-hours of every strategy, and a recommendation.
 
     python launchers/plan.py --config rear_xl.yaml cluster.gpus=64 cluster.gpu=h100-80g
     python launchers/plan.py --config rear_7b.yaml cluster.gpus=512 --simulate
 
-Needs no GPU and builds no weights. GPUs are the rows of configs/devices/gpus.yaml. Overrides of strategy,
-train.activation_checkpointing and train.micro_batch_size are kept; without them the fastest that fits is recommended.
+Needs no GPU and allocates no weights. Known GPUs are listed in configs/devices/gpus.yaml. Overrides of strategy,
+train.activation_checkpointing and train.micro_batch_size are kept; without them, the fastest choice that fits is recommended.
 """
 
 import json
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="also run an update without memory on one rank of that many; takes seconds per block",
+        help="also simulate an update on one rank with fake tensors; takes seconds per block",
     )
     command = cli.parse(parser)
     if command.args.dry_run:

@@ -1,9 +1,9 @@
-"""Turns images into token shards.
+"""Encodes images into token shards.
 
     torchrun --nproc-per-node 8 launchers/pretokenize.py --config demo.yaml \\
         pretokenize.images=IMAGES/train pretokenize.out=TOKENS/train
 
-The images are a folder of class folders, or of WebDataset tars of images and cls. The result is byte-identical for any
+IMAGES is a folder of class folders, or of WebDataset tars with images and cls members. The result is byte-identical for any
 number of ranks; the same command continues after a kill.
 """
 
@@ -16,7 +16,7 @@ from rear_scale.shards.storage import is_remote
 from rear_scale.world import joined
 
 _OF_ONE_SET = ("pretokenize.images=", "pretokenize.out=", "pretokenize.crops=")
-_LONGEST_WAIT_S = 7 * 86_400  # a rank that is done waits for the last shard of the others, however slow they are
+_LONGEST_WAIT_S = 7 * 86_400  # ranks that have finished wait in a collective for the last shards of slower ranks
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Scores a published model from its published weights and sets the result beside the published row.
+"""Samples and scores a published model with its published weights, and compares the result with the published scores.
 
     torchrun --nproc-per-node 8 launchers/reproduce.py rar_b --weights FOLDER
-    python launchers/reproduce.py rear_l --weights FOLDER --dry-run        which files it wants, and where they are published
+    python launchers/reproduce.py rear_l --weights FOLDER --dry-run        lists the required files, and where to get them
 
-FOLDER holds the files under their published names. Both reference sets are used in one job where they are there: ADM's npz
-and the ImageNet validation images. Writes OUT/result.json (default runs/reproduce/MODEL) and says for each reference whether
-the FID is within 0.05 of the published one. The same command continues after a kill.
+FOLDER holds the files under their published names. Both reference sets are used, if they are there: ADM's npz and the ImageNet
+validation images. Writes OUT/result.json (default runs/reproduce/MODEL) and prints for each reference whether the FID is within
+0.05 of the published FID. The same command continues after a kill.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
             print(*missing, *entry.left_out(cfg, args.weights), *([config.to_yaml(cfg)] if args.full else []), sep="\n")
         return
     if missing:
-        raise InputError("; ".join(missing) + ". Put them there, or name their folder with --weights")
+        raise InputError("; ".join(missing) + ". Put them there, or set their folder with --weights")
     if ranks.rank == 0:
         for line in entry.left_out(cfg, args.weights):
             say(line)

@@ -1,9 +1,9 @@
-"""Generates images from a checkpoint, split over all ranks.
+"""Generates images from a checkpoint, on all ranks together.
 
     torchrun --nproc-per-node 8 launchers/sample.py --checkpoint runs/rear_xl sample.num_images=50000
 
-Writes an ADM .npz (arr_0: uint8 [n, S, S, 3], label: int64 [n]) with a grid, the token ids and the settings beside it; for a
-tokenizer whose images are not decoded here, token ids and settings alone.
+Writes an ADM .npz (arr_0: uint8 [n, S, S, 3], label: int64 [n]) and, beside it, a grid, the token ids and the settings; for a
+tokenizer whose decoder is not implemented here, only token ids and settings.
 The same command continues after a kill. Image i is the same for any number of ranks.
 """
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The test suite, in the project's own environment. Arguments go to pytest: launchers/test.sh -k shards, -m long, ...
 # Without them the suite runs two files at a time.
-# With --install-slurm as the first one, SLURM and MUNGE are installed with apt if they are not there, so that
-# tests/test_slurm.py can run its two nodes; where that is not possible, its tests skip.
+# With --install-slurm as the first argument, SLURM and MUNGE are installed with apt if they are missing, so that
+# tests/test_slurm.py can run its two nodes; where that is not possible, its tests are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,12 +15,12 @@ install_slurm() {
     local PATH=$PATH:/usr/sbin:/sbin as_root=()
     if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then return; fi
     if ! command -v apt-get >/dev/null; then
-        echo "note: SLURM is not installed, and there is no apt-get to do it" >&2
+        echo "note: SLURM is not installed, and there is no apt-get to install it" >&2
         return
     fi
     if [[ $(id -u) != 0 ]]; then
         if ! sudo -n true 2>/dev/null; then
-            echo "note: SLURM is not installed: that takes root, or sudo without a password" >&2
+            echo "note: SLURM is not installed, because installing it needs root, or sudo without a password" >&2
             return
         fi
         as_root=(sudo -n)
@@ -31,7 +31,7 @@ install_slurm() {
             "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge
     } >.venv/slurm.log 2>&1 || {
         tail -n 3 .venv/slurm.log >&2
-        echo "note: SLURM could not be installed (see above); its tests skip" >&2
+        echo "note: SLURM could not be installed (see above); its tests are skipped" >&2
     }
 }
 

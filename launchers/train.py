@@ -5,7 +5,7 @@
     python launchers/train.py --config demo.yaml strategy=single
 
 The same command again resumes from the newest checkpoint of run.dir. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end with
-exit code 75; a second Ctrl-C ends at once. --check only sees whether all nodes are fit for the run: shards, run folder, GPUs,
+exit code 75; a second Ctrl-C ends at once. --check only checks whether all nodes are fit for the run: shards, run folder, GPUs,
 all-reduce.
 """
 
@@ -27,7 +27,7 @@ _COLLECTIVE_S = 1800
 
 def main() -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="see whether all nodes are fit for this run, and stop")
+    parser.add_argument("--check", action="store_true", help="check whether all nodes are fit for this run, and stop")
     command = cli.parse(parser)
     cfg = command.cfg
     if command.args.dry_run:
@@ -52,7 +52,8 @@ def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
     data = setup.check_data(cfg, ranks)
     check_grids(cfg, data.manifest)
     check_training_scores(cfg, data.manifest)
-    # The watchdog ends ranks that hang. A limit on collectives would count the time in which a job is suspended, too.
+    # The watchdog ends hanging ranks. A timeout of collectives would also count the time for which a job is suspended, so it is
+    # long where there is a watchdog.
     timeout_s = _LONGEST_SUSPENSION_S if cfg.guard.hang_timeout_s else _COLLECTIVE_S
     with joined(ranks, timeout_s=timeout_s) as world:
         tokens, codebook = data.open(world)

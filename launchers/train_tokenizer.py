@@ -2,9 +2,9 @@
 
     python launchers/train_tokenizer.py --config demo.yaml
 
-The images are a folder of class folders or of WebDataset tars; of each, ADM's centre crop at tokenizer.image_size is taken.
-One process; the same command continues after a kill and leaves finished weights as they are. Other settings are refused
-while the weights are there.
+The images are a folder of class folders or of WebDataset tars; ADM's centre crop at tokenizer.image_size is taken of each image.
+Training runs in one process. The same command continues after a kill, and does not change finished weights. It is refused for
+weights that exist and were trained with other settings.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def main() -> None:
             if path.exists():
                 trained = open_tokenizer(tokenizer, world.device)
                 check_same_training(tokenizer, pixels)
-                remove_progress(path)  # a kill may have come between
+                remove_progress(path)  # left behind if training was killed before it removed its progress file
                 say(f"{path} is complete")
             else:
                 trained = train_compact(tokenizer, pixels, world.device)

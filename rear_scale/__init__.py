@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rear_scale.api import ImageScores, InputError, Model, evaluate, load
 
-# torch reads it when it is imported. Its warnings about broken connections, with stacks of C++, come from every rank that is
-# left when one ends, and bury the line that says which one; rear_scale/peers.py says it.
+# torch reads this variable when it is imported. When one rank ends, every other rank would print torch's warnings about broken
+# connections with their C++ stacks, and bury the line from rear_scale/peers.py that names the rank that ended.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"
@@ -31,7 +31,8 @@ __all__ = ["ImageScores", "InputError", "Model", "__version__", "evaluate", "loa
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__`, imported when it is first used: commands such as rear_scale.run.requeue do without torch."""
+    """The object of a name in `__all__`. It is imported at its first use, so that commands such as rear_scale.run.requeue start
+    without importing torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from rear_scale import api

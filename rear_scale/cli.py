@@ -1,4 +1,4 @@
-"""What all launchers share: the command line, errors as one line, and a clean end."""
+"""Common parts of all launchers: the command line, errors as one line, and a clean end of the process."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from rear_scale.run.stages import STAGE_VARIABLE
 from rear_scale.shards.storage import is_remote, not_checked
 
 EXIT_INPUT_ERROR = 2
-_RANK_0_SPEAKS_FIRST_S = 10.0
-_CLOCKS_DIFFER_S = 5.0  # of a shared file system and of this machine
-_ENDED_RANK_SPEAKS_FIRST_S = 1.0
-# What a file system says to a path that a user chose.
+_WAIT_FOR_RANK_0_S = 10.0  # before another rank prints its error
+_WAIT_FOR_ENDED_RANK_S = 1.0  # before the other ranks report that it ended, so that its own error stands above
+_CLOCKS_DIFFER_S = 5.0  # allowed difference between the clocks of a shared file system and of this machine
+# Errors of a file system that mean that the user chose a wrong path, and not that the disk failed.
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -49,7 +49,7 @@ class Command:
     cfg: ExperimentConfig
     args: argparse.Namespace
     ranks: world.Ranks
-    # The dotted keys that the user sets; of a command line with --config.
+    # The dotted keys that the user sets; only known for a command line with --config.
     given: frozenset[str] = field(default=frozenset(), kw_only=True)
 
 
@@ -61,7 +61,10 @@ class CheckpointCommand(Command):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says of --section.field what it is without the dashes, and names the scripts as they are started here."""
+    """An argument parser that shows commands as they are typed here, in a checkout or an installed copy.
+
+    Its error for --section.field explains that config values are set without dashes.
+    """
 
     def __init__(self, **settings: Any) -> None:
         if not places.IN_CHECKOUT:
@@ -72,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         return places.as_typed(super().format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Raises InputError, or ends the process as argparse does."""
+        """Raises InputError for a config field written with dashes; ends the process as argparse does for other errors."""
         unknown = re.search(r"unrecognized arguments:.* --?((\w+)[\w.]*)", message)
         if unknown and unknown[2] in get_type_hints(ExperimentConfig):
             raise InputError(f"{message}. Values of the config are set without dashes: {unknown[1]}=VALUE")
@@ -85,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser(
     description: str, *, from_checkpoint: bool = False, config: str = "a file in configs/, or a path"
 ) -> argparse.ArgumentParser:
-    """--config NAME.yaml, --checkpoint PATH if wanted, overrides, --dry-run; launchers add what is theirs."""
+    """A parser with --config, --checkpoint (if wanted), overrides and --dry-run; launchers add their own options."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,25 +102,27 @@ def make_parser(
             metavar="PATH",
             help="a run folder, one of its checkpoints, or a weight file of ours or of a released model",
         )
-        config = "for a weight file: the config to use instead of the one that fits it; or without a checkpoint"
+        config = (
+            "with a weight file: the config to use instead of the one that fits it; without --checkpoint: the config"
+        )
     parser.add_argument("--config", metavar="NAME.yaml", help=config)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument("--dry-run", action="store_true", help="print what follows from the config, and stop")
     parser.add_argument("--full", action="store_true", help="with --dry-run: print the resolved config too")
-    # deepspeed adds it; the variables of the environment say the same.
+    # The deepspeed launcher adds this option. Its value is not used: the environment variable LOCAL_RANK says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> Command:
-    """Raises InputError for whatever is wrong with the config, before any process group exists."""
-    # Options may stand before, between and after overrides.
+    """The parsed command line, before any process group exists. Raises InputError for a config that is missing or wrong."""
+    # parse_intermixed_args: options may stand before, between and after overrides.
     args = parser.parse_intermixed_args()
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
     cfg, given = _config_of(args.config, args.overrides), given_keys(args.config, args.overrides)
     command = Command(cfg, args, world.discover(), given=given)
-    # Where both are there, the file of the current folder is meant.
+    # A file in the current directory shadows the one of the same name in configs/; tell the user so.
     path, known = Path(args.config), config.CONFIG_DIR / args.config
     if command.ranks.rank == 0 and path.is_file() and known.is_file() and not path.samefile(known):
         say(f"--config {args.config}: {path.resolve()}, not the file of that name in {config.CONFIG_DIR}")
@@ -136,7 +141,7 @@ def _config_of(name: str, overrides: Sequence[str]) -> ExperimentConfig:
 
 
 def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
-    """As `parse`, with the config that the checkpoint was trained with. Raises InputError when there is no checkpoint."""
+    """The parsed command line with the config that the checkpoint was trained with. Raises InputError without a checkpoint."""
     args = parser.parse_intermixed_args()
     if args.checkpoint is None:
         raise InputError(
@@ -166,7 +171,8 @@ def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Comman
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a launcher's main and ends the process: 0 done, 2 bad input (one line, from rank 0), 130 Ctrl-C, 1 anything else."""
+    """Runs a launcher's main and ends the process with an exit code: 0 done, 2 bad input (one line, from rank 0), 130 Ctrl-C,
+    1 any other error."""
     code = 0
     try:
         _end_with_launcher()
@@ -179,7 +185,9 @@ def run(main: Callable[[], None]) -> None:
         code = 1
         if error.errno in _UNUSABLE or error.errno in DISK_ERRORS:
             code = EXIT_INPUT_ERROR if error.errno in _UNUSABLE else 1
-            _say_error(f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or name another place")
+            _say_error(
+                f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or choose another path"
+            )
         elif isinstance(error, Unwritten):
             _say_error(str(error))
         else:
@@ -187,7 +195,7 @@ def run(main: Callable[[], None]) -> None:
     except LostRanks as error:
         code = 1
         if error.first:
-            time.sleep(_ENDED_RANK_SPEAKS_FIRST_S)
+            time.sleep(_WAIT_FOR_ENDED_RANK_S)
             say(f"error: {error}")
     except KeyboardInterrupt as stop:
         code = 130
@@ -200,13 +208,13 @@ def run(main: Callable[[], None]) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's own end: engines keep process groups alive into it, and gloo's threads then abort
-    # the process now and then after its work is done (exit code -6).
+    # os._exit skips the interpreter's shutdown: engines keep process groups alive during it, and gloo's threads then
+    # sometimes abort the process after its work is done (exit code -6).
     os._exit(code)
 
 
 def _say_error(line: str) -> None:
-    # Names out of files stand in it, which must not steer a terminal.
+    # The line may hold names from untrusted files, whose control characters must not reach the terminal.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in places.as_typed(line))
     rank = _rank()
     if rank == 0:
@@ -214,47 +222,50 @@ def _say_error(line: str) -> None:
             _first_to_say(line)
         say(f"error: {line}")
         return
-    # A launcher stops all ranks when the first is gone, so rank 0 gets the time to speak. If it has nothing to say, the
-    # error is this rank's own.
-    time.sleep(_RANK_0_SPEAKS_FIRST_S)
+    # A launcher stops all ranks when the first one exits. So wait for rank 0 to print the same error; if this rank is
+    # still alive after that, the error occurred on ranks other than 0, of which one prints it.
+    time.sleep(_WAIT_FOR_RANK_0_S)
     if _first_to_say(line):
         say(f"error on rank {rank}: {line}")
 
 
 def _first_to_say(line: str) -> bool:
-    """Whether no other rank of this start has said the same error, as far as a folder that they share can tell: that of the
-    logs of a SLURM job, else the temporary folder of the machine."""
+    """Whether no other rank of this start has printed the same error. Ranks learn this from a mark file in a folder that they
+    share: that of the logs of a SLURM job, or else the machine's temporary folder."""
     job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT")]
     mark = hashlib.sha256("\n".join((*job, line)).encode()).hexdigest()[:16]
     path = Path(os.environ.get("REAR_LOGS") or tempfile.gettempdir()) / f".rear_scale-{os.getuid()}-{mark}"
     try:
-        # What an earlier start of the job has left says nothing about this one.
+        # A mark that is older than this process was left by an earlier start.
         if path.stat().st_mtime < psutil.Process().create_time() - _CLOCKS_DIFFER_S:
             path.unlink()
     except OSError:
-        pass  # there is none, or another rank has just removed it
+        pass  # there is no mark, or another rank has just removed it
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        return True  # better twice than not at all
+        return True  # the folder cannot be written to; an error that is printed twice is better than none
     return True
 
 
 def _rank() -> int:
-    """This process's, as far as its launcher has said it in an understandable way."""
+    """The rank of this process from its launcher's variables; 0 where they are missing or not numbers."""
     text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return int(text) if text.isdecimal() else 0
 
 
 def _end_with_launcher() -> None:
-    """A killed torchrun leaves its workers behind, each in a session of its own: they would wait for it, or go on and keep
-    the run folder to themselves. So the kernel is asked to end them with it."""
+    """Asks the kernel to kill this process when its launcher (torchrun or deepspeed) ends.
+
+    A killed torchrun leaves its workers alive, because each has its own session. They would hang in collectives, or go on
+    training and keep the run folder locked.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
-        return  # started by hand or by srun: whoever did that may leave
+        return  # Started by hand or by srun: the parent process may legitimately exit first.
     world.end_with_parent(signal.SIGKILL)
-    # It may be gone already, and we a child of the first process, which is no launcher unless this is a container.
+    # The launcher may already be dead and this process reparented to PID 1 (in a container PID 1 may be the launcher itself).
     parent = os.getppid()
     if parent == 1 and not re.search(
         rb"python|torch|deepspeed|accelerate", Path(f"/proc/{parent}/cmdline").read_bytes()
@@ -265,9 +276,9 @@ def _end_with_launcher() -> None:
 def show_paths(
     command: Command, inputs: tuple[str, ...], outputs: tuple[str, ...], given: Sequence[tuple[str, str | Path]] = ()
 ) -> None:
-    """The dry run of a command that turns files into files: which of them are there; under --full its config first.
+    """Prints the dry run of a command that turns files into files: which of them exist, after the config with --full.
 
-    given: inputs that are no fields, by the option or key that names them.
+    given: (name, path) of input files that are not config fields, each under the option or key that names it.
     """
     if command.ranks.rank != 0:
         return

@@ -1,4 +1,4 @@
-"""Which device this process computes on, and what has to be set before CUDA starts."""
+"""The device that this process computes on, and the settings that have to be made before CUDA starts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from rear_scale.config import InputError, first_line
 _NO_GPU = ("", "-1", "NoDevFiles")
 _USER_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _RECORDER_SETTINGS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-_WAY_OUT = "Mend that, or set CUDA_VISIBLE_DEVICES= (to nothing) to compute on the CPU"
+_WAY_OUT = "Repair that, or set CUDA_VISIBLE_DEVICES= (to nothing) to compute on the CPU"
 
 
 def prepare(env: MutableMapping[str, str] = os.environ) -> None:
-    """Sets how torch uses CUDA in this process. To be called before the first use of CUDA; `cli.run` does.
+    """Sets how torch uses CUDA in this process. Must be called before the first use of CUDA; `cli.run` does so.
 
-    What the user has set in the environment stays as it is.
+    Variables that the user has set keep their values.
     """
-    # Blocks of changing sizes (evaluation, sampling and checkpoints between steps) otherwise leave gaps that nothing fits in.
+    # Evaluation, sampling and checkpoints between steps allocate blocks of changing sizes; fixed segments would fragment.
     if not any(name in env for name in _USER_SETTINGS):
         env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # The last collectives of this rank, which the watchdog writes down when a rank hangs.
+    # Size of torch's flight recorder: the last collectives of this rank, which the watchdog writes out when a rank hangs.
     if not any(name in env for name in _RECORDER_SETTINGS):
         env["TORCH_FR_BUFFER_SIZE"] = "2000"
-    # On compute capability 9.0 torch prefers cuDNN's attention. It builds a plan for every new key length, of which decoding
-    # meets 256 (0.44 s each were reported on a B200), and its dropout keeps probabilities in sixteenths: 0.0625 or 0.125
-    # instead of 0.1.
+    # On compute capability 9.0 torch prefers cuDNN's attention. That builds a plan for every new key length (decoding has 256 of
+    # them; 0.44 s each were reported on a B200), and rounds dropout probabilities to sixteenths: 0.0625 or 0.125 instead of 0.1.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -38,7 +37,8 @@ def uses_cuda(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process computes on a GPU.
 
     Raises InputError where the machine has GPUs that torch cannot use, unless the CPU is asked for (CUDA_VISIBLE_DEVICES
-    hides the GPUs, or DS_ACCELERATOR=cpu): a rank on the CPU would hold back all others, or train for weeks what takes hours.
+    hides the GPUs, or DS_ACCELERATOR=cpu). Falling back to the CPU would make all other ranks wait for this one, or turn
+    hours of training into weeks.
     """
     if _cpu_is_asked_for(env):
         return False
@@ -53,7 +53,7 @@ def uses_cuda(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def use_gpu(index: int) -> torch.device:
-    """GPU `index` as the current one of this process. Raises InputError when it does not compute."""
+    """The device of GPU `index`, made the current one of this process. Raises InputError when it cannot compute."""
     try:
         torch.cuda.set_device(index)
     except RuntimeError as error:
@@ -75,7 +75,7 @@ def _unusable(index: int, error: Exception) -> InputError:
 
 
 def describe(device: torch.device, env: Mapping[str, str] = os.environ) -> str:
-    """The device in words: its name and memory, or why it is the CPU."""
+    """A description of the device for messages: its name and memory, or why it is the CPU."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
@@ -85,10 +85,9 @@ def describe(device: torch.device, env: Mapping[str, str] = os.environ) -> str:
 
 
 def gpus_of_the_machine() -> int:
-    """How many GPUs the NVIDIA driver knows, or has made device files for.
+    """The number of GPUs that the NVIDIA driver lists or has made device files for, whichever is larger.
 
-    A container without the device files still sees the driver's list, and one without the driver's libraries may see the
-    files.
+    A container may see the driver's list without the device files, or the files without the driver's list.
     """
     return max(len(list(Path(folder).glob(names))) for folder, names in _TRACES)
 
@@ -97,7 +96,7 @@ _TRACES = (("/proc/driver/nvidia/gpus", "*"), ("/dev", "nvidia[0-9]*"))
 
 
 def _cpu_is_asked_for(env: Mapping[str, str]) -> bool:
-    # The deepspeed launcher numbers its ranks in CUDA_VISIBLE_DEVICES whatever stood there; its own variable is left alone.
+    # The deepspeed launcher overwrites CUDA_VISIBLE_DEVICES, but leaves DS_ACCELERATOR as the user has set it.
     return env.get("DS_ACCELERATOR") == "cpu" or env.get("CUDA_VISIBLE_DEVICES", "0").strip() in _NO_GPU
 
 

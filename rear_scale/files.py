@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names complete and durable, or not at all."""
+"""Atomic and durable writing: files and folders appear under their names complete and synced to disk, or not at all."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ import numpy as np
 
 from rear_scale.config import InputError
 
-# How a file system answers that it does not offer fsync: CIFS and some FUSE file systems do not, for folders.
+# Errors by which a file system says that it has no fsync; CIFS and some FUSE file systems have none for folders.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-# A full or failing disk, not a path that was named wrongly.
+# Errors of a full or failing disk, as opposed to a wrong path.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 _LONGEST_NAME = 255  # bytes, on Linux
-_FOREIGN_AGE_S = 24 * 3600  # a leftover of another machine that nobody has changed for so long has no writer any more
+# Temporary files of other machines are removed at this age: whether their writer still runs cannot be checked from here.
+_FOREIGN_AGE_S = 24 * 3600
 
 
 def checked_name(name: Any, source: str | Path, what: str) -> str:
-    """A name that stands in a file and becomes the name of a file or folder: one name, not a path.
+    """The name, read from a file, once it is known to be safe as the name of a file or folder: one name, not a path.
 
-    source: the file that it stands in; what: its field there. Raises InputError for anything else: separators, "..", an
-    absolute path, characters that are not printed, a name that is no text or longer than file systems have them.
+    source: the file that holds the name; what: its field there. Raises InputError for separators, "..", an absolute path,
+    unprintable characters, a value that is no text, and a name that is too long for a file system.
     """
     is_one = isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\"} & set(name)
     if not is_one or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise InputError(
-            f"{source}: {what}={ascii(name):.80} is no name of a file or folder: it must be one name without separators. Use "
-            "another file, or mend the name in it"
+            f"{source}: {what}={ascii(name):.80} cannot name a file or folder: it must be one name without separators. Use "
+            "another file, or correct the name in it"
         )
     return name
 
 
 def inside(folder: Path, name: Any, source: str | Path, what: str) -> Path:
-    """Where to write what has a name that stands in a file: in `folder`, and not through a link that leads out of it.
+    """The path in `folder` for a name read from a file, checked so that writing to it cannot leave the folder.
 
-    Raises InputError as `checked_name` does, and for such a link.
+    Raises InputError as `checked_name` does, and for a symbolic link that leads out of the folder.
     """
     path = folder / checked_name(name, source, what)
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -58,11 +59,11 @@ def inside(folder: Path, name: Any, source: str | Path, what: str) -> Path:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, to be written to in the block, which is renamed to `path` when the block ends well.
+    """The path of a temporary file beside `path`, which is renamed to `path` when the block ends without an exception.
 
-    Bytes and name are on the disk then. The file has the permissions that the umask (or the folder's default ACL) gives,
-    whatever the block's library sets. After an exception nothing remains, and an earlier file is as it was.
-    Raises OSError, naming the file, when the disk is full or fails.
+    Contents and name are synced to disk by then. The file has the permissions that the umask (or the folder's default ACL)
+    gives, whatever a library called in the block sets. After an exception the temporary file is removed, and an earlier
+    file is unchanged. Raises OSError, naming the file, when the disk is full or fails.
     """
     path = Path(path)
     _sweep_once(path.parent)
@@ -83,16 +84,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_open(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """`atomic_file`, opened for writing, for what writes to an open file."""
+    """An open file that is written as by `atomic_file`."""
     with atomic_file(path) as temporary, open(temporary, mode) as file:
         yield file
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which is renamed to `path` when the block ends well, in place of an earlier one.
+    """The path of a temporary folder beside `path`, which replaces `path` when the block ends without an exception.
 
-    Its files are on the disk then. After an exception nothing remains.
+    Its files are synced to disk by then. After an exception the temporary folder is removed.
     """
     with temporary_folder(path) as temporary:
         yield temporary
@@ -101,7 +102,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which is removed at the end unless `publish_folder` has renamed it."""
+    """The path of a temporary folder beside `path`, removed at the end unless `publish_folder` has renamed it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_once(path.parent)
@@ -115,7 +116,7 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: str | Path) -> None:
-    """Renames a folder to `path`, in place of an earlier one, when its files are on the disk."""
+    """Syncs a folder's files to disk, then renames the folder to `path`, in place of an earlier one."""
     path = Path(path)
     for file in temporary.iterdir():
         sync(file)
@@ -132,16 +133,16 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def write_array_atomically(path: str | Path, values: np.ndarray) -> None:
-    """Writes a .npy file as np.save does, and raises an error of a full disk that names it as such."""
+    """Writes a .npy file atomically. Raises OSError with errno ENOSPC for a full disk, which np.save alone would not."""
     data = io.BytesIO()
+    # Into memory first: on a full disk np.save reports only how many items it wrote, not that there is no space left.
     np.save(data, values)
-    # Not to the file: of a full disk np.save says how many items it wrote, and not that there is no room.
     with atomic_open(path) as file:
         file.write(data.getbuffer())
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder if it is there. It is renamed first, so that a kill leaves no half of it under its name."""
+    """Removes a folder if it exists. It is renamed first, so that a crash never leaves a half-deleted folder visible."""
     removed = unfinished(path)
     with suppress(FileNotFoundError):
         path.replace(removed)
@@ -155,15 +156,14 @@ def file_sha256(path: str | Path) -> str:
 
 
 def sync(path: str | Path) -> None:
-    """Writes a file or folder down to the disk, so that a rename never shows a file whose bytes are not there yet.
+    """Syncs a file or folder to disk, so that a later rename cannot become durable before the contents are.
 
-    A file system that offers no such call is left to its own ways. Raises OSError, naming the path, when the disk is full
-    or fails.
+    Does nothing on a file system without fsync. Raises OSError, naming the path, when the disk is full or fails.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if os.path.isdir(path):  # a folder that may be written to and not be listed
+        if os.path.isdir(path):  # a folder with write permission but without read permission
             return
         raise
     try:
@@ -176,19 +176,19 @@ def sync(path: str | Path) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """A temporary name beside a path that no other writer has and that says which process writes it."""
-    # 255 bytes is the most that a name may have.
+    """A unique temporary path beside `path`, whose name identifies the machine and the process that write it."""
+    # Cut to 150 bytes: with the suffix the name has to stay within the 255 bytes of Linux file systems.
     name = os.fsdecode(os.fsencode(path.name)[:150])
     return path.with_name(f"{name}.{_machine()}-{os.getpid()}-{start_time(os.getpid())}-{secrets.token_hex(4)}.part")
 
 
 def remove_leftovers(folder: str | Path, *locked: str) -> None:
-    """Removes what writers that were killed have left in a folder under temporary names; a live writer's stays.
+    """Removes the temporary files in a folder that killed writers have left; those of running writers stay.
 
-    locked: names (or patterns) that no other process writes, so that all that is left of them goes, also of writers on other
-    machines, of whom nobody here knows whether they are alive.
+    locked: final names (or patterns) that this process alone may write. All their temporary files are removed, including
+    those of other machines, where it cannot be checked whether the writer still runs.
     """
-    with suppress(OSError):  # no such folder, or one that is not ours
+    with suppress(OSError):  # the folder does not exist, or this user may not read it
         for entry in list(os.scandir(folder)):
             if _is_leftover(entry, locked):
                 with suppress(OSError):
@@ -196,9 +196,9 @@ def remove_leftovers(folder: str | Path, *locked: str) -> None:
 
 
 def start_time(pid: int) -> int:
-    """When a process of this machine started, in clock ticks after boot; 0 when that cannot be read, -1 when it has ended."""
+    """The start time of a process on this machine, in clock ticks after boot; 0 when it cannot be read, -1 when it has ended."""
     try:
-        # The name of the program, in parentheses, may hold blanks.
+        # Split after the program name, which stands in parentheses and may contain blanks.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0
@@ -206,19 +206,19 @@ def start_time(pid: int) -> int:
 
 
 def is_running(pid: int, started: int) -> bool:
-    """Whether the process of this machine with that number is still the one that started then."""
+    """Whether the process on this machine with this id is still running and has the given start time (ids are reused)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's, whose start may be hidden too
+        pass  # the process of another user, whose start time may be hidden too
     return start_time(pid) in (started, 0)
 
 
 @cache
 def _machine() -> str:
-    """Where process numbers mean the same: a host since its last boot, and a container of its own there."""
+    """A hash of the scope in which process ids are unique: the host, its boot and its PID namespace (container)."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return _short_hash(f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}")
@@ -244,12 +244,12 @@ def _is_leftover(entry: os.DirEntry[str], locked: tuple[str, ...]) -> bool:
 
 @cache
 def _sweep_once(folder: Path) -> None:
-    # By the first write of this process into a folder: a listing before each would be slow among 50,000 files.
+    # Once per folder and process: listing the folder before every write would be slow with 50,000 files in it.
     remove_leftovers(folder)
 
 
 def _create(path: Path) -> int:
-    """Makes an empty file and returns its permissions."""
+    """The permissions of an empty file that is created here."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         return os.fstat(handle).st_mode & 0o777
@@ -258,7 +258,7 @@ def _create(path: Path) -> int:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    # Some libraries replace the file by one that only its owner may read.
+    # Some libraries (safetensors) replace the file by one that only its owner may read.
     if path.stat().st_mode & 0o777 != mode:
         with suppress(PermissionError):  # a file system without permissions
             path.chmod(mode)
@@ -266,7 +266,7 @@ def _set_mode(path: Path, mode: int) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Puts the path into an error of a full or failing disk that has none, as those of writes to an open file."""
+    """Adds the path to errors of a full or failing disk that lack it, as errors of writes to an open file do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One process at a time: lock files, on file systems without locks too."""
+"""Lock files between processes, with a fallback for file systems that do not support locks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from rear_scale.files import is_running, start_time
 from rear_scale.progress import say
 
 _POLL_S = 0.5
-_UNREADABLE_S = 10.0  # a record that says nothing for so long was left by a process that ended while it wrote it
+_UNREADABLE_S = (
+    10.0  # a holder file that stays unreadable for this long was left by a process that died while writing it
+)
 
 
 @contextmanager
 def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Holds a lock file, which is made with its folder and goes at the end. Released by the kernel when the process dies.
+    """Holds an exclusive lock on a lock file, which is created with its folder and removed at the end. The kernel releases the
+    lock when the process dies.
 
-    Where the file system has no locks (Lustre without -o flock, some NFS), a file PATH.holder that one process alone can make
-    says who holds it; it is taken over when that process is gone. refusal: raise InputError with it when another process
-    holds the lock; None = wait. Raises InputError too where no lock file can be made.
+    Where the file system has no locks (Lustre without -o flock, some NFS), a file PATH.holder, created exclusively, records
+    the process that holds the lock; another process takes it over once that process has ended. refusal: the message of the
+    InputError raised when another process holds the lock; None = wait for it. Raises InputError too where no lock file can
+    be created.
     """
     handle = _take(path, refusal)
     try:
@@ -44,7 +48,9 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
 
 
 def remove_unheld(path: Path) -> None:
-    """Removes a lock file that a killed process has left, where all that it was taken for is done; one that is held stays."""
+    """Removes a lock file that a killed process has left; a lock file that a process holds stays.
+
+    To be called only once the work that the lock protects is complete."""
     if path.exists():
         with suppress(InputError, OSError), locked(path, "held"):
             pass
@@ -70,22 +76,23 @@ def _open(path: Path) -> int:
         except PermissionError:
             if not path.exists():
                 raise
-            return os.open(path, os.O_RDONLY)  # a colleague's, left by a killed process, in a folder of the group
+            return os.open(path, os.O_RDONLY)  # left by another user's killed process in a folder of a group
     except OSError as error:
         raise InputError(
-            f"{path.parent} cannot be locked against other processes: {path} cannot be opened ({error.strerror}). Get the right "
-            "to write there, or write elsewhere"
+            f"{path.parent} cannot be locked against other processes: {path} cannot be opened ({error.strerror}). Get write "
+            "permission there, or write elsewhere"
         ) from None
 
 
 def _flock(path: Path, handle: int, refusal: str | None) -> bool:
-    """Takes the lock of an open file. False when its last holder has removed the file since it was opened here."""
+    """Locks an open lock file. False when its last holder has removed the file since it was opened here, so that it must be
+    opened again."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
     except BlockingIOError:
         raise InputError(refusal) from None
     except OSError as error:
-        if error.errno == errno.EBADF:  # NFS, of a file that is open for reading alone
+        if error.errno == errno.EBADF:  # NFS refuses exclusive locks on files opened for reading only
             raise InputError(
                 f"{path} belongs to another user, and its lock cannot be taken. If no process uses {path.parent}, remove it: "
                 f"rm {shlex.quote(str(path))}"
@@ -102,7 +109,7 @@ def _holder(path: Path) -> Path:
 
 
 def _hold(holder: Path, refusal: str | None, missing: OSError) -> None:
-    """Makes the file that says who holds a lock, when no other process does any more."""
+    """Creates the holder file, as soon as no other process holds the lock. missing: the error that locks are not supported."""
     waiting_since: float | None = None
     empty_since = time.monotonic()
     while True:
@@ -112,8 +119,8 @@ def _hold(holder: Path, refusal: str | None, missing: OSError) -> None:
             pass
         except OSError as error:
             raise InputError(
-                f"{holder.parent} has no locks ({missing.strerror}), and {holder} cannot be made in their place "
-                f"({error.strerror}). Get the right to write there, or write elsewhere"
+                f"the file system of {holder.parent} has no locks ({missing.strerror}), and {holder} cannot be created in their "
+                f"place ({error.strerror}). Get write permission there, or write elsewhere"
             ) from None
         else:
             try:
@@ -130,7 +137,7 @@ def _hold(holder: Path, refusal: str | None, missing: OSError) -> None:
                 _take_away(holder, record)
                 continue
         elif time.monotonic() - empty_since < _UNREADABLE_S:
-            time.sleep(0.05)  # it is being written, or was removed
+            time.sleep(0.05)  # the holder file is being written, or was removed
             continue
         if refusal is not None:
             raise InputError(f"{refusal}. {_said(holder, record)}")
@@ -141,11 +148,11 @@ def _hold(holder: Path, refusal: str | None, missing: OSError) -> None:
 
 
 def _record() -> dict[str, Any]:
-    """Which process this is, in words that mean the same on every machine."""
+    """The identity of this process, in terms that any machine can compare: host, boot, container, process, SLURM job."""
     record = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
     with suppress(OSError):
         record["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        record["pids"] = os.readlink("/proc/self/ns/pid")  # a container counts its processes by itself
+        record["pids"] = os.readlink("/proc/self/ns/pid")  # process ids are unique only within a container
     if "SLURM_JOB_ID" in os.environ:
         job = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
         record["job"] = " ".join(os.environ.get(name, "") for name in job)
@@ -166,8 +173,8 @@ def _is_gone(record: dict[str, Any]) -> bool:
     if (record.get("boot"), record.get("pids")) == (own.get("boot"), own.get("pids")):
         return record.get("host") == own["host"] and not is_running(record["pid"], record["start"])
     if "job" in own and record.get("job") == own["job"] and record.get("restarts", 0) < own["restarts"]:
-        return True  # this job, which has ended before it was requeued
-    # The same machine, started again since. Many machines may be called localhost.
+        return True  # written by this SLURM job before it was requeued: that start of the job has ended
+    # True also for the same machine if it has rebooted since; hosts called localhost cannot be told apart.
     return (
         record.get("host") == own["host"]
         and record.get("boot") != own.get("boot")
@@ -176,7 +183,7 @@ def _is_gone(record: dict[str, Any]) -> bool:
 
 
 def _take_away(holder: Path, record: dict[str, Any]) -> None:
-    """Removes the file of a process that is gone, unless another one has just done so and made its own."""
+    """Removes the holder file of an ended process, unless another process has just replaced it by its own."""
     aside = holder.with_name(f"{holder.name}.{secrets.token_hex(4)}")
     with suppress(OSError):
         holder.rename(aside)
@@ -188,8 +195,8 @@ def _take_away(holder: Path, record: dict[str, Any]) -> None:
 
 def _said(holder: Path, record: dict[str, Any] | None) -> str:
     if record is None:
-        return f"{holder} does not say who holds it. If nobody does, remove it: rm {shlex.quote(str(holder))}"
+        return f"{holder} does not name the process that holds it. If there is none, remove it: rm {shlex.quote(str(holder))}"
     return (
-        f"{holder} is held by process {record['pid']} on {record.get('host')}. If that process is gone, remove the file: "
+        f"{holder} is held by process {record['pid']} on {record.get('host')}. If that process has ended, remove the file: "
         f"rm {shlex.quote(str(holder))}"
     )

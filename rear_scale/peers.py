@@ -1,4 +1,4 @@
-"""Which rank has ended, and why: said by the ranks that learn of it from a broken connection."""
+"""Error messages that name the rank that has ended and why, raised by the ranks that notice a broken connection."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import suppress
 import torch.distributed as dist
 
 _BEAT_S = 2.0
-_SILENT_BEATS = 3  # a rank without as many heartbeats is taken for gone
-# Collectives say in many ways that another rank has closed its connection.
+_SILENT_BEATS = 3  # a rank that misses this many heartbeats is assumed to have ended
+# Collectives report a connection closed by another rank in many different words.
 _BROKEN = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|recvvalue|unhandled system error", re.I
 )
@@ -20,7 +20,7 @@ _BROKEN = re.compile(
 class LostRanks(RuntimeError):
     """A collective failed because other ranks have ended. The message names them.
 
-    first: whether this rank is the first of its machine to find out, whose message is enough for all of them.
+    first: whether this rank is the first of its machine to notice. Only its message is printed, once for the whole machine.
     """
 
     def __init__(self, message: str, first: bool) -> None:
@@ -29,11 +29,11 @@ class LostRanks(RuntimeError):
 
 
 class Peers:
-    """The other ranks of a world, as the key-value store knows them: machine, heartbeat, and why a rank ended."""
+    """The other ranks of a world, as recorded in the key-value store: machine, heartbeat, and the reason a rank ended."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, machine: str) -> None:
         self.rank, self.size, self.machine = rank, size, machine
-        # A connection of its own: a rank may wait for a key in the other one.
+        # A separate connection: the process group's connection may be blocked waiting for a key.
         self.store = dist.PrefixStore("rear_scale/peers", store.clone())
         self.store.set(f"machine/{rank}", machine)
         self.first_machine = self.store.get("machine/0").decode()
@@ -46,14 +46,15 @@ class Peers:
         self.stopped.set()
 
     def tell(self, reason: str) -> None:
-        """Leaves the reason of this rank's end for the others, once. Raises nothing."""
+        """Records in the store why this rank ends, the first time it is called. Never raises."""
         if not self.told:
             self.told = True
             with suppress(RuntimeError):
                 self.store.set(f"end/{self.rank}", " ".join(reason.split())[:500])
 
     def explained(self, error: BaseException) -> BaseException:
-        """LostRanks in place of an error that other ranks' ends have caused; else the error, which the others are told."""
+        """LostRanks, where the error was caused by other ranks that have ended; else the error itself, after recording it in
+        the store for the other ranks."""
         if isinstance(error, LostRanks):
             return error
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
@@ -65,7 +66,7 @@ class Peers:
         return error
 
     def lost(self) -> str | None:
-        """Which ranks have ended and why; None when none has. Takes some seconds."""
+        """A sentence on which ranks have ended and why; None when all are alive. Takes some seconds (missed heartbeats)."""
         try:
             self.store.set(f"lost/{self.rank}", "")
             before, end = self._beats(), time.monotonic() + _SILENT_BEATS * _BEAT_S
@@ -81,13 +82,13 @@ class Peers:
             named = ", ".join(f"rank {rank} on {self._machine_of(rank)}" for rank in gone[:4])
             more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
             return (
-                f"{named}{more} ended without a word (no heartbeat): killed, out of memory, or its machine failed. "
+                f"{named}{more} ended without giving a reason (no heartbeat): killed, out of memory, or its machine failed. "
                 "The other ranks end, too"
             )
         except RuntimeError:
-            # The store lives in rank 0, or in its launcher.
+            # The store runs in the process of rank 0, or in its launcher.
             return (
-                f"rank 0 on {self.first_machine} or its launcher is gone, and with it the key-value store of the ranks. "
+                f"rank 0 on {self.first_machine} or its launcher has ended, and with it the key-value store of the ranks. "
                 "The other ranks end, too"
             )
 
@@ -116,7 +117,7 @@ class Peers:
 
     def _beat(self) -> None:
         count = 0
-        with suppress(RuntimeError):  # the store's end, which a collective finds, too
+        with suppress(RuntimeError):  # the store is closed; a collective of the main thread fails for the same reason
             while not self.stopped.wait(_BEAT_S if count else 0):
                 count += 1
                 self.store.set(f"beat/{self.rank}", str(count))

@@ -1,4 +1,4 @@
-"""Progress bars: live in a terminal, a line now and then in a log file, nothing on ranks other than 0."""
+"""Progress bars and messages on stderr: a bar redrawn in place in a terminal, a line every ten seconds in a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _LOG_INTERVAL_S = 10.0
 
 
 def progress(description: str, total: int, unit: str, *, done: int = 0, show: bool = True) -> tqdm[Any]:
-    """A tqdm bar on stderr, with rate and time left. Update postfixes with refresh=False: a log file gets every refresh."""
+    """A tqdm bar on stderr, with rate and time left; show: false on ranks other than 0.
+
+    Set postfixes with refresh=False: in a log file every refresh becomes a line.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         desc=description,
@@ -30,7 +33,7 @@ def progress(description: str, total: int, unit: str, *, done: int = 0, show: bo
 
 
 class _Lines:
-    """Where there is no terminal to redraw on, each refresh becomes a line of its own."""
+    """A file for tqdm without a terminal: each refresh becomes a line, because a log file cannot be redrawn."""
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n")
@@ -42,13 +45,13 @@ class _Lines:
 
 
 def say(line: str) -> None:
-    """A line for the user, on stderr and at once."""
+    """Prints a line for the user to stderr, unbuffered."""
     print(line, file=sys.stderr, flush=True)
 
 
 @cache
 def say_once(line: str) -> None:
-    """As `say`, but only the first time in this process."""
+    """Prints a line as `say` does, but only the first time in this process."""
     say(line)
 
 

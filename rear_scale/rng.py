@@ -25,7 +25,7 @@ _FEISTEL_ROUNDS = 8
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. Two purposes never share bits. The numbers are part of the format: never change one."""
+    """The use of a random number; different purposes never share bits. The values determine results: never change one."""
 
     LABEL_DROP = 1
     NOISE = 2
@@ -44,15 +44,15 @@ class Purpose(enum.IntEnum):
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
     """Uniform 32-bit integers as int64 [I, count] on the device of `ids`.
 
-    ids: int64 [I], 0 .. 2^32 - 1. steps: int64 [I] or one number, the occasion on which the id draws (training: the
-    epoch; sampling: the token position). Row i depends on (seed, purpose, ids[i], steps[i]) alone.
+    ids: int64 [I], 0 .. 2^32 - 1. steps: int64 [I] or one number, the draw index of the id (in training the epoch, in
+    sampling the token position). Row i depends on (seed, purpose, ids[i], steps[i]) alone.
     """
     blocks = -(-count // 4)
     block = torch.arange(blocks, device=ids.device).expand(len(ids), blocks)
     counter = (
         block,
         ids[:, None].expand_as(block),
-        # A number is written on the device: one that came from the host would be waited for.
+        # full_like writes the number on the device; copying it from the host would synchronize with the GPU.
         _column(steps, ids).expand_as(block) if isinstance(steps, Tensor) else torch.full_like(block, steps),
         torch.full_like(block, int(purpose)),
     )
@@ -65,11 +65,11 @@ def _column(steps: Tensor, ids: Tensor) -> Tensor:
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10 of four 32-bit words: all int64 tensors of one shape, or all Python integers."""
+    """Four random 32-bit words, by Philox4x32-10 of a counter of four: all int64 tensors of one shape, or Python integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The products wrap modulo 2^64 in int64; shift and mask recover both unsigned halves all the same.
+        # The products wrap modulo 2^64 in signed int64; shift and mask still recover both unsigned 32-bit halves.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
@@ -77,27 +77,28 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
 
 
 def as_uniform(bits: Tensor) -> Tensor:
-    """float32 in [0, 1), of 32-bit integers."""
+    """Uniform float32 numbers in [0, 1), from uniform 32-bit integers."""
     return (bits >> 8).float() * 2.0**-24
 
 
 def as_integers(bits: Tensor, high: int) -> Tensor:
-    """int64, uniform in 0 .. high - 1 (to within high / 2^32), of 32-bit integers."""
+    """Integers int64, uniform in 0 .. high - 1 (to within high / 2^32), from uniform 32-bit integers."""
     return (bits * high) >> 32
 
 
 def exponential(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
-    """float32 [I, count], unit exponential and above 0: argmax(p / exponential) draws from p."""
-    # All 32 bits count near 0, where the winners of that race are; only the far tail is clipped (at about 16.6).
+    """Exponential random numbers of rate 1, float32 [I, count], above 0. argmax(p / exponential) is a sample from p."""
+    # Full 32-bit resolution near 0, where the argmax is decided; only the far tail is clipped (at about 16.6).
     bits = random_bits(seed, purpose, ids, steps, count).float()
     return -torch.log1p(-((bits + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24))
 
 
 def permuted(seed: int, purpose: Purpose, occasion: int, positions: Tensor, size: int) -> Tensor:
-    """int64 [I]: where a fixed pseudo-random permutation of 0 .. size - 1 sends the positions (int64 [I]).
+    """The images int64 [I] of positions (int64 [I]) under a fixed pseudo-random permutation of 0 .. size - 1.
 
-    A Feistel network on a grid of at least `size` cells, walked until it falls inside (Black & Rogaway 2002): no table
-    is kept, so any position of any epoch costs the same.
+    occasion: the draw index; each has another permutation. A Feistel network on a grid of at least `size` cells, applied
+    again while the result is `size` or more (cycle walking, Black & Rogaway 2002). It needs no table, so any position of any
+    epoch costs the same.
     """
     rows = max(1, int(size**0.5))
     columns = -(-size // rows)
@@ -111,8 +112,10 @@ def permuted(seed: int, purpose: Purpose, occasion: int, positions: Tensor, size
 def permuted_within(
     seed: int, purpose: Purpose, occasion: int, groups: Tensor, positions: Tensor, sizes: Tensor
 ) -> Tensor:
-    """int64 [I]: as `permuted`, where every position (int64 [I]) has a group (int64 [I], 0 .. 2^32 - 1) with a permutation
-    and a size (int64 [I], above the position) of its own."""
+    """The images int64 [I] of positions under one permutation per group, otherwise as `permuted`.
+
+    groups: int64 [I], 0 .. 2^32 - 1, the group of each position. sizes: int64 [I], the size of that group.
+    """
     rows = sizes.double().sqrt().long().clamp(min=1)
     columns = (sizes + rows - 1) // rows
     unique, group = groups.unique(return_inverse=True)
@@ -139,7 +142,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def fold(seed: int, purpose: Purpose, *numbers: int) -> int:
-    """One 63-bit seed for a library's generator, from the seed and any numbers below 2^64."""
+    """A 63-bit seed for a library's random generator, hashed from the seed, the purpose and any numbers below 2^64."""
     state = seed
     for number in (len(numbers), *numbers):
         counter = (number & _MASK, (number >> 32) & _MASK, 0, int(purpose))

@@ -7,9 +7,9 @@ from itertools import zip_longest
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """One line per row with its columns as wide as their longest cell; a row may lack its last cells.
+    """The text of a table, one line per row, each column as wide as its longest cell; a row may lack its last cells.
 
-    left: the columns whose cells begin at the left; the cells of the others, which are numbers, end at the right.
+    left: the left-aligned columns; the others, which hold numbers, are right-aligned.
     """
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     lines = []

@@ -1,6 +1,6 @@
-"""Readers of small heads and manifests that arrive with weights and data: strict, and bounded in time and memory.
+"""Strict readers for file headers and manifests that come with weights and data, bounded in time and memory.
 
-All of them raise ValueError with a short reason; callers put the file, the field and a way out around it.
+All of them raise ValueError with a short reason, to which callers add the file, the field and a way out.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from typing import IO, Any
 
 import numpy as np
 
-MOST_JSON = 64 << 20  # bytes: a manifest of 100,000 shards has half of it
+MOST_JSON = 64 << 20  # bytes; a manifest of 100,000 shards has half as many
 _MOST_CONTAINERS = 1 << 20  # lists and objects of one JSON file
 _DEEPEST = 64  # levels of nesting
-_MOST_DIGITS = 20  # of a whole number: 64 bits
-_MAX_HEADER_BYTES = 32 << 20  # bytes of the head of a safetensors file; 10,000 tensors take 2 MiB
+_MOST_DIGITS = 20  # of a whole number, which then fits into 64 bits
+_MAX_HEADER_BYTES = 32 << 20  # of a safetensors file; 10,000 tensors take 2 MiB
 _MOST_DIMENSIONS = 8
-_MAX_NPY_HEADER_BYTES = 10_000  # bytes, as numpy has it
+_MAX_NPY_HEADER_BYTES = 10_000  # numpy's own limit
 
-# dtype of a safetensors head -> bytes of a value
+# dtype in a safetensors header -> bytes per value
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
                "I8": 1, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
+FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes in which weights are stored
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the head of a safetensors file describes it."""
+    """A tensor's description in the header of a safetensors file."""
 
     dtype: str  # as safetensors writes it: F32, BF16, ...
     shape: tuple[int, ...]
 
 
 def mistaken_for(data: bytes) -> str | None:
-    """What the first bytes of a file show it to be where downloads go wrong, with a way out; None for anything else."""
+    """The usual result of a failed download that the first bytes show (empty, git-lfs pointer, HTML page), with a way out; None
+    for any other file."""
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not data:
         return "is empty. Download or copy it again"
     if start.startswith(b"version https://git-lfs.github.com/spec/") or start.startswith(b"version https://hawser"):
-        return "is a git-lfs pointer, not the file that it stands for. Run git lfs pull in its folder, or download the file"
+        return "is a git-lfs pointer, not the file itself. Run git lfs pull in its folder, or download the file"
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "is an HTML page that was saved in place of the file. Download the file itself"
     if start.startswith(b"<?xml"):
@@ -54,8 +55,8 @@ def mistaken_for(data: bytes) -> str | None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises ValueError for a path that is no regular file, and for a file that is not what its name says (see
-    `mistaken_for`); OSError when it cannot be read."""
+    """Checks that a path is a regular file and no failed download. Raises ValueError otherwise (see `mistaken_for`), OSError
+    when the file cannot be read."""
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise ValueError("is no regular file. Name the file itself")
     with open(path, "rb") as file:
@@ -65,7 +66,7 @@ def check_file(path: str | Path) -> None:
 
 
 def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
-    """A whole regular file of at most `most` bytes. Raises ValueError for another, OSError when it cannot be read."""
+    """The contents of a regular file of at most `most` bytes. Raises ValueError for other files, OSError when unreadable."""
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("no regular file")
@@ -83,8 +84,8 @@ def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
 def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
     """The values of a JSON text.
 
-    Raises ValueError for what JSON does not have (NaN, a key twice, half a surrogate pair) and for what no file of ours
-    needs: more than `most` bytes, 64 levels of nesting, a million lists or 20 digits.
+    Raises ValueError for invalid JSON (also NaN, duplicate keys, half a surrogate pair) and beyond limits that no file of this
+    project reaches: `most` bytes, 64 levels of nesting, a million lists and objects, 20 digits.
     """
     if len(text) > most:
         raise ValueError(f"{len(text):,} bytes, more than the {most:,} that such a file may have")
@@ -109,12 +110,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in values if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return values
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _whole(text: str) -> int:
@@ -126,7 +127,7 @@ def _whole(text: str) -> int:
 def _finite(text: str) -> float:
     value = float(text) if len(text) <= 1000 else math.inf
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:20]} is beyond 64 bits")
+        raise ValueError(f"the number {text[:20]} is too large for 64 bits")
     return value
 
 
@@ -152,11 +153,11 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("a text with half a surrogate pair, which is no character") from None
+        raise ValueError("a text with half a surrogate pair, which is not a character") from None
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value out of a file for a message: on one line, cut to `most` characters."""
+    """The text of an untrusted value for a message: on one line, printable, cut to `most` characters."""
     if isinstance(value, (dict, list, tuple)) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value):,} values"
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
@@ -164,22 +165,22 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def safetensors_header(path: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Metadata and tensors of a safetensors file, by its head alone.
+    """Metadata and tensor descriptions of a safetensors file, from its header alone.
 
-    Raises ValueError when the head is not one, is larger than 32 MiB, or describes other bytes than the file has; OSError
-    when the file cannot be read.
+    Raises ValueError when the header is malformed, larger than 32 MiB or does not match the size of the file; OSError when
+    the file cannot be read.
     """
     check_file(path)
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
-            raise ValueError(f"its head would have {length:,} bytes, but the file has {size:,}")
+            raise ValueError(f"its header would have {length:,} bytes, but the file has {size:,}")
         if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"its head of {length:,} bytes is larger than the {_MAX_HEADER_BYTES:,} that are read")
+            raise ValueError(f"its header of {length:,} bytes is larger than the limit of {_MAX_HEADER_BYTES:,}")
         header = parse_json(file.read(length), _MAX_HEADER_BYTES)
     if not isinstance(header, dict):
-        raise ValueError(f"its head is {shown(header)}, not an object")
+        raise ValueError(f"its header is {shown(header)}, not an object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not hold texts by name")
@@ -200,8 +201,8 @@ def _stored(name: str, entry: Any, size: int) -> StoredTensor:
         or not all(map(is_count, offsets))
         or not offsets[0] <= offsets[1] <= size
     ):
-        raise ValueError(f"{shown(name)} lies at {shown(offsets)} of {size:,} bytes")
-    # Types of less than a byte are the library's affair, and refused as weights.
+        raise ValueError(f"{shown(name)} has data_offsets {shown(offsets)} in {size:,} bytes")
+    # dtypes of less than a byte are not checked here: the safetensors library checks them, and they are refused as weights.
     if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
         raise ValueError(f"{shown(name)} of {dtype} {shape} does not take {offsets[1] - offsets[0]:,} bytes")
     return StoredTensor(dtype, tuple(shape))
@@ -218,24 +219,24 @@ def is_sha256(value: Any) -> bool:
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is stored by columns, and dtype of the .npy array that begins here; reads up to its values.
+    """Shape, Fortran order and dtype of the .npy array that begins at the file's position; reads up to its values.
 
-    Raises ValueError for another file, Python objects, named fields and sizes below 0.
+    Raises ValueError for a file that is no .npy, Python objects, named fields and negative sizes.
     """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0), (3, 0)):
-        raise ValueError(f".npy version {version} is not read")
+        raise ValueError(f".npy version {version} is not supported")
     first = version == (1, 0)
     prefix = file.read(2 if first else 4)
     length = int.from_bytes(prefix, "little")
-    # Before it is read: out of a compressed member, 4 GiB of it may come from a few MiB.
+    # Checked before reading: a compressed zip member of a few MiB may expand to a header of 4 GiB.
     if length > _MAX_NPY_HEADER_BYTES:
-        raise ValueError(f"its head of {length:,} bytes is larger than the {_MAX_NPY_HEADER_BYTES:,} that are read")
+        raise ValueError(f"its header of {length:,} bytes is larger than the limit of {_MAX_NPY_HEADER_BYTES:,}")
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
     try:
         shape, by_columns, dtype = read(io.BytesIO(prefix + file.read(length)))
-    except Exception as error:  # it takes the head for a text of Python, of which anything may be wrong
-        raise ValueError(f"its head cannot be read ({type(error).__name__})") from None
+    except Exception as error:  # numpy parses the header as a Python literal and raises all kinds of exceptions
+        raise ValueError(f"its header cannot be read ({type(error).__name__})") from None
     if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
         raise ValueError(f"it holds {shown(str(dtype))}, not plain numbers")
     if len(shape) > _MOST_DIMENSIONS or not all(map(is_count, shape)):
@@ -244,7 +245,7 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def npy_array(data: bytes, kinds: str = "iuf", shape: Collection[int] | None = None) -> np.ndarray:
-    """The array of an .npy file in memory, of one of the numpy kinds and, if given, of that shape.
+    """The array of an .npy file in memory. kinds: the allowed values of dtype.kind. shape: the required shape, if given.
 
     Raises ValueError for any other content; nothing larger than `data` is allocated.
     """
@@ -256,7 +257,7 @@ def npy_array(data: bytes, kinds: str = "iuf", shape: Collection[int] | None = N
         raise ValueError(f"it has shape {list(stored_shape)}, not {list(shape)}")
     if math.prod(stored_shape) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(
-            f"its head says {dtype} {list(stored_shape)}, which its {len(data) - file.tell():,} bytes are not"
+            f"its header says {dtype} {list(stored_shape)}, which its {len(data) - file.tell():,} bytes do not match"
         )
     flat = np.frombuffer(data, dtype, offset=file.tell())
     return flat.reshape(stored_shape, order="F" if by_columns else "C")

@@ -1,4 +1,4 @@
-"""Weight files: those of our own small models (safetensors that say what they are), and published ones, as they are."""
+"""Weight files: safetensors files of our own small models, whose header describes the model, and published files as released."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ from rear_scale.untrusted import FLOATS, StoredTensor, shown
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LARGEST_SIZE = 65_536  # of an architecture in the head of a file of ours
+_LARGEST_SIZE = 65_536  # largest size of an architecture that is accepted from a file's header
 
 
 def write_weights(
     path: Path, model: nn.Module, model_type: str, architecture: dict[str, Any], training: dict[str, Any] | None = None
 ) -> None:
-    """Writes a model in one piece. The same weights and settings of their training give the same bytes."""
+    """Writes a model's weights, with its type, architecture and training settings in the file's header. Equal weights and
+    settings give equal bytes."""
     header = {"kind": model_type, "architecture": architecture}
     write_tensors(path, model.state_dict(), header if training is None else {**header, "training": training})
 
 
 def read_training(path: str | Path) -> dict[str, Any]:
-    """What a file that `read_weights` reads says of its training; empty when it says nothing."""
+    """The training settings in the header of a weight file of ours; empty when there are none."""
     training = read_header(path, "tokenizer.weights").own.get("training", {})
     return training if isinstance(training, dict) else {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any] | None) -> None:
-    """Writes tensors in one piece, with what `head` says of them."""
-    # One entry: the library writes several in no fixed order.
+    """Writes a safetensors file with `header` as JSON in its metadata."""
+    # One metadata entry: the safetensors library writes several entries in no fixed order, and equal files need equal bytes.
     metadata = None if header is None else {"rear_scale": json.dumps(header)}
     save_tensors(path, {name: value.contiguous().cpu() for name, value in tensors.items()}, metadata)
 
@@ -53,7 +54,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, A
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file of contiguous CPU tensors, complete or not at all. Raises OSError as `atomic_file` does."""
     with atomic_file(path) as temporary:
-        # The library writes under a name of its own beside the file, where a kill would leave it.
+        # The library writes under its own temporary name beside the file, which a killed process would leave behind. In a
+        # folder named by `unfinished`, the next process removes it.
         folder = unfinished(path)
         folder.mkdir()
         try:
@@ -73,14 +75,15 @@ def _as_os_error(error: SafetensorError, path: Path) -> Exception:
 def read_weights(
     path: str | Path, model_type: str, sizes: Collection[str], field: str
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Architecture (the sizes of those names) and state dict of a file. `field` is the config key that names it in errors.
+    """Architecture (its sizes by name) and state dict of a weight file of ours.
 
-    Raises InputError when the file is missing, damaged or of another kind.
+    sizes: the names that the architecture must have. field: the config key that names the file in errors. Raises InputError
+    when the file is missing, damaged or holds another type of model.
     """
     header = read_header(path, field)
     if header.own.get("kind") != model_type:
         raise InputError(
-            f"{field}={path} is not a {model_type} of ours. Remove it and make it again, or name another file"
+            f"{field}={path} is not a {model_type} made by rear_scale. Remove it and make it again, or set another file"
         )
     architecture = header.own.get("architecture")
     if (
@@ -89,8 +92,8 @@ def read_weights(
         or not all(untrusted.is_count(size) and 0 < size <= _LARGEST_SIZE for size in architecture.values())
     ):
         raise InputError(
-            f"{field}={path}: its head says architecture={shown(architecture)}, but {', '.join(sizes)} are wanted, each a whole "
-            f"number from 1 to {_LARGEST_SIZE:,}. Make the file again"
+            f"{field}={path}: its header says architecture={shown(architecture)}, but {', '.join(sizes)} are wanted, each an "
+            f"integer from 1 to {_LARGEST_SIZE:,}. Make the file again"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -100,16 +103,16 @@ def read_weights(
 
 
 def fill(model: Model, state: Mapping[str, Tensor], path: str | Path, field: str) -> Model:
-    """A model that was built without memory (on the meta device), with the weights of a file that `read_weights` read.
+    """The model, built on the meta device, with the weights that `read_weights` has read.
 
-    Raises InputError when they are not this model's: sizes in the head of a file are checked before anything of them is
-    allocated.
+    Raises InputError when names or shapes differ. The model is on the meta device so that sizes from an untrusted header are
+    compared before any memory is allocated by them.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stored = {name: tuple(value.shape) for name, value in state.items()}
     if stored != expected:
         raise InputError(
-            f"{field}={path} does not hold what its head says: {_difference(stored, expected)}. Make the file again"
+            f"{field}={path} does not match its header: {_difference(stored, expected)}. Make the file again"
         )
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model
@@ -117,23 +120,23 @@ def fill(model: Model, state: Mapping[str, Tensor], path: str | Path, field: str
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says before its values."""
+    """The header of a safetensors file."""
 
-    own: dict[str, Any]  # what a file of ours says of itself; empty for others
+    own: dict[str, Any]  # the metadata that this project writes (type, architecture, ...); empty in files of others
     tensors: dict[str, StoredTensor]
 
 
 def read_header(path: str | Path, field: str) -> Header:
-    """The head of a safetensors file of weights, within bounds. `field` names the file in errors.
+    """The header of a safetensors file of weights. `field` names the file in errors.
 
-    Raises InputError when the file is missing or none, and for values that are no weights (whole numbers, bool, complex,
-    8 bits).
+    Raises InputError when the file is missing or not safetensors, and for dtypes that weights do not have (integers, bool,
+    complex, 8 bits).
     """
     try:
         metadata, tensors = untrusted.safetensors_header(path)
         own = untrusted.parse_json(metadata.get("rear_scale", "{}"))
         if not isinstance(own, dict):
-            raise ValueError(f"it says {shown(own)} of itself, not an object")
+            raise ValueError(f"its rear_scale metadata are {shown(own)}, not an object")
     except FileNotFoundError:
         raise InputError(f"not found: {field}={path}. Make it first, or set the right path") from None
     except (ValueError, OSError) as error:
@@ -145,14 +148,14 @@ def read_header(path: str | Path, field: str) -> Header:
 
 def _unreadable(path: str | Path, field: str, error: Exception) -> str:
     reason = first_line(error)
-    # Such a reason says by itself what the file is, and what to do.
+    # Reasons of `mistaken_for` already say what the file is and what to do.
     if reason.startswith("is "):
         return f"{field}={path} {reason}"
-    return f"{field}={path} cannot be read ({reason}). Is it whole? Download it again, or make it again"
+    return f"{field}={path} cannot be read ({reason}); it may be damaged. Download it again, or make it again"
 
 
 def _check_dtype(name: str, is_float: bool, dtype: str, values: int, path: str | Path, field: str) -> None:
-    # Networks count their batches in single whole numbers.
+    # An integer scalar is allowed: BatchNorm's num_batches_tracked.
     if not is_float and not (values == 1 and dtype in ("I64", "int64")):
         raise InputError(
             f"{field}={path}: {shown(name)} holds {dtype}, but weights are floats of 16, 32 or 64 bits. Use the file "
@@ -161,7 +164,7 @@ def _check_dtype(name: str, is_float: bool, dtype: str, values: int, path: str |
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weight file itself, where a path may name the folder of a published model."""
+    """The path of the weight file: the path itself, or the weight file in it where it is the folder of a published model."""
     path = Path(path)
     inside = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
     return next((file for file in inside if file.is_file()), path)
@@ -170,10 +173,10 @@ def find_weights(path: str | Path) -> Path:
 def load_published(
     model: Model, path: str | Path, field: str, published: str, rename: Callable[[str], str] = str
 ) -> Model:
-    """The model with the weights of a published file in place of its own, float32.
+    """The model in eval mode, with the weights of a published file as float32.
 
-    field: the config key that names the file in errors; published: its name and where it is published; rename: from a
-    name in the file to a parameter here. Raises InputError when the file is missing, damaged, or not this model's.
+    field: the config key that names the file in errors. published: the file's name and where it is published. rename: maps a
+    name in the file to a parameter name here. Raises InputError when the file is missing, damaged, or of another model.
     """
     file = find_weights(path)
     if not file.is_file():
@@ -188,9 +191,9 @@ def load_published(
 
 
 def read_state(file: Path, field: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .bin, .pth or .pt by torch, on the CPU.
+    """The tensors by name of a .safetensors file, or of a .bin, .pth or .pt file of torch, on the CPU.
 
-    Raises InputError when the file cannot be read, holds anything but tensors by name, or is a pickle that needs more.
+    Raises InputError when the file cannot be read, holds anything but named tensors, or is a pickle with other objects.
     """
     if file.suffix == ".safetensors":
         read_header(file, field)
@@ -199,15 +202,16 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         _check_archive(file)
-        # weights_only: a pickle may run any code, and these come from elsewhere.
-        # mmap: read when used, and once for all processes of a machine; files from before torch 1.6 cannot be mapped.
+        # weights_only: a pickle can run any code, and these files are downloaded.
+        # mmap: pages are read when used and shared by all processes of a machine; files from before torch 1.6 (not zip
+        # archives) cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{field}={file} is a pickle that holds more than tensors{_what(error)}, which could run any program. "
+            f"{field}={file} is a pickle that holds more than tensors{_forbidden(error)} and could run arbitrary code. "
             "Use a safetensors file, or one that was saved from state_dict()"
         ) from None
-    except Exception as error:  # whatever damaged bytes lead the readers to
+    except Exception as error:  # corrupt files make the readers raise all kinds of exceptions
         raise InputError(_unreadable(file, field, error)) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{field}={file} does not hold tensors by name. Use a file that was saved from state_dict()")
@@ -216,7 +220,7 @@ def read_state(file: Path, field: str) -> dict[str, Tensor]:
 
 
 def _check_archive(file: Path) -> None:
-    """Raises ValueError for a zip whose members unpack to more than there is: torch writes them as they are."""
+    """Raises ValueError for a zip with compressed members, which may unpack to any size; torch.save writes none."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
@@ -225,7 +229,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _check_state(state: Mapping[Any, Any], file: Path, field: str) -> None:
-    """Raises InputError for names that are no text, and for tensors that are no plain weights or larger than the file."""
+    """Raises InputError for names that are not text, and for tensors that are not plain weights or larger than the file."""
     size = file.stat().st_size
     for name, value in state.items():
         if not isinstance(name, str) or not name.isprintable():
@@ -234,8 +238,8 @@ def _check_state(state: Mapping[Any, Any], file: Path, field: str) -> None:
             )
         if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
             raise InputError(
-                f"{field}={file}: {name} is no plain tensor ({value.layout}, on {value.device}). Use a file that was saved from "
-                "state_dict() of a plain model"
+                f"{field}={file}: {name} is not a plain tensor ({value.layout}, on {value.device}). Use a file that was saved "
+                "from state_dict() of a plain model"
             )
         if value.nbytes > value.untyped_storage().nbytes() or value.nbytes > size:
             raise InputError(
@@ -247,8 +251,9 @@ def _check_state(state: Mapping[Any, Any], file: Path, field: str) -> None:
         _check_dtype(name, is_float, dtype, value.numel(), file, field)
 
 
-def _what(error: BaseException) -> str:
-    """What a refused pickle asks for; torch's message around it advises to load the file all the same."""
+def _forbidden(error: BaseException) -> str:
+    """The object that a refused pickle names, in parentheses. torch's own message is not shown, because it advises to load the
+    file without the check."""
     needed = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({needed[1]})" if needed else ""
 

@@ -1,7 +1,7 @@
-"""Which rank this process is, its device, its process group, and a clean end.
+"""Ranks, devices and the process group: discovery, joining, small collectives and a clean end.
 
-The one module that reads RANK, LOCAL_RANK and the SLURM variables; everything else receives a World. Plain
-`python launchers/train.py` is the world of size one, with no branch of its own.
+This is the one module that reads RANK, LOCAL_RANK and the SLURM variables; all other modules receive a World. Plain
+`python launchers/train.py` is a world of size one and takes the same path through the code.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from rear_scale.peers import Peers
 from rear_scale.progress import say
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_MEETING_S = 1800.0  # until the last rank has started
-_NAME_S = 20  # how long a name of a machine may have no address
-_MOST_NODES = 65_536  # as many as SLURM itself takes
+_RENDEZVOUS_S = 1800.0  # within this time the last rank must have started
+_NAME_S = 20  # for this long the lookup of a host name is tried again
+_MOST_NODES = 65_536  # SLURM's own limit
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all of them, before any of them has spoken to another."""
+    """The rank of this process, the number of ranks and their rendezvous address, as set by the launcher."""
 
     rank: int
     local_rank: int  # on this node
     world_size: int
     local_world_size: int  # processes on this node
-    master_addr: str | None  # null = a world of one, which needs no rendezvous
+    master_addr: str | None  # None = a world of one, which needs no rendezvous
     master_port: int | None
     launcher: str  # deepspeed or torchrun ("environment"), slurm, single
 
 
 def discover(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Reads the variables of torchrun, deepspeed or srun; with none of them, a world of one.
+    """The ranks that torchrun, deepspeed or srun describe in environment variables; without such variables, a world of one.
 
     Raises InputError when the variables contradict each other.
     """
@@ -59,13 +59,13 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
             rank=_whole(env, "RANK"),
             local_rank=_whole(env, "LOCAL_RANK", default=0),
             world_size=world_size,
-            # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
+            # torchrun sets LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
             local_world_size=_whole(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
             master_addr=env.get("MASTER_ADDR"),
             master_port=_whole(env, "MASTER_PORT", default=0) or None,
             launcher="environment",
         )
-    # SLURM_STEP_ID is there in tasks of srun alone: a batch script that starts plain python is one process.
+    # SLURM_STEP_ID is set only in tasks of srun: a batch script that starts plain python is one process.
     elif (
         "SLURM_PROCID" in env
         and "SLURM_STEP_ID" in env
@@ -78,8 +78,8 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
             world_size=world_size,
             local_world_size=_slurm_local_tasks(env, world_size),
             master_addr=env.get("MASTER_ADDR") or slurm_nodes(env)[0],
-            # Any fixed function of the job will do: every task must find the same port without asking. Below those that
-            # a machine hands out itself, from 32,768 or in some containers from 16,000; a job has the next thirty, too.
+            # A function of the job id, so that every task computes the same port without communication. It stays below the
+            # ephemeral ports (from 32,768, in some containers from 16,000) and leaves thirty ports to each job.
             master_port=_whole(
                 env,
                 "MASTER_PORT",
@@ -101,7 +101,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def _whole(env: Mapping[str, str], *names: str, default: int | None = None) -> int:
-    """The whole number in the first variable that is set and not empty. Raises InputError for anything else in it."""
+    """The integer in the first of these variables that is set and not empty. Raises InputError when it is not an integer."""
     name = next((name for name in names if env.get(name)), None)
     if name is None and default is not None:
         return default
@@ -114,7 +114,7 @@ def _whole(env: Mapping[str, str], *names: str, default: int | None = None) -> i
 
 
 def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
-    """Tasks on this node, from a list such as "8(x3),4" over the nodes of the step."""
+    """The number of tasks on this node, from SLURM's list over the nodes of the step, such as "8(x3),4"."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world_size)
     per_node: list[int] = []
     for part in text.split(","):
@@ -126,12 +126,12 @@ def _slurm_local_tasks(env: Mapping[str, str], world_size: int) -> int:
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:
-    """This machine's, as sbatch --exclude knows it."""
+    """The name of this machine, in the form that sbatch --exclude takes."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def slurm_nodes(env: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of the nodes of this job step, in the order of their ranks. Raises InputError where SLURM says none.
+    """The names of the nodes of this job step, in rank order. Raises InputError where SLURM's variables name none.
 
     SLURM's own `scontrol show hostnames` is not called, because containers rarely have it.
     """
@@ -147,11 +147,11 @@ def slurm_nodes(env: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _expand_nodes(text: str) -> list[str]:
-    """The names that a list such as "gpu-[1-2]-[01-03],login" stands for. Raises ValueError with what is wrong in it."""
+    """The node names in a list such as "gpu-[1-2]-[01-03],login". Raises ValueError for a malformed list."""
     names: list[str] = []
-    # Commas inside brackets do not part names.
+    # Commas inside brackets do not separate names.
     for item in re.findall(r"(?:\[[^]]*\]|[^,\[])+|\[.*", text):
-        # Of "a[1,3-4]b" the parts "a", "1,3-4", "b": every second one was in brackets.
+        # "a[1,3-4]b" splits into "a", "1,3-4", "b": every second part was in brackets.
         parts = re.split(r"\[([^][]*)\]", item.strip())
         choices = [_numbers(part) if index % 2 else [part] for index, part in enumerate(parts)]
         if any(set(part) & set("[]") for part in parts[::2]):
@@ -165,15 +165,15 @@ def _expand_nodes(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers of "1,03-05", as wide as they are written."""
+    """The numbers of a list such as "1,03-05", with their leading zeros."""
     numbers: list[str] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip(), re.ASCII)
         if match is None:
-            raise ValueError(f"[{text[:50]}] holds something else than numbers and ranges")
+            raise ValueError(f"[{text[:50]}] holds something other than numbers and ranges")
         first, last = match[1], match[2] or match[1]
         if not 0 <= int(last) - int(first) < _MOST_NODES:
-            raise ValueError(f"{part} is no range of up to {_MOST_NODES:,} numbers")
+            raise ValueError(f"{part} is not a range of up to {_MOST_NODES:,} numbers")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 
@@ -187,7 +187,7 @@ class World:
     peers: Peers | None = None  # None in a world of one
 
     def explained(self, error: BaseException) -> BaseException:
-        """LostRanks, which names them, in place of an error that the ends of other ranks have caused; else the error."""
+        """LostRanks, which names the ranks that have ended, where their end has caused the error; else the error itself."""
         return error if self.peers is None else self.peers.explained(error)
 
     @property
@@ -206,19 +206,20 @@ class World:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
-        """float64 sums over the ranks of a packed vector, on the CPU of every rank."""
+        """The elementwise sums of a vector over the ranks, float64, on the CPU of every rank."""
         packed = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         dist.all_reduce(packed)
         return packed.cpu()
 
     def table(self, values: Sequence[float], computed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """float64 [W, n] on the CPU of every rank: the n values of each rank, in rank order.
+        """The n values of each rank in rank order, float64 [W, n], on the CPU of every rank.
 
-        computed: more values, each of one element, that a device may still be working on: it is waited for once, at the end.
+        computed: further values, tensors of one element that a GPU may still be computing. This method synchronizes with the
+        GPU only once, at its end.
         """
         known = torch.tensor(values, dtype=torch.float64)
         if self.device.type == "cuda":
-            known = known.pin_memory()  # from where the copy does not wait
+            known = known.pin_memory()  # copies from pinned memory are asynchronous
         parts = [part.detach().reshape(1).to(self.device, torch.float64) for part in computed]
         mine = torch.cat([known.to(self.device, non_blocking=True), *parts])
         rows = [torch.empty_like(mine) for _ in range(self.size)]
@@ -226,25 +227,25 @@ class World:
         return torch.stack(rows).cpu()
 
     def gather(self, item: Any) -> list[Any]:
-        """The items of all ranks in rank order, on every rank. For small Python objects."""
+        """The items of all ranks in rank order, on every rank. Meant for small Python objects."""
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
 
     def add(self, counter: str, amount: int = 1) -> int:
-        """The new value of a counter that all ranks share, from 0 on. Each rank calls it when it likes: nobody waits."""
+        """The new value of a counter in the store, which starts at 0. An atomic increment, not a collective."""
         return dist.distributed_c10d._get_default_store().add(f"rear_scale/{counter}", amount)
 
     def from_main(self, item: Any) -> Any:
-        """Rank 0's item, on every rank. For small Python objects."""
+        """The item of rank 0, on every rank. Meant for small Python objects."""
         box = [item]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def on_main(self, job: Callable[[], Any]) -> Any:
-        """What a job of rank 0 returns, on every rank; the InputError or OSError that it raises, on every rank too.
+        """The return value of `job` on every rank; it runs on rank 0 alone. Its InputError or OSError is raised on every rank.
 
-        When rank 0 raised alone, the errors of the others about its end would bury what it has to say.
+        If rank 0 alone raised, the other ranks would fail in a collective and their errors would bury its message.
         """
         done, error = None, None
         if self.is_main:
@@ -259,7 +260,7 @@ class World:
 
     @contextmanager
     def alone(self, lock: Path, refusal: str) -> Iterator[None]:
-        """One job at a time: rank 0 holds a lock file. Raises InputError, on all ranks, when another process holds it."""
+        """Holds a lock file (by rank 0) for the block. Raises InputError on all ranks when another process holds it."""
         with ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(locked(lock, refusal)))
             yield
@@ -267,7 +268,7 @@ class World:
 
 @dataclass(frozen=True)
 class SingleProcess(World):
-    """A world of one rank without a process group, for use as a library. Groups of the surrounding program are not used."""
+    """A world of one rank without a process group, for use as a library. A process group of the calling program is not used."""
 
     ranks: Ranks = Ranks(0, 0, 1, 1, None, None, "single")
     device: torch.device = torch.device("cpu")
@@ -296,43 +297,43 @@ class SingleProcess(World):
 
 @contextmanager
 def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float = 1800) -> Iterator[World]:
-    """The process group of all ranks: NCCL on GPUs, gloo on CPUs. Leaves it cleanly when the block ends normally.
+    """The world after joining its process group (NCCL on GPUs, gloo on CPUs), which is destroyed when the block ends normally.
 
-    same_for_any_world: results must not depend on how many ranks share a machine. CPU kernels may round differently with
-    another number of threads, so each rank then has one, beside a GPU too: float64 work stays on the CPU. Otherwise, without
-    GPUs, an equal share of the cores.
+    same_for_any_world: True for results that must not depend on how many ranks share a machine. CPU kernels may round
+    differently with another number of threads, so each rank then computes with one thread, also on a GPU, because float64
+    work stays on the CPU. False: without GPUs each rank has an equal number of the machine's cores.
 
-    After an exception the group is left as it is: a rank that waits for the others there would hide the error.
+    After an exception the group is not destroyed: destroying it waits for the other ranks, which would hide the error.
     """
     device.prepare()
-    place = _device(ranks)
+    own_device = _device(ranks)
     if ranks.rank == 0:
-        say(f"device: {device.describe(place)}; ranks: {ranks.world_size}")
+        say(f"device: {device.describe(own_device)}; ranks: {ranks.world_size}")
     threads = torch.get_num_threads()
     if same_for_any_world:
         torch.set_num_threads(1)
-    elif place.type == "cpu":
-        torch.set_num_threads(_share_of_cores(ranks))
+    elif own_device.type == "cpu":
+        torch.set_num_threads(_threads(ranks))
     common = {
-        "backend": "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+        "backend": "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo",
         "timeout": timedelta(seconds=timeout_s),
-        # A group with a bound device makes every later group as a split of it, on which DeepSpeed fails in a world of one
-        # (its issue 8248). In larger worlds splits are made faster than groups that connect anew.
-        "device_id": place if place.type == "cuda" and ranks.world_size > 1 else None,
+        # With device_id, every later group is created by splitting this one, which is faster than connecting anew. In a world
+        # of one DeepSpeed fails on such groups (DeepSpeed issue 8248).
+        "device_id": own_device if own_device.type == "cuda" and ranks.world_size > 1 else None,
     }
-    # DeepSpeed reads these too, and srun sets none of them.
+    # DeepSpeed reads these variables, and srun does not set them.
     os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
     if ranks.master_addr is None or ranks.master_port is None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
     else:
         os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
-        store = dist.PrefixStore("default_pg", _meet(ranks, min(timeout_s, _MEETING_S)))
+        store = dist.PrefixStore("default_pg", _meet(ranks, min(timeout_s, _RENDEZVOUS_S)))
         store.set_timeout(common["timeout"])
         dist.init_process_group(store=store, rank=ranks.rank, world_size=ranks.world_size, **common)
     peers = None
     if ranks.world_size > 1:
         peers = Peers(dist.distributed_c10d._get_default_store(), ranks.rank, ranks.world_size, node_name())
-    world = World(ranks, place, peers)
+    world = World(ranks, own_device, peers)
     try:
         yield world
     except BaseException as error:
@@ -342,44 +343,45 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
         raise
     if peers is not None:
         peers.close()
-    # Without the meeting, gloo aborts at exit now and then when one rank is gone before another has finished.
+    # Without this barrier gloo sometimes aborts when one rank exits before another has finished.
     world.barrier()
     dist.destroy_process_group()
     torch.set_num_threads(threads)
 
 
 def _meet(ranks: Ranks, timeout_s: float) -> dist.Store:
-    """The key-value store that all ranks have reached. Raises InputError where rank 0's port is taken or not reached."""
-    place = f"MASTER_ADDR={ranks.master_addr} and MASTER_PORT={ranks.master_port}"
+    """The key-value store, once all ranks have connected to it. Raises InputError when rank 0's port is taken or unreachable."""
+    address = f"MASTER_ADDR={ranks.master_addr} and MASTER_PORT={ranks.master_port}"
     _check_address(ranks)
     try:
-        meeting = dist.rendezvous(
+        rendezvous = dist.rendezvous(
             "env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s)
         )
-        return next(meeting)[0]
+        return next(rendezvous)[0]
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             raise InputError(
-                f"port {ranks.master_port} of {node_name()} is taken by another program, perhaps another run. Choose one: "
+                f"port {ranks.master_port} of {node_name()} is taken by another program, perhaps another run. Choose another: "
                 "deepspeed --master_port PORT, torchrun --master-port PORT, or MASTER_PORT=PORT before srun"
             ) from None
-        raise InputError(f"rank {ranks.rank} does not reach rank 0 at {place}: {first_line(error)}") from None
+        raise InputError(f"rank {ranks.rank} cannot reach rank 0 at {address}: {first_line(error)}") from None
     except dist.DistStoreError as error:
         raise InputError(
-            f"not all of {ranks.world_size} ranks met within {timeout_s:.0f} s at {place}: {first_line(error)}"
+            f"not all of {ranks.world_size} ranks connected within {timeout_s:.0f} s to {address}: {first_line(error)}"
         ) from None
 
 
 def _check_address(ranks: Ranks) -> None:
-    """Raises InputError when the name of rank 0's machine has no address here, for which the ranks would wait half an hour."""
-    for seconds_left in range(_NAME_S, -1, -1):  # name servers of a cluster fail for moments
+    """Raises InputError when the name of rank 0's machine cannot be resolved here. Without this check, ranks would wait half an
+    hour for the rendezvous."""
+    for seconds_left in range(_NAME_S, -1, -1):  # a cluster's name servers may fail for a moment
         try:
             socket.getaddrinfo(ranks.master_addr, ranks.master_port)
             return
         except OSError as error:
             if seconds_left == 0:
                 raise InputError(
-                    f"rank {ranks.rank} on {node_name()} finds no address of MASTER_ADDR={ranks.master_addr}, the machine "
+                    f"rank {ranks.rank} on {node_name()} cannot resolve MASTER_ADDR={ranks.master_addr}, the machine "
                     f"of rank 0 ({error.strerror}). Set MASTER_ADDR to a name or an IP address that all nodes know"
                 ) from None
             time.sleep(1)
@@ -389,28 +391,30 @@ def _device(ranks: Ranks) -> torch.device:
     if not device.uses_cuda():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    # srun --gpus-per-task shows each task its own GPU as number 0.
+    # With srun --gpus-per-task each task sees only its own GPU, as number 0.
     index = ranks.local_rank if ranks.local_rank < visible else 0
     if ranks.local_rank >= visible > 1:
         raise InputError(
-            f"LOCAL_RANK={ranks.local_rank}, but this node shows {visible} GPUs. Start at most {visible} processes here"
+            f"LOCAL_RANK={ranks.local_rank}, but only {visible} GPUs are visible on this node. Start at most {visible} processes "
+            "per node"
         )
     return device.use_gpu(index)
 
 
-def _share_of_cores(ranks: Ranks) -> int:
-    """Threads of this rank. More threads than cores on a machine are several times slower."""
-    share = max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
-    return max(1, _whole(os.environ, "OMP_NUM_THREADS", default=share))
+def _threads(ranks: Ranks) -> int:
+    """The number of threads of this rank: its part of the machine's cores, or OMP_NUM_THREADS. More threads than cores would
+    make all ranks several times slower."""
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+    return max(1, _whole(os.environ, "OMP_NUM_THREADS", default=cores))
 
 
 def end_with_parent(number: int) -> None:
-    """Asks the kernel to send this process a signal when its parent ends, however that ends."""
+    """Asks the kernel to send this process a signal when its parent process ends in any way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
+    """The number of a TCP port of this machine on which no process listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -273,7 +273,7 @@ def test_heads_need_the_codebook_of_the_shards_or_the_tokenizer(run: Path, tmp_p
         (lambda m: rear_scale.load(m.path, overrides="a.b=1"), r"overrides='a\.b=1' is one text"),
         (lambda m: rear_scale.load(m.path, config="rear_b.yaml"), r"config=rear_b\.yaml, but .* brings the config of its"),
         (lambda m: rear_scale.load(m.path, overrides=["model.depth=3"]), r"model\.depth=3, but .* was trained with"),
-        (lambda m: rear_scale.evaluate(np.zeros((2, 8, 8), np.uint8), "b.npz"), r"there are no features to compare by"),
+        (lambda m: rear_scale.evaluate(np.zeros((2, 8, 8), np.uint8), "b.npz"), r"no feature network is set"),
         (lambda m: rear_scale.evaluate("a.npz", "b.npz", overrides=["sample.seed=1"]), r"override sample\.seed=1"),
         (lambda m: rear_scale.evaluate("a.npz", "b.npz", overrides=["evaluate.reference.x=1"]), r"it is an argument of"),
         (lambda m: rear_scale.evaluate("a.npz", some_images(2, 0)), r"reference is of type ndarray, but a path is wanted"),

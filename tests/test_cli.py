@@ -72,7 +72,7 @@ def test_a_full_or_failing_disk_is_a_line_and_no_wrong_input(end, name: str) -> 
     code, said = end(OSError(number, os.strerror(number), "out/file"))
     assert (code, said) == (
         1,
-        f"error: out/file: {os.strerror(number)}. Make room for it there, or name another place\n",
+        f"error: out/file: {os.strerror(number)}. Make room for it there, or choose another path\n",
     )
 
 

@@ -123,7 +123,10 @@ def test_images_of_another_size_and_missing_settings_are_named(tmp_path: Path) -
     with pytest.raises(InputError, match="evaluate.reference is empty"):
         check_evaluation(config.from_dict(values, "test"))
     for overrides, expected in (
-        (["evaluate.classifier=null"], "no features to compare by. Set evaluate.inception_weights"),
+        (
+            ["evaluate.classifier=null"],
+            "no feature network is set, so images cannot be compared. Set evaluate.inception_weights",
+        ),
         (["evaluate.inception_weights=nowhere.pth"], "not found: evaluate.inception_weights=nowhere.pth"),
         (["evaluate.reference=nowhere.npz"], "not found: evaluate.reference.nowhere=nowhere.npz"),
         (["evaluate.bootstrap=1"], "evaluate.bootstrap=1 is neither 0"),
@@ -244,7 +247,7 @@ def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
         assert line["value"] < shards[name]
     assert found["inception_score"]["bootstrap"]["std"] > 0
     assert set(shards["precision"]) == set(shards["recall"]) == {"exact", "adm_fp16"}
-    assert any("its file has no statistics" in note for note in plain["notes"])
+    assert any("the reference file has no statistics" in note for note in plain["notes"])
     rows = our_rows("ours", ImageScores.from_json(expected), (12, 12))
     printed = table_with_published(rows)
     assert "published rows are left out: they are of 50,000 images of 256x256" in printed
@@ -534,7 +537,7 @@ def test_statistics_need_a_network_and_a_file_but_no_reference(tmp_path: Path) -
     for path in (tmp_path, tmp_path / "statistics"):
         with pytest.raises(InputError, match=f"--write-statistics {path} (is a folder|does not end in .npz)"):
             check_evaluation(cfg, path)
-    with pytest.raises(InputError, match="is of the features of a published network, and none is set"):
+    with pytest.raises(InputError, match="needs the features of a published network, and none is set"):
         check_evaluation(evaluation(tmp_path), tmp_path / "statistics.npz")
 
 
@@ -548,7 +551,7 @@ def test_statistics_are_not_written_over_files_that_are_none(tmp_path: Path) -> 
     np.savez(samples, arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     np.savez(published, mu=np.zeros(4), sigma=np.eye(4))
     for path in (samples, published):
-        with pytest.raises(InputError, match=f"{path.name} is there and holds no statistics of ours"):
+        with pytest.raises(InputError, match=f"{path.name} exists and does not hold statistics of rear_scale"):
             check_evaluation(cfg, path)
 
 
@@ -558,7 +561,7 @@ def test_a_result_is_not_written_over_a_file_that_is_none(tmp_path: Path, text: 
     path.touch()
     check_result(path)  # nothing to lose
     path.write_text(text)
-    with pytest.raises(InputError, match=r"samples\.json is there and holds no result of an evaluation"):
+    with pytest.raises(InputError, match=r"samples\.json exists and does not hold an evaluation result"):
         check_result(path)
     with pytest.raises(InputError, match=r"is a folder. Name a file such as .*/result\.json"):
         check_result(tmp_path)

@@ -500,12 +500,12 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
         (["--samples", "none.npz"], "error: evaluate.reference is empty"),
         (["--samples", "none.npz", "--also", "run"], "error: --also run adds to --checkpoint, which is missing"),
         (["--samples", "none.npz", "--sweep", "sample.seed=1,2"], "error: --sweep sample.seed=1,2 needs --checkpoint"),
-        (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: there are no features to compare by"),
+        (["--samples", "none.npz", "evaluate.reference=none.npz"], "error: no feature network is set"),
         (
             ["--samples", "none.npz", "--out", "x.npz"],
             "error: --out x.npz does not end in .json. Name a file such as x.json",
         ),
-        (["--reconstruct", "images", "--part", "0/2"], "error: --part does not go with --reconstruct"),
+        (["--reconstruct", "images", "--part", "0/2"], "error: --part cannot be combined with --reconstruct"),
     ],
 )
 def test_bad_requests_are_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:

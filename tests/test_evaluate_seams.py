@@ -101,7 +101,7 @@ def test_a_network_of_another_file_is_one_row(
     torch.manual_seed(0)
     torch.save({"matrix": torch.randn(12, 6)}, tmp_path / "thumbnail.pth")
     weights = f"evaluate.network_weights.thumbnail={tmp_path / 'thumbnail.pth'}"
-    with pytest.raises(InputError, match=r"evaluate\.network_weights\.thumbnail is of no network here"):
+    with pytest.raises(InputError, match=r"evaluate\.network_weights\.thumbnail is not the name of a network here"):
         launch_here(monkeypatch, "--samples", samples, reference, weights, f"evaluate.dinov2_weights={samples}")
     networks.register(
         NetworkRow(
@@ -207,5 +207,5 @@ def test_what_is_no_result_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"not found: .*result\.json, the result of an evaluation"):
         read_result(path)
     path.write_text(text)
-    with pytest.raises(InputError, match=r"result\.json holds no result of an evaluation. Make it again"):
+    with pytest.raises(InputError, match=r"result\.json does not hold an evaluation result. Make it again"):
         read_result(path)

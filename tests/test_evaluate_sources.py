@@ -319,7 +319,7 @@ def test_hostile_damaged_and_missing_weights_are_refused(tmp_path: Path, monkeyp
         "noise.pth": "noise.pth (is a pickle that holds more than tensors|cannot be read)",
         "list.pth": "does not hold tensors by name",
         "none.pth": f"not found: evaluate.inception_weights=none.pth. Get {INCEPTION.name} from https",
-        INCEPTION.name: "but the file of that name begins with 6726825d",
+        INCEPTION.name: "but that of the published file of this name begins with 6726825d",
     }.items():
         with pytest.raises(InputError, match=expected) as caught:
             read_weight_file(name, "evaluate.inception_weights", INCEPTION)

@@ -71,7 +71,7 @@ def test_updates_are_left_out_up_to_a_bound(tmp_path: Path, tokens: Path) -> Non
     config_file = tiny_config_file(tmp_path, tokens)
     result = launch(*TWO, PLANTED, "--config", config_file, *skip, PLANT="nan:0:6")
     assert result.returncode == 0, result.stderr
-    assert "Its update is left out (1 of at most 1)" in result.stderr
+    assert "Its update is skipped (1 of at most 1)" in result.stderr
     lines = metrics(tmp_path / "run")
     assert [line["skipped_updates"] for line in lines] == [0] * 5 + [1] * 7
     assert lines[5]["loss"] is None
@@ -82,7 +82,7 @@ def test_updates_are_left_out_up_to_a_bound(tmp_path: Path, tokens: Path) -> Non
     (tmp_path / "run/checkpoints/step_00000012/meta.json").unlink()
     alone = [*skip[:2], "strategy=single"]
     result = launch("python", PLANTED, "--config", config_file, *alone, PLANT="nan:0:10")
-    assert "guard.max_skips=1 updates were left out already" in result.stderr
+    assert "guard.max_skips=1 updates were skipped already" in result.stderr
     assert status(tmp_path)["state"] == "failed"
 
 
@@ -191,7 +191,9 @@ def test_a_task_of_srun_that_dies_brings_the_other_down(tmp_path: Path, tokens: 
     assert tasks[0].wait(60) == 1
     assert status(tmp_path)["state"] == "failed"
     # One line, in place of the tracebacks and the words of gloo.
-    assert status(tmp_path)["reason"].startswith(f"rank 1 on {node_name()} ended without a word (no heartbeat)")
+    assert status(tmp_path)["reason"].startswith(
+        f"rank 1 on {node_name()} ended without giving a reason (no heartbeat)"
+    )
     said = tasks[0].stderr.read()
     assert said.splitlines()[-1] == f"error: {status(tmp_path)['reason']}"
     assert "Traceback" not in said

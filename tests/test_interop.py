@@ -125,7 +125,7 @@ def test_damaged_and_hostile_files_are_one_clear_error(tmp_path: Path) -> None:
     official.write(whole, released_rar())
     for name in ("cut.bin", "cut.safetensors"):
         (tmp_path / name).write_bytes(whole.read_bytes()[:1000])
-        with pytest.raises(InputError, match="Is it whole"):
+        with pytest.raises(InputError, match="it may be damaged"):
             official.read_weights(tmp_path / name, "--checkpoint")
     with pytest.raises(InputError, match="not found: --checkpoint"):
         official.read_weights(tmp_path / "absent.bin", "--checkpoint")

@@ -130,7 +130,7 @@ def test_a_state_is_written_in_place_on_a_full_disk(
     (tmp_path / "status.json").unlink()
     folder.set_status("failed", 4, "short")
     assert capsys.readouterr().err == (
-        f"{tmp_path}/status.json: No space left on device. It does not say: failed, step 4, short\n"
+        f"{tmp_path}/status.json: No space left on device. Not recorded: failed, step 4, short\n"
     )
 
 

@@ -185,7 +185,7 @@ def test_a_holder_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(locks, "_UNREADABLE_S", 0.1)
     (tmp_path / ".lock.holder").write_text(text)
     with (
-        pytest.raises(InputError, match="does not say who holds it. If nobody does, remove it: rm"),
+        pytest.raises(InputError, match="does not name the process that holds it. If there is none, remove it: rm"),
         locked(tmp_path / ".lock", "theirs"),
     ):
         pass
@@ -214,7 +214,7 @@ def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest
     without_locks(monkeypatch, errno.ENOLCK)
     refusing(monkeypatch, number, os.O_EXCL)
     with (
-        pytest.raises(InputError, match=r"has no locks \(No locks available\), and .*holder cannot be made"),
+        pytest.raises(InputError, match=r"has no locks \(No locks available\), and .*holder cannot be created"),
         locked(tmp_path / ".lock", "theirs"),
     ):
         pass

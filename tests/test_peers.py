@@ -56,7 +56,7 @@ def test_the_rank_that_raised_is_named_with_its_error(ranks: list[Peers], error:
 def test_a_rank_without_a_heartbeat_is_named(ranks: list[Peers]) -> None:
     ranks[1].close()
     found = ranks[0].explained(BROKEN)
-    assert str(found).startswith("rank 1 on node0 ended without a word (no heartbeat): killed, out of memory")
+    assert str(found).startswith("rank 1 on node0 ended without giving a reason (no heartbeat): killed, out of memory")
     # The error of one that has found out is not taken for the cause.
     assert "rank 1 on node0" in str(ranks[2].explained(BROKEN))
 
@@ -75,7 +75,7 @@ def test_the_end_of_the_store_is_the_end_of_rank_0(ranks: list[Peers]) -> None:
 
     ranks[2].store = Gone()
     found = ranks[2].explained(BROKEN)
-    assert str(found).startswith("rank 0 on node0 or its launcher is gone, and with it the key-value store")
+    assert str(found).startswith("rank 0 on node0 or its launcher has ended, and with it the key-value store")
 
 
 def test_a_port_that_is_taken_is_named_with_a_way_out() -> None:
@@ -91,7 +91,7 @@ def test_a_port_that_is_taken_is_named_with_a_way_out() -> None:
             pass
     with (
         pytest.raises(
-            InputError, match=r"^rank 1 does not reach rank 0|^not all of 2 ranks met within 1 s at MASTER_ADDR"
+            InputError, match=r"^rank 1 cannot reach rank 0|^not all of 2 ranks connected within 1 s to MASTER_ADDR"
         ),
         joined(Ranks(1, 1, 2, 2, "127.0.0.1", free_port(), "environment"), timeout_s=1),
     ):

@@ -313,7 +313,7 @@ def test_a_run_is_refused_by_the_most_that_it_holds_at_one_time(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], gib: float, refused: str | None
 ) -> None:
     """reAR-XL, 32 images on one rank."""
-    monkeypatch.setattr(fit, "_bytes_there", lambda ranks: gib * GIB)
+    monkeypatch.setattr(fit, "_available_bytes", lambda ranks: gib * GIB)
     cfg = config.load("rear_xl.yaml", ["train.micro_batch_size=32", *overrides])
     with pytest.raises(InputError, match=refused) if refused else nullcontext():
         fit.check(cfg, config.derive(cfg, 1, None), discover({}))

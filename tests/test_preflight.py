@@ -43,7 +43,7 @@ def found(configs: list[ExperimentConfig], monkeypatch: pytest.MonkeyPatch, sile
     for rank, cfg in enumerate(configs):
         if rank != silent:
             monkeypatch.setenv("SLURMD_NODENAME", f"n{rank}")
-            store.set(f"report/{rank}", json.dumps(asdict(preflight._look(cfg, ranks_of(rank)))))
+            store.set(f"report/{rank}", json.dumps(asdict(preflight._own_report(cfg, ranks_of(rank)))))
     return preflight._judge(configs[0], ranks_of(0), *preflight._collect(store, ranks_of(0)))
 
 
@@ -67,7 +67,7 @@ def test_a_node_with_other_shards_is_named(
     nodes[2].data.train = str(write_token_shards(tmp_path / "older", 40, seed=5))
     bad = found(nodes, monkeypatch)
     assert list(bad) == ["n2"]
-    assert "it has other shards than the rest" in bad["n2"][0]
+    assert "it has other shards than most nodes" in bad["n2"][0]
 
 
 def test_a_node_with_a_part_of_a_shard_is_named(
@@ -100,12 +100,12 @@ def test_a_node_whose_run_folder_is_its_own_is_named(
 ) -> None:
     nodes[2].run.dir = str(tmp_path / "local disk")
     bad = found(nodes, monkeypatch)
-    assert bad == {"n2": [f"what it writes to run.dir={nodes[0].run.dir} is not seen on n0"]}
+    assert bad == {"n2": [f"its files in run.dir={nodes[0].run.dir} are not visible on n0"]}
 
 
 def test_a_node_that_says_nothing_is_named(nodes: list[ExperimentConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     bad = found(nodes, monkeypatch, silent=1)
-    assert bad == {"n1": ["rank 1 gave no answer in 0 s"]}
+    assert bad == {"n1": ["rank 1 did not answer within 0 s"]}
 
 
 def test_what_all_find_wrong_is_wrong_input_and_no_node_is_blamed(nodes: list[ExperimentConfig]) -> None:
@@ -118,7 +118,7 @@ def test_shards_that_all_nodes_lack_are_wrong_input_too() -> None:
     """Only the first rank of a node looks at its files."""
     missing = [f"shard-{index:06d}.tar is not there" for index in range(5)]
     reports = [Report(rank, f"n{rank // 2}", faults=[] if rank % 2 else missing) for rank in range(4)]
-    assert preflight._wrong_input(reports) == "; ".join(missing[:3]) + "; and 2 more of this kind"
+    assert preflight._wrong_input(reports) == "; ".join(missing[:3]) + "; and 2 more"
     reports[2].faults = missing[:1]
     assert preflight._wrong_input(reports) == ""
     for report in reports:

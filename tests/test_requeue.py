@@ -50,7 +50,7 @@ def test_a_run_goes_on_when_that_can_help(
 def test_ranks_that_died_silently_leave_a_failed_run(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "running", 20)
     close(folder, 137)
-    assert read_status(folder) == ("failed", 20, "its ranks ended with code 137, unsaid")
+    assert read_status(folder) == ("failed", 20, "its ranks ended with exit code 137 without recording a reason")
     (folder / "status.json").write_text(json.dumps({"state": "preempted", "step": 20, "reason": "asked"}))
     close(folder, 1)
     assert read_status(folder)[0] == "preempted"

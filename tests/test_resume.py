@@ -219,7 +219,7 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, tokens: Path) -> None:
         ballast.write_bytes(b"0" * (shutil.disk_usage(root).free - 100_000))
         result = launch(*command)
         assert "the checkpoint of step 8 was not written: " in result.stderr
-        assert "Training goes on; older checkpoints are intact" in result.stderr
+        assert "Training continues; older checkpoints are intact" in result.stderr
         # All steps were trained, but the last one could not be saved.
         assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
         assert result.returncode != 0

@@ -24,7 +24,7 @@ from rear_scale.files import file_sha256
 from rear_scale.model import Generator, build_model
 from rear_scale.sample import job
 from rear_scale.sample.batch import Batch
-from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, likeliest
+from rear_scale.sample.decode import NEAR_TIE, CachedDecoding, Decoder, top_k_top_p
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.shards.record import read_manifest, write_manifest
@@ -54,7 +54,7 @@ def test_the_scale_that_is_said_to_be_none_is_none(schedule: str, none: int) -> 
     assert scales == {1.0}
 
 
-def drawn_model(cfg: ExperimentConfig) -> Generator:
+def random_model(cfg: ExperimentConfig) -> Generator:
     model = build_model(cfg, with_heads=False).eval()
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):
@@ -64,7 +64,7 @@ def drawn_model(cfg: ExperimentConfig) -> Generator:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_cached_decoding_equals_the_full_forward(tmp_path: Path, tokens: Path, guided: bool) -> None:
-    model = drawn_model(tiny_config(tmp_path, tokens))
+    model = random_model(tiny_config(tmp_path, tokens))
     labels = torch.tensor([3, 1, 3, 0])
     sequences = torch.randint(32, (4, 16), generator=torch.Generator().manual_seed(0))
     classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
@@ -77,7 +77,7 @@ def test_cached_decoding_equals_the_full_forward(tmp_path: Path, tokens: Path, g
 
 def test_guidance_and_temperature_mix_the_two_halves(tmp_path: Path, tokens: Path) -> None:
     decoder = Decoder(
-        drawn_model(tiny_config(tmp_path, tokens)),
+        random_model(tiny_config(tmp_path, tokens)),
         SampleConfig(temperature=2.0, guidance=GuidanceConfig("constant", 3.0)),
     )
     logits = torch.randn(8, 32)
@@ -86,7 +86,7 @@ def test_guidance_and_temperature_mix_the_two_halves(tmp_path: Path, tokens: Pat
 
 
 def test_an_image_is_the_same_in_any_company_and_order(tmp_path: Path, tokens: Path) -> None:
-    decoder = Decoder(drawn_model(tiny_config(tmp_path, tokens)), SampleConfig(guidance=POWER_COSINE))
+    decoder = Decoder(random_model(tiny_config(tmp_path, tokens)), SampleConfig(guidance=POWER_COSINE))
     labels, ids = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([10, 11, 12, 13, 14, 15])
     whole = decoder.generate(labels, ids)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
@@ -97,7 +97,7 @@ def test_an_image_is_the_same_in_any_company_and_order(tmp_path: Path, tokens: P
 
 
 def test_draws_have_the_softmax_distribution(tmp_path: Path, tokens: Path) -> None:
-    decoder = Decoder(drawn_model(tiny_config(tmp_path, tokens)), SampleConfig())
+    decoder = Decoder(random_model(tiny_config(tmp_path, tokens)), SampleConfig())
     logits = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 2
     drawn = torch.cat([decoder.draw(logits.expand(50_000, -1), torch.arange(50_000), step) for step in range(20)])
     expected = logits.double().softmax(0) * len(drawn)
@@ -135,7 +135,7 @@ def test_the_file_does_not_depend_on_ranks_or_kills(
     run_alone(_sample, cfg, found, files["one"])
     run_ranks(2, _sample, cfg, found, files["two"])
 
-    make, made = job._make_unit, []
+    make, made = job._sample_batch, []
 
     def killed(*arguments):
         if arguments[-1] == 3:
@@ -144,10 +144,10 @@ def test_the_file_does_not_depend_on_ranks_or_kills(
         make(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job, "_make_unit", killed)
+        patch.setattr(job, "_sample_batch", killed)
         run_alone(_sample, cfg, found, files["killed"])
     assert made == [0, 1, 2]
-    monkeypatch.setattr(job, "_make_unit", lambda *arguments: made.append(arguments[-1]) or make(*arguments))
+    monkeypatch.setattr(job, "_sample_batch", lambda *arguments: made.append(arguments[-1]) or make(*arguments))
     run_alone(_sample, cfg, found, files["killed"])
     assert made == [0, 1, 2, 3, 4, 5]
     run_alone(_sample, cfg, found, files["killed"])
@@ -170,7 +170,7 @@ def test_a_slow_rank_holds_nobody(tmp_path: Path, tokens: Path) -> None:
 
 
 def _sample_slowly(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Path) -> list[int]:
-    make, made = job._make_unit, []
+    make, made = job._sample_batch, []
 
     def slow(*arguments):
         made.append(arguments[-1])
@@ -183,7 +183,7 @@ def _sample_slowly(world: World, cfg: ExperimentConfig, found: Checkpoint, outpu
         make(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_make_unit", slow)
+        patch.setattr(job, "_sample_batch", slow)
         job.sample_images(cfg, found, world, output)
     return made
 
@@ -222,7 +222,7 @@ def test_labels_that_are_no_classes_are_refused(labels: str) -> None:
 
 def test_packed_weights_draw_the_same_tokens_on_any_number_of_threads(tmp_path: Path, tokens: Path) -> None:
     """As one full forward per token would, and counts where rounding could have decided."""
-    model = drawn_model(tiny_config(tmp_path, tokens))
+    model = random_model(tiny_config(tmp_path, tokens))
     cfg = SampleConfig(batch_size=6, guidance=POWER_COSINE)
     decoder, ids = Decoder(model, cfg), torch.arange(6)
     assert decoder.model is not model
@@ -240,7 +240,7 @@ def test_packed_weights_draw_the_same_tokens_on_any_number_of_threads(tmp_path: 
         logits = model(made.repeat(2, 1), classes, None)["logits"]
         drawn, gaps = [], []
         for step in range(16):
-            best = decoder.perturbed(decoder.guide(logits[:, step], step), ids, step).topk(2)
+            best = decoder.add_gumbel(decoder.guide(logits[:, step], step), ids, step).topk(2)
             drawn.append(best.indices[:, 0])
             gaps.append(best.values[:, 0] - best.values[:, 1])
     assert torch.equal(torch.stack(drawn, 1), made)
@@ -413,11 +413,11 @@ def _refusal(world: World, cfg: ExperimentConfig, found: Checkpoint, output: Pat
     return str(caught.value)
 
 
-def test_units_cover_every_image_once_class_by_class() -> None:
+def test_batches_cover_every_image_once_class_by_class() -> None:
     cfg = load("demo.yaml", ["sample.num_images=103", "sample.batch_size=8"])
-    units = job.batches_of(cfg)
-    assert sorted(np.concatenate(units).tolist()) == list(range(103))
-    assert all(len(set((unit % 10).tolist())) <= 2 for unit in units)
+    batches = job.batches_of(cfg)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+    assert all(len(set((batch % 10).tolist())) <= 2 for batch in batches)
 
 
 def test_a_sheet_shows_every_image() -> None:
@@ -432,7 +432,7 @@ def test_only_the_likeliest_codes_are_drawn() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
 
     def kept(top_k: int | None = None, top_p: float | None = None) -> list[list[int]]:
-        return [row.isfinite().nonzero()[:, 0].tolist() for row in likeliest(logits, top_k, top_p)]
+        return [row.isfinite().nonzero()[:, 0].tolist() for row in top_k_top_p(logits, top_k, top_p)]
 
     assert kept() == kept(4, 1.0) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(2) == [[0, 1], [2, 3]]
@@ -440,5 +440,5 @@ def test_only_the_likeliest_codes_are_drawn() -> None:
     assert kept(top_p=0.5) == [[0], [2, 3]]
     assert kept(top_p=0.6) == [[0, 1], [2, 3]]
     assert kept(top_k=1, top_p=0.9) == [[0], [3]]
-    untouched = likeliest(logits, 2, None)
+    untouched = top_k_top_p(logits, 2, None)
     assert torch.equal(untouched[0, :2], logits[0, :2])

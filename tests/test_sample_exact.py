@@ -16,7 +16,7 @@ from test_reference import CLASSES, condition, drawn, generator
 from test_sample import _sample, prepared
 from torch import Tensor
 
-from rear_scale.bench.model import drawn_model
+from rear_scale.bench.model import random_model
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, GuidanceConfig, SampleConfig, load
 from rear_scale.model import Generator
@@ -114,7 +114,7 @@ def sequences(model: Generator, cfg: ExperimentConfig, images: int, batch_size: 
 @pytest.mark.parametrize("images", [70, pytest.param(1000, marks=pytest.mark.long)])
 def test_batches_of_another_size_part_at_near_ties_alone(images: int) -> None:
     cfg = load("demo.yaml", [f"sample.num_images={images}"])
-    model = drawn_model(cfg, torch.device("cpu"), with_heads=False).eval()
+    model = random_model(cfg, torch.device("cpu"), with_heads=False).eval()
     expected = sequences(model, cfg, images, 64)
     assert torch.equal(expected, sequences(model, cfg, images, 64))
     assert len(expected.unique(dim=0)) == images
@@ -128,7 +128,7 @@ def test_batches_of_another_size_part_at_near_ties_alone(images: int) -> None:
 
 def test_bfloat16_parts_from_float32_within_rounding_alone() -> None:
     cfg = load("demo.yaml", ["sample.guidance.schedule=constant", "sample.guidance.scale=4"])
-    model = drawn_model(cfg, torch.device("cpu"), with_heads=False).eval()
+    model = random_model(cfg, torch.device("cpu"), with_heads=False).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # logits as large as those of a trained model
     cfg.sample.batch_size = 48
@@ -142,7 +142,7 @@ def test_bfloat16_parts_from_float32_within_rounding_alone() -> None:
         gaps, within = [], []
         for step in range(made.shape[1]):
             logits = state.next_logits(made[:, :step])
-            best = half.perturbed(half.guide(logits, step), ids, step).topk(2).values
+            best = half.add_gumbel(half.guide(logits, step), ids, step).topk(2).values
             gaps.append(best[:, 0] - best[:, 1])
             within.append(gaps[-1] < half.rounding(logits, step))
     gaps, within = torch.stack(gaps, 1), torch.stack(within, 1)
@@ -186,7 +186,7 @@ def _gap(decoder: Decoder, cfg: ExperimentConfig, image: int, one: Tensor, other
     with torch.no_grad():
         classes = torch.tensor([image % cfg.model.num_classes, decoder.model.null_class])
         logits = decoder.model(one.repeat(2, 1), classes, None)["logits"][:, step]
-        best = decoder.perturbed(decoder.guide(logits, step), ids, step).topk(2).values[0]
+        best = decoder.add_gumbel(decoder.guide(logits, step), ids, step).topk(2).values[0]
     return float(best[0] - best[1])
 
 
@@ -199,7 +199,7 @@ def test_a_thousand_images_are_the_same_for_any_world_and_after_a_kill(
     cfg, found = prepared(tmp_path, tokens, *sizes, "sample.num_images=1000", "sample.batch_size=64")
     for world_size in (1, 2, 3):
         run_ranks(world_size, _sample, cfg, found, tmp_path / f"world{world_size}.npz")
-    make = job._make_unit
+    make = job._sample_batch
 
     def killed(*arguments):
         if arguments[-1] == 9:
@@ -207,7 +207,7 @@ def test_a_thousand_images_are_the_same_for_any_world_and_after_a_kill(
         make(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job, "_make_unit", killed)
+        patch.setattr(job, "_sample_batch", killed)
         run_alone(_sample, cfg, found, tmp_path / "killed.npz")
     run_ranks(2, _sample, cfg, found, tmp_path / "killed.npz")
     ids = [np.load(path) for path in sorted(tmp_path.glob("*.tokens.npy"))]

@@ -14,7 +14,7 @@ import torch
 from helpers import tiny_config
 from torch import Tensor
 
-from rear_scale.bench.model import drawn_model
+from rear_scale.bench.model import random_model
 from rear_scale.config import GuidanceConfig, SampleConfig
 from rear_scale.sample import graphs
 from rear_scale.sample.batch import Batch
@@ -67,7 +67,7 @@ def test_recorded_steps_draw_the_same_tokens(
     monkeypatch.setattr(graphs, "_STEPS", 5)  # more graphs than one
     monkeypatch.setattr(Replayed, "made", 0)
     cfg = SampleConfig(batch_size=4, guidance=GuidanceConfig("constant", 2.0), order=order)
-    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
+    model = random_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
     decoder, plain = (Decoder(model, cfg) for _ in range(2))
     decoder.graphed = GraphedSteps(decoder._draw_steps, Replayed)
     check(decoder, plain, torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_recorded_steps_draw_the_same_tokens(
 def test_few_numbers_of_classes_are_recorded(
     tmp_path: Path, tokens: Path, classes: int, padded: int, guided: bool
 ) -> None:
-    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False)
+    model = random_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False)
     batch = Batch(model, torch.arange(6) % classes, torch.arange(6), None, guided)
     graphed = GraphedSteps(lambda batch, steps: None, Replayed)
     assert len(graphed(batch).classes) == padded + guided
@@ -94,13 +94,14 @@ def test_what_cannot_be_recorded_is_drawn_step_by_step(
         def record(self, work: Callable[[], None]) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
+    model = random_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
     decoder, plain = (Decoder(model, SampleConfig(batch_size=4)) for _ in range(2))
     decoder.graphed = GraphedSteps(decoder._draw_steps, Refusing)
     check(decoder, plain, torch.device("cpu"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "warning: no CUDA graphs, kernels are started one by one (operation not permitted when stream is capturing)"
+        "warning: CUDA graphs do not work here, sampling continues without them (operation "
+        "not permitted when stream is capturing)"
     )
 
 
@@ -119,7 +120,7 @@ def test_nothing_else_runs_while_steps_are_recorded(tmp_path: Path, tokens: Path
         time.sleep(0.3)
         running.clear()
 
-    model = drawn_model(tiny_config(tmp_path, tokens), CPU, with_heads=False).eval()
+    model = random_model(tiny_config(tmp_path, tokens), CPU, with_heads=False).eval()
     decoder = Decoder(model, SampleConfig(batch_size=4))
     decoder.graphed = GraphedSteps(decoder._draw_steps, Watching)
     ids = torch.arange(4)
@@ -223,7 +224,7 @@ def test_a_recording_that_fails_leaves_stream_allocator_and_generator_as_before(
 def test_few_shapes_are_kept(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_SHAPES", 1)
     monkeypatch.setattr(Replayed, "made", 0)
-    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
+    model = random_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False).eval()
     decoder, plain = (
         Decoder(model, SampleConfig(batch_size=4, guidance=GuidanceConfig("constant", 2.0))) for _ in range(2)
     )
@@ -233,7 +234,7 @@ def test_few_shapes_are_kept(tmp_path: Path, tokens: Path, monkeypatch: pytest.M
 
 
 def test_a_batch_takes_over_only_what_has_its_shape(tmp_path: Path, tokens: Path) -> None:
-    model = drawn_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False)
+    model = random_model(tiny_config(tmp_path, tokens), torch.device("cpu"), with_heads=False)
     two, three = (Batch(model, torch.tensor(labels), torch.arange(3), None, True) for labels in ([0, 1, 1], [0, 1, 2]))
     assert two.shape != three.shape
     with pytest.raises(AssertionError):
@@ -243,7 +244,7 @@ def test_a_batch_takes_over_only_what_has_its_shape(tmp_path: Path, tokens: Path
 @pytest.mark.gpu
 def test_a_gpu_goes_on_after_a_recording_that_failed(tmp_path: Path, tokens: Path) -> None:
     device = torch.device("cuda")
-    model = drawn_model(tiny_config(tmp_path, tokens), device, with_heads=False).eval()
+    model = random_model(tiny_config(tmp_path, tokens), device, with_heads=False).eval()
     decoder, plain = (Decoder(model, SampleConfig(batch_size=4)) for _ in range(2))
     plain.graphed.usable = False
 
@@ -272,7 +273,7 @@ def test_a_gpu_goes_on_after_a_recording_that_failed(tmp_path: Path, tokens: Pat
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_draw_the_same_tokens(tmp_path: Path, tokens: Path, precision: torch.dtype) -> None:
     device = torch.device("cuda")
-    model = drawn_model(tiny_config(tmp_path, tokens), device, with_heads=False).eval().to(precision)
+    model = random_model(tiny_config(tmp_path, tokens), device, with_heads=False).eval().to(precision)
     guidance = GuidanceConfig("constant", 2.0)
     decoder = Decoder(model, SampleConfig(batch_size=4, guidance=guidance))
     # The same arithmetic: numbers of classes are padded there too.

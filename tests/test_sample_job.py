@@ -58,7 +58,7 @@ def test_too_little_disk_space_is_said_before_any_work(
     one = 16 * 16 * 3 + 2 * 16 + 16  # bytes of an image: pixels, tokens, class and near ties
     free = [(23 + 23) * one]
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free[0]))
-    made, make = [], job._make_unit
+    made, make = [], job._sample_batch
 
     def killed(*arguments: object) -> None:
         if len(made) == 3:
@@ -66,8 +66,11 @@ def test_too_little_disk_space_is_said_before_any_work(
         made.append(arguments[-1])
         make(*arguments)
 
-    monkeypatch.setattr(job, "_make_unit", killed)
-    with pytest.raises(InputError, match=r"parts of 23 images .*samples\.npz of all 23\. Make room there, or .*--out"):
+    monkeypatch.setattr(job, "_sample_batch", killed)
+    with pytest.raises(
+        InputError,
+        match=r"files of 23 images .*samples\.npz with all 23\. Free some space there, .*--out",
+    ):
         run_alone(_sample, cfg, found, tmp_path / "samples.npz")
     assert made == []
     free[0] = int((23 + 23) * one * 1.03)
@@ -75,7 +78,7 @@ def test_too_little_disk_space_is_said_before_any_work(
         run_alone(_sample, cfg, found, tmp_path / "samples.npz")
     # What is made already needs no more room.
     free[0] = int((23 + 11) * one * 1.03)
-    monkeypatch.setattr(job, "_make_unit", make)
+    monkeypatch.setattr(job, "_sample_batch", make)
     run_alone(_sample, cfg, found, tmp_path / "samples.npz")
     on_disk = sum((tmp_path / f"samples{suffix}").stat().st_size for suffix in (".npz", ".tokens.npy"))
     assert on_disk < 23 * one * 1.1
@@ -162,7 +165,7 @@ def test_files_that_no_job_has_made_are_not_written_over(tmp_path: Path, tokens:
     cfg, found = prepared(tmp_path, tokens, "sample.num_images=2")
     (tmp_path / "samples").mkdir()
     (tmp_path / name).write_text("[]")
-    with pytest.raises(InputError, match=f"would be written over .*{name}, which no sampling job has made"):
+    with pytest.raises(InputError, match=f"would overwrite .*{name}, which no sampling job has written"):
         run_alone(_sample, cfg, found, tmp_path / "samples.npz")
     assert (tmp_path / name).read_text() == "[]"
     assert not (tmp_path / "samples.tokens.npy").exists()

@@ -116,7 +116,7 @@ def test_a_sheet_that_the_disk_does_not_take_is_said_and_ends_nothing(
     monkeypatch.setattr(SampleGrids, "_draw", full)
     run_alone(lambda world: SampleGrids(cfg, world)(2, tmp_path))
     file = tmp_path / "run" / FOLDER / "step_00000002.png"
-    assert f"{file}: {os.strerror(number)}. Training goes on without this sheet" in capsys.readouterr().err
+    assert f"{file}: {os.strerror(number)}. Training continues without this sheet" in capsys.readouterr().err
 
 
 def test_sheets_that_could_not_be_drawn_are_refused_before_training(tmp_path: Path, tokens: Path) -> None:

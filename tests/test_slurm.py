@@ -206,7 +206,7 @@ def test_the_check_finds_good_nodes_and_names_a_bad_one(cluster: Cluster, tmp_pa
     assert cluster.wait(job)["JobState"] == "COMPLETED", said(tmp_path)
     out = (tmp_path / "logs/job.out").read_text()
     for node in NODES:
-        assert f"fit: {node}: 2 ranks; no GPU, so none was tried; all-reduce in the node " in out
+        assert f"fit: {node}: 2 ranks; no GPU, so no GPU was checked; all-reduce in the node " in out
     assert "All 2 nodes see the same shards" in out
     assert not (tmp_path / "run").exists()
     # A node where the shards are not mounted.

@@ -64,7 +64,7 @@ def cut_short(path: str) -> Callable[[], list[Stage]]:
     ("then", "expected", "said"),
     [
         pytest.param(chain, [], "[2/3] make two: finished before", id="nothing"),
-        pytest.param(removed("two"), ["two"], "[2/3] make two again: two is not there", id="product"),
+        pytest.param(removed("two"), ["two"], "[2/3] make two again: two does not exist", id="product"),
         pytest.param(lambda: chain(second=a_stage("two", "true")), [], "make two: finished before", id="same"),
         pytest.param(
             lambda: chain(second=a_stage("two", ":")),
@@ -102,7 +102,7 @@ def test_only_what_is_not_finished_is_run(
     [
         ("exit 3", "the stage 'make two' failed with exit code 3; see above and study/logs/two.log"),
         ("kill -9 $$", "the stage 'make two' was ended by SIGKILL; see above and study/logs/two.log"),
-        ("exit 0", "the stage 'make two' ended well, but two is not there; see study/logs/two.log"),
+        ("exit 0", "the stage 'make two' ended without an error, but did not make two; see study/logs/two.log"),
     ],
 )
 def test_a_stage_that_fails_is_named_and_continued(here: Path, script: str, reason: str) -> None:
@@ -133,7 +133,7 @@ def test_ctrl_c_names_the_stage_that_is_next(here: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_named(here: Path) -> None:
-    with pytest.raises(InputError, match="the stage 'fly' needs the program no-such-program, which is not there"):
+    with pytest.raises(InputError, match="the stage 'fly' needs the program no-such-program, which was not found"):
         StageFolder("study").run(Stage("fly", "fly", ["no-such-program"], ()))
 
 

@@ -177,7 +177,7 @@ def test_a_config_that_comes_with_weights_has_no_classifier_written_elsewhere(tm
         (lambda v: v["model"].update(depth=10**25), r"cannot be read|not valid JSON"),
         (lambda v: v["model"].update(depth=True), r"model\.depth"),
         (lambda v: v["model"].update(width=[1, [2]]), r"model\.width"),
-        (lambda v: v["optim"].update(lr=float("nan")), r"NaN is no number of JSON"),
+        (lambda v: v["optim"].update(lr=float("nan")), r"NaN is not a number in JSON"),
         (lambda v: v.update(model=[]), r"model=\[\] in .* is a single value, but model is a section"),
         (lambda v: v.update({"a\nb": 1}), r"has the key 'a\\nb', which is no name"),
         (lambda v: v["run"].update(name="x" * 5000), r"run\.name='x.* is no text of one line"),
@@ -275,7 +275,7 @@ _BAD_NAMES = [
 
 @pytest.mark.parametrize("name", _BAD_NAMES, ids=ascii)
 def test_a_name_out_of_a_file_is_one_name(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(InputError, match=r"^index\.json: file=.* is no name of a file or folder") as caught:
+    with pytest.raises(InputError, match=r"^index\.json: file=.* cannot name a file or folder") as caught:
         inside(tmp_path, name, "index.json", "file")
     assert str(caught.value).isprintable()
 
@@ -302,7 +302,7 @@ def test_codes_are_exported_to_folders_of_the_cache_alone(tmp_path: Path, name: 
     folder = write_token_shards(tmp_path / "deep/set", 20)
     spoilt(folder, lambda values: values["class_names"].__setitem__(4, name))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=r"class_names\[4\]=.* is no name of a file or folder"):
+    with pytest.raises(InputError, match=r"class_names\[4\]=.* cannot name a file or folder"):
         export_alitok(folder, tmp_path / "deep/cache")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -324,8 +324,8 @@ def test_codes_are_not_exported_through_a_link_or_into_one_folder(tmp_path: Path
     ("change", "expected"),
     [
         (lambda v: v["shards"].append(v["shards"][0]), r"lists shard-000000\.tar twice"),
-        (lambda v: v["shards"][0].update(file="../shard.tar"), r"file='\.\./shard\.tar' is no name"),
-        (lambda v: v["shards"][0].update(file="/etc/passwd"), "is no name of a file"),
+        (lambda v: v["shards"][0].update(file="../shard.tar"), r"file='\.\./shard\.tar' cannot name"),
+        (lambda v: v["shards"][0].update(file="/etc/passwd"), "cannot name a file"),
         (lambda v: v["shards"][0].update(size=1.5), "are not whole numbers and a sha256"),
         (lambda v: v["shards"][0].update(sha256="x" * 64), "are not whole numbers and a sha256"),
         (lambda v: v["shards"][0].update(block_crc32=[1, 2, 3]), "has 3 checksums of blocks, but 1 blocks"),
@@ -340,7 +340,7 @@ def test_codes_are_not_exported_through_a_link_or_into_one_folder(tmp_path: Path
         (lambda v: v.update(label_counts=[0] * 70_000), "70,000 classes, more than the labels of 16 bits"),
         (lambda v: v.update(codebook_sha256="abc"), "codebook_sha256='abc' is no checksum"),
         (lambda v: v.update(tokenizer=["x"]), r"tokenizer=\['x'\] is no text"),
-        (lambda v: v.update(num_samples=float("nan")), "NaN is no number of JSON"),
+        (lambda v: v.update(num_samples=float("nan")), "NaN is not a number in JSON"),
         (lambda v: v.update(made_from="\udfff"), "half a surrogate pair"),
         (lambda v: v.update(made_from=nested(300)), "more than 64 levels of nesting"),
     ],
@@ -473,7 +473,7 @@ def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a would have 4,398,046,511,104 bytes, more than are stored"):
         read_state(tmp_path / "a.pth", "x")
     torch.save({"a": torch.zeros(3).to_sparse()}, tmp_path / "b.pth")
-    with pytest.raises(InputError, match="a is no plain tensor"):
+    with pytest.raises(InputError, match="a is not a plain tensor"):
         read_state(tmp_path / "b.pth", "x")
     torch.save({"a": torch.zeros(2**20)}, tmp_path / "c.pth")
     with (
@@ -489,18 +489,22 @@ def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("length", "head", "expected"),
     [
-        (2**62, b"{}", "its head would have 4,611,686,018,427,387,904 bytes"),
-        (None, b"[]", r"its head is \[\], not an object"),
-        (None, b"null", "its head is None"),
+        (2**62, b"{}", "its header would have 4,611,686,018,427,387,904 bytes"),
+        (None, b"[]", r"its header is \[\], not an object"),
+        (None, b"null", "its header is None"),
         (None, b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}', "does not take 4 bytes"),
         (None, b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', r"has shape \[-1\]"),
-        (None, b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000]}}', r"lies at \[0, 4000\] of 4 bytes"),
+        (
+            None,
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000]}}',
+            r"has data_offsets \[0, 4000\] in 4 bytes",
+        ),
         (None, b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
         (None, b'{"a": {"dtype": "a\\nb", "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
         (None, b'{"__metadata__": {"rear_scale": 3}}', "does not hold texts by name"),
         (None, b'{"__metadata__": {"rear_scale": "[]"}}', r"it says \[\] of itself"),
         (None, b'{"__metadata__": {"rear_scale": "' + b"[" * 70_000 + b'"}}', "nesting"),
-        (None, b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        (None, b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     ],
 )
 def test_heads_of_weight_files_hold_what_they_can(
@@ -519,12 +523,12 @@ def test_sizes_in_the_head_of_a_small_model_are_those_of_its_tensors(tmp_path: P
     for change in ({"codebook_size": 65_536, "codebook_dim": 65_536}, {"channels": 65_536}, {"codebook_dim": 4}):
         architecture = {"image_size": 16, "codebook_size": 32, "codebook_dim": 8, "channels": 16, **change}
         write_weights(tmp_path / "a", tokenizer, "compact tokenizer", architecture)
-        with pytest.raises(InputError, match="does not hold what its head says"):
+        with pytest.raises(InputError, match="does not match its header"):
             CompactTokenizer.from_file(str(tmp_path / "a"))
     for change in ({"channels": 2**40}, {"channels": "16"}, {"channels": True}, {"codebook_dim": 0}, {"x": 1}):
         architecture = {"image_size": 16, "codebook_size": 32, "codebook_dim": 8, "channels": 16, **change}
         write_weights(tmp_path / "a", tokenizer, "compact tokenizer", architecture)
-        with pytest.raises(InputError, match="its head says architecture="):
+        with pytest.raises(InputError, match="its header says architecture="):
             CompactTokenizer.from_file(str(tmp_path / "a"))
 
 

@@ -205,6 +205,6 @@ def test_what_stops_rank_0_stops_all_ranks_with_the_same_words(tmp_path: Path) -
 def test_a_machine_without_an_address_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "_NAME_S", 0)
     with pytest.raises(
-        InputError, match=r"rank 1 .* no address of MASTER_ADDR=node01\.invalid, .* Set MASTER_ADDR to a name"
+        InputError, match=r"rank 1 .* cannot resolve MASTER_ADDR=node01\.invalid, .* Set MASTER_ADDR to a name"
     ):
         world._meet(world.Ranks(1, 1, 2, 2, "node01.invalid", 29_500, "slurm"), 1)

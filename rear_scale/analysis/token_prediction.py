@@ -28,18 +28,18 @@ from rear_scale.shards.codebook import read_both
 from rear_scale.shards.reader import TokenSet, open_set, open_tokens
 from rear_scale.world import World
 
-# Sample ids (int64 [B]) to the order in which their tokens are predicted (int64 [B or 1, N])
+# A function of sample ids (int64 [B]) to the order of prediction of their tokens (int64 [B or 1, N]; None = as stored).
 Orders = Callable[[Tensor], Tensor | None]
 
-# The replacement draws are the same for every model: they depend on this, the sample and the draw's number.
+# Seed of the replacements, which depend on it, the sample and the number of the draw, and so are the same for all models.
 _DRAW_SEED = 20_250_710
 
 
 @dataclass(frozen=True)
 class TokenPrediction:
-    """How well a model predicts the tokens of a set (reAR Eq. 8 and 9)."""
+    """Scores of next-token prediction on a set (reAR Eq. 8 and 9)."""
 
-    ctr: float  # correct token ratio (Eq. 8): share of argmax predictions that are right
+    ctr: float  # correct token ratio (Eq. 8): fraction of argmax predictions that are correct
     perplexity: float  # exp of the mean negative log-likelihood of a token (Eq. 9), over the whole set
     sequences: int
     draws: int  # replacement draws averaged over; 0 = clean context
@@ -56,11 +56,12 @@ def predict_tokens(
     batch_size: int,
     orders: Orders | None = None,
 ) -> TokenPrediction:
-    """Scores a model on a set, class known. All ranks must call this; they share the sequences, and all get the result.
+    """The scores of a model on a set, with known classes. All ranks must call this; each computes a part of the sequences, and
+    all return the result.
 
     With draws > 0, each context token is replaced with probability `replace_rate` by one drawn from the whole codebook
-    (Eq. 4), `draws` times over; the tokens to predict stay the true ones. orders: the order of prediction of each sample;
-    None = as tokens are stored.
+    (Eq. 4), and results are averaged over that many draws; the tokens to predict are not replaced. orders: the order of
+    prediction of each sample; None = as tokens are stored.
     """
     rows = [torch.zeros(0, 2, dtype=torch.float64)]
     replacements = [
@@ -87,16 +88,17 @@ def predict_tokens(
 
 
 def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[str, dict[str, float]]:
-    """Token prediction on data.val, clean and with evaluate.replace_rate replaced, and clean on data.train.
+    """Scores of token prediction by set and context: on data.val, clean and with a fraction evaluate.replace_rate of the context
+    replaced, and on data.train, clean.
 
-    All ranks must call this. Raises InputError for a set that does not fit the model or the other one.
+    All ranks must call this. Raises InputError for a set that does not fit the model or the other set.
     """
     evaluate = cfg.evaluate
     opened: dict[str, TokenSet] = {}
     train, val = read_both(cfg, world.is_main)
     for name, manifest in (("val", val), ("train", train)):
         if manifest is not None:
-            # A training set that is streamed may be larger than the node; a validation set is not.
+            # A training set may be streamed, if it is larger than the node's disk; a validation set is always unpacked.
             opened[name] = (
                 open_set(cfg.data, manifest, world.size)
                 if name == "train"

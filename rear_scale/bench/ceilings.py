@@ -1,4 +1,4 @@
-"""What a device reaches at best, measured: the rates that a step of decoding is set against."""
+"""Measured peak rates of a device (matrix products and memory reads), with which decoding steps are compared."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from rear_scale.bench.model import synchronize
 
 _SIZE = {"cuda": 8192, "cpu": 1024}  # side of the square matrices
-_BYTES = {"cuda": 2**31, "cpu": 2**27}  # read from memory: far more than caches hold
+_BYTES = {"cuda": 2**31, "cpu": 2**27}  # read from memory; far larger than the caches
 _TURNS = 5
 
 
 def product_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product, the best of a few."""
+    """Floating-point operations per second of a large matrix product (the best of several)."""
     size = _SIZE[device.type]
     one = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / _best_s(device, lambda: one @ one)
 
 
 def read_bytes_per_s(device: torch.device) -> float:
-    """Bytes per second of a sum over memory, the best of a few."""
+    """Bytes per second of a sum over a large array (the best of several)."""
     values = torch.ones(_BYTES[device.type] // 4, device=device)
     return _BYTES[device.type] / _best_s(device, values.sum)
 

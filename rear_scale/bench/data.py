@@ -1,6 +1,6 @@
-"""Samples per second of the token reader, beside plain readers of the same samples.
+"""Samples per second of the token reader, compared with plain readers of the same samples.
 
-Each reader lives in a process of its own; they take turns, so that a busy machine slows all of them alike.
+Each reader runs in its own process. The readers take turns, so that load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rear_scale.shards.record import Manifest, read_manifest, write_manifest
 
 _TOKENS, _CODES, _CLASSES = 256, 1024, 1000
 _BATCH = 256  # samples
-_SLICE_S = 0.5  # about as long as a reader's turn
+_SLICE_S = 0.5  # approximate duration of a reader's turn
 _CALIBRATION_BATCHES = 8
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -40,15 +40,15 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1_048_576, help="samples of 256 tokens (default: 1,048,576)")
-    parser.add_argument("--shards", type=int, default=64, help="tar shards that they are cut into (default: 64)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each reader; medians count (default: 7)")
+    parser.add_argument("--shards", type=int, default=64, help="number of tar shards (default: 64)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each reader; medians are reported (default: 7)")
     parser.add_argument(
-        "--folder", type=Path, help="where the sets are written, and kept (default: a temporary folder)"
+        "--folder", type=Path, help="folder in which the sets are written and kept (default: a temporary folder)"
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rates, sizes and memory. Raises InputError for a set that is smaller than its number of shards or a batch."""
+    """Rates, sizes and memory. Raises InputError for fewer samples than shards or than one batch."""
     if min(arguments.samples // max(arguments.shards, 1), arguments.samples // _BATCH, arguments.rounds) < 1:
         raise InputError(
             f"--samples={arguments.samples} --shards={arguments.shards} --rounds={arguments.rounds}: at least one round, one "
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _write_sets(folder, arguments.samples, arguments.shards)
     rates = _interleaved(folder, arguments.rounds)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(rounds) for name, rounds in rates.items()}
     packed = read_manifest(folder / "packed")
     empty, peak = (_in_process(_peak_memory, folder / name, folder / "cache") for name in ("empty", "packed"))
     return {
@@ -75,9 +75,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "images_per_s": medians[name],
                 "us_per_sample": 1e6 / medians[name],
                 "ratio": medians[name] / medians["jsonl"],
-                "rounds": found,
+                "rounds": rounds,
             }
-            for name, found in rates.items()
+            for name, rounds in rates.items()
         },
         "samples": arguments.samples,
         "shards": len(packed.shards),
@@ -87,12 +87,12 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "webdataset": sum(tar.stat().st_size for tar in (folder / "plain").glob("*.tar")) / arguments.samples,
             "jsonl": (folder / "tokens.jsonl").stat().st_size / arguments.samples,
         },
-        # Peak over a whole epoch and its unpacking, above a process with the same imports and a reader of no samples.
+        # Peak while unpacking and reading one epoch, minus that of the same process with an empty set.
         "anonymous_bytes_per_sample": (peak - empty) / arguments.samples,
     }
 
 
-# The readers. Each is opened in a process of its own.
+# The readers. Each is opened in its own process.
 
 
 def _open(folder: Path, mode: str, cache: Path) -> TokenSet:
@@ -144,7 +144,7 @@ def _interleaved(folder: Path, rounds: int) -> dict[str, list[float]]:
         workers[name] = ours, process
     rates: dict[str, list[float]] = {name: [] for name in workers}
     for name, (pipe, process) in workers.items():
-        _answer(name, pipe, process)  # it is open and warm
+        _answer(name, pipe, process)  # wait until it is open and warmed up
     with progress("bench data", rounds * len(workers), "turn") as bar:
         for _ in range(rounds):
             for name, (pipe, process) in workers.items():
@@ -185,20 +185,20 @@ def _rate(batches: Batches, count: int) -> float:
 
 
 def _peak_memory(folder: Path, cache: Path) -> int:
-    """Largest anonymous memory in bytes while a reader is opened, its set unpacked, and one epoch read."""
-    found = [_anonymous_bytes()]
+    """Peak of anonymous memory in bytes while a set is opened, unpacked, and read for one epoch."""
+    peak = [_anonymous_bytes()]
 
     def note(line: str = "") -> None:
-        found[0] = max(found[0], _anonymous_bytes())
+        peak[0] = max(peak[0], _anonymous_bytes())
 
     data = DataConfig(train=str(folder), cache_dir=str(cache / "memory"))
-    tokens = open_set(data, read_manifest(folder), world_size=1, say=note)  # it speaks at each shard
+    tokens = open_set(data, read_manifest(folder), world_size=1, say=note)  # called at each shard
     order = tokens.order(_BATCH, seed=0)
     for step in range(1, len(tokens) // _BATCH + 1):
         tokens.rows(order.global_batch(step)[0])
         note()
     note()
-    return found[0]
+    return peak[0]
 
 
 def _anonymous_bytes() -> int:
@@ -214,15 +214,15 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-# The sets: the same samples four times over.
+# The sets: the same samples in four formats.
 
 
 def _write_sets(folder: Path, samples: int, shards: int) -> None:
-    """Writes what is not there yet: packed/, empty/, plain/ and tokens.jsonl, of the same random samples."""
+    """Writes packed/, empty/, plain/ and tokens.jsonl, with the same random samples, unless they exist."""
     marker, wanted = folder / "written.json", {"samples": samples, "shards": shards}
     if marker.exists():
         if json.loads(marker.read_text()) != wanted:
-            raise InputError(f"--folder={folder} holds sets of {marker.read_text()}. Name another folder, or remove it")
+            raise InputError(f"--folder={folder} holds sets of {marker.read_text()}. Use another folder, or remove it")
         return
     per_shard = -(-samples // shards)
     for name in ("packed", "empty", "plain"):
@@ -270,7 +270,7 @@ def _manifest(folder: Path, shards: list, samples: int, per_shard: int) -> Manif
 
 
 def _write_plain(path: Path, tokens: np.ndarray, labels: np.ndarray, first: int) -> None:
-    """One sample per key, as webdataset's own writer lays it out."""
+    """Writes a tar with one sample per key, in the layout of webdataset's own writer."""
     with tarfile.open(path, "w") as tar:
         for number, (row, label) in enumerate(zip(tokens, labels.tolist(), strict=True), start=first):
             buffer = io.BytesIO()

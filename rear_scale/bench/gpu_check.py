@@ -1,12 +1,12 @@
-"""What a GPU machine can do: probes, GPU tests, rates of training, sampling and evaluation, losses and memory of every engine,
+"""The check of a GPU machine: probes, GPU tests, rates of training, sampling and evaluation, losses and memory of every engine,
 and scaling over the GPUs of one machine.
 
     bash launchers/gpu_check.sh --minutes 30
-    bash launchers/gpu_check.sh --small --minutes 5      tiny sizes, on any machine: tries the check itself
+    bash launchers/gpu_check.sh --small --minutes 5      tiny sizes, on any machine: tests the check itself
 
-Parts stand in the order of what is learnt per second. Each has a time limit; a part that fails or runs out of time does not
-stop the next one. The same command continues: parts that are done for this commit are not run again. Writes OUT/report.html,
-OUT/readme_rows.md, and the output of each part to OUT/parts/.
+The parts with the most information per second come first. Each part has a time limit; a part that fails or runs out of time
+does not stop the next one. The same command continues: parts that are done for this commit are not run again. Writes
+OUT/report.html, OUT/readme_rows.md, and the output of each part to OUT/parts/.
 """
 
 from __future__ import annotations
@@ -41,30 +41,32 @@ from rear_scale.report.page import Section, Table, write_page
 from rear_scale.run.versions import commit
 from rear_scale.world import end_with_parent
 
-_LEAST_S = 5.0  # a part is not begun with less time than this
+_LEAST_S = 5.0  # no part is started with less time left
 _BENCH = "launchers/bench.py"
 _TINY = ["model.depth=1", "model.width=32", "train.micro_batch_size=2", "sample.batch_size=2"]
-# Images of a micro-batch and distinct classes for each size on 141 GB; what does not fit elsewhere says so.
+# Micro-batch size and distinct classes for each model size, for a GPU of 141 GB. On smaller GPUs some parts fail (out of memory).
 _SIZES = {"s": (256, 109), "l": (128, 109), "b": (192, 109), "xl": (64, 64), "xxl": (48, 48)}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A question, and the process that answers it."""
+    """A question, and the process or function that answers it."""
 
     name: str
     decides: str
     limit_s: float
-    command: list[str] | None  # None: `judge` alone answers it, in no time
-    needs: str | None = None  # a package without which it is left out
-    gpus: int = 0  # how many it needs
+    command: list[str] | None  # None = `judge` alone answers it, without a process
+    needs: str | None = None  # a package without which the part is left out
+    gpus: int = 0  # the number of GPUs that it needs
     after: tuple[str, ...] = ()  # the parts whose answers it needs
     prepare: Callable[[], None] | None = None  # called before the process
-    judge: Callable[[], str] | None = None  # the answer in words, after the process; None: from its output
+    judge: Callable[[], str] | None = None  # returns the answer after the process; None = taken from its output
 
 
 @dataclass(frozen=True)
 class Answer:
+    """The result of a part."""
+
     state: str  # done | failed | out of time | left out
     line: str
     seconds: float = 0.0
@@ -72,7 +74,7 @@ class Answer:
 
 
 def parts(out: Path, small: bool) -> list[Part]:
-    """Every part, the most telling first."""
+    """All parts, those with the most information first."""
     python = [sys.executable]
     tiny = ["--small"] if small else []
     probes = [
@@ -80,11 +82,11 @@ def parts(out: Path, small: bool) -> list[Part]:
         for name, decides in zip(
             PROBES,
             (
-                "the roof for all rates",
-                "whether attention drops what the recipe says",
+                "the peak rates of the device",
+                "whether attention dropout has the configured probability",
                 "whether a kernel builds a plan for each length of the cache",
                 "layout and precision of decoding",
-                "whether the sampler may use CUDA graphs",
+                "whether the sampler can use CUDA graphs",
             ),
             strict=True,
         )
@@ -114,14 +116,14 @@ def _sample(out: Path, size: str, small: bool) -> Part:
 
 
 def _engines(out: Path, small: bool) -> list[Part]:
-    """The runs of every engine, and the memory of each beside the formula."""
-    sizes, kind = (gpu_runs.SMALL if small else gpu_runs.LARGE), "cuda" if uses_cuda() else "cpu"
-    found = [
+    """The parts that run every engine and compare its memory with the formula."""
+    sizes, device_type = (gpu_runs.SMALL if small else gpu_runs.LARGE), "cuda" if uses_cuda() else "cpu"
+    engine_parts = [
         Part("tokens", "data of the runs below", 60, None, judge=partial(gpu_runs.write_tokens, out, sizes)),
     ]
     for run in gpu_runs.RUNS:
         name, others = f"trajectory_{run.name}", {gpu_runs.REFERENCE, run.goes_on} - {None, run.name}
-        found.append(
+        engine_parts.append(
             Part(
                 name,
                 "whether losses are those of single in bf16",
@@ -134,10 +136,10 @@ def _engines(out: Path, small: bool) -> list[Part]:
             )
         )
         if run.formula:
-            judge = partial(gpu_runs.memory, run, out, sizes, kind)
-            decides = "whether the formula gives its memory"
-            found.append(Part(f"memory_{run.name}", decides, 10, None, run.needs, after=(name,), judge=judge))
-    return found
+            judge = partial(gpu_runs.memory, run, out, sizes, device_type)
+            decides = "whether its memory agrees with the formula"
+            engine_parts.append(Part(f"memory_{run.name}", decides, 10, None, run.needs, after=(name,), judge=judge))
+    return engine_parts
 
 
 def _trajectory(run: gpu_runs.Run, out: Path, sizes: gpu_runs.Sizes) -> str:
@@ -175,15 +177,15 @@ def _scaling(out: Path, strategy: str) -> Part:
 
 
 def run(chosen: Sequence[Part], out: Path, minutes: float, gpus: int, clock: Callable[[], float]) -> dict[str, Answer]:
-    """The answers by name: those that are there, then as many others as the time allows."""
-    deadline, found = clock() + 60 * minutes, {}
+    """The answers by name of the part: earlier answers for this commit, and as many new ones as the time allows."""
+    deadline, answers = clock() + 60 * minutes, {}
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for part in chosen:
-        found[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus, found)
-        say(f"{part.name}: {found[part.name].state}; {found[part.name].line}")
-        write_text_atomically(out / "parts" / f"{part.name}.json", json.dumps(asdict(found[part.name])) + "\n")
-        report(chosen, found, out)
-    return found
+        answers[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus, answers)
+        say(f"{part.name}: {answers[part.name].state}; {answers[part.name].line}")
+        write_text_atomically(out / "parts" / f"{part.name}.json", json.dumps(asdict(answers[part.name])) + "\n")
+        report(chosen, answers, out)
+    return answers
 
 
 def _earlier(part: Part, out: Path) -> Answer | None:
@@ -194,14 +196,14 @@ def _earlier(part: Part, out: Path) -> Answer | None:
     return answer if answer.state == "done" and answer.commit == commit() else None
 
 
-def _answer(part: Part, out: Path, left_s: float, gpus: int, found: dict[str, Answer]) -> Answer:
+def _answer(part: Part, out: Path, left_s: float, gpus: int, answers: dict[str, Answer]) -> Answer:
     if part.gpus > gpus:
         return Answer("left out", f"needs {part.gpus} GPUs, and there are {gpus}")
     if part.needs is not None and importlib.util.find_spec(part.needs) is None:
         return Answer("left out", f"{part.needs} is not installed")
     if left_s < _LEAST_S:
-        return Answer("out of time", "not begun")
-    lacking = [name for name in part.after if name not in found or found[name].state != "done"]
+        return Answer("out of time", "not started")
+    lacking = [name for name in part.after if name not in answers or answers[name].state != "done"]
     if lacking:
         return Answer("left out", f"needs {lacking[0]}, which has no answer")
     started = time.monotonic()
@@ -211,13 +213,13 @@ def _answer(part: Part, out: Path, left_s: float, gpus: int, found: dict[str, An
         answer, output = _process(part, out, left_s)
         if answer is None:
             answer = Answer("done", _line(part, out, output) if part.judge is None else part.judge(), commit=commit())
-    except Exception as error:  # of one part: the others go on
+    except Exception as error:  # a failed part must not stop the others
         answer = Answer("failed", f"{type(error).__name__}: {error}".splitlines()[0][:300])
     return replace(answer, seconds=time.monotonic() - started)
 
 
 def _process(part: Part, out: Path, left_s: float) -> tuple[Answer | None, str]:
-    """Why the part's process did not come to its end (None where it did, or there is none), and its output."""
+    """An Answer if the part's process failed or ran out of time (None if it succeeded, or if there is none), and its output."""
     if part.command is None:
         return None, ""
     path, started = out / "parts" / f"{part.name}.log", time.monotonic()
@@ -230,14 +232,14 @@ def _process(part: Part, out: Path, left_s: float) -> tuple[Answer | None, str]:
             stderr=log,
             text=True,
             start_new_session=True,
-            # Where this process is killed, a part that went on would hold the GPU and its run folder.
+            # End the part with this process: otherwise it would go on using the GPU and its run folder.
             preexec_fn=partial(end_with_parent, signal.SIGKILL),
         ) as process,
     ):
         try:
             output, _ = process.communicate(timeout=min(part.limit_s, left_s))
         except BaseException as stop:
-            os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
+            os.killpg(process.pid, signal.SIGKILL)  # also ends the ranks that it has started
             if isinstance(stop, subprocess.TimeoutExpired):
                 return Answer("out of time", f"ended after {time.monotonic() - started:.0f} s"), ""
             raise
@@ -266,13 +268,13 @@ def _object(part: Part, out: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def report(chosen: Sequence[Part], found: dict[str, Answer], out: Path) -> None:
-    """Writes report.html and readme_rows.md of what is known so far."""
+def report(chosen: Sequence[Part], answers: dict[str, Answer], out: Path) -> None:
+    """Writes report.html and readme_rows.md with the answers so far."""
     device = torch.cuda.get_device_name() if uses_cuda() else "CPU"
     rows = [
         [part.name, part.decides, answer.state, answer.line, f"{answer.seconds:.0f}"]
         for part in chosen
-        if (answer := found.get(part.name)) is not None
+        if (answer := answers.get(part.name)) is not None
     ]
     commands = "\n".join(shlex.join(part.command) for part in chosen if part.command)
     about = f"{device}, torch {torch.__version__}, commit {commit()}"
@@ -281,7 +283,7 @@ def report(chosen: Sequence[Part], found: dict[str, Answer], out: Path) -> None:
     lines = []
     for part in chosen:
         values = _object(part, out)
-        if part.command and values is not None and part.name in found and found[part.name].state == "done":
+        if part.command and values is not None and part.name in answers and answers[part.name].state == "done":
             ratio = f"{values['ratio']:.1f}x" if values.get("ratio") else "-"
             command = shlex.join(["python", *part.command[1:]]).split(" --out ")[0]
             lines.append(f"| {device}, {part.name} | {values['images_per_s']:.1f} | {ratio} | `{command}` ({about}) |")
@@ -289,8 +291,8 @@ def report(chosen: Sequence[Part], found: dict[str, Answer], out: Path) -> None:
 
 
 def _with_needed(known: Sequence[Part], names: set[str]) -> list[Part]:
-    """The parts of these names and those whose answers they need."""
-    for part in reversed(known):  # a part stands behind those that it needs
+    """The parts with these names and the parts whose answers they need."""
+    for part in reversed(known):  # a part comes after those that it needs
         if part.name in names:
             names.update(part.after)
     return [part for part in known if part.name in names]
@@ -298,21 +300,21 @@ def _with_needed(known: Sequence[Part], names: set[str]) -> list[Part]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="stops in this time (default: 30)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time limit of the whole check (default: 30)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for any device")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), metavar="FOLDER")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these alone, with those that they need")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="run only these parts, and those that they need")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     known = parts(out, arguments.small)
     names = [part.name for part in known]
     for name in arguments.parts or []:
         if name not in names:
-            raise InputError(f"--parts {name} is not a part. Use some of {', '.join(names)}")
+            raise InputError(f"--parts {name} is not the name of a part. Use some of {', '.join(names)}")
     chosen = known if arguments.parts is None else _with_needed(known, set(arguments.parts))
     gpus = torch.cuda.device_count() if uses_cuda() else 0
     if gpus == 0 and not arguments.small:
-        raise InputError("there is no GPU to check. Use --small to try the check itself on this machine")
+        raise InputError("there is no GPU to check. Use --small to test the check itself on this machine")
     run(chosen, out, arguments.minutes, gpus, time.monotonic)
     say(f"{out / 'report.html'}: written")
 

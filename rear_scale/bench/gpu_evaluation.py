@@ -1,8 +1,8 @@
-"""Images per second of generating, decoding and features alone, and of all three as launchers/evaluate.py overlaps them.
+"""Images per second of sampling, decoding and feature extraction, each alone and overlapped as in launchers/evaluate.py.
 
 python -m rear_scale.bench.gpu_evaluation --out FILE.json [--small]
 
-The weights of generator, tokenizer and Inception are drawn from a seed, so none have to be there; scores would mean nothing.
+Generator, tokenizer and Inception are initialized at random, so no weight files are needed; scores would be meaningless.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rear_scale import cli, config
 from rear_scale.bench.gpu_runs import TINY
-from rear_scale.bench.model import drawn_model, synchronize
+from rear_scale.bench.model import random_model, synchronize
 from rear_scale.config import ExperimentConfig
 from rear_scale.evaluate.images.image_set import Generation, ImageSet
 from rear_scale.evaluate.networks.base import InceptionFeatures
@@ -39,7 +39,7 @@ _LARGE = ("rear_s.yaml", "sample.batch_size=256", "sample.num_images=2048")
 
 
 def measure(small: bool, folder: Path) -> dict[str, Any]:
-    """The rates, with weights and features written below `folder`."""
+    """The rates. Weights and features are written to `folder`."""
     name, *overrides = _SMALL if small else _LARGE
     cfg = config.load(name, overrides)
     cfg.tokenizer.weights = str(_write_tokenizer(cfg, folder))
@@ -48,8 +48,8 @@ def measure(small: bool, folder: Path) -> dict[str, Any]:
 
 
 def _rates(cfg: ExperimentConfig, world: World, folder: Path) -> dict[str, Any]:
-    device, units = world.device, batches_of(cfg)
-    decoder = Decoder(drawn_model(cfg, device, with_heads=False).eval(), cfg.sample, cfg.objective.permutation)
+    device, batches = world.device, batches_of(cfg)
+    decoder = Decoder(random_model(cfg, device, with_heads=False).eval(), cfg.sample, cfg.objective.permutation)
     tokenizer = open_tokenizer(cfg.tokenizer, device)
     inception = InceptionFeatures(str(_write_inception(folder)), device)
     batch = cfg.evaluate.batch_size
@@ -63,8 +63,8 @@ def _rates(cfg: ExperimentConfig, world: World, folder: Path) -> dict[str, Any]:
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return decode(draw(numbers), numbers)
 
-    tokens, first = draw(units[0]), units[0]
-    draw(first)  # the second batch of a shape records graphs
+    tokens, first = draw(batches[0]), batches[0]
+    draw(first)  # the second batch of a shape records CUDA graphs
     images, _ = decode(tokens, first)
     rates = {
         "generating": _rate(device, len(first), lambda: draw(first)),
@@ -74,13 +74,13 @@ def _rates(cfg: ExperimentConfig, world: World, folder: Path) -> dict[str, Any]:
         ),
     }
     size = cfg.tokenizer.image_size
-    samples = ImageSet("drawn", "drawn", size, size, units, read, generation=Generation(draw, decode))
+    samples = ImageSet("drawn", "drawn", size, size, batches, read, generation=Generation(draw, decode))
     together = _rate(device, cfg.sample.num_images, lambda: extract(samples, [inception], folder, batch, world), warm=0)
     return {"images_per_s": together, "alone": rates}
 
 
 def _rate(device: torch.device, images: int, call: Callable[[], object], warm: int = 1) -> float:
-    """Images per second of the call after `warm` others."""
+    """Images per second of the call, after `warm` untimed calls."""
     for _ in range(warm):
         call()
     synchronize(device)
@@ -105,7 +105,7 @@ def _write_inception(folder: Path) -> Path:
     network = Inception()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # keeps activations finite through all layers
+            nn.init.kaiming_normal_(module.weight)  # so that activations stay finite in all layers
     torch.save(network.state_dict(), folder / "inception.pth")
     return folder / "inception.pth"
 
@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, for any device")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.small, Path(folder))
-    write_text_atomically(arguments.out, json.dumps(found, indent=1) + "\n")
+        rates = measure(arguments.small, Path(folder))
+    write_text_atomically(arguments.out, json.dumps(rates, indent=1) + "\n")
 
 
 if __name__ == "__main__":

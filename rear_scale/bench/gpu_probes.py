@@ -1,4 +1,4 @@
-"""Questions to one GPU that decide how the rest is set: each answers with one line, in a process of its own.
+"""Small measurements on one GPU that decide settings of the project. Each prints one line, and runs in its own process.
 
 python -m rear_scale.bench.gpu_probes NAME [--small]
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rear_scale import cli
 from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
-from rear_scale.bench.model import drawn_model, synchronize, use_device
+from rear_scale.bench.model import random_model, synchronize, use_device
 from rear_scale.config import GuidanceConfig, SampleConfig, load
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.decode_worker import DecodeWorker
@@ -23,7 +23,7 @@ from rear_scale.tokenizer.maskgit_vqgan import MaskgitVqgan
 
 
 def _seconds(device: torch.device, call: Callable[[], object], turns: int = 5) -> float:
-    """The best of a few, after one that warms up."""
+    """The best time of several calls, after one untimed call."""
     taken = []
     for _ in range(1 + turns):
         synchronize(device)
@@ -35,18 +35,21 @@ def _seconds(device: torch.device, call: Callable[[], object], turns: int = 5) -
 
 
 def ceilings(device: torch.device, small: bool) -> str:
+    """Peak rates of matrix products and memory reads."""
     products, reads = product_flops_per_s(device, torch.bfloat16), read_bytes_per_s(device)
     return f"bf16 products {products / 1e12:.1f} TFLOP/s, reads {reads / 1e9:.0f} GB/s; torch {torch.__version__}"
 
 
 def attention_dropout(device: torch.device, small: bool) -> str:
-    """Outputs of equal probabilities and values of 1 are the kept share over 1 - p: their spread tells what was dropped."""
+    """The fraction of attention probabilities that dropout drops. With equal probabilities and values of 1, an output is the kept
+    fraction over 1 - p, so that the variance of the outputs gives the dropped fraction."""
     query = torch.zeros(2 if small else 8, 16, 257, 48, device=device, dtype=torch.bfloat16)
     out = F.scaled_dot_product_attention(query, query, torch.ones_like(query), dropout_p=0.1).float()
     return f"share dropped {1 - 1 / (1 + 257 * out.var().item()):.4f} (0.1 wanted), mean of outputs {out.mean().item():.4f}"
 
 
 def decode_lengths(device: torch.device, small: bool) -> str:
+    """The time of the first attention call with a new cache length, and of later calls."""
     rows = 4 if small else 512
     keys = torch.randn(rows, 16, 257, 48, device=device, dtype=torch.bfloat16)
     query, lengths = keys[:, :, :1], range(20, 257, 40)
@@ -62,6 +65,7 @@ def decode_lengths(device: torch.device, small: bool) -> str:
 
 
 def decoding_images(device: torch.device, small: bool) -> str:
+    """The time and the largest error of decoding images in several layouts and precisions."""
     torch.manual_seed(0)
     tokenizer = (CompactTokenizer(16, 32, 8, 16) if small else MaskgitVqgan()).to(device).eval().requires_grad_(False)
     images = 4 if small else 256
@@ -81,20 +85,20 @@ def decoding_images(device: torch.device, small: bool) -> str:
 
 
 def graphs(device: torch.device, small: bool) -> str:
-    """Batches that are drawn while others are decoded, with CUDA graphs and step by step."""
+    """Whether CUDA graphs are recorded while another thread works, and give the same tokens as sampling without them."""
     shape = ["model.depth=2", "model.width=64", "model.num_heads=2", "objective=ar"]
     cfg = load("demo.yaml", shape) if small else load("rear_s.yaml")
-    model = drawn_model(cfg, device, with_heads=False).eval()
+    model = random_model(cfg, device, with_heads=False).eval()
     sample = SampleConfig(batch_size=4 if small else 64, guidance=GuidanceConfig("constant", 2.0))
     decoder, plain = Decoder(model, sample), Decoder(model, sample)
     plain.graphed = None
     ids = torch.arange(sample.batch_size, device=device)
-    with DecodeWorker(device) as beside:
-        drawn = []
+    with DecodeWorker(device) as worker:
+        sampled = []
         for number in range(3):
-            drawn.append(decoder.generate(ids % 8, ids + number * len(ids)))
-            beside.run(torch.sort, drawn[-1])
-    same = all(torch.equal(tokens, plain.generate(ids % 8, ids + n * len(ids))) for n, tokens in enumerate(drawn))
+            sampled.append(decoder.generate(ids % 8, ids + number * len(ids)))
+            worker.run(torch.sort, sampled[-1])
+    same = all(torch.equal(tokens, plain.generate(ids % 8, ids + n * len(ids))) for n, tokens in enumerate(sampled))
     recorded = decoder.graphed is not None and decoder.graphed.usable
     return f"recorded: {'yes' if recorded else 'no'}; tokens as step by step: {'yes' if same else 'no'}"
 

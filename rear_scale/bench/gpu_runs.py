@@ -1,6 +1,6 @@
-"""Short training runs under each engine and setting: their losses beside those of one of them, their memory beside the formula.
+"""Short training runs with each engine and setting, whose losses are compared with those of one run, and memory with the formula.
 
-The runs are those of launchers/train.py on drawn token shards, without dropout, so that they differ by rounding alone.
+They run launchers/train.py on random token shards without dropout, so that they differ only by rounding.
 """
 
 # N tokens of an image, K codes, D width of a code
@@ -29,7 +29,7 @@ from rear_scale.shards.record import Manifest, write_manifest
 REFERENCE = "single"
 _SAME_BITS = 0.0
 _MEMORY_ALLOWED = 0.05  # relative difference of the peak from the formula
-_COMPARED = ("loss", "grad_norm")  # what equal bits are asked of
+_COMPARED = ("loss", "grad_norm")  # metrics that must be equal bit by bit
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sizes:
 
     config: str
     overrides: tuple[str, ...]
-    samples: int  # of the token shards
+    samples: int  # number of sequences in the token shards
     global_batch: int
     micro_batch: int
     steps: int
@@ -60,15 +60,15 @@ SMALL = Sizes("bench_cpu.yaml", TINY, 64, 4, 2, 4)
 
 @dataclass(frozen=True)
 class Run:
-    """One run, and how far its losses may be from those of the reference."""
+    """One run, and the allowed difference of its losses from those of the reference."""
 
     name: str
     overrides: tuple[str, ...]
     allowed: float = 0.01  # largest relative difference of a loss at any step
     needs: str | None = None  # a package
-    half: bool = False  # whether it stops half-way
+    half: bool = False  # whether it stops after half of the steps
     goes_on: str | None = None  # the run whose checkpoint it resumes from
-    formula: bool = True  # whether its memory is compared
+    formula: bool = True  # whether its memory is compared with the formula
 
 
 RUNS = (
@@ -99,7 +99,7 @@ def steps_of(run: Run, sizes: Sizes) -> int:
 
 
 def overrides_of(run: Run, out: Path, sizes: Sizes) -> list[str]:
-    """What stands behind --config on the command line of the run."""
+    """The overrides on the command line of the run."""
     return [
         *sizes.overrides,
         f"data.train={tokens_folder(out)}",
@@ -126,7 +126,7 @@ def command(run: Run, out: Path, sizes: Sizes) -> list[str]:
 
 
 def prepare(run: Run, out: Path) -> None:
-    """Removes an earlier attempt, which launchers/train.py would resume, and copies the run that this one goes on with."""
+    """Removes an earlier attempt, which launchers/train.py would resume, and copies the run that this run resumes."""
     folder = run_folder(out, run.name)
     shutil.rmtree(folder, ignore_errors=True)
     if run.goes_on is not None:
@@ -134,7 +134,8 @@ def prepare(run: Run, out: Path) -> None:
 
 
 def write_tokens(out: Path, sizes: Sizes) -> str:
-    """Draws token shards from a seed, whose sequences follow their class so that something can be learnt. Says what there is."""
+    """A description of the token shards, which are written here from a seed. Sequences depend on their class, so that a model
+    can learn them."""
     cfg = config.load(sizes.config, list(sizes.overrides))
     folder, tokenizer, classes = tokens_folder(out), cfg.tokenizer, cfg.model.num_classes
     shutil.rmtree(folder.parent, ignore_errors=True)
@@ -168,16 +169,16 @@ def write_tokens(out: Path, sizes: Sizes) -> str:
 
 
 def keep_metrics(run: Run, out: Path) -> None:
-    """Copies the log of a finished run beside the answers and removes its folder, which holds gigabytes of checkpoints, except
-    that of the run which another one goes on with."""
+    """Copies the metrics of a finished run to the answers, and removes its folder, which holds gigabytes of checkpoints, unless
+    another run resumes it."""
     shutil.copyfile(run_folder(out, run.name) / "metrics.jsonl", _metrics_file(run.name, out))
     if not run.half:
         shutil.rmtree(run_folder(out, run.name), ignore_errors=True)
 
 
 def trajectory(run: Run, out: Path, sizes: Sizes) -> str:
-    """How far the losses of a finished run are from the reference's, and whether that is ok. Raises ValueError where a step
-    was not logged."""
+    """A line on the difference of a finished run's losses from the reference's, beginning with ok or not ok. Raises ValueError
+    where a step was not logged."""
     ours, reference = (_metrics(name, out, steps_of(run, sizes)) for name in (run.name, REFERENCE))
     rate = statistics.median(line["images_per_s"] for line in ours[len(ours) // 2 :])
     figures = f"loss {_shown(ours[0]['loss'])} -> {_shown(ours[-1]['loss'])}, {rate:.1f} images/s"
@@ -197,7 +198,7 @@ def deviation(ours: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]
         (float("inf") if None in (a["loss"], b["loss"]) else abs(a["loss"] - b["loss"]) / b["loss"], a["step"])
         for a, b in zip(ours, reference, strict=True)
     ]
-    return max(differences, key=lambda found: found[0])
+    return max(differences, key=lambda difference: difference[0])
 
 
 def _same_bits(ours: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> str:
@@ -209,7 +210,7 @@ def _same_bits(ours: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any
 
 
 def memory(run: Run, out: Path, sizes: Sizes, device: str) -> str:
-    """The peak of a finished run beside the formula's for that kind of device, and whether they agree."""
+    """A line on the peak memory of a finished run and that of the formula ("cpu" or "cuda"), beginning with ok or not ok."""
     peak = max(line["peak_mem_gib"] for line in _metrics(run.name, out, steps_of(run, sizes)))
     cfg: ExperimentConfig = config.load(sizes.config, overrides_of(run, out, sizes))
     formula = memory_per_rank(cfg, 1, sizes.global_batch // sizes.micro_batch, device=device).peak / 2**30
@@ -225,7 +226,7 @@ def _metrics_file(name: str, out: Path) -> Path:
 
 
 def _metrics(name: str, out: Path, steps: int) -> list[dict[str, Any]]:
-    """The first lines of a run's log, one for each step. Raises ValueError where one is missing."""
+    """The metrics of the first steps of a run. Raises ValueError where a step is missing."""
     lines = [json.loads(line) for line in _metrics_file(name, out).read_text().splitlines()][:steps]
     logged = [line["step"] for line in lines]
     if logged != list(range(1, steps + 1)):

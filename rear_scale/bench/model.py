@@ -1,4 +1,4 @@
-"""What the timings of training and sampling share."""
+"""The device and the model of the benchmarks of training and sampling."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from rear_scale.progress import say
 
 
 def use_device() -> torch.device:
-    """The GPU if there is one, else the CPU. Raises InputError where there is one that cannot be used."""
+    """The GPU if there is one, else the CPU. Raises InputError for a GPU that cannot be used."""
     prepare()
-    found = use_gpu(0) if uses_cuda() else torch.device("cpu")
-    say(f"device: {describe(found)}")
-    return found
+    device = use_gpu(0) if uses_cuda() else torch.device("cpu")
+    say(f"device: {describe(device)}")
+    return device
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until all work submitted to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def drawn_model(cfg: ExperimentConfig, device: torch.device, *, with_heads: bool) -> Generator:
-    """A model of a config with all weights drawn, AdaLN's included, so that no product is one with zeros.
+def random_model(cfg: ExperimentConfig, device: torch.device, *, with_heads: bool) -> Generator:
+    """A model of a config with random weights, including those of AdaLN, which are zero at the start of training: products with
+    zeros may be faster.
 
-    In the precision of train.precision without heads (sampling), in float32 with them (master weights of training).
+    Without heads (for sampling) in train.precision; with heads (for training) in float32, as master weights.
     """
     model = build_model(cfg, with_heads=with_heads)
     model.init_weights(0)

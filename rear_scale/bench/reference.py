@@ -1,4 +1,4 @@
-"""The plain implementations of tests/reference, which the bench times and the tests compare with."""
+"""Access to the plain implementations of tests/reference, with which benchmarks and tests compare."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check_there() -> None:
 
 
 def load(name: str) -> ModuleType:
-    """The module tests/reference/NAME.py. Raises InputError outside a checkout, where it is not there."""
+    """The module tests/reference/NAME.py. Raises InputError outside a checkout, where it does not exist."""
     path = _FOLDER / f"{name}.py"
     if not path.is_file():
-        raise InputError(f"not found: {path}, which the bench compares with. Run it from a checkout of the project")
+        raise InputError(f"not found: {path}, which the benchmark compares with. Run it in a checkout of the project")
     spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,7 @@
-"""Images per second of sampling, beside the plain samplers of tests/reference, interleaved in one process.
+"""Images per second of sampling, compared with the plain samplers of tests/reference, interleaved in one process.
 
-With tokenizer.weights, decoding is included: ours beside the drawing of the next batch, as launchers/sample.py does it, the
-plain sampler's after each batch. The figures of a step are of tokens alone.
+With tokenizer.weights, decoding of images is included: for our sampler overlapped with the sampling of the next batch, as in
+launchers/sample.py, for the plain sampler after each batch. The figures per step never include decoding of images.
 
 python launchers/bench.py sample --config bench_cpu.yaml
 python launchers/bench.py sample --config rear_l.yaml tokenizer.weights=FILE      # decoding included
@@ -25,7 +25,7 @@ from torch import Tensor
 from rear_scale import config
 from rear_scale.bench import reference
 from rear_scale.bench.ceilings import product_flops_per_s, read_bytes_per_s
-from rear_scale.bench.model import drawn_model, synchronize, use_device
+from rear_scale.bench.model import random_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.flops import decode_step_cost
 from rear_scale.progress import progress
@@ -33,22 +33,24 @@ from rear_scale.sample.decode import Decoder
 from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.tokenizer import open_tokenizer
 
-# Images of a batch and precision, decoding included. RAR's Table 5 states all three; of Figure 5, reAR's paper states the
-# batch: precision is that of its training, and decoding is taken as in Table 5.
+# Batch size and precision, with decoding included. RAR's Table 5 states all three. For Figure 5, reAR's paper states only the
+# batch size; the precision is that of its training, and decoding is assumed to be included as in Table 5.
 _PROTOCOLS = {"rar_table5": (128, "fp32"), "rear_fig5": (128, "bf16")}
 _UNCACHED_BATCH = 4
-_PIPELINED = 4  # batches of a turn when the images of one are decoded beside the drawing of the next
+_PIPELINED = 4  # batches per turn, when decoding of images is overlapped with the sampling of the next batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="bench_cpu.yaml", metavar="NAME.yaml", help="default: bench_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; medians count (default: 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each variant; medians are reported (default: 5)"
+    )
     parser.add_argument("--classes", type=int, help="distinct classes of a batch (default: as many as images)")
     parser.add_argument(
         "--protocol",
         choices=_PROTOCOLS,
-        help="batch of RAR's Table 5 (fp32) or reAR's Figure 5 (whose precision is not printed: bf16), decoding included",
+        help="batch size and precision of RAR's Table 5 (fp32) or reAR's Figure 5 (bf16, assumed), decoding included",
     )
     parser.add_argument("--uncached", action="store_true", help="time the sampler without a cache too, on 4 images")
 
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.protocol:
         cfg.sample.batch_size, cfg.train.precision = _PROTOCOLS[arguments.protocol]
     device = use_device()
-    model = drawn_model(cfg, device, with_heads=False).eval()
+    model = random_model(cfg, device, with_heads=False).eval()
     B, N = cfg.sample.batch_size, cfg.tokenizer.num_tokens
     decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
     reason = _incomparable(cfg, decoder)
@@ -94,15 +96,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         same = (decoder.generate(distinct, ids) == plain(distinct, ids, cached=True)).all(1).float().mean().item()
     with worker:
         rates = _interleaved(variants, arguments.rounds, device)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(rounds) for name, rounds in rates.items()}
     step_s = B / medians.get("tokens_alone", medians["distinct_classes"]) / N
     result = {
         "images_per_s": medians["distinct_classes"],
-        # None, with the reason, for a config that the plain sampler is not written for.
+        # None, with a reason, for a config that the plain sampler does not support.
         "reference_images_per_s": medians.get("reference_cached"),
         "ratio": None if reason else medians["distinct_classes"] / medians["reference_cached"],
         "no_reference_because": reason,
-        "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
+        "variants": {name: {"images_per_s": medians[name], "rounds": rounds} for name, rounds in rates.items()},
         "same_token_share": same,
         **_step_figures(cfg, decoder, device, step_s),
         "decoding_included": decode is not None,
@@ -120,7 +122,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check(arguments: argparse.Namespace, cfg: ExperimentConfig) -> None:
     if arguments.rounds < 1:
-        raise InputError(f"--rounds {arguments.rounds} measures nothing. Use 1 at least")
+        raise InputError(f"--rounds {arguments.rounds} measures nothing. Use at least 1")
     if arguments.classes is not None and not 1 <= arguments.classes <= cfg.model.num_classes:
         raise InputError(
             f"--classes {arguments.classes} must lie in 1 .. {cfg.model.num_classes}, the config's model.num_classes. "
@@ -133,7 +135,7 @@ def _check(arguments: argparse.Namespace, cfg: ExperimentConfig) -> None:
 
 
 def _incomparable(cfg: ExperimentConfig, decoder: Decoder) -> str | None:
-    """Why the plain sampler does not draw what ours does; None where it does."""
+    """The reason why the plain sampler cannot sample the same tokens; None where it can."""
     if cfg.model.architecture != "rar" or cfg.model.conditioning != "adaln" or cfg.model.tie_codebook is not None:
         return "the plain sampler is written for RAR's transformer with AdaLN"
     if not decoder.guided:
@@ -149,14 +151,14 @@ def _interleaved(
     variants: dict[str, tuple[int, Callable[[], object]]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Images per second of each variant in each round."""
-    warm_up = 2 if device.type == "cuda" else 1  # the second batch of a shape records graphs
+    warm_up = 2 if device.type == "cuda" else 1  # the second batch of a shape records CUDA graphs
     rates: dict[str, list[float]] = {name: [] for name in variants}
     turns = rounds * len(variants) + warm_up * len(variants.keys() - {"reference_uncached"})
     with progress("bench sample", turns, "turn") as bar:
         for turn in range(-warm_up, rounds):
             for name, (images, call) in variants.items():
                 if turn < 0 and name == "reference_uncached":
-                    continue  # minutes long, and its kernels are those of the cached one
+                    continue  # not warmed up: it takes minutes, and uses the kernels of the cached sampler
                 synchronize(device)
                 started = time.perf_counter()
                 call()
@@ -168,11 +170,11 @@ def _interleaved(
 
 
 def _step_figures(cfg: ExperimentConfig, decoder: Decoder, device: torch.device, step_s: float) -> dict[str, float]:
-    """What a step costs beside what the device was measured to reach."""
+    """The cost of a step, compared with the measured peak rates of the device."""
     cost = decode_step_cost(cfg, guided=decoder.guided)
     dtype = next(decoder.model.parameters()).dtype
     flops_per_s, bytes_per_s = product_flops_per_s(device, dtype), read_bytes_per_s(device)
-    limit_s = max(cost.flops / flops_per_s, cost.bytes / bytes_per_s)  # of a step whose reads and products overlap
+    limit_s = max(cost.flops / flops_per_s, cost.bytes / bytes_per_s)  # reads and products overlap
     return {
         "latency_per_step_ms": 1e3 * step_s,
         "limit_per_step_ms": 1e3 * limit_s,
@@ -198,7 +200,7 @@ def _ours(
 
 
 def _images(batch: int, decode: Callable[[Tensor], Tensor] | None) -> int:
-    """Of one call of _ours."""
+    """The number of images of one call of _ours."""
     return batch if decode is None else batch * _PIPELINED
 
 

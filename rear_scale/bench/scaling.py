@@ -1,8 +1,7 @@
-"""How the training step scales over the ranks of one srun: weak (an equal micro-batch for every rank) and strong (an equal
-update, shared out).
+"""Scaling of the training step over the ranks of one srun: weak (fixed micro-batch per rank) and strong (fixed global batch).
 
-Every measurement is a world of its own in fresh processes, since engines keep state that outlives a process group: each task
-of srun starts `launchers/bench.py train` as a rank of 1, 2, 4, ... ranks, and waits where it is not one of them.
+Every measurement runs in new processes, because engines keep state that outlives a process group: each task of srun starts
+`launchers/bench.py train` as a rank of 1, 2, 4, ... ranks, and waits while it is not one of them.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _LONGEST_WAIT = timedelta(hours=6)
 
 
 def sizes(world_size: int) -> list[int]:
-    """1, 2, 4, ... and the whole world."""
+    """The world sizes to measure: powers of two, and the whole world."""
     return sorted({world_size, *(2**power for power in range(world_size.bit_length()) if 2**power < world_size)})
 
 
 def measure(arguments: argparse.Namespace, cfg: ExperimentConfig, ranks: Ranks) -> dict[str, Any] | None:
-    """The figures of the whole world with a table "scaling", on rank 0; None on the others. All ranks must call this."""
+    """The results of the whole world and the rows of "scaling", on rank 0; None on other ranks. All ranks must call this."""
     micro_batch_size = cfg.train.micro_batch_size
     assert ranks.master_addr is not None
     assert ranks.master_port is not None
@@ -43,34 +42,34 @@ def measure(arguments: argparse.Namespace, cfg: ExperimentConfig, ranks: Ranks) 
         ranks.master_addr, ranks.master_port, ranks.world_size, ranks.rank == 0, _LONGEST_WAIT, wait_for_workers=False
     )
     whole = micro_batch_size * ranks.world_size
-    # (ranks, images of an update); at the whole world both ways are one.
+    # (ranks, images per update); for the whole world, weak and strong scaling are the same measurement.
     points = [(size, images) for size in sizes(ranks.world_size) for images in (micro_batch_size * size, whole)]
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+    results: dict[tuple[int, int], dict[str, Any]] = {}
     for number, (size, images) in enumerate(dict.fromkeys(points), start=1):
         if ranks.rank < size:
             values = _run_rank(arguments, images, ranks, size, ranks.master_port + number)
             if ranks.rank == 0 and values is not None:
-                found[size, images] = values
+                results[size, images] = values
         if ranks.rank == 0:
             store.set(f"done/{number}", "")
-        store.get(f"done/{number}")  # nobody starts while others are timed
-    # The store goes with rank 0: not before all have read it.
+        store.get(f"done/{number}")  # wait until the measurement is done
+    # The store ends with rank 0's process, which therefore waits until all ranks have read it.
     store.set(f"left/{ranks.rank}", "")
     if ranks.rank != 0:
         return None
     store.wait([f"left/{rank}" for rank in range(ranks.world_size)])
     ways = {
-        "weak": {size: values for (size, images), values in found.items() if images == micro_batch_size * size},
-        "strong": {size: values for (size, images), values in found.items() if images == whole},
+        "weak": {size: values for (size, images), values in results.items() if images == micro_batch_size * size},
+        "strong": {size: values for (size, images), values in results.items() if images == whole},
     }
     scaling = {name: _rows(values, planned(cfg, values, ranks.local_world_size)) for name, values in ways.items()}
     say(table(scaling))
-    say(f"planned: for cluster.gpu={cfg.cluster.gpu}, as launchers/plan.py reckons")
-    return {**found.get((ranks.world_size, whole), {}), "scaling": scaling}
+    say(f"planned: the prediction of launchers/plan.py for cluster.gpu={cfg.cluster.gpu}")
+    return {**results.get((ranks.world_size, whole), {}), "scaling": scaling}
 
 
 def _run_rank(arguments: argparse.Namespace, images: int, ranks: Ranks, size: int, port: int) -> dict[str, Any] | None:
-    """This rank's process in a world of some size; what it prints on rank 0."""
+    """The JSON object that this rank's process prints in a world of the given size, on rank 0; None on other ranks."""
     command = [sys.executable, sys.argv[0], "train", "--config", arguments.config, *arguments.overrides]
     command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
     if arguments.classes is not None:
@@ -95,16 +94,16 @@ def _run_rank(arguments: argparse.Namespace, images: int, ranks: Ranks, size: in
     return json.loads(done.stdout)
 
 
-def planned(cfg: ExperimentConfig, found: dict[int, dict[str, Any]], per_node: int) -> dict[int, float]:
-    """Images per second by the planner, for the world sizes and batches that were measured and fill their machines.
+def planned(cfg: ExperimentConfig, results: dict[int, dict[str, Any]], per_node: int) -> dict[int, float]:
+    """Images per second predicted by the planner, for the measured world sizes and batches that fill their machines.
 
-    The GPU is cluster.gpu of the config; a machine has as many as the job has tasks there.
+    The GPU is cluster.gpu of the config; the number of GPUs per machine is the job's number of tasks per node.
     """
     known = devices()
     if cfg.cluster.gpu not in known:
         return {}
     device, model, rates = replace(known[cfg.cluster.gpu], gpus_per_node=per_node), meta_model(cfg), {}
-    for size, values in found.items():
+    for size, values in results.items():
         micro, images = values["micro_batch_size"], values["global_batch_size"]
         sized = replace(cfg, train=replace(cfg.train, micro_batch_size=micro, global_batch_size=images))
         if not device.fills_machines(size):
@@ -114,12 +113,12 @@ def planned(cfg: ExperimentConfig, found: dict[int, dict[str, Any]], per_node: i
     return rates
 
 
-def _rows(found: dict[int, dict[str, Any]], planned: dict[int, float]) -> list[dict[str, Any]]:
-    """By world size, with the efficiency against the smallest one that was measured: images per second and rank.
+def _rows(results: dict[int, dict[str, Any]], planned: dict[int, float]) -> list[dict[str, Any]]:
+    """The rows by world size, with efficiency: images per second and rank, relative to the smallest measured world.
 
-    planned: the planner's images per second, for the efficiency beside it (null where there is none).
+    planned: images per second predicted by the planner, for the predicted efficiency (None where there is none).
     """
-    measured = {size: values["images_per_s"] for size, values in found.items()}
+    measured = {size: values["images_per_s"] for size, values in results.items()}
     return [
         {
             "world_size": size,
@@ -128,7 +127,7 @@ def _rows(found: dict[int, dict[str, Any]], planned: dict[int, float]) -> list[d
             "efficiency": _efficiency(measured, size),
             "planned_efficiency": _efficiency(planned, size),
         }
-        for size, values in sorted(found.items())
+        for size, values in sorted(results.items())
     ]
 
 
@@ -140,7 +139,7 @@ def _efficiency(images_per_s: dict[int, float], size: int) -> float | None:
 
 
 def table(scaling: dict[str, list[dict[str, Any]]]) -> str:
-    """For reading, of what `measure` gives."""
+    """The text of the table of `measure`'s "scaling"."""
     lines = [["scaling", "ranks", "batch", "images/s", "efficiency", "planned"]]
     for name, rows in scaling.items():
         for row in rows:

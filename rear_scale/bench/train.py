@@ -1,11 +1,11 @@
-"""Images per second of a training step on synthetic tokens, beside the plain reference of tests/reference.
+"""Images per second of a training step on synthetic tokens, compared with the plain reference of tests/reference.
 
     python launchers/bench.py train --config bench_cpu.yaml
     torchrun --nproc-per-node 8 launchers/bench.py train --config rear_l.yaml strategy=fsdp2
-    srun --nodes 2 --ntasks-per-node 8 python launchers/bench.py train --config rear_l.yaml      and how it scales
+    srun --nodes 2 --ntasks-per-node 8 python launchers/bench.py train --config rear_l.yaml      with a table of scaling
 
-In a world of one, both take turns in one process. In larger worlds the step of the config's strategy is timed alone. Under
-srun 1, 2, 4, ... ranks are timed one after the other: a table of weak and strong scaling.
+In a world of one, both steps take turns in one process. In larger worlds only the step of the config's strategy is timed. Under
+srun, worlds of 1, 2, 4, ... ranks are timed one after the other, for a table of weak and strong scaling.
 """
 
 # B images of a micro-batch, N tokens of an image
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rear_scale import config
 from rear_scale.bench import reference, scaling
-from rear_scale.bench.model import drawn_model, synchronize, use_device
+from rear_scale.bench.model import random_model, synchronize, use_device
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.model.fp8 import check_fp8
@@ -38,37 +38,39 @@ from rear_scale.progress import progress
 from rear_scale.world import World, discover, joined
 
 _LEARNING_RATE = 1e-4
-# The papers' global batch, on the ranks of one machine: the share of distinct classes that is timed by default.
+# The papers' global batch on the ranks of one machine; it determines the default number of distinct classes.
 _DATA_BATCH, _DATA_RANKS = 2048, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="bench_cpu.yaml", metavar="NAME.yaml", help="default: bench_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; medians count (default: 5)")
-    parser.add_argument("--steps", type=int, default=1, help="updates of a turn (default: 1)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each variant; medians are reported (default: 5)"
+    )
+    parser.add_argument("--steps", type=int, default=1, help="updates per turn (default: 1)")
     parser.add_argument(
         "--classes",
         type=int,
-        help="distinct classes of a micro-batch (default: as many per image as a rank has of a global batch of 2,048 in the "
-        "order of classes on 8 ranks: 7 of 16)",
+        help="distinct classes of a micro-batch (default: 7 per 16 images, as in a global batch of 2,048 that is sorted by "
+        "class over 8 ranks)",
     )
     parser.add_argument(
         "--global-batch",
         type=int,
         metavar="IMAGES",
-        help="of an update, timed without the plain step (default: one micro-batch)",
+        help="images per update; the plain step is then not timed (default: one micro-batch)",
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Rates of our training step and, in a world of one, of the plain one: same weights, tokens, noise and loss.
+    """Rates of our training step and, in a world of one, of the plain one, with the same weights, tokens, noise and loss.
 
-    On rank 0; None on the others.
+    None on ranks other than 0.
     """
     if arguments.classes is not None and arguments.classes < 1:
         raise InputError(
-            f"--classes {arguments.classes} must be at least 1. Leave it out for the share of the data order"
+            f"--classes {arguments.classes} must be at least 1. Leave it out for the default (7 classes per 16 images)"
         )
     ranks = discover()
     if ranks.launcher == "slurm":
@@ -80,8 +82,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     cfg.train.global_batch_size = arguments.global_batch or cfg.train.micro_batch_size * ranks.world_size
     if ranks.world_size > 1:
         with joined(ranks) as world:
-            found = _measure(cfg, world, arguments)
-            return found if world.is_main else None
+            result = _measure(cfg, world, arguments)
+            return result if world.is_main else None
     return _measure(cfg, World(ranks, use_device()), arguments)
 
 
@@ -90,7 +92,7 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
     compared = world.size == 1 and arguments.global_batch is None
     if compared and not (cfg.model.architecture == "rar" and cfg.model.conditioning == "adaln" and plain_form):
         raise InputError(
-            f"--config {arguments.config}: the plain step is written for reAR and AR in the paper's form. Use such a config"
+            f"--config {arguments.config}: the plain step supports only reAR and AR in the paper's form. Use such a config"
         )
     check_installed(facts.of(cfg.strategy))
     check_fp8(cfg, world.device)
@@ -102,33 +104,33 @@ def _measure(cfg: ExperimentConfig, world: World, arguments: argparse.Namespace)
     batch = _batch(cfg, world, arguments.classes or _classes_of_the_data_order(cfg))
     task = objective.task(batch, 1)
     strategy = open_strategy(cfg, plan, world)
-    model = drawn_model(cfg, torch.device("cpu"), with_heads=True)
+    model = random_model(cfg, torch.device("cpu"), with_heads=True)
     weights = {name: w.detach().clone().to(world.device).requires_grad_() for name, w in model.named_parameters()}
     prepare_blocks(model, cfg, world.device)
     strategy.build(model)
     variants: dict[str, Callable[[], float]] = {"ours": lambda: _our_step(strategy, objective, batch, task, plan)}
     if compared:
         variants["reference"] = _PlainStep(cfg, weights, codebook.to(world.device), batch, task)
-    # The first step warms up, and shows that both compute the same loss.
+    # The first step is a warm-up, and its losses show that both variants compute the same.
     losses = {name: step() for name, step in variants.items()}
     rates: dict[str, list[float]] = {name: [] for name in variants}
     images = cfg.train.global_batch_size * arguments.steps
     with progress("bench train", arguments.rounds * len(variants), "turn", show=world.is_main) as bar:
         for _ in range(arguments.rounds):
             for name, step in variants.items():
-                _meet(world)
+                _synchronize_ranks(world)
                 started = time.perf_counter()
                 for _ in range(arguments.steps):
                     step()
-                _meet(world)
+                _synchronize_ranks(world)
                 rates[name].append(images / (time.perf_counter() - started))
                 bar.update()
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(rounds) for name, rounds in rates.items()}
     return {
         "images_per_s": medians["ours"],
         "reference_images_per_s": medians.get("reference"),
         "ratio": medians["ours"] / medians["reference"] if compared else None,
-        "variants": {name: {"images_per_s": medians[name], "rounds": found} for name, found in rates.items()},
+        "variants": {name: {"images_per_s": medians[name], "rounds": rounds} for name, rounds in rates.items()},
         "losses_of_the_first_step": losses,
         "distinct_classes": len(batch.classes.unique()),
         "flops_per_s": train_flops_per_image(cfg, len(batch.classes) / len(batch.ids)) * medians["ours"],
@@ -152,8 +154,8 @@ def _classes_of_the_data_order(cfg: ExperimentConfig) -> int:
     return max(1, round(distinct_classes_per_image(grouped) * cfg.train.micro_batch_size))
 
 
-def _meet(world: World) -> None:
-    """All that was asked of the devices is done, on all ranks. Alone, there is no process group to meet in."""
+def _synchronize_ranks(world: World) -> None:
+    """Waits until the devices of all ranks have finished their work. In a world of one there is no process group."""
     synchronize(world.device)
     if world.size > 1:
         world.barrier()
@@ -181,7 +183,7 @@ def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task:
 
 
 class _PlainStep:
-    """The released computation of the same loss: every image modulated for itself, every position run, a dense mask."""
+    """The same loss computed as in the released code: modulation per image, all positions computed, a dense mask."""
 
     def __init__(
         self, cfg: ExperimentConfig, weights: dict[str, Tensor], codebook: Tensor, batch: MicroBatch, task: Task
@@ -203,7 +205,7 @@ class _PlainStep:
             loss = self.training.next_token_loss(logits.float(), task.tokens)
             heads = cfg.objective.heads
             if heads.encode_tap is not None and heads.decode_tap is not None:
-                # The heads run on all positions, as released; Eq. 6 reads those of tokens 0 .. N-2.
+                # The heads run on all positions, as in the released code; Eq. 6 uses those of tokens 0 .. N-2.
                 encode, decode = (
                     self.generators.rear_head(weights, f"{name}_align_mlp", stream[tap], nn.functional.gelu)[:, 2:-1]
                     for name, tap in (("encode", heads.encode_tap), ("decode", heads.decode_tap))

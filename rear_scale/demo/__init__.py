@@ -1,1 +1,1 @@
-"""The first command: the whole path on handwritten digits."""
+"""The demo: data, tokenizer, training, sampling and evaluation on handwritten digits."""

@@ -35,7 +35,7 @@ def stages(recipe: Recipe, seeds: list[int], overrides: Sequence[str]) -> list[S
         found += maker.yardsticks(tokenizer)
     for seed in seeds:
         for model in MODELS:
-            # The report shows the first seed.
+            # Sample sheets during training only for the first seed, which the report shows.
             found += maker.of_model(model, seed, tokens, with_sheets=seed == seeds[0])
     return found
 
@@ -137,7 +137,7 @@ def _torchrun() -> list[str]:
 
 
 def num_processes() -> int:
-    """Two; where there are GPUs, at most one per GPU."""
+    """The number of processes: two, but with GPUs at most one per GPU."""
     return min(2, torch.cuda.device_count()) or 2
 
 

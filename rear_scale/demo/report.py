@@ -29,7 +29,7 @@ _RECONSTRUCTED = 24  # images that are shown beside their reconstructions
 
 
 def write_report(recipe: Recipe, summary: dict[str, Any], stages: list[Stage], folder: StageFolder) -> Path:
-    """Writes FOLDER/report.html from finished stages. Returns its path."""
+    """The path of FOLDER/report.html, which is written from finished stages."""
     path = recipe.folder / "report.html"
     seed = summary["seeds"][0]
     result = read_result(recipe.run_folder("rear", seed) / "result.json")
@@ -141,7 +141,7 @@ def _training(recipe: Recipe, seed: int) -> Section:
     metrics = {TITLES[model]: read_metrics(recipe.run_folder(model, seed)) for model in MODELS}
     pictures = [
         Picture(curves(metrics, "loss_ar", "cross-entropy per token"), "cross-entropy on the training batches"),
-        Picture(curves(metrics, "accuracy", "share of correct predictions"), "accuracy on the training batches"),
+        Picture(curves(metrics, "accuracy", "fraction of correct predictions"), "accuracy on the training batches"),
     ]
     for model in MODELS:
         for sheet in sorted((recipe.run_folder(model, seed) / GRIDS).glob("*.png")):
@@ -154,7 +154,7 @@ def _training(recipe: Recipe, seed: int) -> Section:
 
 def _commands(stages: list[Stage], folder: StageFolder) -> Section:
     lines = [f"{as_typed(stage.line)}   # {folder.seconds(stage):.0f} s" for stage in stages]
-    return Section("Commands", ["Each stage can be typed by itself, from the project's root."], code="\n".join(lines))
+    return Section("Commands", ["Each stage can be run by itself in the project's root."], code="\n".join(lines))
 
 
 def _versions(result: Result) -> Section:

@@ -19,11 +19,11 @@ from rear_scale.text_table import aligned
 _NAMES: dict[tuple[str, str | None], str | None] = {
     ("frechet_distance", "validation"): "frechet_distance",
     ("frechet_distance", "training"): "frechet_distance_train",
-    ("nearest_distance", "validation"): None,  # only training images can have been memorised
+    ("nearest_distance", "validation"): None,  # not of interest: only training images can have been memorised
     ("nearest_distance", "training"): "nearest_distance",
 }
 NETWORK = "efficientnet"  # of the distances on a real network
-# name in summary.json -> (what the report calls it, digits)
+# name in summary.json -> (title in the report, decimal places)
 Scores = dict[str, tuple[str, int]]
 _OF_NETWORK: Scores = {
     "fd_efficientnet": ("Fréchet distance on EfficientNet-Lite0 to the validation images", 2),
@@ -73,7 +73,7 @@ def _plain(metric: Metric, reference: str | None) -> str:
 
 
 def write_summary(recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
-    """Reads each run's result.json and writes FOLDER/summary.json. Returns its content."""
+    """The contents of FOLDER/summary.json, which is written from the result.json of each run."""
     results = {
         model: [read_result(recipe.run_folder(model, seed) / "result.json") for seed in seeds] for model in MODELS
     }
@@ -119,14 +119,14 @@ def _scores(recipe: Recipe, result: Result) -> dict[str, float]:
 
 
 def _image_scores(recipe: Recipe, scores: SetScores) -> dict[str, float]:
-    """By name in summary.json; a reference is not compared with itself."""
-    found: dict[str, Any] = {}
+    """The scores by name in summary.json, without those of a reference against itself."""
+    scores_by_name: dict[str, Any] = {}
     for name, (metric, reference) in _small_metrics(recipe.load("rear").evaluate.reference).items():
         values = scores.of_samples if reference is None else scores.by_reference.get(metric.name, {})
         key = metric.name if reference is None else reference
         if key in values:
-            found[name] = values[key]
-    return found
+            scores_by_name[name] = values[key]
+    return scores_by_name
 
 
 def _network_scores(images: ImageScores, reference: str) -> dict[str, float]:
@@ -147,7 +147,7 @@ def _over_seeds(values: list[float]) -> float | dict[str, Any]:
 
 
 def table(recipe: Recipe, summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, as text."""
+    """Header and rows of the table, as text."""
     count = len(summary["seeds"])
     columns = {model: f"{TITLES[model]} ({count} seed{'s' if count > 1 else ''})" for model in MODELS}
     names = scores_of(recipe)

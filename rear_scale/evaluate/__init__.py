@@ -1,4 +1,4 @@
-"""Images -> scores. The package can be called: rear_scale.evaluate(...) is the function of that name in rear_scale/api.py."""
+"""Evaluation: images -> scores. The package is callable: rear_scale.evaluate(...) calls the function of rear_scale/api.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    # Python binds an imported package to its name in the parent, where rear_scale.evaluate is also the library's function:
-    # the call has to work before and after that.
+    # Importing this package sets the attribute `evaluate` of rear_scale to this module, in place of the library's function.
+    # So the module is callable too, and rear_scale.evaluate(...) works before and after the import.
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        # By name: api.py stands behind this package in the import order.
+        # Imported by name, because api.py comes after this package in the import order.
         return import_module("rear_scale.api").evaluate(*arguments, **named)
 
 

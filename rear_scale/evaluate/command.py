@@ -1,4 +1,4 @@
-"""The command of launchers/evaluate.py: images or checkpoints in, result.json and a table out."""
+"""The command of launchers/evaluate.py: scores images or checkpoints, writes result.json and prints a table."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="sample.FIELD=V,V", help="each of these settings"
     )
-    parser.add_argument("--part", type=_part, metavar="I/N", help="only a share of the features")
-    parser.add_argument("--write-statistics", type=Path, metavar="FILE.npz", help="makes a reference of the images")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="compute only part I of N of the features, from 0")
+    parser.add_argument(
+        "--write-statistics",
+        type=Path,
+        metavar="FILE.npz",
+        help="write statistics of the images, to be used as a reference",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
 
 
@@ -53,10 +58,10 @@ def _part(text: str) -> Part:
 
 
 def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
-    """Scores what the command line names, writes the results and prints the table.
+    """Runs the command: scores images or checkpoints, writes the results and prints the table.
 
-    score_tokens: the token predictions of a checkpoint, from analysis.token_prediction. Raises InputError for a request
-    that contradicts itself, before any process group exists.
+    score_tokens: computes the token predictions of a checkpoint (analysis.token_prediction). Raises InputError for
+    contradictory options, before any process group exists.
     """
     args = command.args
     if args.out is not None:
@@ -89,7 +94,7 @@ def _show_paths(command: cli.Command) -> None:
 
 
 def _given(command: cli.Command) -> list[tuple[str, str | Path]]:
-    """The inputs that options and the entries of evaluate.reference and evaluate.network_weights name."""
+    """(name, path) of the input files that options, evaluate.reference and evaluate.network_weights name."""
     args, cfg = command.args, command.cfg.evaluate
     given = [
         ("--samples", args.samples),
@@ -104,12 +109,12 @@ def _given(command: cli.Command) -> list[tuple[str, str | Path]]:
 
 
 def _check_alone(args: argparse.Namespace) -> None:
-    """Raises InputError for an option that --reconstruct has no use for."""
+    """Raises InputError for an option that cannot be combined with --reconstruct."""
     for option in ("samples", "also", "sweep", "part", "write_statistics"):
         if getattr(args, option):
             raise InputError(
-                f"--{option.replace('_', '-')} does not go with --reconstruct, which scores the tokenizer on its own images. "
-                "Leave one of them out"
+                f"--{option.replace('_', '-')} cannot be combined with --reconstruct, which scores the tokenizer on its own "
+                "images. Use one of them"
             )
 
 
@@ -129,7 +134,8 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
 
 
 def _targets(command: cli.Command) -> list[EvalTarget]:
-    """Raises InputError for --also without --checkpoint, and for one statistics file of several sets."""
+    """The targets of the command line. Raises InputError for --also without --checkpoint, and for --write-statistics with several
+    sets of images."""
     args = command.args
     checkpoints = [(command.cfg, command.checkpoint)] if isinstance(command, cli.CheckpointCommand) else []
     if args.also and not checkpoints:
@@ -141,14 +147,14 @@ def _targets(command: cli.Command) -> list[EvalTarget]:
     if args.write_statistics is not None and len(targets) > 1:
         raise InputError(
             f"--write-statistics {args.write_statistics} is one file, but there are {len(targets)} sets of images. "
-            "Leave --sweep and --also away"
+            "Use it without --sweep and --also"
         )
     return targets
 
 
 def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Checkpoint]:
     other, cfg = open_with_config(path, None, command.args.overrides)
-    # One evaluation scores all: what another run's config says of its own is not what is done.
+    # All checkpoints are scored by one evaluation, so the evaluation settings of the other run's config are replaced.
     return replace(cfg, evaluate=command.cfg.evaluate), other
 
 
@@ -198,6 +204,7 @@ class _Job:
         cli.end(target.output, f"{title} {value}", following)
 
     def _score(self, target: EvalTarget) -> None:
+        """Scores a target, writes its result and adds its rows to the table."""
         started = time.monotonic()
         samples = self.opener.images(target)
         if self.args.part is not None and not self.evaluation.extract_part(samples, self.args.part):
@@ -211,12 +218,12 @@ class _Job:
                 out, cfg = target.output, target.cfg
                 write_result(out, cfg, target.checkpoint, samples, source, images, predictions, seconds, self.world)
 
-        # Once before: a damaged token shard must not cost the scores of the images.
+        # Write the scores of the images first, so that a damaged token shard cannot lose them.
         write(None)
         if self.world.is_main:
             self.rows += our_rows(target.name, images, (samples.height, samples.width))
         if target.checkpoint is not None:
-            # Sampling settings do not touch them: once a checkpoint.
+            # Token predictions do not depend on sampling settings: compute them once per checkpoint.
             if target.checkpoint.path not in self.tokens:
                 self.tokens[target.checkpoint.path] = self._token_scores(target)
             write(self.tokens[target.checkpoint.path])
@@ -236,17 +243,17 @@ class _Job:
         folders = [folder for folder in (data.train, data.val) if folder is not None]
         if data.train is None and self.world.is_main:
             say(
-                "data.train is not set: the config that came with the weights names a command or a remote place, which is taken "
-                "from the command line alone"
+                "data.train is not set: a command or a URL in the config of downloaded weights is not used, for safety. Set it "
+                "on the command line"
             )
         if not folders or not all((Path(folder) / "index.json").exists() for folder in folders):
             if self.world.is_main:
-                say(f"no token shards at {', '.join(folders) or 'data.train'}: token predictions are left out")
+                say(f"no token shards at {', '.join(folders) or 'data.train'}: token predictions are skipped")
             return None
         return self.score_tokens(target.cfg, self.opener.model(target), self.world)
 
     def _write_statistics(self, target: EvalTarget) -> None:
-        # As images of a reference are: files of any size are cropped.
+        # Image files are cropped to the tokenizer's size, as those of a reference are.
         images = self.opener.images(target, target.cfg.tokenizer.image_size)
         statistics = self.args.write_statistics
         if not self.evaluation.write_statistics(images, statistics, self.args.part):
@@ -258,4 +265,4 @@ class _Job:
     def _say_others_are_missing(self, target: EvalTarget) -> None:
         if self.world.is_main:
             part = self.args.part
-            say(f"{target.name}: share {part.index} of {part.of} is done; others are still missing")
+            say(f"{target.name}: part {part.index} of {part.of} is done; other parts are still missing")

@@ -1,4 +1,4 @@
-"""Scores sets of images by the networks and references of a config, which are opened once for all sets."""
+"""Scoring of image sets. The networks and references of a config are opened once for all sets."""
 
 # n images, F features
 
@@ -38,9 +38,9 @@ from rear_scale.world import World
 
 
 def check_evaluation(cfg: ExperimentConfig, statistics: Path | None = None) -> None:
-    """Raises InputError when there is nothing to compare with, or no features to compare by.
+    """Raises InputError when no reference or no network is set, or one of their files is missing.
 
-    statistics: the file that `write_statistics` will make, which needs no reference but a network.
+    statistics: the file that `write_statistics` will write, which needs a network but no reference.
     """
     evaluate = cfg.evaluate
     all_checks(
@@ -66,7 +66,7 @@ def _check_features(cfg: ExperimentConfig) -> None:
     classifier = cfg.evaluate.classifier
     if classifier is None and not rows_in_use(cfg.evaluate):
         raise InputError(
-            "there are no features to compare by. Set evaluate.inception_weights to the path of "
+            "no feature network is set, so images cannot be compared. Set evaluate.inception_weights to the path of "
             f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
         )
     if classifier is not None and not Path(classifier.weights).exists() and not Path(classifier.images).exists():
@@ -77,7 +77,7 @@ def _check_features(cfg: ExperimentConfig) -> None:
 
 
 def missing_inputs(cfg: ExperimentConfig) -> list[str]:
-    """The settings, with a word in place of the file, that a config lacks for an evaluation."""
+    """The settings that a config lacks for an evaluation, as overrides with a placeholder for the file."""
     evaluate = cfg.evaluate
     found = [] if evaluate.reference else ["evaluate.reference.NAME=REFERENCE"]
     if evaluate.classifier is None and not rows_in_use(evaluate):
@@ -93,18 +93,18 @@ def _check_statistics_file(cfg: ExperimentConfig, path: Path) -> None:
         )
     if path.is_file() and path.stat().st_size > 0 and not is_ours(path):
         raise InputError(
-            f"--write-statistics {path} is there and holds no statistics of ours. Name another file, or move that one"
+            f"--write-statistics {path} exists and does not hold statistics of rear_scale. Choose another file, or move that one"
         )
     if not rows_in_use(cfg.evaluate):
         raise InputError(
-            f"--write-statistics {path} is of the features of a published network, and none is set. Set "
+            f"--write-statistics {path} needs the features of a published network, and none is set. Set "
             f"evaluate.inception_weights to the path of {INCEPTION.name}, published at {INCEPTION.source}, or "
             "evaluate.dinov2_weights"
         )
 
 
 class Evaluation:
-    """The networks and references of a config. All ranks must make it and call its methods."""
+    """The networks and references of a config. All ranks must construct it and call its methods."""
 
     def __init__(self, cfg: ExperimentConfig, cache: Path, world: World) -> None:
         self.cfg, self.world = cfg, world
@@ -121,17 +121,18 @@ class Evaluation:
             for name, images in self.small_sets.items():
                 check_class_names(cfg, f"evaluate.reference.{name}", images)
             self.nearest = NearestPixels(self.small_sets)
-        self.small_features: dict[str, dict[str, FeatureSet]] | None = None  # their features, by name and extractor
-        self.references: dict[int, list[Reference]] = {}  # by size of the samples
+        # features of small_sets, by name of the set and of the extractor; None before they are first needed
+        self.small_features: dict[str, dict[str, FeatureSet]] | None = None
+        self.references: dict[int, list[Reference]] = {}  # by image size of the samples
 
     def score(self, samples: ImageSet) -> ImageScores:
         """All scores of a set of images against every reference."""
         if self.classifier is not None:
             _check_sizes(samples, self.small_sets)
             check_class_names(self.cfg, samples.name, samples)
-        # Before the samples: a reference that does not fit fails before 50,000 images are made.
+        # Open references before the samples, so that a wrong reference fails before 50,000 images are generated.
         references = self._references_for(samples) if self.networks else []
-        # All networks at once: a generated set is then generated once.
+        # Extract the features of all networks in one pass, so that images are generated only once.
         features = self._extract(samples, self.extractors())
         classifier = None if self.classifier is None else self._classifier_scores(samples, features)
         if not self.networks:
@@ -147,53 +148,50 @@ class Evaluation:
         )
 
     def _extract(self, images: ImageSet, extractors: Sequence[Extractor]) -> dict[str, FeatureBlocks]:
-        """By name of the extractor."""
-        found = extract(images, extractors, self.cache, self.cfg.evaluate.batch_size, self.world)
-        return {extractor.name: blocks for extractor, blocks in zip(extractors, found, strict=True)}
+        """The features of images, by name of the extractor."""
+        features = extract(images, extractors, self.cache, self.cfg.evaluate.batch_size, self.world)
+        return {extractor.name: blocks for extractor, blocks in zip(extractors, features, strict=True)}
 
     def extract_part(self, samples: ImageSet, part: Part) -> bool:
-        """Computes a share of the features, of samples and references, for a job that is split.
-
-        Returns whether all shares are there now.
-        """
+        """Whether the features of samples and references are complete, after computing one part of them (for split jobs)."""
         batch_size = self.cfg.evaluate.batch_size
-        found = [extract(samples, self.extractors(), self.cache, batch_size, self.world, part)]
+        feature_sets = [extract(samples, self.extractors(), self.cache, batch_size, self.world, part)]
         for name, path in self.cfg.evaluate.reference.items() if self.networks else ():
             _, images = read_reference(name, path, self.networks, samples.height, self.world, self.cfg.evaluate.exif)
             if images is not None:
-                found.append(extract(images, self.networks, self.cache, batch_size, self.world, part))
+                feature_sets.append(extract(images, self.networks, self.cache, batch_size, self.world, part))
         self.world.barrier()
-        return bool(self.world.from_main(all(map(is_complete, found)) if self.world.is_main else None))
+        return bool(self.world.from_main(all(map(is_complete, feature_sets)) if self.world.is_main else None))
 
     def remove_features(self, samples: ImageSet) -> None:
-        """Removes the stored features of a set. One rank calls this, when no other reads them any more."""
+        """Removes the stored features of a set. Must be called by one rank, when no other rank reads them any more."""
         for extractor in self.extractors():
             folder = feature_folder(samples, extractor, self.cache, self.cfg.evaluate.batch_size)
             shutil.rmtree(folder, ignore_errors=True)
 
     def extractors(self) -> Sequence[Extractor]:
-        """Of the samples."""
+        """All extractors of the samples' features."""
         return [*self.networks, *self._small_extractors()]
 
     def _small_extractors(self) -> list[Extractor]:
         return [part for part in (self.classifier, self.nearest) if part is not None]
 
     def write_statistics(self, images: ImageSet, path: Path, part: Part | None = None) -> bool:
-        """Means and covariances of a set, as a reference for other evaluations.
+        """Writes means and covariances of a set's features, as a reference for other evaluations.
 
-        With a part, only that share of the features is computed. Returns whether the file was written, which takes all
-        shares. Raises InputError for less than two images: they have no covariance.
+        part: compute only this part of the features. Returns whether the file was written, which needs all parts. Raises
+        InputError for fewer than two images, which have no covariance.
         """
         if images.count < 2:
             raise InputError(
-                f"{images.name} holds {images.count} image, which has no covariance. Make statistics of many images"
+                f"{images.name} holds {images.count} image, which has no covariance. Use at least two, better many images"
             )
-        found = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
-        complete = bool(self.world.from_main(is_complete(found) if self.world.is_main else None))
+        feature_sets = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
+        complete = bool(self.world.from_main(is_complete(feature_sets) if self.world.is_main else None))
         if self.world.is_main and complete:
             moments: dict[str, Moments] = {}
             identities: dict[str, str] = {}
-            for network, blocks in zip(self.networks, found, strict=True):
+            for network, blocks in zip(self.networks, feature_sets, strict=True):
                 for feature in [name for name in network.sizes if name in statistics_arrays()]:
                     own = FeatureSet(images.name, blocks, self.world.device).moments(feature)
                     assert own is not None, images.count
@@ -227,7 +225,7 @@ class Evaluation:
         return self.references[size]
 
     def _classifier_scores(self, samples: ImageSet, features: dict[str, FeatureBlocks]) -> ClassifierScores:
-        """By the config's own classifier, and of the references against each other as a yardstick."""
+        """Scores of the samples by the config's own classifier, and those of the references against each other for comparison."""
         assert self.classifier is not None
         if self.small_features is None:
             extractors = self._small_extractors()
@@ -246,7 +244,7 @@ class Evaluation:
         return {extractor: FeatureSet(name, blocks, self.world.device) for extractor, blocks in features.items()}
 
     def _small_scores(self, images: ImageSet, features: dict[str, FeatureSet]) -> SetScores:
-        """Of one set against the references that are not this set itself."""
+        """The scores of one set against all references other than the set itself."""
         assert self.small_features is not None
         others = [name for name, other in self.small_sets.items() if other.identity != images.identity]
         of_samples: dict[str, Any] = {}
@@ -255,10 +253,10 @@ class Evaluation:
             metrics = metrics_of(extractor.name)
             sets = [self.small_features[name][extractor.name] for name in others]
             inputs = Inputs(extractor, features[extractor.name], sets, self.cfg.evaluate, self.world)
-            found = run_metrics(metrics, inputs)
-            of_samples |= found.of_samples
+            values = run_metrics(metrics, inputs)
+            of_samples |= values.of_samples
             by_reference |= {
-                metric.name: {name: found.by_reference[name][metric.name] for name in others}
+                metric.name: {name: values.by_reference[name][metric.name] for name in others}
                 for metric in metrics
                 if metric.against_references
             }
@@ -272,7 +270,7 @@ def open_networks(cfg: ExperimentConfig, world: World) -> list[FeatureNetwork]:
         if network.is_published is False and world.is_main:
             say(
                 f"warning: the weights of {network.name} (sha256 {network.weights_sha256[:8]}) are not the published ones: "
-                "their numbers compare with nobody else's"
+                "these scores cannot be compared with published scores"
             )
     return networks
 
@@ -290,7 +288,7 @@ def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures 
 
 
 def _label_counts(blocks: FeatureBlocks) -> dict[str, Any] | None:
-    """How many images each class has; None when the images bring no classes."""
+    """The number of images of each class; None when the images have no classes."""
     labels = blocks.column("label")
     if labels is None:
         return None
@@ -304,7 +302,7 @@ def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> N
         height, width = reference.size
         note = (
             f"the samples are {samples.width}x{samples.height}, {reference.name} is {width}x{height}: each is "
-            f"{RESIZED} from its own size, so the distance holds the difference in sharpness too"
+            f"{RESIZED} from its own size, so the distance includes a difference in sharpness"
         )
         reference.notes.append(note)
         if world.is_main:
@@ -312,13 +310,13 @@ def _warn_about_size(samples: ImageSet, reference: Reference, world: World) -> N
 
 
 def check_class_names(cfg: ExperimentConfig, what: str, images: ImageSet) -> None:
-    """Raises InputError when a set numbers its classes otherwise than the images that the classifier was trained on."""
+    """Raises InputError when a set numbers its classes differently from the images that the classifier was trained on."""
     trained_on = cfg.evaluate.classifier
     if trained_on is None or images.class_names is None:
         return
     names = class_names(trained_on)
     if names is None:
-        return  # the images may be gone once the classifier is there
+        return  # the training images may be deleted once the classifier is trained
     check_same_classes(f"evaluate.classifier.images={trained_on.images}", names, what, images.class_names)
 
 
@@ -326,6 +324,6 @@ def _check_sizes(samples: ImageSet, references: dict[str, ImageSet]) -> None:
     for name, reference in references.items():
         if (samples.height, samples.width) != (reference.height, reference.width):
             raise InputError(
-                f"{samples.name} holds images of {samples.width}x{samples.height}, but evaluate.reference.{name} of "
+                f"{samples.name} holds images of {samples.width}x{samples.height}, but evaluate.reference.{name} holds images of "
                 f"{reference.width}x{reference.height}. Compare with images of the same size"
             )

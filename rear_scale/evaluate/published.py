@@ -1,4 +1,4 @@
-"""Published results on ImageNet 256 x 256, each with the table it stands in, and the table that sets ours beside them."""
+"""Published results on ImageNet 256 x 256 with their sources, and the table that compares our scores with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARKED = {SINGULAR: SINGULAR, RESIZED: "the reference has another size"}
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """50,000 samples, scored by the ADM evaluation."""
+    """A published result: scores of 50,000 samples by the ADM evaluation."""
 
     model: str
     fid: float
@@ -29,14 +29,14 @@ class PublishedRow:
     precision: float | None
     recall: float | None
     source: str  # paper and table
-    reference: str  # what the FID is against, as far as the source says
+    reference: str  # the reference set of the FID, as far as the source states it
 
 
 _RAR = "RAR, Yu et al. 2024, Table 4"
 _REAR = "reAR, He et al., Table 1"
 _REAR_TOKENIZERS = "reAR, He et al., Table 2"
 _ADM = "ADM's VIRTUAL_imagenet256_labeled.npz"
-# The paper's appendix A and its released instructions differ.
+# Appendix A of the paper and its released instructions differ.
 _VAL = "ImageNet validation images (appendix A) or ADM's npz (released instructions)"
 
 ROWS = {
@@ -53,21 +53,21 @@ ROWS = {
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the table; its cells by the title of their column."""
+    """One line of the table, with its cells by column title."""
 
     model: str
     cells: Mapping[str, str]
     samples: str
     against: str
-    caveats: Sequence[str] = ()  # why its numbers compare with few others
-    comparable: bool = False  # whether published rows may stand beside it
+    caveats: Sequence[str] = ()  # reasons why its numbers cannot be compared with published ones
+    comparable: bool = False  # whether published rows may be shown beside it
 
 
 def our_rows(name: str, scores: ImageScores, size: tuple[int, int] | None = None) -> list[TableRow]:
-    """One row per reference, or one without; then one for each reference of a classifier, as a yardstick.
+    """The table rows of our scores: one per reference, or one without a reference; then one per reference of a classifier, for
+    comparison. Empty where no metric with a column was computed.
 
-    size: height and width of the images; without it no row counts as comparable. None where no metric with a column was
-    computed.
+    size: height and width of the images; without it no row counts as comparable.
     """
     values = {metric: scores.values(metric) for metric in METRICS if metric.columns}
     values = {metric: parts for metric, parts in values.items() if parts}

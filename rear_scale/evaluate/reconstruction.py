@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back: rFID, PSNR, LPIPS, and the use of its codebook."""
+"""Reconstruction quality of a tokenizer: rFID, PSNR, LPIPS, and the use of its codebook."""
 
 # n images, N tokens of an image
 
@@ -31,7 +31,7 @@ from rear_scale.world import World
 
 
 class ReconstructionFeatures:
-    """An extractor that puts images through a tokenizer: features of what comes back, and how it differs from them."""
+    """An extractor that encodes and decodes images: features of the reconstructions, and their differences to the originals."""
 
     name = "reconstruction"
 
@@ -84,7 +84,7 @@ def score_reconstruction(
     if (originals.height, originals.width) != (tokenizer.image_size, tokenizer.image_size):
         raise InputError(
             f"{images} holds images of {originals.width}x{originals.height}, but {cfg.tokenizer.name} takes "
-            f"{tokenizer.image_size} squared. Name a folder of image files, which are cropped, or another tokenizer"
+            f"{tokenizer.image_size}x{tokenizer.image_size}. Use a folder of image files, which are cropped, or another tokenizer"
         )
     sha256 = world.on_main(lambda: weights_sha256(cfg.tokenizer))
     decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))

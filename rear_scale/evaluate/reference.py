@@ -1,4 +1,4 @@
-"""What samples are compared with: published statistics with their images, statistics alone, or images of any form."""
+"""References for scores of samples: published statistics with or without their images, or images of any form."""
 
 # n images, F features
 
@@ -29,23 +29,23 @@ RESIZED = "resized to the network's input"  # in the notes of references whose s
 
 @dataclass
 class Reference:
-    """One reference set. Its features are computed once and kept in the cache, its statistics with them."""
+    """One reference set. Its features and their statistics are computed once and kept in the cache."""
 
     name: str
     path: str
     identity: str
-    stored: Mapping[str, Moments]  # by feature; what the file brings along
-    images: ImageSet | None
-    blocks: Mapping[str, FeatureBlocks]  # by feature; of the images, where there are any
-    networks: Mapping[str, str]  # the identity of each feature's network
+    stored: Mapping[str, Moments]  # statistics in the reference file, by feature
+    images: ImageSet | None  # None = the file holds statistics alone
+    blocks: Mapping[str, FeatureBlocks]  # features of the images, by feature; empty without images
+    networks: Mapping[str, str]  # the identity of the network of each feature
     device: torch.device
     notes: list[str] = field(default_factory=list)
-    made_of: MadeOf | None = None  # of stored statistics, where they say it
+    made_of: MadeOf | None = None  # the origin of stored statistics, if the file states it
     _moments: dict[str, Moments] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)  # values that metrics use again for the next samples
+    kept: dict[Any, Any] = field(default_factory=dict)  # values that metrics cache for the next samples
 
     def moments(self, feature: str) -> Moments | None:
-        """Of one feature; None when neither statistics nor images give them. One rank may call this alone."""
+        """Mean and covariance of a feature; None without statistics and with fewer than two images. Not a collective."""
         if feature in self.stored:
             return self.stored[feature]
         if feature not in self.blocks or self.images is None or self.images.count < 2:
@@ -55,28 +55,28 @@ class Reference:
         return self._moments[feature]
 
     def _image_moments(self, feature: str, count: int) -> Moments:
-        """Of the images; from the cache, where an earlier evaluation left them."""
+        """Mean and covariance of a feature of the images, from the cache if an earlier evaluation has written them."""
         blocks = self.blocks[feature]
         cached = blocks.folder / f"statistics_{feature}.npz"
         has_arrays = feature in statistics_arrays()
         if has_arrays and is_whole(cached):
             size = blocks.array(0, feature).shape[1]
             return read_statistics(cached, self.networks, {feature: size})[feature]
-        found = FeatureSet(self.name, blocks, self.device).moments(feature)
-        assert found is not None, (feature, count)
+        moments = FeatureSet(self.name, blocks, self.device).moments(feature)
+        assert moments is not None, (feature, count)
         if has_arrays:
-            write_statistics(cached, {feature: found}, self.networks, {"identity": self.identity, "count": count})
-        return found
+            write_statistics(cached, {feature: moments}, self.networks, {"identity": self.identity, "count": count})
+        return moments
 
     def rows(self, feature: str, most: int | None = None) -> Rows | None:
-        """A feature of all images, or of `most` evenly spaced ones. None when there are no images."""
+        """A feature of all images, or of at most `most` evenly spaced images. None when there are no images."""
         if feature not in self.blocks:
             return None
         return FeatureSet(self.name, self.blocks[feature], self.device).rows(feature, most)
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels of the images, or of those behind the statistics; None when that is not known."""
+        """Height and width in pixels of the images, or of those that the statistics were made of; None when not known."""
         if self.images is not None:
             return self.images.height, self.images.width
         if self.made_of is None or self.made_of.size is None:
@@ -98,10 +98,10 @@ class Reference:
 
 
 def check_reference(name: str, path: str) -> None:
-    """Raises InputError, before anything is spent, when there is nothing at a reference's path."""
+    """Raises InputError when the path of a reference does not exist. Called before any expensive work."""
     if not Path(path).exists():
         raise InputError(
-            f"not found: evaluate.reference.{name}={path}. Name an .npz (statistics, images or both), a folder of images, or a "
+            f"not found: evaluate.reference.{name}={path}. Set an .npz (statistics, images or both), a folder of images, or a "
             "folder of tar shards. ADM publishes VIRTUAL_imagenet256_labeled.npz at "
             "https://github.com/openai/guided-diffusion/tree/main/evaluations"
         )
@@ -110,24 +110,25 @@ def check_reference(name: str, path: str) -> None:
 def open_reference(
     name: str, path: str, cfg: EvaluateConfig, networks: Sequence[FeatureNetwork], cache: Path, size: int, world: World
 ) -> Reference:
-    """A reference with its features. All ranks must call this; they share the extraction.
+    """A reference with its features. All ranks must call this; each extracts a part of the features.
 
-    size: of the samples, to which image files are cropped. Raises InputError for files that cannot be read or do not fit.
+    size: the image size of the samples, to which image files are cropped. Raises InputError for files that cannot be read or
+    do not fit.
     """
     stored, images = read_reference(name, path, networks, size, world, cfg.exif)
     identities, sizes = _features(networks)
-    found = extract(images, networks, cache, cfg.batch_size, world) if images else []
-    blocks = {feature: part for network, part in zip(networks, found, strict=False) for feature in network.sizes}
+    extracted = extract(images, networks, cache, cfg.batch_size, world) if images else []
+    blocks = {feature: part for network, part in zip(networks, extracted, strict=False) for feature in network.sizes}
     identity = images.identity if images else world.on_main(lambda: read_sha256(path))
     notes = []
     published = [feature for feature, arrays in statistics_arrays().items() if arrays.is_published]
     if images is None:
-        notes.append("it holds statistics alone: no precision and recall")
+        notes.append("the reference holds only statistics, no images: no precision and recall")
     for feature in sizes:
         if feature not in stored and images is not None:
             if Path(path).is_file() and feature in published:
                 notes.append(
-                    f"its file has no statistics: {distance_on(feature)} is against its {images.count:,} images"
+                    f"the reference file has no statistics: {distance_on(feature)} uses those of its {images.count:,} images"
                 )
             if images.count <= NEIGHBOURS:
                 notes.append(f"{images.count} images are too few for precision and recall")
@@ -139,9 +140,9 @@ def open_reference(
 def read_reference(
     name: str, path: str, networks: Sequence[FeatureNetwork], size: int, world: World, exif: str
 ) -> tuple[Mapping[str, Moments], ImageSet | None]:
-    """Stored statistics by feature, and the images (None for statistics alone). All ranks must call this.
+    """The statistics stored in a reference, by feature, and its images (None = statistics alone). All ranks must call this.
 
-    Raises InputError for a file with neither, and for one that does not fit the networks.
+    Raises InputError for a file with neither of them, and for statistics of other networks.
     """
     if not Path(path).is_file() or is_tar(Path(path)):
         return {}, open_image_set(path, world, size, exif)
@@ -151,13 +152,13 @@ def read_reference(
     if not stored:
         raise InputError(
             f"evaluate.reference.{name}={path} has neither arr_0 nor statistics of the features in use "
-            f"(it holds {', '.join(array_names(path)) or 'nothing'}). Name another file"
+            f"(it holds {', '.join(array_names(path)) or 'nothing'}). Set another file"
         )
     return stored, None
 
 
 def _features(networks: Sequence[FeatureNetwork]) -> tuple[dict[str, str], dict[str, int]]:
-    """By feature: the identity of its network, and how many values it has."""
+    """The identity of the network of each feature, and the number of values of each feature."""
     return (
         {feature: network.identity for network in networks for feature in network.sizes},
         {feature: number for network in networks for feature, number in network.sizes.items()},

@@ -1,4 +1,4 @@
-"""Published models to score again: which files they need, where those are published, and which row should come out."""
+"""Reproduction of published results: the files of each published model, their sources, and the expected scores."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ VALIDATION = PublishedFile(
 
 @dataclass(frozen=True)
 class Entry:
-    """One published model. `name` is its row and its config in configs/official."""
+    """One published model. `name` is the key of its published row and the name of its config in configs/official."""
 
     name: str
     generator: PublishedFile
     tokenizer: PublishedFile
-    overrides: tuple[str, ...] = ()  # where the published row was sampled otherwise than the released config says
-    config: str | None = None  # null = official/NAME.yaml
+    overrides: tuple[str, ...] = ()  # settings of the published row that differ from the released config
+    config: str | None = None  # None = official/NAME.yaml
 
     @property
     def row(self) -> PublishedRow:
         return ROWS[self.name]
 
     def load_config(self, folder: Path, overrides: Sequence[str]) -> ExperimentConfig:
-        """With every file in one folder; evaluate.reference names those of both sets that are there."""
+        """The config with all files in one folder, and with those of the two reference sets that exist there."""
         values = [
-            "train.precision=fp32",  # the released samplers use no half precision
+            "train.precision=fp32",  # as the released samplers, which use no half precision
             *self.overrides,
             f"tokenizer.weights={folder / self.tokenizer.name}",
             f"evaluate.inception_weights={folder / INCEPTION.name}",
@@ -72,12 +72,12 @@ class Entry:
         cfg = config.load(self.config or f"official/{self.name}.yaml", [*values, *overrides])
         if not cfg.evaluate.reference:
             sets = {"adm": folder / ADM_REFERENCE.name, "validation": folder / VALIDATION.name}
-            there = {name: str(path) for name, path in sets.items() if name == "adm" or path.exists()}
-            cfg = replace(cfg, evaluate=replace(cfg.evaluate, reference=there))
+            existing = {name: str(path) for name, path in sets.items() if name == "adm" or path.exists()}
+            cfg = replace(cfg, evaluate=replace(cfg.evaluate, reference=existing))
         return cfg
 
     def missing(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
-        """A line for each file that is wanted and not there."""
+        """A line for each required file that does not exist."""
         settings = (
             ("tokenizer.weights", cfg.tokenizer.weights, self.tokenizer),
             ("evaluate.inception_weights", cfg.evaluate.inception_weights, INCEPTION),
@@ -98,7 +98,7 @@ class Entry:
         ]
 
     def left_out(self, cfg: ExperimentConfig, folder: Path) -> list[str]:
-        """What goes on without: the validation images, which are many, are not insisted on."""
+        """Notes about optional files that do not exist: the validation images, which are large."""
         if set(cfg.evaluate.reference) != {"adm"}:
             return []
         return [f"without {folder / VALIDATION.name} ({VALIDATION.source}): no row against the validation images"]
@@ -141,9 +141,9 @@ def entry_of(name: str) -> Entry:
 def open_generator(
     entry: Entry, cfg: ExperimentConfig, folder: Path, device: torch.device
 ) -> tuple[Generator, Checkpoint]:
-    """The generator of a published file, in eval mode, and what stands for its checkpoint in results.
+    """The generator of a published file, in eval mode, and a Checkpoint that identifies the file in results.
 
-    Heads, which sampling does not need, may be in the file. Raises InputError when the file is not of the config's model.
+    The file may have heads, which sampling does not need. Raises InputError when the file does not fit the config's model.
     """
     path = folder / entry.generator.name
     weights = read_weight_file(path, "--weights", entry.generator)
@@ -154,9 +154,9 @@ def open_generator(
 def reproduce(
     entry: Entry, cfg: ExperimentConfig, folder: Path, out: Path, evaluation: Evaluation, world: World
 ) -> list[str]:
-    """Samples, scores and judges one published model; writes out/result.json. Returns lines for the user.
+    """Lines for the user, after sampling and scoring one published model and writing out/result.json.
 
-    All ranks must call this. evaluation: of the same config.
+    All ranks must call this. evaluation: an Evaluation of the same config.
     """
     started = time.monotonic()
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
@@ -175,23 +175,23 @@ def reproduce(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a published FID came out, against one reference."""
+    """Whether a published FID was reproduced, against one reference."""
 
     reference: str
-    fid: float | None  # null = too few samples
+    fid: float | None  # None = too few samples
     published_fid: float
-    accepted: bool | None  # null = not comparable
+    accepted: bool | None  # None = not comparable
     text: str
 
 
 def verdicts(row: PublishedRow, scores: NetworkScores) -> list[Verdict]:
-    """Of the scores by Inception, one per reference."""
-    found = []
+    """The verdicts on the scores by Inception, one per reference."""
+    judged = []
     for name, against in scores.references.items():
         fid = against["fid"]
         if fid is None:
             text = f"{row.model} against {name}: no FID of {scores.samples:,} samples, published {row.fid:.2f}"
-            found.append(Verdict(name, None, row.fid, None, f"{text}: not comparable"))
+            judged.append(Verdict(name, None, row.fid, None, f"{text}: not comparable"))
             continue
         difference = fid - row.fid
         text = f"{row.model} against {name}: FID {fid:.3f}, published {row.fid:.2f} ({difference:+.3f})"
@@ -202,5 +202,5 @@ def verdicts(row: PublishedRow, scores: NetworkScores) -> list[Verdict]:
         else:
             accepted = abs(difference) <= ACCEPTED_FID_DIFFERENCE
             reason = f"{'within' if accepted else 'outside'} +-{ACCEPTED_FID_DIFFERENCE}"
-        found.append(Verdict(name, fid, row.fid, accepted, f"{text}: {reason}"))
-    return found
+        judged.append(Verdict(name, fid, row.fid, accepted, f"{text}: {reason}"))
+    return judged

@@ -1,4 +1,4 @@
-"""result.json: every score of one evaluation with what it was made from, as it is written and read."""
+"""result.json: all scores of one evaluation with their inputs and settings; writing and reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rear_scale.run.folder import provenance
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
-OF_SMALL_IMAGES = ("classifier", "pixels")  # extractors whose metrics stand together in the scores by the classifier
+OF_SMALL_IMAGES = ("classifier", "pixels")  # extractors whose metrics are part of ClassifierScores
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class NetworkScores:
 
     weights_sha256: str
     weights_are_published: bool | None  # None = their publisher gives no checksum
-    samples: int  # images
-    of_samples: Mapping[str, Any]  # of the images alone, by key
-    references: Mapping[str, Mapping[str, Any]]  # by name of the reference and key
+    samples: int  # number of images
+    of_samples: Mapping[str, Any]  # scores without a reference, by key
+    references: Mapping[str, Mapping[str, Any]]  # scores against references, by name of the reference and key
 
     def to_json(self) -> dict[str, Any]:
         about = {
@@ -52,25 +52,27 @@ class NetworkScores:
 class SetScores:
     """Scores of one set of small images by the config's own classifier."""
 
-    count: int  # images
-    of_samples: Mapping[str, Any]  # of the images alone, by key
-    by_reference: Mapping[str, Mapping[str, float | None]]  # by key and name of the reference
+    count: int  # number of images
+    of_samples: Mapping[str, Any]  # scores without a reference, by key
+    by_reference: Mapping[
+        str, Mapping[str, float | None]
+    ]  # scores against references, by key and name of the reference
 
     def to_json(self) -> dict[str, Any]:
         return {"count": self.count, **self.of_samples, **self.by_reference}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        found = {key: value for key, value in values.items() if key != "count"}
-        of_samples = {key: value for key, value in found.items() if not isinstance(value, dict)}
-        return cls(values["count"], of_samples, {key: found[key] for key in found if key not in of_samples})
+        scores = {key: value for key, value in values.items() if key != "count"}
+        of_samples = {key: value for key, value in scores.items() if not isinstance(value, dict)}
+        return cls(values["count"], of_samples, {key: scores[key] for key in scores if key not in of_samples})
 
 
 @dataclass(frozen=True)
 class ClassifierScores:
-    """The samples by the config's own classifier, and the references against each other as a yardstick."""
+    """Scores of the samples by the config's own classifier, and those of the references against each other for comparison."""
 
-    features: str  # which layer of which weights
+    features: str  # the layer and the weights that give the features
     samples: SetScores
     references: Mapping[str, SetScores]
 
@@ -89,43 +91,43 @@ class Number:
     """One number of a metric, under its flat name."""
 
     name: str
-    reference: str | None  # None = of the images alone
+    reference: str | None  # None = a score without a reference
     value: float
 
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """How a tokenizer's reconstructions differ from their originals."""
+    """Differences between a tokenizer's reconstructions and their originals."""
 
     images: int
     values: Mapping[str, Any]  # by key
-    uint8_rounding: str  # how floats became uint8
+    uint8_rounding: str  # the rule that rounded floats to uint8
     tokenizer_sha256: str
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """All scores of one set of images: `images` of result.json."""
+    """All scores of one set of images: the field `images` of result.json."""
 
     classifier: ClassifierScores | None = None
     networks: Mapping[str, NetworkScores] = field(default_factory=dict)
-    reference_sets: Mapping[str, Any] | None = None  # by name: what the networks' scores are against
-    labels: Mapping[str, Any] | None = None  # how many images each class has; None = they bring no classes
+    reference_sets: Mapping[str, Any] | None = None  # descriptions of the references of `networks`, by name
+    labels: Mapping[str, Any] | None = None  # the number of images of each class; None = the images have no classes
     reconstruction: ReconstructionScores | None = None
-    published: Mapping[str, Any] | None = None  # the published row beside them, with verdicts
+    published: Mapping[str, Any] | None = None  # the published scores of the same model, with verdicts
 
     def to_json(self) -> dict[str, Any]:
-        found = {} if self.classifier is None else self.classifier.to_json()
-        found |= {name: scores.to_json() for name, scores in self.networks.items()}
+        fields_of_json = {} if self.classifier is None else self.classifier.to_json()
+        fields_of_json |= {name: scores.to_json() for name, scores in self.networks.items()}
         if self.reference_sets is not None:
-            found["reference_sets"] = dict(self.reference_sets)
+            fields_of_json["reference_sets"] = dict(self.reference_sets)
             if self.reconstruction is None:
-                found["labels"] = self.labels
+                fields_of_json["labels"] = self.labels
         if self.reconstruction is not None:
-            found["reconstruction"] = {"images": self.reconstruction.images, **self.reconstruction.values}
-            found["uint8_rounding"] = self.reconstruction.uint8_rounding
-            found["tokenizer_sha256"] = self.reconstruction.tokenizer_sha256
-        return found if self.published is None else {**found, "published": dict(self.published)}
+            fields_of_json["reconstruction"] = {"images": self.reconstruction.images, **self.reconstruction.values}
+            fields_of_json["uint8_rounding"] = self.reconstruction.uint8_rounding
+            fields_of_json["tokenizer_sha256"] = self.reconstruction.tokenizer_sha256
+        return fields_of_json if self.published is None else {**fields_of_json, "published": dict(self.published)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -147,7 +149,7 @@ class ImageScores:
         )
 
     def values(self, metric: Metric) -> Mapping[str | None, Mapping[str, Any]]:
-        """The parts that hold a metric's keys, by name of the reference (None: of the images alone)."""
+        """The dicts that hold a metric's keys, by name of the reference (None: scores without a reference)."""
         if metric.network in self.networks:
             scores = self.networks[metric.network]
             return dict(scores.references) if metric.against_references else {None: scores.of_samples}
@@ -161,7 +163,7 @@ class ImageScores:
         return {name: {metric.name: value} for name, value in samples.by_reference.get(metric.name, {}).items()}
 
     def numbers(self, *, in_training: bool = False) -> list[Number]:
-        """Every number that the metrics give, in the order of their list; those that could not be computed are left out."""
+        """All numbers of the metrics, in the order of METRICS, without those that could not be computed."""
         return [
             Number(name, reference, value)
             for metric in METRICS
@@ -184,20 +186,20 @@ class CheckpointRecord:
 class SamplesRecord:
     """The images that were scored."""
 
-    path: str  # `generated` where they were made for the scores
+    path: str  # "generated" where the images were made for this evaluation
     identity: str
     images: int
     size: list[int]  # height and width in pixels
     preprocessing: str
-    uint8_rounding: str  # how floats became uint8
+    uint8_rounding: str  # the rule that rounded floats to uint8
 
 
 @dataclass(frozen=True)
 class Result:
-    """One result.json. Everything but `seconds` and `provenance` is the same for any number of ranks."""
+    """The contents of result.json. All but `seconds` and `provenance` are the same for any number of ranks."""
 
     images: ImageScores
-    tokens: Mapping[str, Mapping[str, Any]] | None  # token predictions by set and context, as val_clean
+    tokens: Mapping[str, Mapping[str, Any]] | None  # token predictions by set and context, such as val_clean
     checkpoint: CheckpointRecord | None  # None = images alone
     samples: SamplesRecord
     sample: Mapping[str, Any] | None  # settings of sampling
@@ -228,14 +230,14 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """Raises InputError when there is no result of an evaluation at the path."""
+    """The result in a file. Raises InputError when the file does not exist or holds no evaluation result."""
     try:
         return Result.from_json(read_json(path))
     except FileNotFoundError as error:
         raise InputError(f"not found: {path}, the result of an evaluation. launchers/evaluate.py writes it") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} holds no result of an evaluation. Make it again with launchers/evaluate.py"
+            f"{path} does not hold an evaluation result. Make it again with launchers/evaluate.py"
         ) from error
 
 
@@ -250,7 +252,8 @@ def write_result(
     seconds: float,
     world: World,
 ) -> None:
-    """Rank 0 only. images: from evaluate.job; tokens: from analysis.token_prediction; source: where the images come from."""
+    """Writes result.json; rank 0 only. images: from evaluate.job; tokens: from analysis.token_prediction; source: the origin of
+    the images."""
     uint8_rounding = samples.uint8_rounding or "not known: the images came as uint8"
     size = [samples.height, samples.width]
     result = Result(
@@ -275,7 +278,7 @@ def _record(checkpoint: Checkpoint) -> CheckpointRecord:
 
 
 def check_result(path: Path) -> None:
-    """Raises InputError when a result cannot be written there, or only over a file that is none."""
+    """Raises InputError when a result cannot be written to this path, or would replace a file that is not a result."""
     if path.suffix != ".json" or path.is_dir():
         raise InputError(
             f"--out {path} {'is a folder' if path.is_dir() else 'does not end in .json'}. Name a file such as "
@@ -283,20 +286,20 @@ def check_result(path: Path) -> None:
         )
     if path.is_file() and path.stat().st_size > 0 and not _is_result(path):
         raise InputError(
-            f"--out {path} is there and holds no result of an evaluation. Name another file, or move that one"
+            f"--out {path} exists and does not hold an evaluation result. Choose another file, or move that one"
         )
 
 
 def _is_result(path: Path) -> bool:
     try:
-        found = read_json(path)
+        contents = read_json(path)
     except ValueError:
         return False
-    return isinstance(found, dict) and {"images", "samples", "evaluate"} <= found.keys()
+    return isinstance(contents, dict) and {"images", "samples", "evaluate"} <= contents.keys()
 
 
 def summary(images: ImageScores, setting: str) -> dict[str, float]:
-    """The scores under flat names (METRIC/REFERENCE, and the setting behind it where there are several), for dashboards."""
+    """All scores under flat names for dashboards: METRIC/REFERENCE, or METRIC/REFERENCE/SETTING with several settings."""
     return {
         "/".join(filter(None, (number.name, number.reference, setting))): number.value for number in images.numbers()
     }

@@ -1,4 +1,4 @@
-"""From stored features to scores: runs the metrics of a network and merges their values."""
+"""Scores from stored features: runs the metrics of a network, distributed over ranks, and merges their values."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def network_scores(
     cfg: EvaluateConfig,
     world: World,
 ) -> NetworkScores:
-    """All scores by one network's features. All ranks must call this; each computes some, and all get the whole."""
+    """All scores by one network's features. All ranks must call this; each computes a part, and all return all scores."""
     inputs = Inputs(network, FeatureSet("samples", samples, world.device), references, cfg, world)
-    found = run_metrics(metrics_of(network.name), inputs)
+    computed = run_metrics(metrics_of(network.name), inputs)
     scores = {}
     for reference in references:
-        values = {"samples": samples.count, **found.by_reference[reference.name]}
-        values["notes"] = [*reference.notes, *found.notes[reference.name], *found.sample_notes]
+        values = {"samples": samples.count, **computed.by_reference[reference.name]}
+        values["notes"] = [*reference.notes, *computed.notes[reference.name], *computed.sample_notes]
         if cfg.bootstrap:
-            values["bootstrap"] = {"draws": cfg.bootstrap, **found.intervals[reference.name]}
+            values["bootstrap"] = {"draws": cfg.bootstrap, **computed.intervals[reference.name]}
         scores[reference.name] = values
-    return NetworkScores(network.weights_sha256, network.is_published, samples.count, found.of_samples, scores)
+    return NetworkScores(network.weights_sha256, network.is_published, samples.count, computed.of_samples, scores)
 
 
 @dataclass
 class MetricValues:
     """The values of metrics for one set of images."""
 
-    of_samples: dict[str, Any] = field(default_factory=dict)  # by key of result.json
+    of_samples: dict[str, Any] = field(default_factory=dict)  # values without a reference, by key of result.json
     sample_notes: list[str] = field(default_factory=list)
     by_reference: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name of the reference and key
     notes: dict[str, list[str]] = field(default_factory=dict)  # by name of the reference
@@ -61,7 +61,7 @@ class MetricValues:
 def run_metrics(metrics: Sequence[Metric], inputs: Inputs) -> MetricValues:
     """The values of the metrics, with bootstrap intervals under evaluate.bootstrap. All ranks must call this."""
     names = [reference.name for reference in inputs.references]
-    found = MetricValues(
+    merged = MetricValues(
         by_reference={name: {} for name in names},
         notes={name: [] for name in names},
         intervals={name: {} for name in names},
@@ -69,38 +69,38 @@ def run_metrics(metrics: Sequence[Metric], inputs: Inputs) -> MetricValues:
     tasks = [task for metric in metrics for task in metric.tasks(inputs)]
     resampled = [metric for metric in metrics if metric.resamples]
     draws = [partial(_draw, metric, inputs, number) for number in range(inputs.cfg.bootstrap) for metric in resampled]
-    done = _shared_out([*tasks, *draws], inputs.world)
+    done = _distributed([*tasks, *draws], inputs.world)
     for parts in done[: len(tasks)]:
         for part in parts:
-            found.add(part)
+            merged.add(part)
     if inputs.cfg.bootstrap:
         for number, metric in enumerate(resampled):
-            _add_intervals(found, metric, done[len(tasks) + number :: len(resampled)])
+            _add_intervals(merged, metric, done[len(tasks) + number :: len(resampled)])
     for metric in metrics:
         for part in metric.together(inputs):
-            found.add(part)
-    return found
+            merged.add(part)
+    return merged
 
 
 def _draw(metric: Metric, inputs: Inputs, number: int) -> dict[str | None, float | None]:
     return metric.resampled(inputs, resampling(inputs.cfg.seed, number, inputs.samples.count))
 
 
-def _add_intervals(found: MetricValues, metric: Metric, draws: Sequence[Mapping[str | None, float | None]]) -> None:
-    """The bootstrap interval of one metric, from its value in each draw."""
+def _add_intervals(merged: MetricValues, metric: Metric, draws: Sequence[Mapping[str | None, float | None]]) -> None:
+    """Adds the bootstrap interval of one metric, computed from its value in each draw."""
     for reference in draws[0]:
         values = [value for draw in draws if (value := draw[reference]) is not None]
-        own = found.of_samples if reference is None else found.by_reference[reference]
+        own = merged.of_samples if reference is None else merged.by_reference[reference]
         (score,) = metric.numbers(own).values()
         around = interval(score, values) if values and score is not None else None
         if reference is None:
             own[metric.name]["bootstrap"] = around
         else:
-            found.intervals[reference][metric.name] = around
+            merged.intervals[reference][metric.name] = around
 
 
-def _shared_out(jobs: Sequence[Callable[[], Any]], world: World) -> list[Any]:
-    """The results of all jobs, in order, on every rank; each is computed by one rank."""
+def _distributed(jobs: Sequence[Callable[[], Any]], world: World) -> list[Any]:
+    """The results of all jobs, in order, on every rank; each job runs on one rank."""
     mine = {number: jobs[number]() for number in range(world.rank, len(jobs), world.size)}
     merged: dict[int, Any] = {}
     for part in world.gather(mine):

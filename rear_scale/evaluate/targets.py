@@ -1,4 +1,4 @@
-"""What one evaluation job scores: checkpoints, settings of them, or images that are there already."""
+"""Evaluation targets: the image sets that one job scores, given as files or generated from checkpoints with several settings."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from rear_scale.world import World
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """One set of images to score, and where its result goes."""
+    """One set of images to score, and the path of its result."""
 
     cfg: ExperimentConfig
-    checkpoint: Checkpoint | None  # null = images alone
-    samples: Path | None  # images that are there; null = generated
+    checkpoint: Checkpoint | None  # None = images alone
+    samples: Path | None  # existing images; None = to be generated
     output: Path
-    setting: str = ""  # which of several of a run; empty = the only one
+    setting: str = ""  # distinguishes several targets of a run; empty = the only one
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name of this target in tables."""
         if self.checkpoint is None:
             return os.path.basename(os.path.abspath(self.samples))
         return f"{self.cfg.run.name} {self.output.stem.removeprefix('result').lstrip('_')}".strip()
@@ -47,7 +47,7 @@ def result_path_next_to(images: Path, suffix: str) -> Path:
     """The path of the result for images that belong to no run: next to them, under their name."""
     if images.name in ("", ".."):
         images = Path(os.path.abspath(images))  # "." has no name
-    # The dots of a folder are part of its name: samples_4.0 and samples_4.5 are two.
+    # The dots of a folder are part of its name: samples_4.0 and samples_4.5 are different folders.
     return images.with_name(f"{images.name if images.is_dir() else images.stem}.{suffix}")
 
 
@@ -58,9 +58,9 @@ def eval_targets(
     sweeps: Sequence[str],
     output: Path | None,
 ) -> list[EvalTarget]:
-    """All combinations of checkpoints and swept settings (`section.field=value,value,...`).
+    """The targets of one job: all combinations of checkpoints and swept settings (`section.field=value,value,...`).
 
-    Raises InputError for a sweep of anything but sampling, and for several results of one output.
+    Raises InputError for a sweep of anything but sampling, and for several results with one output path.
     """
     if not checkpoints and samples is None:
         raise InputError(
@@ -70,31 +70,34 @@ def eval_targets(
         assert samples is not None
         if sweeps:
             raise InputError(
-                f"--sweep {sweeps[0]} needs --checkpoint: --samples {samples} are there already. Leave it away"
+                f"--sweep {sweeps[0]} needs --checkpoint, because --samples {samples} are images that exist already. Use it "
+                "without --sweep"
             )
         return [EvalTarget(cfg, None, samples, output or result_path_next_to(samples, "result.json"))]
     if samples is not None and (sweeps or len(checkpoints) > 1):
-        raise InputError(f"--samples {samples} is one set of images. Leave --sweep and --also away, or --samples")
-    found = []
+        raise InputError(
+            f"--samples {samples} is one set of images. Use it without --sweep and --also, or use these without --samples"
+        )
+    targets = []
     for own, checkpoint in checkpoints:
         for setting in _settings(sweeps):
             swept = config.from_dict(to_dict(own), str(checkpoint.path), setting)
-            which = _which(checkpoint, [other for _, other in checkpoints])
+            which = _distinguishing_parts(checkpoint, [other for _, other in checkpoints])
             own_name = "_".join([*which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
             file = f"result_{own_name}.json" if own_name else "result.json"
-            found.append(EvalTarget(swept, checkpoint, samples, checkpoint.run / file, own_name))
+            targets.append(EvalTarget(swept, checkpoint, samples, checkpoint.run / file, own_name))
     if output is None:
-        _check_distinct(found)
-        return found
-    if len(found) > 1:
+        _check_distinct(targets)
+        return targets
+    if len(targets) > 1:
         raise InputError(
-            f"--out {output} is one file, but there are {len(found)} results. Leave it away: each has a name"
+            f"--out {output} is one file, but there are {len(targets)} results. Leave it out: each result has its own file name"
         )
-    return [EvalTarget(found[0].cfg, found[0].checkpoint, samples, output)]
+    return [EvalTarget(targets[0].cfg, targets[0].checkpoint, samples, output)]
 
 
-def _which(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> list[str]:
-    """What tells a checkpoint from others whose results go to the same folder: its step, or the name of its file."""
+def _distinguishing_parts(checkpoint: Checkpoint, all_of_them: Sequence[Checkpoint]) -> list[str]:
+    """The parts of a result's file name that distinguish a checkpoint from others of the same run: its step or its file name."""
     beside = [other for other in all_of_them if other.run == checkpoint.run and other.path != checkpoint.path]
     if any(other.step == checkpoint.step for other in beside):
         return [checkpoint.path.stem]  # a run's weights and their moving average, each in a file
@@ -106,8 +109,8 @@ def _check_distinct(targets: Sequence[EvalTarget]) -> None:
     for output in outputs:
         if outputs.count(output) > 1:
             raise InputError(
-                f"{output} would be the result of several checkpoints or settings of this job. Name each once, and weight files "
-                "of one run differently"
+                f"{output} would be the result of several checkpoints or settings of this job. Give each of them once, and give "
+                "weight files of one run different names"
             )
 
 
@@ -130,9 +133,10 @@ class TargetOpener:
         self._tokenizer: tuple[str | None, Tokenizer] | None = None
 
     def images(self, target: EvalTarget, size: int | None = None) -> ImageSet:
-        """size: to which image files are cropped; null = they are taken as they are.
+        """The images of a target: existing files, or images that are generated when they are read.
 
-        All ranks must call this. Raises InputError when the tokenizer is not the one that the checkpoint was trained with.
+        size: the size to which image files are cropped; None = no cropping. All ranks must call this. Raises InputError when
+        the tokenizer is not the one that the checkpoint was trained with.
         """
         if target.samples is not None:
             return open_image_set(target.samples, self.world, size, target.cfg.evaluate.exif)
@@ -151,7 +155,7 @@ class TargetOpener:
         assert target.checkpoint is not None
         key = (target.checkpoint.path, target.cfg.train.precision)
         if self._model is None or self._model[0] != key:
-            self._model = None  # the old one goes before the new one comes
+            self._model = None  # free the old model before loading the new one
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._model = (key, load_generator(target.cfg, target.checkpoint, self.world.device))

@@ -1,4 +1,4 @@
-"""Scores of a few samples during training, on the training ranks, under names that say how few they are."""
+"""Scores of few samples during training, on the training ranks, under names that contain the number of samples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FILE = "evaluations.jsonl"
 
 
 def check_training_scores(cfg: ExperimentConfig, manifest: Manifest) -> None:
-    """Raises InputError, before training starts, when scores are asked for that could not be made.
+    """Raises InputError, before training starts, when evaluate.training is set but its scores could not be computed.
 
-    manifest: of the training tokens, which must be those of the tokenizer that makes the images.
+    manifest: of the training tokens, which must come from the tokenizer that decodes the images.
     """
     if cfg.evaluate.training is None:
         return
@@ -40,13 +40,14 @@ def check_training_scores(cfg: ExperimentConfig, manifest: Manifest) -> None:
 
 
 def is_due(step: int, cfg: ExperimentConfig) -> bool:
-    """Whether a multiple of every_images was passed since the checkpoint before this step's. A function of the step alone."""
+    """Whether training has passed a multiple of every_images since the previous checkpoint; depends on the step alone."""
     assert cfg.evaluate.training is not None
     return passed(step, cfg.evaluate.training.every_images, cfg)
 
 
 class TrainingScores:
-    """A hook on checkpoints. All ranks must call it; the model is read from the checkpoint, whatever sharded it."""
+    """A hook on checkpoints that scores samples. All ranks must call it; the model is loaded from the checkpoint, so that it
+    does not depend on the training strategy."""
 
     def __init__(self, cfg: ExperimentConfig, world: World) -> None:
         assert cfg.evaluate.training is not None
@@ -55,7 +56,7 @@ class TrainingScores:
         self.evaluation: Evaluation | None = None
 
     def __call__(self, step: int, path: Path) -> None:
-        """Adds a line to evaluations.jsonl of the run, in place of an earlier one of the same step."""
+        """Adds a line to evaluations.jsonl of the run, replacing an earlier line of the same step."""
         if not is_due(step, self.cfg):
             return
         cfg, world = self.cfg, self.world
@@ -67,10 +68,10 @@ class TrainingScores:
         model = load_generator(cfg, checkpoint, world.device)
         samples = generated_images(cfg, checkpoint, model, tokenizer, world)
         scores = self.evaluation.score(samples)
-        world.barrier()  # the others may still be reading the features that are removed here
+        world.barrier()  # other ranks may still read the features that are removed next
         if world.is_main:
-            # The next checkpoint has other samples; the features of the references stay. Before the line, which says that nothing
-            # is left to do here.
+            # Removed because the next checkpoint has other samples; the features of the references are kept. This is done
+            # before the line is written, because a start that finds the line does not come here again.
             self.evaluation.remove_features(samples)
             line = {"step": step, "images_seen": step * cfg.train.global_batch_size, **_named(scores, samples.count)}
             _write(run / FILE, line)
@@ -78,20 +79,20 @@ class TrainingScores:
         world.barrier()
 
     def make_missing(self, step: int, path: Path) -> None:
-        """Scores a checkpoint where that is due and a kill has left no line of it. All ranks must call this."""
+        """Scores a checkpoint if it is due and has no line, because the run was killed. All ranks must call this."""
         done = self.world.is_main and any(line["step"] == step for line in _lines(Path(self.cfg.run.dir) / FILE))
         if not self.world.from_main(done):
             self(step, path)
 
 
 def _named(scores: ImageScores, count: int) -> dict[str, float]:
-    """Flat, each name with its number of samples: fid_n1000/REFERENCE."""
+    """The scores under flat names with the number of samples, such as fid_n1000/REFERENCE."""
     numbers = scores.numbers(in_training=True)
     return {"/".join(filter(None, (f"{one.name}_n{count}", one.reference))): one.value for one in numbers}
 
 
 def _write(path: Path, line: dict[str, Any]) -> None:
-    # A resumed run comes through the same steps again.
+    # Lines of this and later steps are dropped: a resumed run repeats these steps.
     lines = [other for other in _lines(path) if other["step"] < line["step"]] + [line]
     write_text_atomically(path, "".join(json.dumps(item) + "\n" for item in lines))
 

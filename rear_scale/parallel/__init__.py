@@ -1,6 +1,6 @@
-"""How a model is spread over ranks. The training loop sees the interface of strategy.py and never an engine.
+"""Strategies: how a model is distributed over ranks. The training loop uses the interface of strategy.py, never an engine.
 
-Imports nothing at first: config/ reads the rows of facts.py.
+Imports only facts.py at the top level, because config/ reads its table and must not import torch's engines.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ if TYPE_CHECKING:
 
 
 def open_strategy(cfg: ExperimentConfig, plan: Plan, world: World) -> Strategy:
-    """The strategy of a config, without a model yet. An engine is imported only when it is used."""
+    """The Strategy object of a config, before `build`. Its engine (such as DeepSpeed) is imported here, not earlier."""
     return facts.engine_class(facts.of(cfg.strategy))(cfg, plan, world)

@@ -1,8 +1,8 @@
-"""What a training step sends: payload bytes and calls per rank, by formula from the shapes alone.
+"""Communication of a training step: payload bytes and calls per rank, by formula from the shapes alone.
 
-The formulas are in the files of the engines (ddp.py, fsdp.py, zero.py). They begin at the textbook (P parameters): 2 P bytes in
-bf16 for each gather or scatter of weights, 4 P for float32 gradients, an all-reduce counting twice. Each file says where its
-engine departs from that. Of every payload, (W - 1) / W leaves a rank of a ring of W.
+The formulas are in the files of the engines (ddp.py, fsdp.py, zero.py). They start from the textbook (P parameters): 2 P bytes in
+bf16 for each gather or scatter of weights, 4 P for float32 gradients, an all-reduce counting twice. Each file documents where
+its engine differs. In a ring of W ranks, each rank sends (W - 1) / W of every payload.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ FP32 = 4  # bytes
 
 @dataclass
 class Traffic:
-    """Of one rank in one update. Numbers of a few bytes (norms, flags) are left out."""
+    """Communication of one rank in one update. Messages of a few bytes (norms, flags) are not counted."""
 
     calls: Counter[str] = field(default_factory=Counter)
     payload: Counter[str] = field(default_factory=Counter)  # bytes of the whole tensors
-    late_gathers: bool = False  # weights are gathered after the update, when no computation is left to hide it
+    late_gathers: bool = False  # weights are gathered after the update, with no computation left to overlap
     late_reductions: bool = False  # gradients are reduced after the last backward pass
 
     def add(self, collective: str, elements: float, itemsize: int, times: int = 1) -> None:
@@ -43,7 +43,7 @@ class Traffic:
 def traffic_per_update(
     cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
 ) -> Traffic:
-    """By the formula of the strategy's engine. `model` gives the shapes; without one, it is built without memory."""
+    """The traffic of one update, by the formula of the strategy's engine. model: gives the shapes; None = built on meta."""
     if world_size == 1:
         return Traffic()
     update = Update(cfg, world_size, accumulation, model or meta_model(cfg), compute_itemsize(cfg))

@@ -1,4 +1,4 @@
-"""Counts what travels: every collective of a block, whoever calls it."""
+"""Counting of collectives: calls and bytes of every collective in a block of code, also of those that engines issue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Collectives(TorchDispatchMode):
-    """Calls and payload bytes by kind. The payload is the whole tensor: what is gathered, what is scattered, what is reduced."""
+    """Calls and payload bytes by name of the collective. The payload is the whole tensor, gathered, scattered or reduced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,12 +23,13 @@ class Collectives(TorchDispatchMode):
             name = operation.overloadpacket.__name__
             tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
             collective = next(
-                (collective for fragment, collective in KINDS.items() if fragment in name.replace("_", "")), None
+                (collective for fragment, collective in COLLECTIVES.items() if fragment in name.replace("_", "")), None
             )
-            # Norms and flags are not payload.
+            # Norms and flags (at most 20 bytes) are not counted as payload.
             if collective is not None and sum(tensor.nbytes for tensor in tensors) > 20:
                 self.calls[collective] += 1
-                # The larger side is the whole one; lists are the pieces of it.
+                # Input and output differ in size by the number of ranks; the larger one is the whole tensor. A list holds
+                # its pieces.
                 first = inputs[0] if isinstance(inputs[0], (list, tuple)) else [inputs[0]]
                 sides = [first, [t for t in tensors if not any(t is other for other in tree_leaves(first))]]
                 self.bytes[collective] += max(
@@ -37,8 +38,8 @@ class Collectives(TorchDispatchMode):
         return operation(*inputs, **(named or {}))
 
 
-# Longer names first.
-KINDS = {
+# Part of the operator's name -> collective. Longer names come first, because "reduce" is part of several.
+COLLECTIVES = {
     "reducescatter": "reduce_scatter",
     "allreduce": "all_reduce",
     "allgather": "all_gather",

@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel, and the same code without it for a world of one; what a rank holds and sends, by formula."""
+"""torch's DistributedDataParallel, or the plain model in a world of one; memory and communication per rank by formula."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MIB = 2**20
 
 
 class DDPStrategy(TorchStrategy):
-    """Whole copies of the weights, float32 master weights; bf16 by autocast."""
+    """Data parallelism: every rank has all weights, in float32; bf16 training by autocast."""
 
     def build(self, model: nn.Module) -> None:
         self.model = model.to(self.world.device)
@@ -30,11 +30,9 @@ class DDPStrategy(TorchStrategy):
 
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
         last = micro_step == self.plan.accumulation - 1
-        # Gradients travel once per update, with the last micro-step.
-        quiet = (
-            self.engine.no_sync() if not last and isinstance(self.engine, DistributedDataParallel) else nullcontext()
-        )
-        with quiet:
+        # no_sync before the last micro-step, so that gradients are reduced once per update.
+        sync = self.engine.no_sync() if not last and isinstance(self.engine, DistributedDataParallel) else nullcontext()
+        with sync:
             with self.compute_precision():
                 loss, statistics = compute(self.engine)
             (loss / self.plan.accumulation).backward()
@@ -45,12 +43,13 @@ class DDPStrategy(TorchStrategy):
 
 
 def memory(update: Update) -> Memory:
-    """Float32 weights trained in bf16 by autocast: 4 psi of weights and no masters, the same 16 psi as in the textbook."""
+    """Bytes of a rank. bf16 comes by autocast over float32 weights, so there are 4 psi of weights and no master copies: 16 psi
+    in total, as in the textbook."""
     psi = elements(update.model)
     gradients = FP32 * psi
-    # DDP's gradients are views of its buckets, which stay.
+    # DDP's gradients are views of its buckets, which stay allocated between steps.
     kept = gradients if update.world_size > 1 else 0
-    # Autocast keeps its casts until the end of the forward pass.
+    # Autocast keeps its bf16 copies of the weights until the end of the forward pass.
     casts = 2 * psi if update.cfg.train.precision == "bf16" else 0
     return Memory(
         FP32 * psi, update.optimizer_bytes(psi), gradients=gradients - kept, kept_gradients=kept, gathered=casts
@@ -58,7 +57,7 @@ def memory(update: Update) -> Memory:
 
 
 def traffic(update: Update) -> Traffic:
-    """Buckets of 1 and then 25 MiB, in the order of the backward pass."""
+    """Bytes that a rank sends: one all-reduce per bucket, the first of 1 MiB, the others of 25 MiB."""
     sent = Traffic()
     for bucket in _buckets(update.model):
         sent.add("all_reduce", bucket, FP32)
@@ -67,7 +66,7 @@ def traffic(update: Update) -> Traffic:
 
 @lru_cache(maxsize=8)
 def _buckets(model: nn.Module) -> list[int]:
-    """Elements per bucket."""
+    """The number of elements of each gradient bucket, in the order of the backward pass."""
     weights = list(reversed(list(model.parameters())))
     buckets, _ = torch.distributed._compute_bucket_assignment_by_size(
         [torch.empty(weight.shape, device="meta") for weight in weights], [_MIB, 25 * _MIB]

@@ -27,14 +27,15 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-# Stage 3 replaces this function for the whole process.
+# Kept to restore it: ZeRO-3 replaces this function for the whole process.
 _LINEAR = torch.nn.functional.linear
 
 
 class DeepSpeedStrategy(Strategy):
-    """Sharded optimizer (1), gradients (2) and weights (3). bf16 weights with float32 masters and gradient sums.
+    """ZeRO: shards optimizer state (stage 1), gradients too (stage 2), and weights too (stage 3). bf16 weights with float32
+    master weights and gradient sums.
 
-    At stage 1 in bf16 the engine uses another optimizer wrapper (BF16_Optimizer) than for everything else.
+    At stage 1 in bf16 DeepSpeed uses another optimizer wrapper (BF16_Optimizer) than in all other cases.
     """
 
     @property
@@ -42,10 +43,10 @@ class DeepSpeedStrategy(Strategy):
         return stage_of(self.cfg)
 
     def build(self, model: nn.Module) -> None:
-        # Takes over the process group that is there.
+        # Uses the existing process group.
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self.model = model.to(self.world.device)
-        # Some of its memory reports are printed whatever the log level.
+        # DeepSpeed prints some memory reports at every log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, _ = deepspeed.initialize(
                 model=self.model,
@@ -58,7 +59,7 @@ class DeepSpeedStrategy(Strategy):
         self.zero = self.engine.optimizer
         self._prepare_states(0)
         if self.cfg.optim.ema_decay:
-            # One more state of the optimizer: sharded, offloaded and read by name like the others.
+            # The moving average is stored as one more optimizer state, so that DeepSpeed shards and offloads it like the others.
             for flat in self._master_partitions():
                 self.zero.optimizer.state[flat]["ema"] = flat.detach().clone()
 
@@ -68,12 +69,13 @@ class DeepSpeedStrategy(Strategy):
 
     @property
     def _defers(self) -> bool:
-        """Whether gradients of stages 2 and 3 wait for the last micro-step. Those of stage 1 do in any case."""
+        """Whether stage 2 or 3 reduces gradients only after the last micro-step. Stage 1 does so in any case."""
         return self.stage > 1 and self.plan.accumulation > 1 and self.cfg.strategy.defer_reduction
 
     def _config(self) -> dict[str, Any]:
         train = self.cfg.train
-        # Deferring is a block around all backward passes of an update, in which the engine must not count micro-steps.
+        # To defer the reduction, coalesce_grad_reduction surrounds all backward passes of an update; the engine then must not
+        # count micro-steps itself.
         accumulation = 1 if self._defers else self.plan.accumulation
         offload = {"offload_optimizer": {"device": "cpu"}} if self.cfg.strategy.cpu_offload else {}
         return {
@@ -82,7 +84,7 @@ class DeepSpeedStrategy(Strategy):
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.cfg.optim.grad_clip,
             "bf16": {"enabled": train.precision == "bf16"},
-            # By default bf16 gradients are also summed in bf16, over micro-steps and over ranks.
+            # Without these two, bf16 gradients are summed in bf16, over micro-steps and over ranks.
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -90,16 +92,16 @@ class DeepSpeedStrategy(Strategy):
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
                 "overlap_comm": self.world.device.type == "cuda",
-                # A bucket then goes to the rank that owns it, instead of to all of them.
+                # False: a bucket is reduced to the rank that owns it, instead of all-reduced.
                 "use_multi_rank_bucket_allreduce": False,
-                # The engine's own linear layer adds its bias in place: to a product that selective recomputation has kept, for
-                # a second time.
+                # DeepSpeed's own linear layer adds its bias in place. Selective recomputation keeps the product before the
+                # bias and would add it a second time.
                 "memory_efficient_linear": not self._keeps_products,
                 **offload,
             },
-            # Offloaded states are updated by torch's own fused AdamW for CPUs, which needs no compiler.
+            # Offloaded states are updated by torch's fused AdamW for CPUs; DeepSpeed's own needs a compiler.
             "zero_force_ds_cpu_optimizer": False,
-            # Its own list holds Adam and few others; any elementwise rule works on flat partitions.
+            # DeepSpeed accepts Adam and few other optimizers by default; any elementwise rule works on flat partitions.
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
@@ -117,16 +119,16 @@ class DeepSpeedStrategy(Strategy):
             return statistics
         self.engine.backward(loss)  # divides by the number of micro-steps
         if not last:
-            self.engine.step()  # not at an update yet: only counts the micro-step
+            self.engine.step()  # before the last micro-step this only counts micro-steps
         return statistics
 
     def grad_norm(self) -> Tensor:
-        # The engine measures the norm inside step(), which is too late to look at it first. Where its method can be
-        # replaced for one call, it gets what is known and does not measure again.
+        # DeepSpeed computes the gradient norm inside step(); it is needed earlier, to decide whether to step at all. Where its
+        # method can be replaced, it is made to return the known norm, so that step() does not compute it again.
         zero = self.zero
         if isinstance(zero, BF16_Optimizer):
             norm = torch.as_tensor(get_global_norm_of_tensors(zero.get_grads_for_norm()[0], mpu=zero.mpu))
-            # The engine says -1 for a norm that is not finite.
+            # DeepSpeed returns -1 for a norm that is not finite.
             return norm.where(norm >= 0, torch.inf)
         if self.stage == 3:
             norm = combine_grad_norm_groups(type(zero)._get_norm_groups(zero))
@@ -163,7 +165,7 @@ class DeepSpeedStrategy(Strategy):
             self.engine.step()
             del zero.step
             return
-        # The engine drops gradients of infinite norm by itself, everywhere that it keeps them.
+        # DeepSpeed itself clears all its gradient buffers when the norm is infinite.
         infinite = torch.tensor(torch.inf, device=self.world.device)
         if self.stage == 3:
             zero._get_norm_groups = lambda: [infinite]
@@ -199,7 +201,7 @@ class DeepSpeedStrategy(Strategy):
                 safe_set_full_optimizer_state(weight, value, state_name)
 
     def _set_partition(self, weight: nn.Parameter, value: Tensor, state_name: StateName) -> None:
-        # The engine's way to set a full value fails where it does not divide evenly among the ranks.
+        # DeepSpeed's function that sets a full value fails where the value does not divide evenly among the ranks.
         size = weight.ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
         partition = padded.narrow(0, size * self.world.rank, size)
@@ -215,13 +217,14 @@ class DeepSpeedStrategy(Strategy):
             prepare_states(base, group["rule"], flat, optimizer_step)
 
     def _master_partitions(self) -> list[Tensor]:
-        """This rank's flat float32 masters, one per parameter group (or, at stage 3, sub-group)."""
+        """This rank's flat float32 master weights, one per parameter group (or, at stage 3, sub-group)."""
         if isinstance(self.zero, BF16_Optimizer):
             return self.zero.fp32_groups_flat_partition
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
     def _relink(self) -> None:
-        # With several parameter groups, the engine links the moments of the later ones too early and never finds them.
+        # With several parameter groups DeepSpeed links the optimizer states of the later groups before they exist, and never
+        # again; link them anew.
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()

@@ -1,6 +1,7 @@
-"""Facts about each strategy, one row each. Validation, planner, cost model and trainer decide by these, never by a name.
+"""The table of strategies, one row of properties each. Validation, planner, cost model and trainer decide by these properties,
+never by a strategy's name.
 
-A strategy of your own is a class (strategy.py) and a row, in any file:
+To add a strategy, write a subclass of Strategy (strategy.py) and register a row for it, in any file:
 
     facts.register(Facts(name="mine", engine="my_file:MyStrategy", formulas="rear_scale.parallel.ddp", title="mine"))
 """
@@ -16,27 +17,27 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Facts:
-    """What a strategy does, and where its code is."""
+    """The properties of a strategy, and the modules of its code."""
 
     name: str  # strategy=NAME
-    engine: str  # MODULE:CLASS of its Strategy, imported when it is opened
+    engine: str  # MODULE:CLASS of its Strategy subclass, imported when the strategy is opened
     formulas: (
         str  # module with memory(update) -> Memory and traffic(update) -> Traffic; imports nothing that `needs` names
     )
     title: str  # the engine, as docs/training.md names it
-    needs: str | None = None  # a package beyond torch
-    shards: tuple[str, ...] = ()  # of optimizer, gradients, weights, in this order
-    alone: bool = False  # runs one process only
+    needs: str | None = None  # the package that it needs beyond torch
+    shards: tuple[str, ...] = ()  # what it shards: optimizer, gradients, weights, in this order
+    alone: bool = False  # runs in a world of one process only
     fewest_ranks: int = 1
     replicates: bool = False  # heeds strategy.replicas: shards inside groups of ranks that each hold the whole model
     offloads: bool = False  # heeds strategy.cpu_offload
     defers: bool = False  # heeds strategy.defer_reduction
     defers_in_fp32: bool = False  # sums deferred gradients in float32, so that deferring does not change them
     reshards: bool = False  # heeds strategy.reshard_after_forward
-    autocasts: bool = False  # bf16 comes by autocast over float32 weights
+    autocasts: bool = False  # trains in bf16 by autocast over float32 weights
     dtensors: bool = False  # weights are DTensors, which only torch's own optimizers update
-    simulated: bool = False  # runs on tensors without memory (scaling/simulate.py)
-    no_compile: str | None = None  # why train.compile does not work, after "strategy=NAME,"
+    simulated: bool = False  # can run on fake tensors (scaling/simulate.py)
+    no_compile: str | None = None  # why train.compile does not work: a clause that follows "strategy=NAME,"
     no_fp8: str | None = "its engine has not been tried with torchao's layers"  # why train.fp8 is refused
 
     def runs_on(self, ranks: int) -> bool:
@@ -44,7 +45,7 @@ class Facts:
 
 
 class Named(Protocol):
-    """The strategy section of a config."""
+    """An object with the name of a strategy, such as the strategy section of a config."""
 
     name: str
 
@@ -66,7 +67,7 @@ def rows() -> tuple[Facts, ...]:
 
 
 def named(name: str) -> Facts:
-    """Raises KeyError for a name that no row has."""
+    """The row of a strategy's name. Raises KeyError for an unknown name."""
     return _ROWS[name]
 
 
@@ -76,12 +77,12 @@ def of(section: Named) -> Facts:
 
 
 def names(having: Callable[[Facts], Any] = lambda row: True) -> tuple[str, ...]:
-    """The names of the rows of which `having` is true."""
+    """The names of the rows for which `having` is true."""
     return tuple(row.name for row in rows() if having(row))
 
 
 def engine_class(row: Facts) -> Any:
-    """The subclass of Strategy, after its module was imported."""
+    """The Strategy subclass of a row, whose module is imported here."""
     module, _, name = row.engine.partition(":")
     return getattr(import_module(module), name)
 

@@ -1,11 +1,13 @@
-"""torch's FSDP2: the one file that imports the engine. One mesh axis shards everything (fsdp2); two shard inside a group
-of ranks and replicate over the groups (hsdp). Then what a rank holds and sends, by formula.
+"""Strategies with torch's FSDP2, and their memory and communication per rank by formula. The one file that imports FSDP2.
 
-Where the engine departs from the usual formulas of memory.py and communication.py:
+fsdp2 has a mesh of one axis, over which everything is sharded; hsdp has two axes: it shards inside a group of ranks and
+replicates over the groups.
 
-- It keeps float32 shards that are weights and masters at once; deferred gradients are whole and float32.
-- It pads each parameter to a multiple of the ranks along the dimension that it shards, and keeps the group of the root
-  (embeddings, positions, output) gathered between forward and backward pass.
+Differences between the engine and the usual formulas of memory.py and communication.py:
+
+- Its float32 shards are weights and master weights at once; deferred gradients are unsharded and float32.
+- It pads each parameter to a multiple of the ranks along the sharded dimension, and keeps the root's parameters (embeddings,
+  positions, output) gathered between forward and backward pass.
 """
 
 from __future__ import annotations
@@ -26,16 +28,15 @@ from rear_scale.parallel.memory import Memory, Update, elements, elements_padded
 from rear_scale.parallel.strategy import Compute, StateName
 from rear_scale.parallel.torch_strategy import TorchStrategy
 
-# The output of a linear layer on [B, S, D] is a view; nothing here changes one in place.
+# The output of a linear layer on [B, S, D] is a view. The warning is about changing it in place, which nothing here does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class FSDPStrategy(TorchStrategy):
-    """Sharded float32 weights, gradients and optimizer state. In bf16, weights travel and compute in bf16, and gradients
-    are summed in float32.
+    """Sharded float32 weights, gradients and optimizer state. In bf16, weights are gathered and used in bf16, and gradients are
+    reduced in float32.
 
-    The units that are gathered together are each block, each head of a term of the loss, and the rest (embeddings,
-    positions, output).
+    FSDP units (gathered together): each block, each head of a loss term, and the root (embeddings, positions, output).
     """
 
     def build(self, model: nn.Module) -> None:
@@ -48,27 +49,27 @@ class FSDPStrategy(TorchStrategy):
         return self.cfg.strategy.reshard_after_forward
 
     def prepare(self) -> None:
-        # A mesh reads the numbers of its ranks, which only real tensors have.
+        # Creating a mesh reads values of tensors, which fake tensors do not have; so it is created before `build` runs on them.
         _ = self.mesh
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """The ranks, in one row or in one row per replica. All ranks must ask for it."""
-        kind, strategy = self.world.device.type, self.cfg.strategy
+        """The device mesh: all ranks in one row, or one row per replica. Creating it is collective."""
+        device_type, strategy = self.world.device.type, self.cfg.strategy
         if not facts.of(strategy).replicates:
-            return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))
+            return init_device_mesh(device_type, (self.world.size,), mesh_dim_names=("shard",))
         shape = (strategy.replicas, self.world.size // strategy.replicas)
-        # Neighbouring ranks shard: they are the ones on one machine.
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        # Consecutive ranks form a sharding group, because they are on one machine.
+        return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
     def evaluate(self, compute: Compute) -> Tensor:
         statistics = super().evaluate(compute)
-        # The root keeps its weights whole after a forward pass, for a backward pass that does not come here.
+        # After a forward pass the root keeps its weights gathered for the backward pass, which does not follow here.
         self._shard_weights()
         return statistics
 
     def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
-        self._shard_weights()  # whoever has called the model
+        self._shard_weights()  # weights may still be gathered after a call of the model outside of this class
         return super().tensors(state_name)
 
     def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
@@ -76,7 +77,7 @@ class FSDPStrategy(TorchStrategy):
         super().load_tensors(state_name, read, optimizer_step)
 
     def _shard_weights(self) -> None:
-        """Frees gathered weights: the optimizer's states belong to the sharded ones, which `parameters` then gives."""
+        """Frees gathered weights, so that `parameters` returns the sharded ones again, to which optimizer states belong."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -84,13 +85,13 @@ class FSDPStrategy(TorchStrategy):
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
         last = micro_step == self.plan.accumulation - 1
         deferred = self.cfg.strategy.defer_reduction
-        # Deferred, gradients stay whole on each rank until the last micro-step and travel once per update.
+        # With deferred reduction, gradients stay unsharded until the last micro-step and are reduced once per update.
         self.model.set_requires_gradient_sync(last or not deferred)
-        # Over the replicas they travel once in any case: until then the sums of the groups stay apart.
+        # Between replicas, gradients are all-reduced once per update in any case.
         self.model.set_requires_all_reduce(last)
         self.model.set_is_last_backward(last)
         if not self._reshard:
-            # Gathered weights stay until the update changes them.
+            # Keep the gathered weights until the last micro-step: they do not change before the update.
             self.model.set_reshard_after_backward(last)
         loss, statistics = compute(self.model)
         (loss / self.plan.accumulation).backward()
@@ -99,20 +100,20 @@ class FSDPStrategy(TorchStrategy):
 
 def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forward: bool) -> FSDPModule:
     """Shards a model in place over the ranks of a mesh; its parameters become DTensors under their own names."""
-    # Inputs of the units are made of weights in bfloat16 already. FSDP2 would cast the others as well: AliTok's angles of
-    # positions, with an error of 1.9e-3.
+    # cast_forward_inputs=False: activations are in bfloat16 already, and FSDP2 would also cast AliTok's rotary angles, with an
+    # error of 1.9e-3.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
     ranks = mesh.size(mesh.ndim - 1)
     settings["shard_placement_fn"] = lambda weight: Shard(shard_dimension(weight, ranks))
     for unit in units(model):
         fully_shard(unit, **settings, reshard_after_forward=reshard_after_forward)
-    # What is left is needed first and last: the backward pass begins where the forward pass ends.
+    # The root's parameters are not resharded after the forward pass, because the backward pass uses them first.
     return fully_shard(model, **settings, reshard_after_forward=False)
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at once, the root apart: each block, and each head that one feature alone passes through."""
+    """The FSDP units (modules gathered together) except the root: each block, and each head that only one feature uses."""
     return [*model.blocks, *model.separate_heads()]
 
 
@@ -123,8 +124,8 @@ def memory(update: Update) -> Memory:
     shard = elements_padded(model, ranks) // ranks
     psi, block = elements(model), elements(model.blocks[0])
     root = psi - cfg.model.depth * block
-    # In the backward pass: gradients of the block before on their way as float32, weights and gradients of this one, weights
-    # of the next one. What was kept for the two that are done is gone.
+    # Peak of the backward pass: float32 gradients of the previous block while they are reduced, weights and gradients of the
+    # current block, and prefetched weights of the next one. Activations of the finished blocks are freed by then.
     freed = (2 if cfg.train.activation_checkpointing == "none" else 1) * update.block_activations
     passing = max(0, FP32 * block + itemsize * block - freed)
     blocks = 2 * itemsize * block if cfg.strategy.reshard_after_forward else itemsize * (psi - root)
@@ -157,6 +158,6 @@ def traffic(update: Update) -> Traffic:
 
 
 def _sharding_ranks(update: Update) -> int:
-    """Ranks that share one copy of the model."""
+    """The number of ranks over which one copy of the model is sharded."""
     strategy = update.cfg.strategy
     return update.world_size // (strategy.replicas if facts.of(strategy).replicates else 1)

@@ -1,4 +1,4 @@
-"""What the training loop needs of any engine. All ranks call every method in the same order."""
+"""The interface between the training loop and any engine. All ranks must call every method in the same order."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.optim.groups import Rule, make_optimizer, rules_of
 from rear_scale.world import World
 
-# What a checkpoint holds of a parameter, as one float32 tensor of its shape each: "param" (the weight), the states that its
-# rule names, and "ema".
+# A state of a parameter that checkpoints store, as one float32 tensor of the parameter's shape: "param" (the weight itself), an
+# optimizer state that the parameter's rule names ("exp_avg", ...), or "ema" (the moving average).
 StateName = str
 
-# Gets the module to call, returns (loss of the micro-batch, its detached statistics).
+# A function of the module to call, which returns (loss of the micro-batch, its detached statistics).
 Compute = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
 
 class Strategy(ABC):
-    """An engine around a model whose weights are already in it."""
+    """An engine that trains a model. The model's weights must be loaded before `build`, because engines copy them."""
 
-    model: nn.Module  # as it was handed to `build`: names are its own, the engine's wrappers aside
+    model: nn.Module  # the module given to `build`; its parameter names have no prefixes of the engine's wrappers
     rules: dict[str, Rule]  # by parameter name; set by `build`
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World) -> None:
@@ -31,50 +31,55 @@ class Strategy(ABC):
 
     @property
     def state_names(self) -> tuple[StateName, ...]:
-        """What there is of the parameters: weights, all states that their rules name, and the average of optim.ema_decay."""
+        """The names of all stored states: "param", the optimizer states that rules name, and "ema" with optim.ema_decay."""
         states = dict.fromkeys(state for rule in self.rules.values() for state in rule.states)
         return ("param", *states, *(("ema",) if self.cfg.optim.ema_decay else ()))
 
     def parameters_with(self, state_name: StateName) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter), as the engine has it, of every parameter of which there is a kind."""
+        """Yields (name, parameter as the engine stores it) of every parameter that has the state."""
         for name, weight in self.model.named_parameters():
             if state_name in ("param", "ema") or state_name in self.rules[name].states:
                 yield name, weight
 
     @abstractmethod
     def build(self, model: nn.Module) -> None:
-        """Takes over the model (float32, on the CPU, the same on all ranks) and makes its optimizer."""
+        """Wraps the model (float32, on the CPU, equal on all ranks) and creates its optimizer."""
 
     @abstractmethod
     def forward_backward(self, compute: Compute, micro_step: int) -> Tensor:
-        """Runs one micro-step (from 0 to plan.accumulation - 1) and adds its gradients. Returns its statistics."""
+        """The statistics of one micro-step (0 .. plan.accumulation - 1), whose gradients are added to those of the update."""
 
     @abstractmethod
     def evaluate(self, compute: Compute) -> Tensor:
-        """The statistics of a forward pass in evaluation mode, without gradients, in the precision of training."""
+        """The statistics of a forward pass in evaluation mode, without gradients, in the training precision."""
 
     @abstractmethod
     def grad_norm(self) -> Tensor:
-        """The global norm (scalar) of the mean gradient, before clipping. After the last micro-step of an update."""
+        """The global norm (scalar) of the mean gradient before clipping. Called after the last micro-step of an update."""
 
     @abstractmethod
     def step(self, lr: float) -> None:
-        """Clips to optim.grad_clip and updates, at `lr` times the multiplier of each parameter's rule. After `grad_norm`."""
+        """Clips the gradients to optim.grad_clip and updates the weights, each parameter with `lr` times the multiplier of its
+        rule. Called after `grad_norm`."""
 
     @abstractmethod
     def skip(self) -> None:
-        """Drops the gradients of this update: weights, moments and their step count stay as they are. After `grad_norm`."""
+        """Discards the gradients of this update; weights, optimizer states and their step count do not change. Called after
+        `grad_norm` in place of `step`."""
 
     @abstractmethod
     def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, full float32 tensor) of every parameter that has this kind, in one order on all ranks, on every
-        rank."""
+        """Yields (name, full float32 tensor of the state) of every parameter that has the state, on every rank, in an order that
+        is the same on all ranks."""
 
     @abstractmethod
     def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
-        """Sets the kind of every parameter that has it from `read(name)` (full float32 tensors on the CPU)."""
+        """Sets a state of every parameter that has it to `read(name)` (full float32 tensors on the CPU).
+
+        optimizer_step: the number of updates behind the states.
+        """
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over one group of parameters per rule; sets `rules`. Raises InputError (optim.groups.make_optimizer)."""
+        """A new optimizer with one parameter group per rule; sets `rules`. Raises InputError as optim.groups.make_optimizer."""
         self.rules = rules_of(model, self.cfg)
         return make_optimizer(model, self.rules, self.cfg.optim, self.world.device)

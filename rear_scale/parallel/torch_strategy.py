@@ -1,4 +1,4 @@
-"""What the strategies of torch itself share: the optimizer over named weights, whole or as DTensors."""
+"""The base class of the strategies of torch itself: an optimizer over named weights, which are tensors or DTensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rear_scale.parallel.strategy import Compute, StateName, Strategy
 
 
 class TorchStrategy(Strategy):
-    """Optimizer, clipping and state by name. Subclasses set `model` and `engine`, and run the passes of training."""
+    """Optimizer, clipping and named states for torch's engines. Subclasses set `model` and `engine`, and run the passes."""
 
-    engine: nn.Module  # what is called: the model or its wrapper
+    engine: nn.Module  # the module to call: the model or its wrapper
     optimizer: torch.optim.Optimizer
 
     def prepare(self) -> None:
-        """Makes what `build` needs of the process group, where build itself runs on tensors without memory."""
+        """Creates what `build` needs from the process group. Called first where `build` runs on fake tensors."""
 
     def grad_norm(self) -> Tensor:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -51,7 +51,7 @@ class TorchStrategy(Strategy):
         return nullcontext()
 
     def prepare_optimizer(self) -> None:
-        """Makes the optimizer with its states, and the moving average as one more: sharded and stored like the others."""
+        """Creates the optimizer with its states. The moving average is one more state, so that it is sharded and stored alike."""
         self.optimizer = self.make_optimizer(self.model)
         for name, weight in self.model.named_parameters():
             prepare_states(self.optimizer, self.rules[name], weight, 0)
@@ -87,10 +87,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
-    """A full tensor on the CPU, placed as the weight is. Every rank has read the same file, so nothing needs to travel."""
+    """The value (a full CPU tensor) on the weight's device, sharded as the weight is. No communication: every rank has read
+    the same file."""
     if not isinstance(weight, DTensor):
         return value.to(weight.device)
-    # Sharded as chunk does it: the last ranks may have less, or nothing.
+    # DTensors are sharded as torch.chunk splits: the last ranks may have smaller shards, or none.
     axis, placement = next((axis, found) for axis, found in enumerate(weight.placements) if found.is_shard())
     chunks = value.chunk(weight.device_mesh.size(axis), placement.dim)
     place = weight.device_mesh.get_local_rank(axis)

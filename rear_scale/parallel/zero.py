@@ -1,20 +1,20 @@
-"""What a rank holds and sends under DeepSpeed ZeRO, by formula. Imports no engine.
+"""Memory and communication per rank under DeepSpeed ZeRO, by formula. Does not import DeepSpeed.
 
-Where the engine departs from the usual formulas of memory.py:
+Differences between the engine and the usual formulas of memory.py:
 
-- In float32 it keeps masters beside its weights all the same: 4 psi / W more.
-- ZeRO-1 in bf16 keeps the whole float32 sum of gradients between steps, with the bf16 ones of the last micro-step
-  beside it: 6 psi instead of 2 psi. In float32 it frees what it does not own after the last micro-step.
-- ZeRO-2 and 3 keep their share of gradients in float32 (4 psi / W instead of 2 psi / W), because sums over micro-steps
-  would lose bits in bf16; deferred, they are whole in the width of the weights.
-- ZeRO-3 keeps the float32 bucket of its reduction from step to step.
+- In float32 too, it keeps master weights beside its weights: 4 psi / W more.
+- ZeRO-1 in bf16 keeps the unsharded float32 sum of gradients between steps, beside the bf16 gradients of the last micro-step:
+  6 psi instead of 2 psi. In float32 it frees the gradients of other ranks' shards after the last micro-step.
+- ZeRO-2 and 3 keep their shard of the gradients in float32 (4 psi / W instead of 2 psi / W), because sums over micro-steps would
+  lose bits in bf16; with deferred reduction, gradients are unsharded, in the dtype of the weights.
+- ZeRO-3 keeps the float32 bucket of its reduction between steps.
 
-And from those of communication.py:
+Differences to the formulas of communication.py:
 
-- ZeRO-1 and 2 reduce each slice of a bucket to the rank that owns it (use_multi_rank_bucket_allreduce is off), so their
-  gradients travel once, not twice. ZeRO-1 in bf16 is another optimizer of the engine, which all-reduces them whole.
-- ZeRO-3 keeps up to 1e9 gathered weights, so the backward pass of a smaller model gathers nothing; weights of fewer than 1e5
-  elements are gathered after the update, once.
+- ZeRO-1 and 2 reduce each slice of a bucket to the rank that owns it (use_multi_rank_bucket_allreduce is off), so gradients
+  are sent once, not twice. ZeRO-1 in bf16 uses another optimizer of DeepSpeed, which all-reduces whole gradients.
+- ZeRO-3 keeps up to 1e9 gathered elements, so the backward pass of a smaller model gathers nothing; weights of fewer than 1e5
+  elements are gathered once, after the update.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rear_scale.parallel import facts
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements
 
-# Elements in flight per collective of DeepSpeed. More cost gigabytes of buffers and gain nothing.
+# Elements per collective of DeepSpeed. Larger buckets take gigabytes of buffers and are not faster.
 BUCKET_ELEMENTS = 50_000_000
-# DeepSpeed's stage3_max_live_parameters: gathered weights that it keeps for later.
+# DeepSpeed's stage3_max_live_parameters: the number of gathered elements that it keeps for later use.
 LIVE_ELEMENTS = 1_000_000_000
 _PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 
@@ -48,17 +48,17 @@ def memory(update: Update) -> Memory:
     shard = -(-psi // update.world_size)
     on_device = not cfg.strategy.cpu_offload
     weights = itemsize * (psi if stage_of(cfg) < 3 else shard)
-    # In float32 the engine still keeps masters of its own.
+    # In float32 too, the engine keeps separate master weights.
     masters = FP32 * shard * on_device
     optimizer = update.optimizer_bytes(shard) * on_device
     if stage_of(cfg) == 1 and is_bf16 and on_device:
-        # Another optimizer of the engine: whole bf16 gradients, added up in whole float32 ones that stay.
+        # BF16_Optimizer: unsharded bf16 gradients, summed into unsharded float32 gradients that stay allocated.
         return Memory(weights, optimizer, masters, gradients=2 * psi, kept_gradients=FP32 * psi)
     deferring = update.accumulation > 1 and (stage_of(cfg) == 1 or cfg.strategy.defer_reduction)
-    # What a rank does not own is freed as soon as the last micro-step has reduced it.
+    # Gradients of other ranks' shards are freed as soon as the last micro-step has reduced them.
     deferred = itemsize * psi if deferring else 0
     if stage_of(cfg) < 3:
-        # One bucket fills while the other travels, as float32.
+        # Two buckets: one is filled while the other is reduced, in float32.
         gathered = (2 * itemsize + 4 * is_bf16) * min(psi, BUCKET_ELEMENTS)
         return Memory(weights, optimizer, masters, gradients=FP32 * shard, deferred=deferred, gathered=gathered)
     return Memory(
@@ -103,7 +103,7 @@ def _of_stage_3(update: Update) -> Traffic:
     large = sum(size for size in sizes if size > _PERSISTENT)
     small = [size for size in sizes if size <= _PERSISTENT]
     passes = update.accumulation * (1 if sum(sizes) <= LIVE_ELEMENTS else 2)
-    # The first fetch is waited for; the rest is fetched ahead of it, a bucket at once.
+    # The first gather is a call of its own; the others are prefetched, a bucket per call.
     sent.calls["all_gather"] += (1 + -(-large // BUCKET_ELEMENTS)) * passes
     sent.payload["all_gather"] += large * itemsize * passes
     for size in small:
@@ -117,5 +117,5 @@ def _of_stage_3(update: Update) -> Traffic:
 
 @lru_cache(maxsize=64)
 def _sizes(model: nn.Module, ranks: int) -> list[int]:
-    """Elements of each weight, filled up to a multiple of the ranks."""
+    """The number of elements of each weight, padded to a multiple of the ranks."""
     return [-(-weight.numel() // ranks) * ranks for weight in model.parameters()]

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes."""
+"""Figures, returned as PNG bytes."""
 
 # n images, S side in pixels
 
@@ -20,7 +20,7 @@ from rear_scale.sample.grid import contact_sheet
 
 
 def curves(series: Mapping[str, Sequence[Mapping[str, Any]]], quantity: str, title: str) -> bytes:
-    """One line per name: `quantity` over the images seen, from the lines of metrics.jsonl. Missing values are left out."""
+    """A plot with one curve per name: `quantity` over images seen, from the lines of metrics.jsonl, without missing values."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for name, metrics in series.items():
         points = [(line["images_seen"], line[quantity]) for line in metrics if line.get(quantity) is not None]
@@ -33,7 +33,7 @@ def curves(series: Mapping[str, Sequence[Mapping[str, Any]]], quantity: str, tit
 
 
 def grid(images: np.ndarray, columns: int) -> bytes:
-    """A sheet of images (uint8 [n, S, S, 3]) in rows of `columns`."""
+    """A contact sheet of images (uint8 [n, S, S, 3]) in rows of `columns`."""
     buffer = io.BytesIO()
     Image.fromarray(contact_sheet(images, columns)).save(buffer, format="PNG")
     return buffer.getvalue()

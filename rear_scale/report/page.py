@@ -1,4 +1,4 @@
-"""A self-contained HTML page: text, tables and images in one file that opens anywhere."""
+"""Self-contained HTML pages: text, tables and images in one file."""
 
 from __future__ import annotations
 

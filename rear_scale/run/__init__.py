@@ -1,1 +1,1 @@
-"""A run's folder and what is written beside its numbers."""
+"""Run folders, resumable stages, wandb, versions and requeueing."""

@@ -1,12 +1,11 @@
-"""The folder of a run: what was asked, what ran it, how far it is.
+"""The folder of a run: config, starts, status, metrics and events.
 
 config.yaml      the resolved config            checkpoints/     see checkpoint/folder.py
 starts.jsonl     one line per start: command, versions, commit, host, ranks
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
-events.jsonl     what went out of the ordinary: updates left out, loss spikes, checkpoints that could not be written, starts that
-                 were refused
-rewind.json      the newest return to a checkpoint past a loss spike, until a later checkpoint says it itself
+events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts
+rewind.json      the latest rewind after a loss spike, until the next checkpoint records it in its meta.json
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from rear_scale.world import World
 
 
 class RunFolder:
-    """Written by rank 0 alone. A full or failing disk is said, and ends nothing here."""
+    """The run folder, written by rank 0 alone. A full or failing disk is reported and does not end the run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -53,18 +52,18 @@ class RunFolder:
 
     @property
     def lock(self) -> tuple[Path, str]:
-        """The file that keeps a second process out of the folder, and what that process is told."""
+        """The path of the lock file, and the message for a second process that tries to use the folder."""
         return (
             self.path / ".lock",
             f"run.dir={self.path} is in use by another process. Wait for it, stop it, or set another run.dir",
         )
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keeps a second process out of the folder. Raises InputError when one is in it."""
+        """A context that holds the folder's lock. Raises InputError when another process holds it."""
         return locked(*self.lock)
 
     def clear(self) -> None:
-        """Removes what killed processes have left unfinished beside the checkpoints. For a process that has locked the run."""
+        """Removes temporary files of killed processes, except in the checkpoints. The caller must hold the lock."""
         remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl", "rewind.json")
         for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
             remove_leftovers(folder)
@@ -83,31 +82,31 @@ class RunFolder:
             try:
                 _write_over(path, text.encode())
             except OSError:
-                say(f"{path}: {error.strerror}. It does not say: {state}, step {step}{f', {reason}' if reason else ''}")
+                say(f"{path}: {error.strerror}. Not recorded: {state}, step {step}{f', {reason}' if reason else ''}")
 
     def refuse(self, reason: str) -> None:
-        """Notes why a start was refused, unless the run is done or in use by another process. Raises nothing."""
+        """Records why a start was refused, unless the run is done or in use by another process. Never raises."""
         with suppress(InputError, OSError), self.locked():
             if self.state() != "done":
                 self.set_status("failed", last_step(self.path), reason)
                 self.note("refused", last_step(self.path), reason=reason)
 
     def state(self) -> str | None:
-        """The state in status.json; None when it says none."""
+        """The state in status.json; None when there is none."""
         try:
             return json.loads((self.path / "status.json").read_text())["state"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def cut_metrics(self, step: int) -> None:
-        """Drops what was logged after a step, and a line that a kill left unfinished: every step appears once."""
+        """Removes the lines of later steps and an incomplete last line, so that every step appears once after a resume."""
         if not self.metrics.exists():
             return
         data = self.metrics.read_bytes()
         kept = b"".join(line + b"\n" for line in data.split(b"\n") if _logged_step(line) <= step)
         with _said():
             if data.startswith(kept):
-                os.truncate(self.metrics, len(kept))  # takes no room on the disk
+                os.truncate(self.metrics, len(kept))  # needs no disk space, unlike a rewritten file
             else:
                 with atomic_open(self.metrics) as file:
                     file.write(kept)
@@ -128,18 +127,18 @@ class RunFolder:
         return ""
 
     def note(self, event: str, step: int, **details: Any) -> None:
-        """A line in events.jsonl."""
+        """Adds a line to events.jsonl."""
         self._append("events.jsonl", {"event": event, "step": step, **details})
 
     def note_rewind(self, step: int, data_offset: int, rewinds: int) -> None:
-        """Keeps a return to the checkpoint of a step, which itself knows nothing of it."""
+        """Records a rewind to the checkpoint of a step in a file of its own, because that checkpoint was written before it."""
         with _said():
             values = {"step": step, "data_offset": data_offset, "rewinds": rewinds}
             write_text_atomically(self.path / "rewind.json", json.dumps(values) + "\n")
 
     def rewind_to(self, step: int, rewinds: int) -> dict[str, int]:
-        """data_offset and rewinds of the last return to the checkpoint of a step that was made after `rewinds` others;
-        empty without one."""
+        """data_offset and rewinds of the latest rewind to the checkpoint of a step, if it is later than the checkpoint's own
+        count `rewinds`; otherwise empty."""
         try:
             values = json.loads((self.path / "rewind.json").read_text())
             later = values["step"] == step and values["rewinds"] > rewinds
@@ -148,7 +147,7 @@ class RunFolder:
             return {}
 
     def close(self) -> None:
-        """Writes what a full disk has not taken before, or says that it is lost."""
+        """Writes the lines that a full disk has not taken before, or reports that they are lost."""
         for log in self.logs.values():
             log.close()
 
@@ -163,7 +162,7 @@ def is_config_of_run(path: Path) -> bool:
 
 @contextmanager
 def _said() -> Iterator[None]:
-    """Says that a file could not be written because the disk is full or fails, and goes on."""
+    """A context that reports an error of a full or failing disk instead of raising it."""
     try:
         yield
     except OSError as error:
@@ -173,12 +172,12 @@ def _said() -> Iterator[None]:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The logged steps of a run folder."""
+    """The metrics of all logged steps of a run folder."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def provenance(world: World) -> dict[str, Any]:
-    """What is running: command, versions, commit, machine."""
+    """The command, versions, commit and machine of this process, to be recorded with results."""
     on_gpu = world.device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -193,7 +192,7 @@ def provenance(world: World) -> dict[str, Any]:
 
 
 def _write_over(path: Path, data: bytes) -> None:
-    """Replaces the bytes of a file where they lie, which takes no room on a full disk, as a second file would."""
+    """Overwrites a file in place. Unlike an atomic write, this needs no space on a full disk."""
     handle = os.open(path, os.O_WRONLY)
     try:
         os.write(handle, data)

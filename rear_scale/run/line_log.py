@@ -1,4 +1,4 @@
-"""A file of lines that outlives a full disk: no line ends the run, is lost while there is memory for it, or is torn."""
+"""Log files that survive a full disk: errors do not end the run, lines are buffered in memory, and no line is incomplete."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rear_scale.progress import say
 
-_MOST_KEPT = 10_000  # lines that wait for room
+_MOST_KEPT = 10_000  # buffered lines
 
 
 class LineLog:
-    """Appends lines to a file. Lines that a full or failing disk does not take are kept and written with a later one."""
+    """A log file. Lines that a full or failing disk does not take are buffered and written with a later line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class LineLog:
         self.failing = False
 
     def append(self, line: str) -> None:
-        """Writes a line, after those that are waiting. The first failure is said, and so is the first success after it."""
+        """Writes a line after the buffered ones. Reports the first failure, and the first success after it."""
         self.waiting.append(line)
         if len(self.waiting) > _MOST_KEPT:
             self.waiting.pop(0)
@@ -30,15 +30,15 @@ class LineLog:
             self._write("".join(f"{text}\n" for text in self.waiting).encode())
         except OSError as error:
             if not self.failing:
-                say(f"{self.path}: {error.strerror}. Its lines are kept in memory until there is room")
+                say(f"{self.path}: {error.strerror}. Its lines are kept in memory until there is space")
             self.failing = True
             return
         if self.failing:
-            say(f"{self.path}: written again, with {len(self.waiting) - 1} lines that had to wait{self._lost()}")
+            say(f"{self.path}: written again, with {len(self.waiting) - 1} lines from memory{self._lost()}")
         self.failing, self.waiting = False, []
 
     def close(self) -> None:
-        """Tries once more, and says how many lines are lost."""
+        """Tries once more to write buffered lines, and reports how many are lost."""
         if self.waiting:
             self.append(self.waiting.pop())
         if self.waiting:
@@ -63,7 +63,7 @@ class LineLog:
 
 
 def _cut_torn_line(handle: int) -> int:
-    """Removes a last line without an end, as a kill or a full disk leaves it. Returns the size of the file."""
+    """The size of the file, after removing an incomplete last line, which a killed process or a full disk has left."""
     end = size = os.lseek(handle, 0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)

@@ -1,9 +1,9 @@
-"""Whether a job that has ended goes on by itself: asked by launchers/slurm/train.sbatch on the first node of a job.
+"""The decision whether an ended SLURM job is requeued, for launchers/slurm/train.sbatch on the first node of a job.
 
     python -m rear_scale.run.requeue begin --config rear_xl.yaml ...    prints "STEPS FOLDER" of the run, as in "8,4 runs/x"
     python -m rear_scale.run.requeue end STEPS FOLDER CODE              prints "again" or "leave", and why to stderr
 
-It imports no torch, so the answer is there within a second.
+This module does not import torch, so that it answers within a second.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _EXIT_INPUT_ERROR = 2
 
 
 def verdict(folder: str | Path, step_before: int, code: int) -> tuple[bool, str]:
-    """Whether to go on, and why, after a start of the run ended with this exit code.
+    """Whether to start the run again, and why, after a start that ended with this exit code.
 
-    A start that has saved nothing new would end the same way again, so it is left to a person. So is what a person must
-    look at: wrong input, and numbers that are not finite.
+    Not after wrong input or non-finite numbers, which need a person, and not after a start that saved no new checkpoint,
+    because the next start would probably end in the same way.
     """
     state, step, reason = read_status(folder)
     if state == "done" and code == 0:
         return False, f"{folder} is done: {step} steps"
     if code == _EXIT_INPUT_ERROR:
-        return False, "the input is wrong"
+        return False, "exit code 2: the input is wrong, see the error above"
     if state == "failed" and reason.startswith("FloatingPointError"):
         return False, reason
     what = f"{state} with exit code {code}" + (f" ({reason})" if reason else "")
@@ -42,7 +42,7 @@ def verdict(folder: str | Path, step_before: int, code: int) -> tuple[bool, str]
 
 
 def read_status(folder: str | Path) -> tuple[str, int, str]:
-    """state, step and reason of status.json; state "unknown" without one."""
+    """state, step and reason in status.json; the state "unknown" without such a file."""
     try:
         values = json.loads((Path(folder) / "status.json").read_text())
         return str(values["state"]), int(values["step"]), str(values["reason"])
@@ -51,9 +51,10 @@ def read_status(folder: str | Path) -> tuple[str, int, str]:
 
 
 def close(folder: str | Path, code: int) -> None:
-    """Ranks that were killed say nothing: their run is marked as failed, so that nobody takes it for a running one."""
+    """Marks a run as failed that is still marked as running, because its ranks were killed and could not write a status."""
     if read_status(folder)[0] == "running":
-        values = {"state": "failed", "step": last_step(folder), "reason": f"its ranks ended with code {code}, unsaid"}
+        reason = f"its ranks ended with exit code {code} without recording a reason"
+        values = {"state": "failed", "step": last_step(folder), "reason": reason}
         path = Path(folder) / "status.json"
         write_text_atomically(path, json.dumps(values) + "\n")
 
@@ -66,7 +67,7 @@ def _run_dir(arguments: list[str]) -> str:
     try:
         return config.with_home(config.load(args.config, args.overrides)).run.dir
     except InputError:
-        # Perhaps a YAML of the released trainers: reading those imports torch.
+        # It may be a YAML of the released trainers. load_config reads these too, but imports torch.
         from rear_scale.checkpoint.open import load_config
 
         return config.with_home(load_config(args.config, args.overrides)).run.dir
@@ -85,7 +86,7 @@ def main() -> None:
         return
     steps, folder, code = [int(step) for step in arguments[0].split(",")], arguments[1], int(arguments[2])
     close(folder, code)
-    # Of the steps at the start, one that was found damaged since is set aside: what was resumed from is an earlier one.
+    # Checkpoints of the start that no longer exist were damaged and set aside; the start has resumed from an earlier one.
     again, why = verdict(folder, max({*steps} & {*saved_steps(folder)}, default=0), code)
     print(why, file=sys.stderr)
     print("again" if again else "leave")

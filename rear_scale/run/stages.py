@@ -1,11 +1,10 @@
-"""Runs stages, each a command line of its own, in order. Finished ones are not run again, and after a kill the next start
-continues.
+"""Resumable sequences of command lines (stages). Finished stages are not run again, so that a start after a kill continues.
 
     train = Stage("train", "train at 1e-4", ["deepspeed", "launchers/train.py", ...], (run / "checkpoints/latest",))
     sample = Stage("sample", "sample at 1e-4", [...], (run / "samples.npz",), {"training": train.key})
     StageFolder("runs/study").run_all([train, sample])
 
-FOLDER/stages/NAME.json     command, inputs and seconds of a stage that has ended well
+FOLDER/stages/NAME.json     command, inputs and seconds of a finished stage
 FOLDER/logs/NAME.log        standard output of every start of a stage
 """
 
@@ -36,18 +35,18 @@ STAGE_VARIABLE = "REAR_STAGE"  # of the environment: says to a command that it i
 
 @dataclass(frozen=True)
 class Stage:
-    """A command line, the files that it makes, and what these depend on."""
+    """A command line, its output files, and the inputs that these depend on."""
 
-    name: str  # of its record and its log
-    title: str  # for the user
-    command: Sequence[str]  # as it is typed in the project's root
-    products: tuple[Path, ...]  # files or folders that must be there afterwards
-    inputs: Inputs = field(default_factory=dict)  # what the products depend on besides the command
-    processes: int = 1  # that the command starts on this machine, and which share its cores
+    name: str  # the name of its record and its log
+    title: str  # shown to the user
+    command: Sequence[str]  # as typed in the project's root
+    products: tuple[Path, ...]  # files or folders that must exist afterwards
+    inputs: Inputs = field(default_factory=dict)  # inputs of the products besides the command
+    processes: int = 1  # the number of processes that the command starts on this machine, among which cores are divided
 
     @property
     def key(self) -> str:
-        """A hash of command and inputs. Among the inputs of a later stage, it has that one run again when this one changes."""
+        """A hash of command and inputs. As an input of a later stage, it makes that stage run again when this one changes."""
         return fingerprint({"command": self.line, "inputs": fingerprint(self.inputs)})
 
     @property
@@ -56,14 +55,14 @@ class Stage:
 
 
 class StageFolder:
-    """Which stages have ended well, and their logs. Several processes may use a folder, but not for the same stages."""
+    """The records and logs of stages. Several processes may use a folder at the same time, but not for the same stages."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def run_all(self, stages: Sequence[Stage]) -> None:
-        """Runs the stages that are not finished, in order. Raises InputError, as `run` does, for the first that fails, and
-        KeyboardInterrupt with the stage that is next."""
+        """Runs the unfinished stages in order. Raises InputError for the first stage that fails, as `run` does, and
+        KeyboardInterrupt with a message that names the interrupted stage."""
         names = [stage.name for stage in stages]
         assert len({*names}) == len(names), names
         for number, stage in enumerate(stages, start=1):
@@ -74,37 +73,37 @@ class StageFolder:
                 raise KeyboardInterrupt(again) from None
 
     def run(self, stage: Stage, place: str = "") -> None:
-        """Runs a stage unless it is finished. place: what the user reads before its title.
+        """Runs a stage unless it is finished. place: text before its title, such as "[1/3] ".
 
-        Raises InputError when the command cannot be started, when it fails, and when it ends well without its products.
+        Raises InputError when the command cannot be started, when it fails, and when it does not make its products.
         """
         changed = self._changed(stage)
         if changed is None:
             say(f"{place}{stage.title}: finished before")
             return
         say(f"{place}{stage.title}{f' again: {changed}' if changed else ''}\n    {as_typed(stage.line)}")
-        # From here on the products are no longer those of the record, even if the command is killed.
+        # Remove the record first: from now on the products may change, even if the command is killed.
         self._record(stage).unlink(missing_ok=True)
         started = time.monotonic()
         self._start(stage)
         missing = _missing(stage)
         if missing:
             raise InputError(
-                f"the stage '{stage.title}' ended well, but {missing[0]} is not there; see {self._log(stage)}"
+                f"the stage '{stage.title}' ended without an error, but did not make {missing[0]}; see {self._log(stage)}"
             )
         seconds = round(time.monotonic() - started, 1)
         record = {"command": stage.line, "inputs": stage.inputs, "seconds": seconds}
         write_text_atomically(self._record(stage), json.dumps(record, indent=1) + "\n")
 
     def seconds(self, stage: Stage) -> float:
-        """How long the start took that finished a stage."""
-        found = self._read(stage)
-        assert found is not None, stage.name
-        return found["seconds"]
+        """The duration in seconds of the start that finished a stage."""
+        record = self._read(stage)
+        assert record is not None, stage.name
+        return record["seconds"]
 
     def _changed(self, stage: Stage) -> str | None:
-        """Why a stage is to be run: "" when it has no record, None when it is finished: its products are there and were made by
-        this command from these inputs."""
+        """The reason why a stage has to run: "" when it has no record; None when it is finished, which means that its products
+        exist and were made by this command from these inputs."""
         before = self._read(stage)
         if before is None:
             return ""
@@ -115,7 +114,7 @@ class StageFolder:
         if others:
             return f"its inputs changed ({', '.join(others)})"
         missing = _missing(stage)
-        return f"{missing[0]} is not there" if missing else None
+        return f"{missing[0]} does not exist" if missing else None
 
     def _read(self, stage: Stage) -> dict[str, Any] | None:
         try:
@@ -128,7 +127,7 @@ class StageFolder:
         for folder in (log.parent, self._record(stage).parent):
             folder.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
-            # Progress bars and errors are printed on standard error, which stays the terminal.
+            # Only standard output goes to the log: progress bars and errors on standard error stay visible in the terminal.
             try:
                 code = subprocess.run(
                     _arguments(stage.command),
@@ -138,8 +137,8 @@ class StageFolder:
                 ).returncode
             except FileNotFoundError as error:
                 raise InputError(
-                    f"the stage '{stage.title}' needs the program {stage.command[0]}, which is not there. Install it, or put "
-                    "its folder into PATH"
+                    f"the stage '{stage.title}' needs the program {stage.command[0]}, which was not found. Install it, or add "
+                    "its folder to PATH"
                 ) from error
         if code:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
@@ -168,10 +167,10 @@ def _arguments(command: Sequence[str]) -> list[str]:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """Programs are those beside this Python, whatever stands first in PATH; deepspeed starts `python` by name too."""
+    """The environment of a command. This Python's folder comes first in PATH, because deepspeed starts `python` by name."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    found = {**os.environ, "PATH": path, STAGE_VARIABLE: "1"}
+    environment = {**os.environ, "PATH": path, STAGE_VARIABLE: "1"}
     if processes > 1:
         # Set here: otherwise torchrun sets 1 and prints a warning.
-        found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    return found
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    return environment

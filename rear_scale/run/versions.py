@@ -1,4 +1,4 @@
-"""What code is running: versions of the packages and the commit."""
+"""Versions of the packages, and the git commit of this code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import rear_scale
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, of those that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("rear_scale", "torch", "deepspeed", "webdataset", "hydra-core", "numpy"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Weights & Biases as a sink of metrics that training never waits for, and the check of its settings before a start."""
+"""Weights & Biases: an asynchronous sink of metrics that never delays training, and the check of its settings before a start."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from rear_scale.places import how_to_install
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 
-# WANDB_MODE as wandb reads it, older words included.
+# Values of WANDB_MODE that wandb accepts, including old ones.
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 _LONGEST_NAME = 128  # of a project or run, by wandb's own check
 _NOT_IN_PROJECTS = "/\\#?%:"
 _MOST_WAITING = 10_000  # entries
-# Seconds that the end of a run waits for entries to be sent; after a signal or an error less, since a scheduler may be waiting.
+# Seconds that the end of a run waits for entries to be sent; fewer after a signal or an error, when a scheduler may kill the job.
 _FINISH_S, _FINISH_AFTER_ERROR_S = 120.0, 20.0
-_ANSWER_S = 10.0  # of wandb's server, before a start
-# A signal to all processes of a job must reach the main thread, whatever thread it is delivered to.
+_ANSWER_S = 10.0  # time limit for an answer of wandb's server before a start
+# Signals that the sink's thread blocks, so that they are delivered to the main thread.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
-# That of the run that is training in this process.
+# The sink of the run that is training in this process.
 _training_sink: WandbSink | None = None
 
 
 class WandbSink:
-    """Sends entries to a page of wandb from a thread of its own.
+    """Sends entries to a wandb page from a background thread.
 
-    No method raises or waits, `finish` apart, which waits for a bounded time. The first problem is said and ends sending;
-    entries that were not sent are counted. metrics.jsonl has them all.
+    No method raises, and none blocks except `finish`, which waits for a limited time. The first problem is reported and stops
+    sending; unsent entries are counted. metrics.jsonl holds all entries.
     """
 
     def __init__(self, cfg: ExperimentConfig, run: RunFolder, mode: str) -> None:
@@ -61,7 +61,7 @@ class WandbSink:
         self._put(lambda page: page.log(metrics))
 
     def image(self, step: int, name: str, file: Path) -> None:
-        """Adds an image file, which is read later."""
+        """Adds an image file, which the thread reads later."""
 
         def send(page: Any) -> None:
             import wandb
@@ -75,15 +75,15 @@ class WandbSink:
         self._put(lambda page: page.summary.update(values))
 
     def finish(self, exit_code: int) -> None:
-        """Sends what is waiting, within a bounded time, and says what was not sent."""
+        """Sends the waiting entries, within a limited time, and reports the number of unsent ones."""
         self.exit_code = exit_code
         limit_s = _FINISH_AFTER_ERROR_S if exit_code else _FINISH_S
         end = time.monotonic() + limit_s
-        with suppress(queue.Full):  # when the thread is stuck, as the join finds
+        with suppress(queue.Full):  # the thread is stuck; the join below reports it
             self.waiting.put(None, timeout=limit_s)
         self.thread.join(max(0.0, end - time.monotonic()))
         if self.thread.is_alive():
-            self._give_up(f"no end of sending within {limit_s:.0f} s")
+            self._give_up(f"sending did not finish within {limit_s:.0f} s")
         self._drop_waiting()
         if self.unsent:
             say(f"wandb: {self.unsent} entries were not sent; {self.run.metrics} has them")
@@ -117,7 +117,7 @@ class WandbSink:
             return
         self.problem = problem
         self._drop_waiting()
-        say(f"wandb: {problem}. The run goes on without it")
+        say(f"wandb: {problem}. The run continues without wandb")
 
     def _drop_waiting(self) -> None:
         while True:
@@ -129,11 +129,11 @@ class WandbSink:
     def _open(self) -> Any:
         import wandb
 
-        # The id makes a resumed run continue its curve.
+        # With a stored id, a resumed run continues its curves.
         identity = self.run.path / "wandb_id"
         if not identity.exists():
             write_text_atomically(identity, secrets.token_hex(4))
-        # wandb reads the variable itself, and only in its own spelling.
+        # wandb reads this variable itself, but does not accept all spellings that are accepted here.
         if "WANDB_MODE" in os.environ:
             os.environ["WANDB_MODE"] = self.mode
         page = wandb.init(
@@ -144,16 +144,16 @@ class WandbSink:
             dir=str(self.run.path),
             mode=self.mode,
             config=to_dict(self.cfg),
-            # Otherwise every line on stderr passes through wandb in the thread that writes it.
+            # Otherwise wandb intercepts every line on stderr, in the thread that writes it.
             settings=wandb.Settings(console="off"),
         )
-        # A resumed run logs some steps again, which wandb's own counter would refuse.
+        # A resumed run logs some steps again, which wandb's own step counter would reject.
         page.define_metric("*", step_metric="step")
         return page
 
 
 def open_sink(cfg: ExperimentConfig, run: RunFolder) -> WandbSink | None:
-    """The sink of a run, or None where wandb is disabled or its mode is not known. Rank 0 only."""
+    """The sink of a run; None where wandb is disabled or WANDB_MODE is invalid. Rank 0 only."""
     try:
         mode = _mode(cfg)
     except InputError as error:
@@ -163,7 +163,7 @@ def open_sink(cfg: ExperimentConfig, run: RunFolder) -> WandbSink | None:
 
 
 def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
-    """Adds scores to the summary of the run's page in wandb, unless it is disabled. Rank 0 only."""
+    """Adds scores to the summary of the run's wandb page, unless wandb is disabled. Rank 0 only."""
     sink = open_sink(cfg, run)
     if sink is not None:
         sink.summary(values)
@@ -171,34 +171,34 @@ def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float])
 
 
 def log_image(step: int, name: str, file: Path) -> None:
-    """Adds an image to the page in wandb of the run that is training here, if there is one. Rank 0 only."""
+    """Adds an image to the wandb page of the run that is training in this process, if there is one. Rank 0 only."""
     if _training_sink is not None:
         _training_sink.image(step, name, file)
 
 
 def show_images_on(sink: WandbSink | None) -> None:
-    """Says which page `log_image` adds to: that of the run which is training in this process, or none."""
+    """Sets the page that `log_image` adds to: that of the run that is training in this process; None = no page."""
     global _training_sink
     _training_sink = sink
 
 
 def _mode(cfg: ExperimentConfig) -> str:
-    """disabled, offline or online. Raises InputError for a WANDB_MODE that is none of them."""
+    """The mode of wandb: disabled, offline or online. Raises InputError for another WANDB_MODE."""
     if cfg.wandb.mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
         return "disabled"
-    # Where nodes have no network, the job knows it and the config does not.
+    # The environment overrides the config: the job script knows whether nodes have a network.
     given = os.environ.get("WANDB_MODE", "").strip()
     if not given:
         return cfg.wandb.mode
     if given.lower() not in _MODES:
-        raise InputError(f"WANDB_MODE={given} is none of online, offline and disabled. Set one of them, or unset it")
+        raise InputError(f"WANDB_MODE={given} is not online, offline or disabled. Set one of them, or unset it")
     return _MODES[given.lower()]
 
 
 def check_wandb(cfg: ExperimentConfig, rank: int) -> None:
-    """Raises InputError when wandb could not take the run: package, names, key and, on rank 0, an answer of its server.
+    """Raises InputError when wandb would fail: checks package, names, key and, on rank 0, that its server answers.
 
-    A run that resumes is not refused for a server that does not answer; the sink then says so.
+    A run that resumes is not refused when the server does not answer; the sink then reports it.
     """
     mode = _mode(cfg)
     if mode == "disabled":
@@ -206,8 +206,8 @@ def check_wandb(cfg: ExperimentConfig, rank: int) -> None:
     project = cfg.wandb.project
     if not project.strip() or len(project) > _LONGEST_NAME or any(sign in _NOT_IN_PROJECTS for sign in project):
         raise InputError(
-            f"wandb.project={project} is not a name that wandb takes: 1 to {_LONGEST_NAME} characters, none of "
-            f"{' '.join(_NOT_IN_PROJECTS)}. Use a plain name; a team is named by the variable WANDB_ENTITY"
+            f"wandb.project={project} is not a name that wandb accepts: 1 to {_LONGEST_NAME} characters, none of "
+            f"{' '.join(_NOT_IN_PROJECTS)}. Use a plain name; a team is set by the variable WANDB_ENTITY"
         )
     _check_package()
     if mode == "offline":
@@ -230,18 +230,18 @@ def _check_package() -> None:
     if spec is not None and spec.origin is not None and (Path(spec.origin).parent / "sdk").is_dir():
         return
     if spec is None:
-        found = "is not installed"
+        problem = "is not installed"
     else:
-        place = Path(spec.origin).parent if spec.origin else Path(*list(spec.submodule_search_locations or [])[:1])
-        found = f"is hidden by {place.resolve()}, or not installed"
+        location = Path(spec.origin).parent if spec.origin else Path(*list(spec.submodule_search_locations or [])[:1])
+        problem = f"is hidden by {location.resolve()}, or not installed"
     raise InputError(
-        f"wandb.mode needs the package wandb, which {found}. Install it: {how_to_install('wandb')}, or use "
+        f"wandb.mode needs the package wandb, which {problem}. Install it: {how_to_install('wandb')}, or use "
         "wandb.mode=disabled"
     )
 
 
 def _server() -> str:
-    """The URL of the server: WANDB_BASE_URL, what `wandb login --host` has noted, or the public one."""
+    """The URL of the server: WANDB_BASE_URL, the one that `wandb login --host` has stored, or the public one."""
     if url := os.environ.get("WANDB_BASE_URL"):
         return url.rstrip("/")
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config/wandb")
@@ -268,20 +268,20 @@ def _has_key(server: str) -> bool:
 
 
 def _unreachable(server: str) -> str | None:
-    """Why the server gives no answer of any kind within _ANSWER_S, or None."""
-    found: list[str | None] = []
+    """The reason why the server gives no answer within _ANSWER_S; None when it answers in any way."""
+    problems: list[str | None] = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(server, timeout=_ANSWER_S).close()
-            found.append(None)
+            problems.append(None)
         except urllib.error.HTTPError:
-            found.append(None)  # an answer
+            problems.append(None)  # an answer
         except (OSError, ValueError) as error:
-            found.append(str(getattr(error, "reason", error)))
+            problems.append(str(getattr(error, "reason", error)))
 
-    # The look-up of a name has no time limit of its own.
+    # In a thread, because the name lookup has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_ANSWER_S)
-    return found[0] if found else f"no answer in {_ANSWER_S:.0f} s"
+    return problems[0] if problems else f"no answer in {_ANSWER_S:.0f} s"

@@ -1,1 +1,1 @@
-"""Checkpoint -> images: cached decoding with guidance, shared out over ranks."""
+"""Sampling: checkpoint -> images, by cached decoding with guidance, distributed over ranks."""

@@ -1,4 +1,4 @@
-"""What one batch of images is drawn from, in tensors whose shapes and places can stay from batch to batch."""
+"""The inputs and results of one sampling batch, in tensors that later batches can reuse (CUDA graphs need fixed addresses)."""
 
 # B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, U distinct classes of the rows
 
@@ -15,13 +15,13 @@ from rear_scale.model import Generator
 class Batch:
     """Inputs and results of one batch.
 
-    classes: int64 [U]. rows: int64 [R], which of the classes belongs to each row. ids: int64 [B], image ids. order: int64
-    [R or 1, N], None = as tokens are stored. tokens: int64 [B, N] in the order of drawing. near_ties and within_rounding:
-    int64 [B].
+    classes: int64 [U], the distinct classes. rows: int64 [R], the index into `classes` of each row. ids: int64 [B], image
+    ids. order: int64 [R or 1, N], the order of prediction; None = as tokens are stored. tokens: int64 [B, N], in the order of
+    prediction. near_ties and within_rounding: int64 [B], see Decoder.generate.
     """
 
     def __init__(self, model: Generator, labels: Tensor, ids: Tensor, order: Tensor | None, guided: bool) -> None:
-        # Row by row: its class, then the null class for the unguided half.
+        # Under guidance, the second half of the rows has the null class ("no class").
         row_classes = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
         if guided and order is not None and len(order) > 1:
             order = order.repeat(2, 1)
@@ -29,15 +29,15 @@ class Batch:
         self.ids, self.order, self.num_tokens = ids, order, model.num_tokens
         self.tokens = torch.empty(len(labels), model.num_tokens, dtype=torch.int64, device=labels.device)
         self.near_ties, self.within_rounding = torch.zeros_like(ids), torch.zeros_like(ids)
-        self.state: Any = None  # how far it is drawn: tables and caches
+        self.state: Any = None  # the CachedDecoding of this batch: tables and caches
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Batches of one shape can take each other's place."""
+        """The shapes of the tensors. Batches of equal shape can be computed in the same memory."""
         return len(self.classes), len(self.rows), None if self.order is None else tuple(self.order.shape)
 
     def fill(self, other: Batch) -> None:
-        """Takes over the inputs of another batch of this shape, in place."""
+        """Copies the inputs of another batch of this shape into this one."""
         assert self.shape == other.shape, (self.shape, other.shape)
         if other is self:
             return

@@ -1,7 +1,7 @@
-"""Cached decoding with classifier-free guidance.
+"""Decoding with a KV cache and classifier-free guidance.
 
-What does not depend on the tokens is computed once per batch (`Generator.decoding`). Keys and values are written into a
-cache that is allocated once, and each step reads its live prefix alone.
+Tensors that do not depend on the tokens are computed once per batch (`Generator.decoding`). Keys and values are written into a
+cache that is allocated once, of which each step reads only the filled part.
 """
 
 # B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, P prefix positions,
@@ -24,19 +24,19 @@ from rear_scale.sample.graphs import CudaGraph, GraphedSteps
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.sample.packed import packed_for_decoding
 
-NEAR_TIE = 1e-4  # between the two best logits with their noise
+NEAR_TIE = 1e-4  # smaller differences between the two largest logits with noise count as near ties
 _NOISE_STEPS = 16
-_NOISE_NUMBERS = 2**23  # made at once, at most: their 64-bit words must find room
-# By how many roundings of the largest logit the difference of two logits is off at most. Measured against more precision,
-# pairs of the two best codes, models of 6 to 24 blocks: 2.7 in bfloat16, where outputs are rounded, 10.2 in float32, whose
-# sums are.
+_NOISE_NUMBERS = 2**23  # upper bound of random numbers computed at once, as 64-bit words take memory
+# Upper bound on the error of a logit difference, in units of eps * max|logit|. Measured on the top-2 codes of models with 6 to
+# 24 blocks against a run in higher precision: 2.7 in bfloat16, where outputs are rounded; 10.2 in float32, where accumulation
+# dominates.
 _ROUNDINGS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 
 
 class Decoder:
-    """Draws token sequences from a model in eval mode. Image i has the same tokens in any batch of one size.
+    """Samples token sequences from a model in eval mode. Image i has the same tokens in any batch of the same size.
 
-    permuted: how the model was trained; sample.order asks for another order of prediction than its last.
+    permuted: the orders of prediction of the training; sample.order, if set, replaces their final order.
     """
 
     def __init__(self, model: Generator, cfg: SampleConfig, permuted: PermutationConfig | None = None) -> None:
@@ -57,9 +57,9 @@ class Decoder:
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """Token ids int64 [B, N], as the tokenizer stores them, for class ids (int64 [B]).
 
-        Image ids (int64 [B]) choose the randomness. Leaves in near_ties (int64 [B]) how many tokens of each image were
-        decided by less than NEAR_TIE, and in within_rounding (int64 [B]) how many by less than `rounding`: only there, by all
-        that was measured, another precision gives another token.
+        Image ids (int64 [B]) select the random numbers. Sets near_ties (int64 [B]) to the number of tokens of each image whose
+        two best logits differ by less than NEAR_TIE, and within_rounding (int64 [B]) to the number for which they differ by
+        less than `rounding`. In all measurements, another precision changed only tokens of the latter.
         """
         order = self.orders(ids)
         batch = Batch(self.model, labels, ids, order, self.guided)
@@ -67,12 +67,12 @@ class Decoder:
             batch = self.graphed(batch)
         else:
             self._draw_steps(batch, range(batch.num_tokens))
-        # Copies: the next batch may be drawn in the same place.
+        # Copies, because the next batch may be computed in the same memory.
         self.near_ties, self.within_rounding = batch.near_ties.clone(), batch.within_rounding.clone()
         return permutation.in_place(batch.tokens.clone(), order)
 
     def _draw_steps(self, batch: Batch, steps: range) -> None:
-        """Draws these steps of a batch, after those before them. Nothing here waits for the device."""
+        """Samples the tokens of these steps of a batch. Must not synchronize with the GPU (CUDA graphs record it)."""
         if steps.start == 0:
             batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.rows)))
             batch.near_ties.zero_()
@@ -86,7 +86,7 @@ class Decoder:
             batch.within_rounding += gap < self.rounding(logits, step)
 
     def _with_noise(self, ids: Tensor, steps: range) -> Iterator[tuple[int, Tensor]]:
-        """Each step with its noise. The numbers of several steps are made at once: that is a hundred small operations."""
+        """Yields (step, noise). The noise of several steps is computed at once, because it takes a hundred small operations."""
         K = self.model.shape.codebook_size
         at_once = max(1, min(_NOISE_STEPS, _NOISE_NUMBERS // (len(ids) * K)))
         for start in range(steps.start, steps.stop, at_once):
@@ -97,12 +97,12 @@ class Decoder:
 
     def _caches_for(self, rows: int) -> list[Cache]:
         if self.caches is None or len(self.caches[0].keys) != rows:
-            self.caches = None  # what it held goes first
+            self.caches = None  # free the old caches before allocating new ones
             self.caches = new_caches(self.model, rows)
         return self.caches
 
     def orders(self, ids: Tensor) -> Tensor | None:
-        """int64 [B or 1, N]: the order in which each image is made; None = as tokens are stored."""
+        """The order of prediction of each image, int64 [B or 1, N]; None = as tokens are stored."""
         name, layout = self.cfg.order or self.permuted.order, self.model.shape
         if name == "random":
             first = permutation.fixed_prefix(self.permuted.prefix, layout)
@@ -110,17 +110,17 @@ class Decoder:
         return permutation.fixed_order(name, layout, ids.device)
 
     def guide(self, logits: Tensor, step: int) -> Tensor:
-        """float32 [B, K] of the logits of all rows [R, K]: what the token is drawn from, temperature included."""
+        """The logits to sample from, float32 [B, K], after guidance, temperature, top_k and top_p. logits: [R, K], all rows."""
         logits = logits.float()
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (conditional - unconditional) * self.scales[step]
-        return likeliest(logits / self.cfg.temperature, self.cfg.top_k, self.cfg.top_p)
+        return top_k_top_p(logits / self.cfg.temperature, self.cfg.top_k, self.cfg.top_p)
 
     def rounding(self, logits: Tensor, step: int) -> Tensor:
-        """float32 [B]: what the difference of two of `guide`'s logits may be off by in the model's precision.
+        """Upper bound of the rounding error of a difference of two logits of `guide`, in the model's precision: float32 [B].
 
-        From the logits of all rows [R, K]. Guidance multiplies the error of either half by its share in the sum.
+        logits: [R, K], all rows. Guidance multiplies the errors of the two halves by their weights in the guided sum.
         """
         largest = logits.abs().amax(1).float()
         if self.guided:
@@ -129,20 +129,20 @@ class Decoder:
         return largest * (self.error / self.cfg.temperature)
 
     def draw(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
-        """int64 [B], distributed as softmax(logits)."""
-        return self.perturbed(logits, ids, step).argmax(1)
+        """Sampled codes int64 [B], distributed as softmax(logits)."""
+        return self.add_gumbel(logits, ids, step).argmax(1)
 
-    def perturbed(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
-        """float32 [B, K]: logits plus Gumbel noise that belongs to (image, step). The largest is the draw."""
+    def add_gumbel(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
+        """Logits plus Gumbel noise of (image, step), float32 [B, K]. The index of the largest is the sampled code."""
         return logits - self._noise(ids, step, logits.shape[1])
 
     def _noise(self, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:
-        """float32 [I, count], to be taken from logits: the negative of Gumbel noise."""
+        """Negative Gumbel noise, float32 [I, count], to be subtracted from logits."""
         return rng.exponential(self.cfg.seed, rng.Purpose.SAMPLE_TOKEN, ids, steps, count).log()
 
 
-def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """float32 [B, K] with -inf where a code is not among the top_k likeliest, or not needed to reach the share top_p."""
+def top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits float32 [B, K] with -inf for codes outside of the top_k, and for codes not needed to reach the probability top_p."""
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
@@ -155,9 +155,9 @@ def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 
 class CachedDecoding:
-    """One batch on its way: tables, cache, and how many positions are in it.
+    """The decoding state of one batch: tables, KV caches and the number of positions in them.
 
-    caches: those of an earlier batch of as many rows, which are overwritten; by default new ones.
+    caches: of an earlier batch with the same number of rows, to be overwritten; None = allocate new ones.
     """
 
     def __init__(self, model: Generator, batch: Batch, caches: list[Cache] | None = None) -> None:
@@ -169,7 +169,7 @@ class CachedDecoding:
         self.length = 0
 
     def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits [R, K] of the next token after tokens (int64 [B, t]), which grow by one token per call."""
+        """Logits [R, K] of the next token after tokens (int64 [B, t]), which must grow by one token per call."""
         start = self.length
         if start == 0:
             x = self.tables.prefix()
@@ -182,11 +182,11 @@ class CachedDecoding:
 
 
 def new_caches(model: Generator, rows: int) -> list[Cache]:
-    """Memory for the keys and values of every block, as many rows as a decoding batch has."""
+    """New, uninitialized KV caches, one per block, for decoding batches of so many rows."""
     shape, weight = model.shape, next(model.parameters())
-    kind = TransposedCache if weight.device.type == "cpu" and weight.dtype == torch.float32 else Cache
+    cache_class = TransposedCache if weight.device.type == "cpu" and weight.dtype == torch.float32 else Cache
     size = (rows, shape.num_heads, model.prefix + model.num_tokens - 1, shape.width // shape.num_heads)
-    return [kind(*size, weight) for _ in model.blocks]
+    return [cache_class(*size, weight) for _ in model.blocks]
 
 
 class Cache:
@@ -197,21 +197,21 @@ class Cache:
         self.length = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Appends the new positions [R, H, s, ...] and attends causally to all so far."""
+        """The attention output of the new positions [R, H, s, ...], which are appended and attend causally to all so far."""
         query, key = query.to(value.dtype), key.to(value.dtype)
         start, self.length = self.length, self.length + key.shape[2]
         return self._attend(query, key, value, start, self.length)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
         self.keys[:, :, start:end], self.values[:, :, start:end] = key, value
-        # The first call brings several positions, later ones a single one, which sees all: no mask either way.
+        # Causal masking only in the first call, which has several positions; later calls have one, which attends to all.
         return F.scaled_dot_product_attention(
             query, self.keys[:, :, :end], self.values[:, :, :end], is_causal=start == 0 and end > 1
         )
 
 
 class TransposedCache(Cache):
-    """Keys as [R, H, width of a head, S]: a CPU scores one query against many keys fastest over rows of positions."""
+    """Keys stored as [R, H, width of a head, S]: on a CPU, the product of one query with many keys is fastest in this layout."""
 
     def __init__(self, rows: int, heads: int, positions: int, width: int, like: Tensor) -> None:
         super().__init__(rows, heads, positions, width, like)

@@ -1,4 +1,4 @@
-"""Sheets of images."""
+"""Contact sheets: many images in one picture."""
 
 # n images, S side in pixels
 
@@ -12,13 +12,13 @@ from PIL import Image
 from rear_scale.files import atomic_file
 
 _GAP = 2  # pixels
-_CELL = 64  # pixels that a cell should at least have
+_CELL = 64  # pixels; smaller images are enlarged to at least half of this
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [height, width, 3] of images (uint8 [n, S, S, 3]) in rows of `columns`, on white.
+    """A picture uint8 [height, width, 3] of images (uint8 [n, S, S, 3]) in rows of `columns`, on white.
 
-    Small images are enlarged a whole number of times, without smoothing.
+    Small images are enlarged by an integer factor, without smoothing.
     """
     size = images.shape[1]
     scale = max(1, _CELL // size)
@@ -31,7 +31,7 @@ def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def write_sheet(path: Path, images: np.ndarray, columns: int) -> None:
-    """Writes the `contact_sheet` of images as a picture: PNG, unless the path ends in the suffix of another format."""
+    """Writes the `contact_sheet` of images, as PNG unless the path has the suffix of another format."""
     form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with atomic_file(path) as temporary:
         Image.fromarray(contact_sheet(images, columns)).save(temporary, format=form)

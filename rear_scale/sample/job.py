@@ -1,12 +1,12 @@
-"""Who makes which image. Image i has label i mod C and its own random numbers, whatever the number of ranks.
+"""Sampling jobs: the distribution of images over ranks. Image i has label i mod C and its own random numbers, for any number
+of ranks.
 
-Work is handed out in units of one batch, in class-major order, so that a batch has few classes. A rank takes the next
-unit when it is free: the others wait for a slow one at most for its last unit. A finished unit is a file. A rank that is
-lost takes the job with it, as its launcher ends the others; the same command then makes the missing units alone. The
-sample file is in image order.
+The job is divided into batches in class-major order, so that a batch has few classes. Each rank takes the next batch when it is
+free, so that at the end the others wait for a slow rank for at most one batch. Each finished batch is a file. If a rank dies,
+the launcher stops the job. Rerunning the same command generates only the missing batches. The sample file is in image order.
 """
 
-# B images of a unit, S side in pixels, N tokens of an image, C classes
+# B images of a batch, S side in pixels, N tokens of an image, C classes
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rear_scale.run.folder import provenance
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.sample.files import (
-    Parts,
+    BatchFiles,
     assemble,
     check_space,
     remove_copies,
@@ -51,7 +51,7 @@ from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
-_ALGORITHM = 1  # one more whenever the same weights and settings begin to draw other images
+_ALGORITHM = 1  # to be increased whenever equal weights and settings begin to give other images
 _NOT_THE_IMAGES = ("also_write", "grid_every_images", "cuda_graphs")  # settings of sampling that no image depends on
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
@@ -64,13 +64,13 @@ def load_generator(
     with_heads: bool = False,
     codebook: Tensor | None = None,
 ) -> Generator:
-    """The model of a checkpoint, in eval mode, in the precision that it was trained in.
+    """The model of a checkpoint, in eval mode, in its training precision.
 
     with_heads: with the heads of the loss, which the checkpoint must have then; sampling needs none. codebook: float32 [K, Z]
     of a model that is tied to it; None = the one beside the training tokens.
     """
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    # In its place from the start: as many ranks as a node has GPUs each hold one copy, and none of them on the CPU.
+    # Allocated on the device directly: copies on the CPU, one per rank of a node, could exceed the host's memory.
     model = empty_model(cfg, device, dtype, with_heads=with_heads)
     load_generator_weights(checkpoint, model)
     codebook = _tied_codebook(cfg) if codebook is None else codebook
@@ -80,26 +80,26 @@ def load_generator(
 
 
 def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
-    """float32 [K, Z], of a model whose weights do not hold its embeddings; None for the others."""
+    """The codebook float32 [K, Z] of a model whose embeddings are tied to it; None for other models."""
     if cfg.model.tie_codebook is None:
         return None
     if cfg.data.train is None:
         raise InputError(
             f"data.train is not set, but model.tie_codebook={cfg.model.tie_codebook} needs the codebook beside the training "
-            "tokens: the config that came with the weights names a command or a remote place, which is taken from the command "
-            "line alone. Set data.train=FOLDER there, or the same pipe: or URL"
+            "tokens: a command or a URL in the config of downloaded weights is not used, for safety. Set data.train=FOLDER on "
+            "the command line, or the same pipe: or URL"
         )
     return codebook_of(cfg, read_checked(cfg, cfg.data.train))
 
 
 def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
-    """Where the samples of a checkpoint go: one name for one set of settings."""
+    """The default path for samples of a checkpoint; other settings give another path."""
     identity = job_identity(cfg, checkpoint)
     return checkpoint.run / "samples" / f"{step_name(checkpoint.step)}_n{cfg.sample.num_images}_{identity[:8]}.npz"
 
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
-    """A hash of all that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
+    """A hash of everything that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
     permuted, codebook = cfg.objective.permutation, _tied_codebook(cfg)
     sample = {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES}
     parts = {
@@ -116,18 +116,18 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError when samples cannot be written there, or only over files that no sampling job has made."""
+    """Raises InputError when samples cannot be written to this path, or would replace files that no sampling job has written."""
     if output.suffix != ".npz" or output.is_dir():
         raise InputError(
-            f"--out {output} {'is a folder' if output.is_dir() else 'does not end in .npz'}, but the samples are one .npz with "
-            f"other files beside it. Use --out {output / 'samples.npz' if output.is_dir() else output.with_suffix('.npz')}"
+            f"--out {output} {'is a folder' if output.is_dir() else 'does not end in .npz'}, but samples are written to one .npz "
+            f"file and others beside it. Use --out {output / 'samples.npz' if output.is_dir() else output.with_suffix('.npz')}"
         )
     others = written_over(output)
-    # A job that was begun has its parts there, and one that has ended its settings.
+    # Files of a sampling job are recognized by its intermediate files while it is unfinished, and by its settings after that.
     if others and "identity" not in _settings_of(output) and not output.with_suffix(".parts").is_dir():
         raise InputError(
-            f"--out {output} would be written over {others[0]}, which no sampling job has made. Name another file, or move "
-            "that one"
+            f"--out {output} would overwrite {others[0]}, which no sampling job has written. Choose another --out, or move that "
+            "file"
         )
 
 
@@ -141,30 +141,30 @@ def say_untrained(cfg: ExperimentConfig, world: World) -> None:
 
 
 def check_trained_on(cfg: ExperimentConfig, manifest: Manifest) -> None:
-    """check_tokenizer, before there is a checkpoint: for the training tokens of this manifest, as checkpoints will name them."""
+    """Raises InputError as `check_tokenizer` does, by the manifest of the training tokens, before a checkpoint exists."""
     check_tokenizer(cfg, Checkpoint(Path(cfg.run.dir), {"tokenizer_sha256": manifest.tokenizer_sha256}))
 
 
 def check_tokenizer(cfg: ExperimentConfig, checkpoint: Checkpoint) -> None:
     """Raises InputError when tokenizer.weights is another file than the one whose tokens the checkpoint was trained on."""
     made, given = checkpoint.meta.get("tokenizer_sha256") or "", weights_sha256(cfg.tokenizer)
-    # Shards whose maker is not known have an empty or zero hash.
+    # Shards made by an unknown tokenizer have an empty or zero hash.
     if made.strip("0") and given is not None and given != made:
         raise InputError(
             f"tokenizer.weights={cfg.tokenizer.weights} has sha256 {given[:12]}, but {checkpoint.path} was trained on tokens of "
-            f"a file with {made[:12]}: they stand for other images. Set tokenizer.weights to that file"
+            f"a file with sha256 {made[:12]}, and would decode to other images. Set tokenizer.weights to that file"
         )
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One file of samples."""
+    """A sampling job, which writes one file of samples."""
 
     cfg: ExperimentConfig
     checkpoint: Checkpoint
     world: World
     output: Path
-    tokenizer: Tokenizer | None  # null = its images are not decoded here
+    tokenizer: Tokenizer | None  # None = its images are not decoded here
     identity: str
 
     @property
@@ -173,19 +173,21 @@ class _Job:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [n], of all images."""
+        """The class ids of all images, int64 [n]."""
         return labels_of(self.cfg, np.arange(self.cfg.sample.num_images))
 
     @cached_property
-    def parts(self) -> Parts:
-        return Parts(self.output.with_suffix(".parts") / self.identity[:16], with_images=self.tokenizer is not None)
+    def batch_files(self) -> BatchFiles:
+        return BatchFiles(
+            self.output.with_suffix(".parts") / self.identity[:16], with_images=self.tokenizer is not None
+        )
 
 
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
     """Writes `output` (ADM .npz), its token ids (.tokens.npy), settings (.json) and a grid (.png).
 
     With sample.also_write, PNGs too. Only token ids and settings for a tokenizer whose images are not decoded here. All ranks
-    must call this. Finished work of an earlier call with the same settings is kept. Raises InputError when another process
+    must call this. Finished batches of an earlier call with the same settings are kept. Raises InputError when another process
     writes there, when there is too little disk space, when the tokenizer is not the one whose tokens the model was trained
     on, and when the ranks do not have the same checkpoint and settings.
     """
@@ -201,13 +203,14 @@ def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, o
 
 
 def _check_same_job(checkpoint: Checkpoint, identity: str, world: World) -> None:
-    """Each rank has looked for the newest checkpoint at a time of its own: a run that goes on writes others."""
+    """Raises InputError when ranks have different checkpoints or settings. Each rank finds the newest checkpoint by itself, and
+    a training run may write one in between."""
     jobs = world.gather((identity, str(checkpoint.path)))
-    other = next((rank for rank, (found, _) in enumerate(jobs) if found != jobs[0][0]), None)
+    other = next((rank for rank, (own, _) in enumerate(jobs) if own != jobs[0][0]), None)
     if other is not None:
         raise InputError(
             f"rank 0 would sample from {jobs[0][1]} and rank {other} from {jobs[other][1]}, or their settings differ: a "
-            "training run may have written a checkpoint meanwhile. Name one, --checkpoint RUN/checkpoints/step_XXXXXXXX"
+            "training run may have written a checkpoint meanwhile. Choose one: --checkpoint RUN/checkpoints/step_XXXXXXXX"
         )
 
 
@@ -216,7 +219,7 @@ def _sample(job: _Job) -> None:
     world.on_main(lambda: remove_unfinished(job.output))
     if is_done(job.output, job.identity, job.result):
         if world.is_main:
-            job.parts.remove()  # a kill may have come between
+            job.batch_files.remove()  # left behind if the job was killed before it removed them
             say(f"{job.result} is complete")
     else:
         _make(job)
@@ -231,53 +234,54 @@ def _sample(job: _Job) -> None:
 
 def _make(job: _Job) -> None:
     cfg, world, planned = job.cfg, job.world, batches_of(job.cfg)
-    missing = [number for number in range(len(planned)) if not job.parts.finished(number)]
+    missing = [number for number in range(len(planned)) if not job.batch_files.finished(number)]
     to_make = sum(len(planned[number]) for number in missing)
     if world.is_main and len(planned) < world.size:
         say(
-            f"sample.batch_size={cfg.sample.batch_size} makes {len(planned)} batches for {world.size} ranks, some of which get "
-            f"none. With sample.batch_size={max(1, cfg.sample.num_images // world.size)} all would work"
+            f"note: sample.batch_size={cfg.sample.batch_size} makes {len(planned)} batches for {world.size} ranks, so some ranks "
+            f"are idle. With sample.batch_size={max(1, cfg.sample.num_images // world.size)} all ranks have work"
         )
-    world.on_main(lambda: check_space(job.output, job.parts, to_make, cfg.sample.num_images, cfg.tokenizer))
+    world.on_main(lambda: check_space(job.output, job.batch_files, to_make, cfg.sample.num_images, cfg.tokenizer))
     decoder = Decoder(load_generator(cfg, job.checkpoint, world.device), cfg.sample, cfg.objective.permutation)
-    # Rank 0's list and a counter that no other job has: units go one by one to whoever is free.
+    # All ranks use rank 0's list and take batches from it by a shared counter. Its random name is not used by any other job.
     missing, name = world.from_main((missing, secrets.token_hex(8)))
     with (
         progress("sample", to_make, "image", show=world.is_main) as bar,
         DecodeWorker(world.device) as worker,
     ):
         while (turn := world.add(f"{name}/turn") - 1) < len(missing):
-            finish = partial(worker.run, partial(_finish_unit, job))
-            _make_unit(decoder, planned[missing[turn]], cfg, world, finish, missing[turn])
+            finish = partial(worker.run, partial(_finish_batch, job))
+            _sample_batch(decoder, planned[missing[turn]], cfg, world, finish, missing[turn])
             done = world.add(f"{name}/images", len(planned[missing[turn]]))
             bar.update(done - bar.n)
     world.barrier()
     if world.is_main:
-        # What an earlier job of other settings left here must not pass for this one's, nor this one's for its.
+        # Delete the settings file and copies of any earlier job first, so that a crash here cannot leave one job's settings
+        # beside another job's images.
         job.output.with_suffix(".json").unlink(missing_ok=True)
         remove_copies(job.output)
-        assemble(job.output, job.parts, planned, job.labels, cfg.tokenizer.image_size)
-        _write_settings(job, job.parts.near_ties(planned))
-        job.parts.remove()
+        assemble(job.output, job.batch_files, planned, job.labels, cfg.tokenizer.image_size)
+        _write_settings(job, job.batch_files.near_ties(planned))
+        job.batch_files.remove()
 
 
 def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
-    """Class ids (int64 [n]) of image ids (int64 [n]): image i has the class i mod C, or the i-th of sample.labels in turn."""
+    """Class ids (int64 [n]) of image ids (int64 [n]): i mod C, or the entries of sample.labels in turn."""
     given = cfg.sample.labels
     return ids % cfg.model.num_classes if given is None else np.array(given)[ids % len(given)]
 
 
 def batches_of(cfg: ExperimentConfig) -> list[np.ndarray]:
-    """Image ids (int64 [at most sample.batch_size]) of each unit, class by class."""
+    """The image ids of each batch (int64 [at most sample.batch_size]), sorted by class."""
     ids = np.arange(cfg.sample.num_images)
     ids = ids[np.argsort(labels_of(cfg, ids), kind="stable")]
     return [ids[start : start + cfg.sample.batch_size] for start in range(0, len(ids), cfg.sample.batch_size)]
 
 
 def make_tokens(decoder: Decoder, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device) -> Tensor:
-    """Token ids int64 [sample.batch_size, N] of the image ids of a unit, which come first.
+    """Token ids int64 [sample.batch_size, N]; the first rows are those of the given image ids.
 
-    A short unit is filled up with copies of its last image: the arithmetic is that of a full batch.
+    A short batch is padded with copies of its last image, because another batch size may round differently.
     """
     full = np.concatenate([ids, np.full(cfg.sample.batch_size - len(ids), ids[-1])])
     labels = torch.from_numpy(labels_of(cfg, full)).to(device)
@@ -287,7 +291,7 @@ def make_tokens(decoder: Decoder, ids: np.ndarray, cfg: ExperimentConfig, device
 def make_images(
     decoder: Decoder, tokenizer: Tokenizer, ids: np.ndarray, cfg: ExperimentConfig, device: torch.device
 ) -> np.ndarray:
-    """Images (uint8 [B, S, S, 3]) of the image ids of a unit."""
+    """Images (uint8 [B, S, S, 3]) of the image ids of a batch."""
     return decode_images(tokenizer, make_tokens(decoder, ids, cfg, device), cfg)[: len(ids)]
 
 
@@ -297,7 +301,7 @@ def decode_images(tokenizer: Tokenizer, tokens: Tensor, cfg: ExperimentConfig) -
         return to_uint8(tokenizer.decode(tokens), cfg.sample.uint8_rounding)
 
 
-def _make_unit(
+def _sample_batch(
     decoder: Decoder,
     ids: np.ndarray,
     cfg: ExperimentConfig,
@@ -311,11 +315,11 @@ def _make_unit(
     finish(number, tokens, torch.stack((decoder.near_ties, decoder.within_rounding), 1)[: len(ids)])
 
 
-def _finish_unit(job: _Job, number: int, tokens: Tensor, near_ties: Tensor) -> None:
+def _finish_batch(job: _Job, number: int, tokens: Tensor, near_ties: Tensor) -> None:
     count = len(near_ties)
-    # The full batch is decoded: a short one would round otherwise.
+    # Decode the padded batch: another batch size may round differently.
     images = None if job.tokenizer is None else decode_images(job.tokenizer, tokens, job.cfg)[:count]
-    job.parts.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
+    job.batch_files.save(number, near_ties.cpu().numpy(), tokens[:count].cpu().numpy(), images)
 
 
 def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
@@ -327,8 +331,8 @@ def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
         "sample": asdict(cfg.sample),
         "uint8_rounding": cfg.sample.uint8_rounding,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
-        # Tokens that were decided by less than this, and by less than the error of logits in this precision: another batch
-        # size, device or precision may draw others from there on.
+        # The number of tokens whose two best logits differ by less than this, or by less than the rounding error in this
+        # precision. From such a token on, another batch size, device or precision may give other tokens.
         "near_ties": {"below": NEAR_TIE, **_counted(near_ties[:, 0])},
         "within_rounding": {"precision": cfg.train.precision, **_counted(near_ties[:, 1])},
         **provenance(job.world),
@@ -341,14 +345,14 @@ def _counted(tokens: np.ndarray) -> dict[str, int]:
 
 
 def is_done(output: Path, identity: str, result: Path | None = None) -> bool:
-    """Whether a job of that identity has written `result` (by default, output itself) and its settings."""
+    """Whether a job of that identity has written `result` (by default `output`) and its settings file."""
     return (result or output).exists() and _settings_of(output).get("identity") == identity
 
 
 def _settings_of(output: Path) -> dict[str, Any]:
-    """What the job that wrote `output` noted beside it; empty when there is nothing, or a file of somebody else's."""
+    """The settings file beside `output`; empty when there is none, or a file that no sampling job has written."""
     try:
-        found = read_json(output.with_suffix(".json"))
+        settings = read_json(output.with_suffix(".json"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}

@@ -1,4 +1,4 @@
-"""The sample file of the ADM evaluation: a .npz whose `arr_0` holds uint8 images, written without holding it in memory."""
+"""Streaming writer of sample files for the ADM evaluation: a .npz with uint8 images in `arr_0`, never whole in memory."""
 
 # n images, S side in pixels
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rear_scale.files import atomic_file
 
-# A fixed time in the archive: the same images give the same bytes.
+# A fixed time stamp, so that the same images give the same bytes.
 _TIME = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = 30  # bytes
 
@@ -22,13 +22,13 @@ _LOCAL_HEADER = 30  # bytes
 def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_size: int, labels: np.ndarray) -> None:
     """Writes `arr_0` (uint8 [count, S, S, 3]) from a stream of blocks (uint8 [n, S, S, 3]), and `label` (int64 [count]).
 
-    The file appears when it is complete.
+    The file becomes visible when it is complete.
     """
     with (
         atomic_file(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
-        # 50,000 images of 256 pixels pass 4 GiB, which a zip member must announce before it is written.
+        # 50,000 images of 256 pixels exceed 4 GiB; a zip member of that size must be declared as Zip64 before it is written.
         with archive.open(zipfile.ZipInfo("arr_0.npy", _TIME), "w", force_zip64=True) as member:
             shape = (count, image_size, image_size, 3)
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -45,7 +45,7 @@ def write_samples(path: Path, images: Iterable[np.ndarray], count: int, image_si
 
 
 def open_samples(path: Path) -> np.ndarray:
-    """`arr_0` of a file that `write_samples` wrote, uint8 [n, S, S, 3], read from the disk as it is indexed."""
+    """The memory-mapped `arr_0` of a file that `write_samples` wrote, uint8 [n, S, S, 3]."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
         assert np.lib.format.read_magic(member) == (1, 0), path
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)

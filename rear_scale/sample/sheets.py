@@ -1,4 +1,4 @@
-"""Sheets of samples during training: the same images of the same seed each time, in the run folder and in wandb."""
+"""Sample sheets during training: images with the same classes and seed each time, in the run folder and in wandb."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from rear_scale.shards.record import Manifest
 from rear_scale.tokenizer import TOKENS_ONLY, open_tokenizer
 from rear_scale.world import World
 
-FOLDER = "grids"  # of the run: step_00000100.png ...
+FOLDER = "grids"  # folder in the run folder: step_00000100.png ...
 _COLUMNS = 10  # classes
 _ROWS = 5
 
 
 def passed(step: int, every_images: int, cfg: ExperimentConfig) -> bool:
-    """Whether a multiple of every_images was passed since the checkpoint before this step's. A function of the step alone."""
+    """Whether training has passed a multiple of every_images since the previous checkpoint. A function of the step alone, so
+    that a resumed run draws the same sheets."""
     before = (step - 1) // cfg.checkpoint.every_steps * cfg.checkpoint.every_steps
     batch = cfg.train.global_batch_size
     return step * batch // every_images > before * batch // every_images
 
 
 def check_grids(cfg: ExperimentConfig, manifest: Manifest) -> None:
-    """Raises InputError, before training starts, when grids are asked for that could not be made.
+    """Raises InputError, before training starts, when sample.grid_every_images is set but images cannot be decoded.
 
-    manifest: of the training tokens, which must be those of the tokenizer that makes the images.
+    manifest: of the training tokens, which must come from the tokenizer that decodes the images.
     """
     if cfg.sample.grid_every_images is None:
         return
@@ -50,7 +51,7 @@ def check_grids(cfg: ExperimentConfig, manifest: Manifest) -> None:
 
 
 class SampleGrids:
-    """A hook on checkpoints. All ranks must call it; rank 0 reads the model from the checkpoint and draws."""
+    """A hook on checkpoints that draws sample sheets. All ranks must call it; rank 0 loads the checkpoint and samples."""
 
     def __init__(self, cfg: ExperimentConfig, world: World) -> None:
         columns = min(_COLUMNS, cfg.model.num_classes if cfg.sample.labels is None else len(cfg.sample.labels))
@@ -61,7 +62,7 @@ class SampleGrids:
         self.cfg, self.world, self.columns = replace(cfg, sample=sample), world, columns
 
     def __call__(self, step: int, path: Path) -> None:
-        """Writes a sheet with a class in each column, where one is due."""
+        """Writes a sheet with one class per column, if one is due at this step."""
         every = self.cfg.sample.grid_every_images
         assert every is not None
         if not passed(step, every, self.cfg):
@@ -72,10 +73,10 @@ class SampleGrids:
             if error.errno not in DISK_ERRORS:
                 raise
             if self.world.is_main:
-                say(f"{self._file(step)}: {error.strerror}. Training goes on without this sheet")
+                say(f"{self._file(step)}: {error.strerror}. Training continues without this sheet")
 
     def make_missing(self, step: int, path: Path) -> None:
-        """Writes the sheet of a checkpoint where one is due and a kill has left none. All ranks must call this."""
+        """Writes the sheet of a checkpoint if it is due and missing, because the run was killed. All ranks must call this."""
         if not self.world.from_main(self._file(step).exists()):
             self(step, path)
 
@@ -98,13 +99,13 @@ class SampleGrids:
 
 
 def grid_hooks(cfg: ExperimentConfig, world: World) -> list[SampleGrids]:
-    """What draws the sheets that the config asks for. Says on rank 0 when checkpoints are too far apart for them."""
+    """The hooks that draw the config's sample sheets. Prints a note on rank 0 when checkpoints are too far apart for them."""
     every, apart = cfg.sample.grid_every_images, cfg.checkpoint.every_steps * cfg.train.global_batch_size
     if every is None:
         return []
     if every < apart and world.is_main:
         say(
-            f"sample.grid_every_images={every:,}, but sheets are drawn at checkpoints, which are {apart:,} images apart "
-            "(checkpoint.every_steps x train.global_batch_size): one at each"
+            f"note: sample.grid_every_images={every:,}, but sheets are drawn at checkpoints, which are {apart:,} images apart "
+            "(checkpoint.every_steps x train.global_batch_size), so there is one at each checkpoint"
         )
     return [SampleGrids(cfg, world)]

@@ -1,4 +1,4 @@
-"""Conversion of float images to uint8 by a named rounding rule: published scores depend on it."""
+"""Rounding of float images to uint8, by a named rule, because published scores depend on it."""
 
 # B images, S side in pixels
 
@@ -12,9 +12,9 @@ from rear_scale.config.schema import UINT8_ROUNDINGS
 
 
 def to_uint8(images: Tensor, rule: str) -> np.ndarray:
-    """uint8 [B, S, S, 3] of images (float [B, 3, S, S] in [0, 1], clamped to it).
+    """Images uint8 [B, S, S, 3] from float images [B, 3, S, S], which are clamped to [0, 1].
 
-    truncate: x * 255 rounded towards 0, as the released samplers do; nearest: to the nearest level.
+    truncate: x * 255 rounded towards 0, as in the released samplers; nearest: to the nearest level.
     """
     assert rule in UINT8_ROUNDINGS, rule
     levels = images.clamp(0, 1) * 255

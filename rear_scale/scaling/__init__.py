@@ -1,1 +1,1 @@
-"""What a run needs and costs on a cluster, before it is started."""
+"""Planning: memory, time and cost of a run on a cluster, before it is started."""

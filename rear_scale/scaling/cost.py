@@ -1,11 +1,11 @@
-"""How long an update takes: products from FLOPs, everything else from bytes through memory, and what travels.
+"""A model of the time of an update: matrix products from FLOPs, other operations from bytes of memory traffic, and communication.
 
-A model, not a measurement. Its constants say how much of the data sheet's rates is reached; they are assumptions until
-`plan.py --measure` puts a measured step in the place of the first three. What it leaves out: data, logging, checkpoints,
-validation, and waiting for slow ranks.
+Its constants are the fractions of the data sheet's rates that are reached. They are assumptions; `plan.py --measure` replaces
+the compute time by that of a measured step. Not included: data loading, logging, checkpoints, validation, and waiting for slow
+ranks.
 """
 
-# W ranks, G ranks that share a collective, g of them on each machine
+# W ranks, G ranks of a collective, g of them on each machine
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.parallel.memory import elements
 from rear_scale.scaling.devices import Cluster
 
-# Shares of the data sheet's rates: large bf16 products, reads and writes of memory, rings over NVLink and network.
+# Fractions of the data sheet's rates: large bf16 products, reads and writes of memory, rings over NVLink and network.
 PRODUCTS, MEMORY, NVLINK, NETWORK = 0.80, 0.85, 0.78, 0.85
-# Bytes that pass through memory for each byte that is kept: written and read once in the forward pass, three times as much
-# in the backward pass. A compiled block passes a third of it.
+# Memory traffic in bytes per saved byte of activations: written and read once in the forward pass, three times as much in the
+# backward pass. A compiled block has a third of that traffic.
 _PASSES_FORWARD, _PASSES_BACKWARD, _COMPILED = 2, 6, 1 / 3
-# Of an update, per weight and per state of the optimizer: float32 weight, states and gradient read, all but the gradient
-# written, and the weight in bf16.
+# Memory traffic of an optimizer update in bytes, per weight and per optimizer state: float32 weight, states and gradient are
+# read, all but the gradient are written, and the weight is also written in bf16.
 _UPDATE_BYTES_PER_PARAMETER, _UPDATE_BYTES_PER_STATE = 18, 8
-# strategy.cpu_offload, for each GPU: the link to its host, and its share of the host's memory, in GB/s. Assumed.
+# strategy.cpu_offload, in GB/s per GPU: the link to its host, and its part of the host's memory bandwidth. Assumed.
 _LINK_GB_PER_S, _HOST_GB_PER_S = 25, 25
-# About 60 kernels of a block forth and back, each 4.5 microseconds on the CPU that starts them.
+# About 60 kernels per block, forward and backward, each of which takes 4.5 microseconds of the CPU to launch.
 _LAUNCH_S_PER_BLOCK = 60 * 4.5e-6
-# A collective of no bytes: on one machine, and per rank that takes part.
+# Latency of a collective: on one machine, and in addition per rank.
 _LATENCY_S, _LATENCY_S_PER_RANK = 20e-6, 0.5e-6
-# Shares of the compute time under which traffic disappears: gradients during the backward pass that makes them, gathers of
-# weights during both.
+# Fractions of the compute time that communication can overlap with: gradients with the backward pass that computes them,
+# gathers of weights with both passes.
 HIDDEN_GRADIENTS, HIDDEN_WEIGHTS = 0.5, 0.75
 
 OVERLAP = (
-    f"reductions of gradients hide under {HIDDEN_GRADIENTS:.0%} of the compute time of the micro-steps that send them, all "
-    f"traffic under {HIDDEN_WEIGHTS:.0%}; what ZeRO-1 and 2 gather after the update, and ZeRO-1's gradients in bf16, hide under "
-    "nothing"
+    f"reductions of gradients overlap with {HIDDEN_GRADIENTS:.0%} of the compute time of the micro-steps that send them, all "
+    f"communication with {HIDDEN_WEIGHTS:.0%}; the gathers of ZeRO-1 and 2 after the update, and ZeRO-1's gradients in bf16, do "
+    "not overlap"
 )
 
 
@@ -52,9 +52,9 @@ class StepTime:
     """Seconds of one update."""
 
     compute_s: float
-    update_s: float  # of the optimizer
-    communication_s: float  # of all traffic, hidden or not
-    exposed_s: float  # the part that nothing hides
+    update_s: float  # time of the optimizer
+    communication_s: float  # time of all communication, overlapped or not
+    exposed_s: float  # the part of the communication that does not overlap with computation
 
     @property
     def total_s(self) -> float:
@@ -64,7 +64,7 @@ class StepTime:
 def step_time(
     cfg: ExperimentConfig, cluster: Cluster, accumulation: int, model: nn.Module, slowness: float = 1.0
 ) -> StepTime:
-    """Of a strategy on a cluster. slowness: measured time of a step over compute_time of the same step."""
+    """The predicted time of one update of a strategy on a cluster. slowness: measured time of a step over its modelled time."""
     psi = elements(model)
     compute = accumulation * slowness * compute_time(cfg, cluster, psi)
     row = facts.of(cfg.strategy)
@@ -72,10 +72,12 @@ def step_time(
     passed = _UPDATE_BYTES_PER_PARAMETER + _UPDATE_BYTES_PER_STATE * states_per_weight(model, cfg)
     update = passed * psi / sharded / (MEMORY * cluster.device.memory_gb_per_s * 1e9)
     if cfg.strategy.cpu_offload:
-        # Gradients of every micro-step go to the host, which updates, and weights come back.
+        # Gradients of every micro-step are sent to the host, which updates the weights and sends them back.
         moved = (4 * accumulation + compute_itemsize(cfg)) / _LINK_GB_PER_S + passed / _HOST_GB_PER_S
         update = psi / sharded * moved / 1e9
-    gradients, weights, late = _travel_times(cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model))
+    gradients, weights, late = _communication_times(
+        cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model)
+    )
     repeated = row.defers and not cfg.strategy.defer_reduction
     sending = compute if repeated else compute / accumulation
     exposed = max(0.0, gradients - HIDDEN_GRADIENTS * sending, gradients + weights - HIDDEN_WEIGHTS * compute)
@@ -83,10 +85,10 @@ def step_time(
 
 
 def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
-    """Seconds of one micro-step on one GPU that sends nothing. psi: parameters, whole."""
-    device, B, width = cluster.device, cfg.train.micro_batch_size, compute_itemsize(cfg)
-    # Without tensor cores there is little between the data sheet and what products reach.
-    rate = (device.bf16_tflops * PRODUCTS if width == 2 else device.fp32_tflops) * 1e12
+    """Predicted seconds of one micro-step on one GPU without communication. psi: the number of parameters of the whole model."""
+    device, B, itemsize = cluster.device, cfg.train.micro_batch_size, compute_itemsize(cfg)
+    # In float32 without tensor cores, products almost reach the data sheet's rate, so there is no factor.
+    rate = (device.bf16_tflops * PRODUCTS if itemsize == 2 else device.fp32_tflops) * 1e12
     distinct = distinct_classes_per_image(cfg)
     flops = B * (train_flops_per_image(cfg, distinct) + recomputed_flops_per_image(cfg, distinct))
     bandwidth = MEMORY * device.memory_gb_per_s * 1e9
@@ -94,28 +96,31 @@ def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
     passed = (_PASSES_FORWARD + _PASSES_BACKWARD) * kept + _PASSES_FORWARD * again
     if wants_compile(cfg, "cuda"):
         passed *= _COMPILED
-    # Read forth and back, written as gradients and added to those of the micro-steps before.
-    passed += psi * (3 * width + 2 * 4)
+    # Weights are read forward and backward; gradients are written, and added to those of earlier micro-steps.
+    passed += psi * (3 * itemsize + 2 * 4)
     return max(flops / rate + passed / bandwidth, _LAUNCH_S_PER_BLOCK * cfg.model.depth)
 
 
 def _kept_bytes(cfg: ExperimentConfig) -> tuple[int, int]:
-    """What all blocks would keep without recomputation, and how much of that is computed again."""
+    """Bytes of activations that all blocks would save without recomputation, and the bytes of these that are recomputed."""
     policy, depth = cfg.train.activation_checkpointing, cfg.model.depth
     kept = block_activation_bytes(replace(cfg, train=replace(cfg.train, activation_checkpointing="none")))
-    share = {"none": 0.0, "every_n": -(-depth // cfg.train.recompute_every_n) / depth}.get(policy, 1.0)
-    return kept, int(share * kept)
+    fraction = {"none": 0.0, "every_n": -(-depth // cfg.train.recompute_every_n) / depth}.get(policy, 1.0)
+    return kept, int(fraction * kept)
 
 
 def _shard_ranks(cfg: ExperimentConfig, cluster: Cluster) -> int:
     return cluster.gpus // (cfg.strategy.replicas if facts.of(cfg.strategy).replicates else 1)
 
 
-def _travel_times(cfg: ExperimentConfig, cluster: Cluster, traffic: Traffic) -> tuple[float, float, float]:
-    """Seconds of reductions of gradients, of gathers of weights, and of what is sent when there is nothing left to do."""
+def _communication_times(cfg: ExperimentConfig, cluster: Cluster, traffic: Traffic) -> tuple[float, float, float]:
+    """Seconds of gradient reductions, of weight gathers, and of communication that cannot overlap with computation."""
     payload, ranks = traffic.payload, _shard_ranks(cfg, cluster)
     gather = _ring(cluster, ranks, payload["all_gather"], traffic.calls["all_gather"])
-    reduce = sum(_ring(cluster, ranks, payload[kind], traffic.calls[kind]) for kind in ("reduce", "reduce_scatter"))
+    reduce = sum(
+        _ring(cluster, ranks, payload[collective], traffic.calls[collective])
+        for collective in ("reduce", "reduce_scatter")
+    )
     if facts.of(cfg.strategy).replicates:
         reduce += _between_replicas(cfg, cluster, payload["all_reduce"], traffic.calls["all_reduce"])
     else:
@@ -125,8 +130,8 @@ def _travel_times(cfg: ExperimentConfig, cluster: Cluster, traffic: Traffic) -> 
 
 
 def _ring(cluster: Cluster, ranks: int, payload: int, calls: int) -> float:
-    """Gathers or scatters over neighbouring ranks: inside each machine over NVLink, then each GPU its share over its own
-    network card."""
+    """Seconds of gathers or scatters over consecutive ranks: within each machine over NVLink, then between machines, where each
+    GPU sends its shard over its own network card."""
     if ranks == 1 or not calls:
         return 0.0
     device, g = cluster.device, min(ranks, cluster.per_node)
@@ -137,7 +142,7 @@ def _ring(cluster: Cluster, ranks: int, payload: int, calls: int) -> float:
 
 
 def _between_replicas(cfg: ExperimentConfig, cluster: Cluster, payload: int, calls: int) -> float:
-    """All-reduces of a rank's own shard with those of the same place in the other groups."""
+    """Seconds of all-reduces of a rank's shard with the ranks that hold the same shard in other replicas."""
     replicas, device = cfg.strategy.replicas, cluster.device
     far = cluster.nodes > 1
     rate = NETWORK * device.network_gb_per_s if far else NVLINK * device.nvlink_gb_per_s

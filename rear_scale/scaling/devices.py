@@ -1,4 +1,4 @@
-"""Clusters of the GPUs of configs/devices/gpus.yaml."""
+"""Clusters of GPUs that are listed in configs/devices/gpus.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rear_scale.config.fields import suggest
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, with the figures of that kind."""
+    """A number of GPUs of one model, on full machines or on part of one, with the data of that model."""
 
     gpus: int
     gpu: str
@@ -19,7 +19,7 @@ class Cluster:
 
     @property
     def per_node(self) -> int:
-        """GPUs of each machine that are used."""
+        """The number of GPUs that are used on each machine."""
         return min(self.gpus, self.device.gpus_per_node)
 
     @property
@@ -28,9 +28,9 @@ class Cluster:
 
 
 def open_cluster(cfg: ExperimentConfig) -> Cluster:
-    """What the cluster section asks for; without cluster.gpus one full machine.
+    """The cluster that a config describes; one full machine without cluster.gpus.
 
-    Raises InputError for an unknown GPU, and for a number of GPUs that leaves a machine half used.
+    Raises InputError for an unknown GPU, and for several machines of which one is only partly used.
     """
     known, wanted = devices(), cfg.cluster
     if wanted.gpu not in known:
@@ -49,11 +49,11 @@ def open_cluster(cfg: ExperimentConfig) -> Cluster:
 
 
 def cluster_of(gpus: int, gpu: str, device: Device) -> Cluster:
-    """gpus: a number that `fills_machines`."""
+    """A cluster of that many GPUs, which must satisfy `device.fills_machines`."""
     return Cluster(gpus, gpu, device)
 
 
 def near(batch: int, gpus: int, device: Device) -> list[int]:
-    """The numbers of GPUs below and above that divide the batch and leave no machine half used."""
+    """The nearest smaller and larger numbers of GPUs that divide the batch and fill their machines."""
     usable = [number for number in range(1, batch + 1) if batch % number == 0 and device.fills_machines(number)]
     return [number for number in usable if number < gpus][-1:] + [number for number in usable if number > gpus][:1]

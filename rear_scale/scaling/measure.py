@@ -1,4 +1,4 @@
-"""A few real steps of a run's own blocks on the device at hand, to set against what the time model says of them."""
+"""Measurement of a few real steps with a run's own blocks on this machine's device, to correct the time model of cost.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rear_scale.scaling.cost import step_time
 from rear_scale.scaling.devices import Cluster, cluster_of
 from rear_scale.world import Ranks, World
 
-# Blocks and images that are enough to tell a rate and few enough for any machine, on a GPU and on a CPU.
+# Numbers of blocks and images that suffice to measure a rate and fit on any machine, for a GPU and for a CPU.
 _BLOCKS, _IMAGES = {"cuda": 8, "cpu": 2}, {"cuda": 8, "cpu": 1}
 _STEPS = 3
 
@@ -37,8 +37,8 @@ class Measured:
     blocks: int
     micro_batch_size: int
     step_time_s: float  # median
-    measured_tflops: float  # of a whole step
-    assumed_tflops: float  # of the same step, by the model of the cluster's GPU
+    measured_tflops: float  # TFLOP/s of a whole step
+    assumed_tflops: float  # TFLOP/s of the same step by the time model, on the cluster's GPU
     slowness: float  # measured time over modelled time
 
     def as_dict(self) -> dict[str, object]:
@@ -46,7 +46,7 @@ class Measured:
 
 
 def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
-    """Times updates of a shorter model of the same width on one device, without communication."""
+    """The measured time of updates of a model with fewer blocks of the same width, on one device without communication."""
     prepare()
     device = use_gpu(0) if uses_cuda() else torch.device("cpu")
     cfg = _shortened(cfg, device.type)
@@ -101,7 +101,7 @@ def _shortened(cfg: ExperimentConfig, device: str) -> ExperimentConfig:
     }
     return replace(
         cfg,
-        # One row of modulation per image, in the measured step as in the modelled one.
+        # Modulation per image, because the modelled step assumes it too.
         model=replace(cfg.model, depth=depth, modulation="per_sample"),
         objective=replace(cfg.objective, heads=replace(heads, **taps), terms=terms),
         strategy=replace(cfg.strategy, name="single", cpu_offload=False, reshard_after_forward=True),

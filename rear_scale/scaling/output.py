@@ -1,4 +1,4 @@
-"""A plan as plain values and as text."""
+"""The output of a plan: as JSON values and as text."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model.flops import train_flops_per_image
-from rear_scale.scaling import cost, widening
+from rear_scale.scaling import cost, strong_scaling
 from rear_scale.scaling.devices import Cluster
 from rear_scale.scaling.planner import PARTS, USABLE, Choice
-from rear_scale.scaling.widening import Width
+from rear_scale.scaling.strong_scaling import ScalingRow
 from rear_scale.text_table import aligned
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a plan says."""
+    """All results of a plan."""
 
-    config: str  # as --config has it
+    config: str  # the value of --config
     cfg: ExperimentConfig
     cluster: Cluster
     parameters: dict[str, int]
     choices: list[Choice]
     best: Choice
     command: str
-    widths: list[Width]
-    measured: dict[str, Any] | None  # of --measure
-    simulated: dict[str, Any] | None  # of --simulate
+    scaling_rows: list[ScalingRow]
+    measured: dict[str, Any] | None  # with --measure
+    simulated: dict[str, Any] | None  # with --simulate
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """What --json prints. memory_gib is in GiB, of the fullest rank; times in seconds."""
+    """The values that --json prints. memory_gib: GiB on the rank that needs most; times in seconds."""
     best, cluster = report.best, report.cluster
     return {
         "config": report.config,
@@ -56,15 +56,15 @@ def as_dict(report: Report) -> dict[str, Any]:
         "days": best.run_s / 86_400,
         "gpu_hours": best.gpu_hours,
         "recommended": {**_row(best), "strategy": best.name, "command": report.command},
-        "scaling": [_width(row) for row in report.widths],
-        "last_gpus_that_pay": widening.last_that_pays(report.widths),
+        "scaling": [_scaling_row(row) for row in report.scaling_rows],
+        "last_gpus_that_pay": strong_scaling.last_that_pays(report.scaling_rows),
         "measured": report.measured,
         "simulated": report.simulated,
     }
 
 
 def _row(choice: Choice) -> dict[str, Any]:
-    """Of a choice that fits nowhere: memory at one image per GPU, and no times."""
+    """The values of one choice. If it does not fit: its memory at one image per GPU, and no times."""
     fits, time = choice.fits, choice.time
     return {
         "name": choice.name,
@@ -82,7 +82,7 @@ def _row(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _width(row: Width) -> dict[str, Any]:
+def _scaling_row(row: ScalingRow) -> dict[str, Any]:
     choice = row.choice
     return {
         "gpus": row.gpus,
@@ -109,10 +109,10 @@ def _head(report: Report) -> str:
     return "\n".join(
         (
             f"{report.config} on {cluster.gpus} x {cluster.gpu} ({machines}), {cfg.train.precision}",
-            f"parameters: {parameters['total']:,}, of them reAR heads {parameters['heads']:,}",
+            f"parameters: {parameters['total']:,}, of which reAR heads {parameters['heads']:,}",
             f"training FLOPs per image: {train_flops_per_image(cfg):.4g}",
             f"run: {report.best.plan.last_step:,} steps of {cfg.train.global_batch_size:,} images",
-            f"GPU memory: {USABLE * cluster.device.memory_gib:.1f} of {cluster.device.memory_gib} GiB are planned with",
+            f"GPU memory: a plan uses up to {USABLE * cluster.device.memory_gib:.1f} of {cluster.device.memory_gib} GiB",
         )
     )
 
@@ -152,26 +152,26 @@ def _assumptions(report: Report) -> str:
     """What the times are made of, and what is not in them."""
     lines = []
     if report.measured:
-        found = report.measured
+        rates = report.measured
         lines.append(
-            f"rates: measured on {found['device']}: {found['measured_tflops']:.3g} TFLOP/s of a whole step, assumed for "
-            f"{report.cluster.gpu}: {found['assumed_tflops']:.3g}. Compute times are by the measured one"
+            f"rates: measured on {rates['device']}: {rates['measured_tflops']:.3g} TFLOP/s of a whole step, assumed for "
+            f"{report.cluster.gpu}: {rates['assumed_tflops']:.3g}. Compute times use the measured rate"
         )
     else:
         lines.append(
-            f"rates: assumed, of the data sheet's {cost.PRODUCTS:.0%} for products, {cost.MEMORY:.0%} for memory, "
-            f"{cost.NVLINK:.0%} for NVLink and {cost.NETWORK:.0%} for the network; --measure tries the first two"
+            f"rates: assumed to be these fractions of the data sheet's: {cost.PRODUCTS:.0%} for products, {cost.MEMORY:.0%} for "
+            f"memory, {cost.NVLINK:.0%} for NVLink and {cost.NETWORK:.0%} for the network; --measure measures the first two"
         )
     lines.append(f"overlap: assumed; {cost.OVERLAP}")
-    lines.append("not in the times: data, checkpoints, validation, waiting for slow ranks")
+    lines.append("not included in the times: data loading, checkpoints, validation, waiting for slow ranks")
     return "\n".join(lines)
 
 
 def _scaling(report: Report) -> str:
     batch = report.cfg.train.global_batch_size
     rows = [["GPUs", "images/GPU", "strategy", "recompute", "micro-batch", "step s", "images/s", "efficiency", "pays",
-             f"batch for {widening.KEEPS:.0%}"]]  # fmt: skip
-    for row in report.widths:
+             f"batch for {strong_scaling.KEEPS:.0%}"]]  # fmt: skip
+    for row in report.scaling_rows:
         one = row.choice
         if one is None:
             rows.append([str(row.gpus), f"{batch / row.gpus:g}", "none fits"])
@@ -181,21 +181,21 @@ def _scaling(report: Report) -> str:
             f"{one.time.total_s:.3f}", f"{row.images_per_s:,.0f}", f"{row.efficiency:.2f}", "yes" if row.pays else "no",
             f"{row.paying_batch:,}" if row.paying_batch else "-",
         ])  # fmt: skip
-    last = widening.last_that_pays(report.widths)
+    last = strong_scaling.last_that_pays(report.scaling_rows)
     verdict = f"a global batch of {batch:,} pays up to {last} GPUs" if last else "nothing fits"
-    rule = f"pays: twice the GPUs are at least {widening.PAYS} times as fast"
+    rule = f"pays: twice the GPUs are at least {strong_scaling.PAYS} times as fast"
     return f"on more GPUs: {verdict} ({rule})\n" + aligned(rows, left=())
 
 
-def _simulation(found: dict[str, Any]) -> str:
+def _simulation(simulated: dict[str, Any]) -> str:
     head = (
-        f"simulated: strategy={found['strategy']} train.activation_checkpointing={found['checkpointing']} on rank 0 of "
-        f"{found['world_size']}, {found['micro_steps']} micro-step(s) of {found['micro_batch_size']} images"
+        f"simulated: strategy={simulated['strategy']} train.activation_checkpointing={simulated['checkpointing']} on rank 0 of "
+        f"{simulated['world_size']}, {simulated['micro_steps']} micro-step(s) of {simulated['micro_batch_size']} images"
     )
     rows = [["per rank", "run", "formula"]]
-    for part, size in found["memory_gib"].items():
-        rows.append([f"{part} GiB", f"{size:.3f}", f"{found['formula_memory_gib'][part]:.3f}"])
-    for kind, sent in found["collectives"].items():
-        rows.append([f"{kind} calls", str(sent["calls"]), str(sent["formula_calls"])])
-        rows.append([f"{kind} GiB", f"{sent['gib']:.3f}", f"{sent['formula_gib']:.3f}"])
+    for part, size in simulated["memory_gib"].items():
+        rows.append([f"{part} GiB", f"{size:.3f}", f"{simulated['formula_memory_gib'][part]:.3f}"])
+    for collective, sent in simulated["collectives"].items():
+        rows.append([f"{collective} calls", str(sent["calls"]), str(sent["formula_calls"])])
+        rows.append([f"{collective} GiB", f"{sent['gib']:.3f}", f"{sent['formula_gib']:.3f}"])
     return f"{head}\n{aligned(rows)}"

@@ -1,4 +1,4 @@
-"""What fits on a cluster and what it costs: every strategy with every policy of activation checkpointing."""
+"""The planner: memory and time of every strategy with every policy of activation checkpointing on a cluster."""
 
 # W ranks
 
@@ -24,12 +24,12 @@ from rear_scale.scaling.cost import StepTime, step_time
 from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 
 GIB = 2**30
-# What a plan may fill of a GPU's memory. The rest is the runtime's own, and what the allocator cannot use.
+# The fraction of a GPU's memory that a plan may fill. The rest is for the runtime and for fragmentation.
 USABLE = 0.92
-# Plans whose steps are as fast to this share count as equal: the one that needs less memory is taken.
+# Choices whose step times differ by less than this fraction count as equally fast; that with the least memory is recommended.
 _AS_FAST = 0.01
 PARTS = ("weights", "gradients", "optimizer", "activations", "heads", "buffers")
-# Fields of the strategy section beside its name, and the fact of a strategy that heeds them.
+# Fields of the strategy section other than its name, and the property (parallel/facts.py) of strategies that use the field.
 _HEEDED = {
     "replicas": "replicates",
     "cpu_offload": "offloads",
@@ -41,12 +41,12 @@ STRATEGY_KEYS = tuple(f"strategy.{field}" for field in _HEEDED)
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy with a policy, at the largest micro-batch that fits, or at one image where none does."""
+    """A strategy with a policy, at the largest micro-batch size that fits, or at the smallest if none fits."""
 
     cfg: ExperimentConfig
-    asked: StrategyConfig  # what the config itself has
+    asked: StrategyConfig  # the strategy section of the user's config
     plan: Plan
-    # Of the fullest rank: PARTS, their sum (total), and the most there is at one time (peak), which decides whether it fits
+    # Memory of the rank that needs most: PARTS, their sum (total), and the peak at any time, which decides whether it fits.
     memory_gib: dict[str, float]
     fits: bool
     time: StepTime
@@ -73,18 +73,18 @@ class Choice:
 
     @property
     def settings(self) -> list[str]:
-        """The overrides that make the config into this choice."""
-        found, defaults = [f"strategy={self.name}"], group_defaults(self.name)
+        """The overrides that turn the user's config into this choice."""
+        overrides, defaults = [f"strategy={self.name}"], group_defaults(self.name)
         for field in _HEEDED:
             value = getattr(self.cfg.strategy, field)
-            # strategy=NAME leaves fields alone that a file or another override has set.
+            # strategy=NAME does not reset fields that a file or another override has set.
             same = value == getattr(defaults, field) == getattr(self.asked, field)
             if field == "replicas":
                 same = not self.row.replicates
             if not same:
-                found.append(f"strategy.{field}={str(value).lower()}")
+                overrides.append(f"strategy.{field}={str(value).lower()}")
         return [
-            *found,
+            *overrides,
             f"train.activation_checkpointing={self.checkpointing}",
             f"train.micro_batch_size={self.cfg.train.micro_batch_size}",
         ]
@@ -97,13 +97,13 @@ def choices(
     fixed: frozenset[str] = frozenset(),
     slowness: float = 1.0,
 ) -> list[Choice]:
-    """Every strategy that W ranks can run, with every policy.
+    """All strategies that W ranks can run, with all policies.
 
-    model gives the shapes. fixed: keys that stay as the config has them; of train.micro_batch_size that means exactly this
-    size. slowness: see step_time. Raises InputError where the global batch cannot be divided among the GPUs.
+    model: gives the shapes. fixed: keys whose values in the config are kept, such as train.micro_batch_size. slowness: see
+    step_time. Raises InputError when the number of GPUs does not divide the global batch.
     """
     _check_divides(cfg, cluster)
-    found = []
+    best_by_policy = []
     for row in facts.rows():
         for policy in RECOMPUTE_POLICIES:
             variants = [
@@ -111,22 +111,22 @@ def choices(
                 for one in _variants(cfg, cluster, row, policy, fixed)
             ]
             if variants:
-                found.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
-    return found
+                best_by_policy.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
+    return best_by_policy
 
 
 def recommend(
     cfg: ExperimentConfig,
     cluster: Cluster,
     model: nn.Module,
-    found: list[Choice],
+    candidates: list[Choice],
     fixed: frozenset[str] = frozenset(),
 ) -> Choice:
-    """The fastest that fits and leaves the fixed keys alone. Raises InputError, with the rule and a way out, for none."""
-    allowed = [one for one in found if _keeps(one, cfg, fixed)]
+    """The fastest choice that fits and keeps the fixed keys. Raises InputError, with the rule and a way out, if there is none."""
+    allowed = [one for one in candidates if _keeps(one, cfg, fixed)]
     fitting = [one for one in allowed if one.fits]
     if not fitting:
-        raise InputError(_impossible(cfg, cluster, model, found, allowed, fixed))
+        raise InputError(_impossible(cfg, cluster, model, candidates, allowed, fixed))
     fastest = min(one.time.total_s for one in fitting)
     equal = [one for one in fitting if one.time.total_s <= (1 + _AS_FAST) * fastest]
     return min(equal, key=lambda one: one.memory_gib["peak"])
@@ -152,13 +152,13 @@ def _arguments(overrides: list[str], cluster: Cluster, choice: Choice) -> list[s
     settings = choice.settings
     ours = {text.split("=")[0] for text in settings} | {STRATEGY_KEY, "cluster.gpus", "cluster.gpu"}
     own = [text for text in overrides if text.split("=")[0].lstrip("+") not in ours]
-    # Ours last: one of theirs may set a whole section.
+    # The plan's settings come last, because an override of the user may set a whole section.
     return [*own, *settings, f"cluster.gpus={cluster.gpus}", f"cluster.gpu={cluster.gpu}"]
 
 
 @cache
 def group_defaults(name: str) -> StrategyConfig:
-    """What `strategy=NAME` alone means. A strategy without a file of defaults has those of the schema."""
+    """The strategy section that `strategy=NAME` gives: from its config file, or else the defaults of the schema."""
     path = CONFIG_DIR / "strategy" / f"{name}.yaml"
     return StrategyConfig(**yaml.safe_load(path.read_text())) if path.is_file() else StrategyConfig(name=name)
 
@@ -167,7 +167,7 @@ def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
     batch = cfg.train.global_batch_size
     if batch < cluster.gpus:
         raise InputError(
-            f"cluster.gpus={cluster.gpus} is more than train.global_batch_size={batch}: every GPU needs an image. "
+            f"cluster.gpus={cluster.gpus} is more than train.global_batch_size={batch}, but every GPU needs at least one image. "
             f"Use cluster.gpus={near(batch, cluster.gpus, cluster.device)[0]}, or a larger global batch"
         )
     if batch % cluster.gpus:
@@ -181,7 +181,7 @@ def _check_divides(cfg: ExperimentConfig, cluster: Cluster) -> None:
 def _variants(
     cfg: ExperimentConfig, cluster: Cluster, row: Facts, policy: str, fixed: frozenset[str]
 ) -> Iterator[ExperimentConfig]:
-    """The ways to run a strategy with a policy that the rules allow: reductions in each micro-step, or once."""
+    """Yields the valid configs of a strategy with a policy, with gradients reduced in each micro-step and once per update."""
     if not row.runs_on(cluster.gpus) or (row.replicates and cluster.nodes < 2):
         return
     strategy = cfg.strategy if row is facts.of(cfg.strategy) else group_defaults(row.name)
@@ -209,9 +209,9 @@ def _largest(
     model: nn.Module,
     slowness: float,
 ) -> Choice:
-    """The choice with the largest micro-batch that divides a GPU's share and fits; if none does, with the smallest."""
-    share = cfg.train.global_batch_size // cluster.gpus
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    """The choice with the largest micro-batch size that divides a GPU's part of the batch and fits; the smallest if none fits."""
+    images_per_gpu = cfg.train.global_batch_size // cluster.gpus
+    sizes = [size for size in range(images_per_gpu, 0, -1) if images_per_gpu % size == 0]
     if "train.micro_batch_size" in fixed:
         sizes = [cfg.train.micro_batch_size]
     for size in sizes:
@@ -227,8 +227,8 @@ def _largest(
 def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
     """PARTS, total and peak of memory_per_rank, in GiB.
 
-    optimizer holds moments and float32 masters; heads all that those of the loss's terms add to the other parts; buffers
-    those of collectives, and gathered or cast weights.
+    "optimizer" has moments and float32 master weights; "heads" all parts of the heads of loss terms; "buffers" those of
+    collectives, and gathered or cast weights.
     """
     memory = memory_per_rank(cfg, world_size, accumulation, model, "cuda")
     of_heads = sum(elements(module) for module in model.heads().values()) / elements(model)
@@ -265,13 +265,13 @@ def _impossible(
     cfg: ExperimentConfig,
     cluster: Cluster,
     model: nn.Module,
-    found: list[Choice],
+    candidates: list[Choice],
     allowed: list[Choice],
     fixed: frozenset[str],
 ) -> str:
     asked = [key for key in (*_KEPT_BY_CHOICE, "train.micro_batch_size") if key in fixed]
     if not allowed:
-        others = ", ".join(sorted({f"strategy={one.name}" for one in found}))
+        others = ", ".join(sorted({f"strategy={one.name}" for one in candidates}))
         policy = f"train.activation_checkpointing={cfg.train.activation_checkpointing}"
         return (
             f"strategy={facts.of(cfg.strategy).name}, {policy} cannot run on cluster.gpus={cluster.gpus} (machines: "
@@ -281,16 +281,16 @@ def _impossible(
     need = least.memory_gib["peak"]
     what = " ".join(least.settings)
     if not asked:
-        what = f"every strategy is too large, the smallest ({what})"
+        what = f"no strategy fits, and the one with the least memory ({what})"
     rule = (
         f"cluster.gpu={cluster.gpu}, cluster.gpus={cluster.gpus}: {what} needs {need:.1f} GiB per GPU, and "
         f"{USABLE * cluster.device.memory_gib:.1f} of {cluster.device.memory_gib} GiB can be used"
     )
-    return f"{rule}. {_way_out(cfg, cluster, model, found, need)}"
+    return f"{rule}. {_way_out(cfg, cluster, model, candidates, need)}"
 
 
-def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, found: list[Choice], need: float) -> str:
-    other = min((one for one in found if one.fits), key=lambda one: one.time.total_s, default=None)
+def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, candidates: list[Choice], need: float) -> str:
+    other = min((one for one in candidates if one.fits), key=lambda one: one.time.total_s, default=None)
     if other is not None:
         return f"Use {' '.join(other.settings)}"
     larger = [name for name, device in devices().items() if USABLE * device.memory_gib >= need]
@@ -302,7 +302,7 @@ def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, found: l
 
 
 def more_gpus(cfg: ExperimentConfig, cluster: Cluster) -> list[int]:
-    """Larger clusters up to 1,024 GPUs that divide the global batch and leave no machine half used, doubling."""
+    """Larger numbers of GPUs, by doubling up to 1,024, that divide the global batch and fill their machines."""
     counts = [cluster.gpus * 2**power for power in range(1, 11)]
     batch, device = cfg.train.global_batch_size, cluster.device
     return [gpus for gpus in counts if gpus <= 1024 and batch % gpus == 0 and device.fills_machines(gpus)]

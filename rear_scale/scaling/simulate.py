@@ -1,5 +1,5 @@
-"""One update of the real model under the real strategy in a world of any size, of which one rank is here and no tensor has
-memory: what that rank holds and sends."""
+"""Simulation of an update: runs one training step of the real model and strategy as rank 0 of a fake process group with fake
+tensors (which have no memory), and records peak memory and collectives."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Simulated:
-    """Bytes of rank 0 in an update, its first apart: the optimizer's state is there before."""
+    """Memory and communication of rank 0 in a steady-state update (the optimizer state exists already), in bytes."""
 
     weights: int
     gradients: int  # at the end of the backward pass
     optimizer: int
-    kept: int  # what the forward pass of a micro-batch leaves for the backward pass, gathered weights included
-    peak: int  # the most that was there at once
-    calls: dict[str, int]  # collectives by kind
-    sent: dict[str, int]  # their payload in bytes
+    kept: int  # saved by the forward pass of a micro-batch for the backward pass, including gathered weights
+    peak: int  # largest total at any time
+    calls: dict[str, int]  # number of collectives by name
+    sent: dict[str, int]  # payload of collectives by name
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages that were made inside of it and are still there, and the most there ever were."""
+    """A context that tracks the bytes of all storages created in it: those alive now (`now`), and their maximum (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Live(TorchDispatchMode):
 
     def __enter__(self) -> Live:
         self.resize = torch.UntypedStorage.resize_
-        # FSDP frees and fills gathered weights in place.
+        # FSDP frees and allocates gathered weights by resizing their storage.
         torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
         return super().__enter__()
 
@@ -96,22 +96,25 @@ class Live(TorchDispatchMode):
 
 
 def simulate(cfg: ExperimentConfig, world_size: int) -> Simulated:
-    """An update of a config's strategy on rank 0 of world_size ranks. Takes seconds per block, and next to no memory.
+    """Memory and communication of an update of a config's strategy on rank 0 of world_size ranks. Takes seconds per block, and
+    little memory.
 
-    Of an update's micro-steps it runs the first and the last, which reduces (`shortened`). Raises InputError for strategies
-    whose engine needs tensors with memory.
+    At most two micro-steps are run: a first, and the last, which reduces gradients (`shortened`). Raises InputError for
+    strategies whose engine cannot run on fake tensors.
     """
     row = facts.of(cfg.strategy)
     if not row.simulated:
         raise InputError(
-            f"strategy={row.name} cannot be simulated: its engine needs tensors with memory. Use one of "
+            f"strategy={row.name} cannot be simulated: its engine does not run on fake tensors. Use one of "
             + ", ".join(f"strategy={one}" for one in facts.names(lambda row: row.simulated))
         )
     if cfg.train.fp8:
         raise InputError(
-            "train.fp8=true cannot be simulated: its products need a GPU. Simulate with train.fp8=false, which keeps as much"
+            "train.fp8=true cannot be simulated: its products need a GPU. Simulate with train.fp8=false, which needs the same "
+            "memory"
         )
-    # As on a GPU, whatever is here: its update, and its attention, which keeps no probabilities to drop some of.
+    # Simulate the GPU's kernels: the fused optimizer, and attention that does not store its probabilities (attention dropout
+    # would store them on the CPU).
     cfg = replace(shortened(cfg, world_size), optim=replace(cfg.optim, backend="torch_fused"))
     cfg = replace(cfg, model=replace(cfg.model, attn_dropout=0.0, kernel="sdpa"))
     plan = derive(cfg, world_size, None)
@@ -125,8 +128,8 @@ def simulate(cfg: ExperimentConfig, world_size: int) -> Simulated:
 
 
 def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
-    """What `simulate` found and what the formulas say of the same micro-steps: memory in GiB, payload of collectives in GiB."""
-    found, cfg = simulate(cfg, world_size), shortened(cfg, world_size)
+    """The results of `simulate` beside those of the formulas for the same micro-steps: memory and payload in GiB."""
+    simulated, cfg = simulate(cfg, world_size), shortened(cfg, world_size)
     accumulation = derive(cfg, world_size, None).accumulation
     memory = memory_per_rank(cfg, world_size, accumulation)
     traffic = traffic_per_update(cfg, world_size, accumulation)
@@ -137,10 +140,10 @@ def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
         "total": memory.peak,
     }
     run = {
-        "weights": found.weights,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer,
-        "total": found.peak,
+        "weights": simulated.weights,
+        "gradients": simulated.gradients,
+        "optimizer": simulated.optimizer,
+        "total": simulated.peak,
     }
     return {
         "strategy": facts.of(cfg.strategy).name,
@@ -151,13 +154,13 @@ def beside_formula(cfg: ExperimentConfig, world_size: int) -> dict[str, Any]:
         "memory_gib": {part: size / _GIB for part, size in run.items()},
         "formula_memory_gib": {part: size / _GIB for part, size in formula.items()},
         "collectives": {
-            kind: {
-                "calls": found.calls.get(kind, 0),
-                "gib": found.sent.get(kind, 0) / _GIB,
-                "formula_calls": traffic.calls[kind],
-                "formula_gib": traffic.payload[kind] / _GIB,
+            collective: {
+                "calls": simulated.calls.get(collective, 0),
+                "gib": simulated.sent.get(collective, 0) / _GIB,
+                "formula_calls": traffic.calls[collective],
+                "formula_gib": traffic.payload[collective] / _GIB,
             }
-            for kind in sorted(found.calls.keys() | traffic.calls.keys())
+            for collective in sorted(simulated.calls.keys() | traffic.calls.keys())
         },
     }
 
@@ -171,7 +174,7 @@ def shortened(cfg: ExperimentConfig, world_size: int) -> ExperimentConfig:
 
 @contextmanager
 def fake_world(world_size: int) -> Iterator[World]:
-    """Rank 0 of a process group that sends nothing. Raises RuntimeError where a process group is open."""
+    """The World of rank 0 in a fake process group, which sends nothing. Raises RuntimeError where a process group exists."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield World(Ranks(0, 0, world_size, world_size, None, None, "single"), torch.device("cpu"))
@@ -181,7 +184,7 @@ def fake_world(world_size: int) -> Iterator[World]:
 
 @contextmanager
 def _bool_masks() -> Iterator[None]:
-    """Dropout that keeps one byte per element, as on a GPU. A CPU keeps its masks as numbers."""
+    """A context in which dropout saves masks of one byte per element, as on a GPU. CPU kernels save masks as floats."""
     ordinary = nn.functional.dropout
     nn.functional.dropout = lambda x, p, training: torch.native_dropout(x, p, True)[0] if training and p else x
     try:
@@ -193,7 +196,7 @@ def _bool_masks() -> Iterator[None]:
 def _build(cfg: ExperimentConfig, strategy: TorchStrategy) -> None:
     model = build_model(cfg)
     prepare_blocks(model, cfg)
-    # It is there already, and fake weights cannot be moved.
+    # The model is on the device already, and fake weights cannot be moved.
     model.to = lambda device: model
     strategy.build(model)
 
@@ -203,7 +206,7 @@ def _update(cfg: ExperimentConfig, plan: Plan, world: World, strategy: TorchStra
     codebook = torch.zeros(tokenizer.codebook_size, tokenizer.codebook_dim)
     objective = Objective(cfg, plan, codebook, world.device)
     tokens = torch.zeros(B, N, dtype=torch.long)
-    classes = torch.zeros(B, dtype=torch.long)  # one row of modulation per image, the most there can be
+    classes = torch.zeros(B, dtype=torch.long)  # with per-image modulation, the largest case
     kept: list[int] = []
 
     def compute(forward: nn.Module) -> tuple[Tensor, Tensor]:
@@ -226,7 +229,7 @@ def _update(cfg: ExperimentConfig, plan: Plan, world: World, strategy: TorchStra
     return Simulated(
         weights=sum(_local(weight).nbytes for weight in weights),
         gradients=gradients,
-        optimizer=sum(_local(v).nbytes for state in states for kind, v in state.items() if kind != "step"),
+        optimizer=sum(_local(v).nbytes for state in states for name, v in state.items() if name != "step"),
         kept=kept[-1],
         peak=live.peak,
         calls=dict(sent.calls),

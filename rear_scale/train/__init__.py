@@ -1,1 +1,1 @@
-"""The training loop, what it reports, and the folder of a run."""
+"""The training loop with its checks, guards, validation and telemetry."""

@@ -1,5 +1,5 @@
-"""What a training run would be: the numbers that follow from its config, and the resolved config where it is asked for.
-Builds no weights, runs no command and opens nothing remote."""
+"""The dry run of training: the numbers derived from the config, and with --full the resolved config. Allocates no weights, runs
+no command and opens nothing remote."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from rear_scale.world import Ranks
 
 
 def show(cfg: ExperimentConfig, ranks: Ranks, given: Collection[str] = (), *, full: bool = False) -> None:
-    """Prints to stdout, on rank 0. Raises InputError as a real start would, except for data that is not there yet.
+    """Prints the dry run to stdout, on rank 0. Raises InputError as a real start would, but not for data that does not exist yet.
 
-    given: dotted keys that the user has set. full: the resolved config too.
+    given: dotted keys that the user has set. full: print the resolved config too.
     """
     notes: list[str] = []
     if is_packed(cfg.data.train):
@@ -46,7 +46,7 @@ def show(cfg: ExperimentConfig, ranks: Ranks, given: Collection[str] = (), *, fu
 
 
 def _world_size(cfg: ExperimentConfig, ranks: Ranks) -> int:
-    """Started on one rank by hand, the dry run is one of cluster.gpus ranks where that is set."""
+    """The number of ranks to plan for: cluster.gpus, if set, for a dry run in a single process; else the real number."""
     return cfg.cluster.gpus or 1 if ranks.launcher == "single" else ranks.world_size
 
 
@@ -98,7 +98,7 @@ def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
 def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     train = cfg.train
     images = plan.last_step * train.global_batch_size
-    # Of a GPU: a config is sized for GPUs, and a dry run is made where there is none.
+    # device="cuda" also without a GPU: configs are sized for GPUs, and dry runs are often made on a login node.
     memory = memory_per_rank(cfg, plan.world_size, plan.accumulation, device="cuda")
     lines = [
         f"ranks: {plan.world_size}, strategy {facts.of(cfg.strategy).name}, {train.precision}",

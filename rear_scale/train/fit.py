@@ -1,4 +1,4 @@
-"""Whether a rank's share of a run fits into the memory that it has."""
+"""The check that a run fits into the memory of each rank."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ GIB = 2**30
 
 
 def check(cfg: ExperimentConfig, plan: Plan, ranks: Ranks) -> None:
-    """Raises InputError where the formula's peak is more than the whole memory of the rank's GPU (or its share of the
-    machine's, on a CPU), unless train.check_memory is false."""
+    """Raises InputError where the peak by formula is more than the rank's GPU has (on a CPU: the machine's memory divided by its
+    ranks), unless train.check_memory is false."""
     if not cfg.train.check_memory:
         return
     device = "cuda" if uses_cuda() else "cpu"
-    need, there = memory_per_rank(cfg, plan.world_size, plan.accumulation, device=device), _bytes_there(ranks)
-    if need.peak <= there:
+    needed, available = memory_per_rank(cfg, plan.world_size, plan.accumulation, device=device), _available_bytes(ranks)
+    if needed.peak <= available:
         return
     train = cfg.train
     what = f"strategy={facts.of(cfg.strategy).name} train.activation_checkpointing={train.activation_checkpointing}"
-    place = "its GPU" if uses_cuda() else f"its share of this machine (ranks: {ranks.local_world_size})"
+    place = "its GPU" if uses_cuda() else f"its part of this machine's memory (ranks: {ranks.local_world_size})"
     raise InputError(
-        f"train.micro_batch_size={train.micro_batch_size} {what} needs {need.peak / GIB:.1f} GiB per rank by formula "
-        f"({in_words(need)}), and {place} has {there / GIB:.1f}. {_way_out(need, there)}, or try it all the same with "
+        f"train.micro_batch_size={train.micro_batch_size} {what} needs {needed.peak / GIB:.1f} GiB per rank by formula "
+        f"({in_words(needed)}), and {place} has {available / GIB:.1f}. {_way_out(needed, available)}, or skip this check with "
         "train.check_memory=false"
     )
 
 
 def in_words(memory: Memory) -> str:
-    """The parts that matter, in GiB."""
+    """The main parts of the memory in GiB, for messages."""
     parts = {
         "weights, gradients and optimizer": memory.total - memory.activations - memory.buffers - memory.gathered,
         "activations": memory.activations,
         "buffers": memory.buffers + memory.gathered,
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    return listed if memory.peak == memory.total else f"{listed}; gradients come while activations go"
+    return listed if memory.peak == memory.total else f"{listed}; gradients take the place of freed activations"
 
 
-def _way_out(need: Memory, there: int) -> str:
-    if need.total - need.activations > there:
+def _way_out(needed: Memory, available: int) -> str:
+    if needed.total - needed.activations > available:
         return "Use strategy=fsdp2 or more ranks (launchers/plan.py says which fit)"
     return "Use a smaller train.micro_batch_size or train.activation_checkpointing=full"
 
 
-def _bytes_there(ranks: Ranks) -> int:
+def _available_bytes(ranks: Ranks) -> int:
     if uses_cuda():
         return torch.cuda.get_device_properties(ranks.local_rank % torch.cuda.device_count()).total_memory
     return psutil.virtual_memory().total // ranks.local_world_size

@@ -1,4 +1,5 @@
-"""Python's garbage collector at fixed steps: it otherwise stops each rank at a moment of its own, for which all others wait."""
+"""Garbage collection at fixed steps. Python otherwise collects at a different moment on each rank, and every collection on one
+rank delays all others at the next collective."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ _EVERY_STEPS = 100
 
 
 class CollectAtSteps:
-    """A context of training. Objects from before it are never looked at again inside; `stepped` collects every 100 steps."""
+    """A context manager that turns off automatic garbage collection; `stepped` collects every 100 steps, on all ranks at once.
+
+    Objects that exist at its start are frozen: collections inside skip them.
+    """
 
     def __enter__(self) -> CollectAtSteps:
         self.was_enabled = gc.isenabled()

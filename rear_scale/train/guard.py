@@ -1,5 +1,5 @@
-"""What may go wrong in the middle of a run, and how all ranks then do the same: signals, numbers that are not finite, loss
-spikes, ranks that hang."""
+"""Run-time guards: stop signals, the hang watchdog and loss spikes. The loop decides on all ranks identically
+(loop.StepConsensus)."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from rear_scale.run.folder import RunFolder
 from rear_scale.world import World
 
 EXIT_PREEMPTED = 75  # sysexits.h: try again later
-EXIT_INTERRUPTED = 130  # as shells count a process that SIGINT has ended
+EXIT_INTERRUPTED = 130  # the exit code by which shells report a process ended by SIGINT
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
-# Fewer losses than this say nothing about what is usual.
+# With fewer losses, mean and deviation are not yet known well enough to call one a spike.
 _FEWEST_LOSSES = 20
-_DUMP_S = 30.0  # how long a hanging rank may take to write down its last collectives
+_DUMP_S = 30.0  # time limit for a hanging rank to write out its last collectives
 
 
 class Preempted(SystemExit):
-    """Saved, and wants to be started again. Every rank raises it, after the last meeting."""
+    """Exit code 75: the run is saved and can be started again. Raised on all ranks in the same step."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1, SIGHUP and SIGINT instead of dying of them. A second SIGINT (Ctrl-C) ends the process at once.
+    """Records SIGTERM, SIGUSR1, SIGHUP and SIGINT instead of ending the process. A second SIGINT (Ctrl-C) ends it at once.
 
-    SIGHUP and SIGINT stay ignored where they are: nohup and scripts ask for that.
-    A thread reads the signals, because Python's handlers wait for the main thread, which may be in a collective.
+    SIGHUP and SIGINT stay ignored where they are ignored at the start, as nohup and scripts set them. A thread reads the
+    signals, because Python's handlers run in the main thread, which may be blocked in a collective.
     """
 
     def __init__(self, run: RunFolder, world: World) -> None:
@@ -55,7 +55,7 @@ class StopSignal:
         self.wakeup_before = -1
 
     def __enter__(self) -> StopSignal:
-        # Python takes signals in the main thread alone.
+        # Python installs signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
@@ -71,7 +71,7 @@ class StopSignal:
             signal.signal(number, handler)
         if self.pipe is not None:
             signal.set_wakeup_fd(self.wakeup_before)
-            os.close(self.pipe[1])  # which ends the thread
+            os.close(self.pipe[1])  # the thread then reads the end of the pipe and ends
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
@@ -84,7 +84,7 @@ class StopSignal:
                 if number in _SIGNALS:
                     self.received = signal.Signals(number).name
             if interrupts == 1 and self.world.is_main and signal.SIGINT in numbers:
-                say("Ctrl-C: this step is finished and saved first. Ctrl-C again ends at once")
+                say("Ctrl-C: finishing and saving this step first. Press Ctrl-C again to end at once")
             if interrupts > 1:
                 self._end()
         os.close(pipe)
@@ -100,9 +100,9 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends this process, with the stacks of its threads in `<run>/stacks/`, when it makes no progress for too long.
+    """Ends this process when it makes no progress for too long, after writing the stacks of its threads to `<run>/stacks/`.
 
-    A rank that waits for one that hangs or is gone makes none either, so all of them end within the same time.
+    A rank that waits in a collective for a hanging or ended rank makes no progress either, so all ranks end within that time.
     """
 
     def __init__(self, timeout_s: float, run: RunFolder, world: World) -> None:
@@ -121,21 +121,21 @@ class Watchdog:
         self.stopped.set()
 
     def beat(self, doing: str, step: int) -> None:
-        """Progress: what begins now."""
+        """Records progress. doing: the activity that begins now, for the message about a hang."""
         self.doing, self.step = doing, step
         self.beats += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what may take any time."""
+        """Stops the watchdog for a block that may take any length of time."""
         self.paused = True
         yield
         self.beat("go on", self.step)
         self.paused = False
 
     def _watch(self) -> None:
-        # Counted in waits and not read from a clock: a job that is suspended (SIGSTOP, scontrol suspend) does not run here
-        # either.
+        # Idle time is counted in waits instead of read from a clock, because a clock also runs while the job is suspended
+        # (SIGSTOP, scontrol suspend).
         wait_s = min(1.0, self.timeout_s / 4)
         idle_s, beats = 0.0, self.beats
         while not self.stopped.wait(wait_s):
@@ -148,12 +148,12 @@ class Watchdog:
         what = f"step {self.step}, {self.doing}"
         path = self.run.path / "stacks" / f"rank_{self.world.rank:05d}.txt"
         say(
-            f"rank {self.world.rank} made no progress for {self.timeout_s:.0f} s ({what}): a rank hangs or is gone. "
-            f"The stacks of this one are in {path}"
+            f"rank {self.world.rank} made no progress for {self.timeout_s:.0f} s ({what}): a rank hangs or has ended. "
+            f"The stacks of rank {self.world.rank} are in {path}"
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Under its own name at once: what is written before the process ends is all that there will be.
+            # Not written atomically: even an incomplete file helps, if the process ends during the write.
             with open(path, "w") as file:
                 file.write(f"{what}\n")
                 file.flush()
@@ -166,54 +166,56 @@ class Watchdog:
                 self.world.peers.tell(reason)
             if self.world.is_main:
                 self.run.set_status("failed", last_step(self.run.path), reason)
-            # NCCL's own watchdog would write it later than this one ends the process.
+            # NCCL's own watchdog would write the dump only after this one has ended the process.
             dump_collectives(self.run.path / "collectives" / f"rank_{self.world.rank}")
         finally:
             os._exit(1)
 
 
 def dump_collectives(path: Path) -> None:
-    """Writes the last collectives of this rank, as its process group has recorded them, for `torchfrtrace` to compare the
-    ranks. Writes nothing when they do not come within _DUMP_S seconds: what hangs may hold their lock."""
+    """Writes the last collectives of this rank, recorded by torch's flight recorder, for `torchfrtrace` to compare the ranks.
+
+    Gives up after _DUMP_S seconds, because the hanging thread may hold the recorder's lock.
+    """
     c10d = torch._C._distributed_c10d
-    # Only builds with NCCL have the first one; the other knows gloo's.
+    # The first function exists only in builds with NCCL; the second records gloo's collectives.
     dump = getattr(c10d, "_dump_nccl_trace", None) or getattr(c10d, "_dump_fr_trace", None)
     if dump is None:
         return
     path.parent.mkdir(exist_ok=True)
-    # Under its own name at once, as the stacks.
+    # Not written atomically, for the same reason as the stacks.
     writer = threading.Thread(target=lambda: path.write_bytes(dump()), daemon=True)
     writer.start()
     writer.join(_DUMP_S)
 
 
 class LossSpikeDetector:
-    """Which losses are far above those before them."""
+    """Tells losses that are far above the mean of those before them (guard.spike_sigma standard deviations)."""
 
     def __init__(self, cfg: ExperimentConfig) -> None:
         self.sigma = cfg.guard.spike_sigma
         self.window: deque[float] = deque(maxlen=cfg.guard.spike_window)
 
     def __call__(self, loss: float) -> bool:
-        """Whether this loss is one. Neither spikes nor numbers that are not finite count among the losses to come."""
+        """Whether this loss is a spike. Spikes and non-finite losses do not enter the window for later losses."""
         if not math.isfinite(loss):
             return False
         if len(self.window) >= min(_FEWEST_LOSSES, self.window.maxlen or 0):
-            usual, spread = statistics.fmean(self.window), statistics.pstdev(self.window)
-            # A flat curve would make a spike of every ripple.
-            if loss > usual + self.sigma * max(spread, 1e-3 * abs(usual)):
+            mean, deviation = statistics.fmean(self.window), statistics.pstdev(self.window)
+            # The deviation has a floor of 0.1% of the mean, or a flat curve would flag every fluctuation.
+            if loss > mean + self.sigma * max(deviation, 1e-3 * abs(mean)):
                 return True
         self.window.append(loss)
         return False
 
 
 def shard_positions(ids: list[int], shards: list[Any], folder: str | Path) -> str:
-    """In words, where samples lie: "shard-000003.tar: 17, 42; ..."."""
-    found: dict[str, list[int]] = {}
+    """The shards and positions of samples, for messages: "shard-000003.tar: 17, 42; ..."."""
+    by_shard: dict[str, list[int]] = {}
     first = 0
     for shard in shards:
         inside = [number - first for number in ids if first <= number < first + shard.samples]
         if inside:
-            found[shard.file] = sorted(inside)
+            by_shard[shard.file] = sorted(inside)
         first += shard.samples
-    return "; ".join(f"{Path(folder) / name}: {', '.join(map(str, rows))}" for name, rows in found.items())
+    return "; ".join(f"{Path(folder) / name}: {', '.join(map(str, rows))}" for name, rows in by_shard.items())

@@ -45,22 +45,22 @@ from rear_scale.world import World
 
 @dataclass
 class Hooks:
-    """What else happens during training. Every rank calls them, in step with the others."""
+    """Functions that the loop calls during training, on every rank at the same step."""
 
     on_step: list[Callable[[int, nn.Module], None]] = field(default_factory=list)  # (updates done, model)
     on_checkpoint: list[Callable[[int, Path], None]] = field(default_factory=list)  # (updates done, folder)
-    # (updates done, folder) of the checkpoint that a start resumes from: for what a kill has left undone there
+    # (updates done, folder) of the checkpoint that is resumed: completes on_checkpoint work that a kill has interrupted
     on_resume: list[Callable[[int, Path], None]] = field(default_factory=list)
-    # Every train.val_every steps: (updates done, strategy) -> metrics of the model as it is then
+    # every train.val_every steps: (updates done, strategy) -> metrics of the current model
     validate: list[Callable[[int, Strategy], dict[str, float]]] = field(default_factory=list)
 
 
 def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, codebook: Tensor, hooks: Hooks) -> int:
-    """Trains to plan.last_step, from the newest checkpoint of run.dir if there is one. Returns the steps done here.
+    """The number of steps done by this call, which trains to plan.last_step from the newest checkpoint of run.dir, if any.
 
-    All ranks must call this. Raises InputError when the run folder belongs to another run or process, FloatingPointError
-    when the loss or the gradient is not finite (the last checkpoint is kept), OSError when the last step cannot be saved, and
-    Preempted (exit code 75) when a rank was asked to stop: after the step is finished and saved.
+    All ranks must call this. Raises InputError when the run folder belongs to another run or is used by another process,
+    FloatingPointError when the loss or the gradient is not finite (the last checkpoint is kept), OSError when the last step
+    cannot be saved, and Preempted (exit code 75) when a rank received a stop signal, after the step is finished and saved.
     """
     run = RunFolder(cfg.run.dir)
     with ExitStack() as stack:
@@ -68,24 +68,24 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         if world.is_main:
             clear(run.checkpoints)
             run.clear()
-        found = newest_intact(run.checkpoints, world, report=say)
-        cfg = settled(cfg, found.meta["config"] if found else None)
-        if found is None and cfg.train.init_from is not None:
-            found = start.take_over(cfg, tokens, run, world)
-        done = found.step if found else 0
-        if found:
-            _check_same_run(cfg, tokens, found)
-            found.meta.update(
-                world.from_main(run.rewind_to(done, found.meta.get("rewinds", 0)) if world.is_main else None)
+        checkpoint = newest_intact(run.checkpoints, world, report=say)
+        cfg = settled(cfg, checkpoint.meta["config"] if checkpoint else None)
+        if checkpoint is None and cfg.train.init_from is not None:
+            checkpoint = start.take_over(cfg, tokens, run, world)
+        done = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            _check_same_run(cfg, tokens, checkpoint)
+            checkpoint.meta.update(
+                world.from_main(run.rewind_to(done, checkpoint.meta.get("rewinds", 0)) if world.is_main else None)
             )
         if done >= plan.last_step:
-            assert found is not None
+            assert checkpoint is not None
             for on_resume in hooks.on_resume:
-                on_resume(done, found.path)
+                on_resume(done, checkpoint.path)
             if world.is_main:
-                Writer(run.checkpoints, world, cfg.checkpoint, found).settle()
+                Writer(run.checkpoints, world, cfg.checkpoint, checkpoint).settle()
                 if run.state() != "done":
-                    # Killed between the last checkpoint and its word for it.
+                    # The previous process was killed after the final checkpoint but before it wrote status=done.
                     run.set_status("done", done, _why_done(plan))
                 say(f"{run.path} is complete: {done} of {plan.last_step} steps")
             return 0
@@ -95,7 +95,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         try:
             with StopSignal(run, world) as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
                 guards = (LossSpikeDetector(cfg), stop, watchdog)
-                while found := _Run(cfg, plan, world, tokens, codebook, hooks, run, found, *guards).go():
+                while checkpoint := _Run(cfg, plan, world, tokens, codebook, hooks, run, checkpoint, *guards).go():
                     pass
         except Preempted:
             world.barrier()
@@ -115,7 +115,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
 
 
 class _Run:
-    """Training from one checkpoint (or none) to the end, or to where it must begin again from another one."""
+    """Training from one checkpoint (or none) to the end of the run, or to a loss spike that rewinds to an earlier checkpoint."""
 
     def __init__(
         self,
@@ -126,39 +126,39 @@ class _Run:
         codebook: Tensor,
         hooks: Hooks,
         run: RunFolder,
-        found: Checkpoint | None,
+        resumed: Checkpoint | None,
         spikes: LossSpikeDetector,
         stop: StopSignal,
         watchdog: Watchdog,
     ) -> None:
         self.cfg, self.plan, self.world, self.tokens, self.hooks, self.run = cfg, plan, world, tokens, hooks, run
         self.spikes, self.stop, self.watchdog = spikes, stop, watchdog
-        self.found, self.first = found, found.step + 1 if found else 1
-        meta = found.meta if found else {}
+        self.resumed, self.first = resumed, resumed.step + 1 if resumed else 1
+        meta = resumed.meta if resumed else {}
         self.skips, self.rewinds = meta.get("skipped_updates", 0), meta.get("rewinds", 0)
-        # Steps of data that a rewind has passed over.
+        # The number of steps whose data were skipped by rewinds.
         self.data_offset = meta.get("data_offset", 0)
         self.objective = Objective(cfg, plan, codebook, world.device)
-        self.writer = Writer(run.checkpoints, world, cfg.checkpoint, found)
+        self.writer = Writer(run.checkpoints, world, cfg.checkpoint, resumed)
         if world.is_main:
             run.cut_metrics(self.first - 1)
             run.set_status("running", self.first - 1, "")
-        self.strategy = _build(cfg, plan, world, codebook, found)
-        if world.is_main and found:
-            say(f"resumed from {found.path}")
+        self.strategy = _build(cfg, plan, world, codebook, resumed)
+        if world.is_main and resumed:
+            say(f"resumed from {resumed.path}")
 
     def go(self) -> Checkpoint | None:
-        """None at the end; else the checkpoint to rewind to, with its meta.json's data_offset and rewinds moved on."""
+        """None at the end of the run; else the checkpoint to rewind to, with data_offset and rewinds in its meta updated."""
         cfg, plan, world, strategy, objective = self.cfg, self.plan, self.world, self.strategy, self.objective
         batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
         bar = progress(cfg.run.name, plan.last_step, "step", done=self.first - 1, show=world.is_main)
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
         with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler, CollectAtSteps() as garbage:
             clock = telemetry.clock
-            if self.found is not None:
+            if self.resumed is not None:
                 with self.watchdog.pause():
                     for on_resume in self.hooks.on_resume:
-                        on_resume(self.found.step, self.found.path)
+                        on_resume(self.resumed.step, self.resumed.path)
             for step in range(self.first, plan.last_step + 1):
                 self.watchdog.beat("waiting for data", step)
                 with clock("data"):
@@ -167,7 +167,7 @@ class _Run:
                 statistics = torch.zeros(len(objective.names), device=world.device)
                 for micro_step, batch in enumerate(micro_batches):
                     self.watchdog.beat(f"forward and backward of micro-step {micro_step}", step)
-                    # Dropout masks belong to the place in the run, so that no generator state needs saving.
+                    # Dropout masks depend on (seed, step, micro-step, rank) alone, so that no generator state needs saving.
                     torch.manual_seed(rng.fold(cfg.run.seed, rng.Purpose.DEVICE_SEED, step, micro_step, world.rank))
                     compute = _Computation(objective, batch.to(world.device), step, clock)
                     with clock("passes"):
@@ -175,7 +175,7 @@ class _Run:
                 self.watchdog.beat("gradient norm", step)
                 with clock("optimizer"):
                     norm = strategy.grad_norm()
-                self.watchdog.beat("meeting of the ranks", step)
+                self.watchdog.beat("all-gather of losses and stop requests", step)
                 loss = objective.statistic(statistics, "loss")
                 consensus = StepConsensus(world, loss, norm, self.stop.received is not None, self.writer)
 
@@ -232,7 +232,7 @@ class _Run:
     def _save(self, step: int, consensus: StepConsensus) -> None:
         due = step % self.cfg.checkpoint.every_steps == 0 or step == self.plan.last_step or consensus.stop_ranks
         wait = step == self.plan.last_step or consensus.stop_ranks
-        # Every rank saw the same states at the meeting, so all of them go in here or none.
+        # All ranks have the same states from StepConsensus, so either all of them enter this collective or none.
         if self.writer.thread is not None and (due or consensus.all_written):
             self._finish_save()
         if not due:
@@ -258,7 +258,7 @@ class _Run:
             self._report_unsaved(step, problem)
         if problem is not None and step == self.plan.last_step:
             raise Unwritten(
-                f"the checkpoint of the last step was not written: {problem}. The same command trains from the one before it"
+                f"the checkpoint of the last step was not written: {problem}. The same command continues from an earlier one"
             )
 
     def _finish_save(self) -> str | None:
@@ -278,7 +278,7 @@ class _Run:
     def _report_unsaved(self, step: int, problem: str | None) -> None:
         if self.world.is_main:
             say(
-                f"the checkpoint of step {step} was not written: {problem}. Training goes on; older checkpoints are intact"
+                f"the checkpoint of step {step} was not written: {problem}. Training continues; older checkpoints are intact"
             )
             self.run.note("checkpoint_failed", step, problem=problem)
 
@@ -287,40 +287,40 @@ class _Run:
             saved = last_step(self.run.path)
             ranks = ", ".join(map(str, consensus.stop_ranks))
             self.run.set_status("preempted", saved, f"rank {ranks} was asked to stop during step {step}")
-            say(f"stopped by a signal to rank {ranks}: step {saved} is saved. The same command continues")
+            say(f"stopped by a signal to rank {ranks}: step {saved} is saved. The same command continues from there")
         raise Preempted
 
     def _stop_unless_skipped(self, step: int, consensus: StepConsensus, micro_batches: list[MicroBatch]) -> None:
-        """Counts an update that is left out. Raises FloatingPointError, on all ranks, where it must not be."""
+        """Counts a non-finite update that is skipped. Raises FloatingPointError, on all ranks, where skipping is not allowed."""
         ids = torch.cat([batch.ids for batch in micro_batches]).tolist()
-        where = shard_positions(ids, self.tokens.manifest.shards, self.cfg.data.train)
-        places = self.world.gather(where)
+        own_positions = shard_positions(ids, self.tokens.manifest.shards, self.cfg.data.train)
+        positions = self.world.gather(own_positions)
         suspects = consensus.bad_ranks or list(range(self.world.size))
-        named = "; ".join(f"rank {rank} trained on {places[rank]}" for rank in suspects[:4])
+        named = "; ".join(f"rank {rank} trained on {positions[rank]}" for rank in suspects[:4])
         if consensus.bad_ranks:
             what = f"the loss is not finite on rank {', '.join(map(str, consensus.bad_ranks))}"
         else:
             what = f"the gradient norm is {consensus.grad_norm}, with finite losses on all ranks"
         self.skips += 1
         if self.world.is_main:
-            self.run.note("nonfinite", step, what=what, positions={rank: places[rank] for rank in suspects})
+            self.run.note("nonfinite", step, what=what, positions={rank: positions[rank] for rank in suspects})
         guard = self.cfg.guard
         if guard.on_nonfinite == "skip" and self.skips <= guard.max_skips:
             if self.world.is_main:
-                say(f"step {step}: {what}. Its update is left out ({self.skips} of at most {guard.max_skips}). {named}")
+                say(f"step {step}: {what}. Its update is skipped ({self.skips} of at most {guard.max_skips}). {named}")
             return
         if self.writer.thread is not None:
             self._finish_save()
         bound = (
-            f" guard.max_skips={guard.max_skips} updates were left out already." if guard.on_nonfinite == "skip" else ""
+            f" guard.max_skips={guard.max_skips} updates were skipped already." if guard.on_nonfinite == "skip" else ""
         )
         raise FloatingPointError(
             f"step {step}: {what}.{bound} The update was not applied and the last checkpoint is intact. {named}. "
-            "Lower optim.lr, use train.precision=fp32, or leave such updates out with guard.on_nonfinite=skip"
+            "Lower optim.lr, use train.precision=fp32, or skip such updates with guard.on_nonfinite=skip"
         )
 
     def _rewind(self, step: int, loss: float) -> Checkpoint | None:
-        """Says that a loss is a spike; the checkpoint to go back to where that is wanted and possible."""
+        """The checkpoint to rewind to after a loss spike, which is reported here; None where rewinding is off or not possible."""
         guard = self.cfg.guard
         wanted = guard.on_spike == "rewind" and self.rewinds < guard.max_rewinds
         if self.world.is_main:
@@ -330,22 +330,22 @@ class _Run:
             return None
         if self.writer.thread is not None:
             self._finish_save()
-        found = newest_intact(self.run.checkpoints, self.world, report=say)
-        if found is None:
+        checkpoint = newest_intact(self.run.checkpoints, self.world, report=say)
+        if checkpoint is None:
             return None
-        # The data between the checkpoint and the spike is passed over.
-        found.meta["data_offset"] = self.data_offset + step - found.step
-        found.meta["rewinds"] = self.rewinds + 1
+        # Training continues with the data after the spike; those between the checkpoint and the spike are skipped.
+        checkpoint.meta["data_offset"] = self.data_offset + step - checkpoint.step
+        checkpoint.meta["rewinds"] = self.rewinds + 1
         if self.world.is_main:
-            self.run.note_rewind(found.step, found.meta["data_offset"], found.meta["rewinds"])
-        return found
+            self.run.note_rewind(checkpoint.step, checkpoint.meta["data_offset"], checkpoint.meta["rewinds"])
+        return checkpoint
 
 
 class StepConsensus:
-    """What all ranks learn of each other before an update: one small collective."""
+    """One all-gather per step, before the update: loss, stop request and checkpoint state of every rank."""
 
     def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: Writer) -> None:
-        # Loss and norm stay on the device until all ranks have sent theirs: the one time that a step waits for it.
+        # Loss and norm are sent from the device and copied to the host once: the only synchronization with the GPU in a step.
         self.rows = world.table([stop, writer.state], [loss, grad_norm])
         stops, states, losses, norms = self.rows.T
         self.grad_norm = norms[world.rank].item()
@@ -353,13 +353,13 @@ class StepConsensus:
         self.bad_ranks = (~losses.isfinite()).nonzero()[:, 0].tolist()
         self.stop_ranks = stops.nonzero()[:, 0].tolist()
         self.all_written = bool((states >= Writer.WRITTEN).all())
-        # The norm is global: the same on all ranks.
+        # The norm is global and therefore equal on all ranks.
         self.finite = not self.bad_ranks and math.isfinite(self.grad_norm)
 
 
 @dataclass
 class _Computation:
-    """Forward pass and loss of one micro-batch, for the strategy to run under its own precision and engine."""
+    """Forward pass and loss of one micro-batch: a function that the strategy calls in its own precision with its engine."""
 
     objective: Objective
     batch: MicroBatch
@@ -374,36 +374,38 @@ class _Computation:
             return self.objective.loss(output, task)
 
 
-def _build(cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, found: Checkpoint | None) -> Strategy:
-    """The strategy around a model with its first or its saved weights."""
+def _build(
+    cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, checkpoint: Checkpoint | None
+) -> Strategy:
+    """The strategy, built around a model with its initial or its checkpoint's weights."""
     model = build_model(cfg)
     kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision, say if world.is_main else None)
     use_kernel(model, kernel)
     model.set_codebook(codebook)
     if world.is_main:
         say(f"attention kernel: {kernel}")
-    if found is None:
+    if checkpoint is None:
         start.first_weights(cfg, model, world)
     else:
-        # Before the engine takes over: the copies that it makes are right from the start.
-        load_weights(found, model)
+        # Load before wrapping: FSDP and ZeRO copy the weights when they wrap the model.
+        load_weights(checkpoint, model)
     prepare_blocks(model, cfg, world.device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
-    if found is not None:
-        restore(found, strategy)
+    if checkpoint is not None:
+        restore(checkpoint, strategy)
     return strategy
 
 
-def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, found: Checkpoint) -> None:
-    check_resumable(cfg, found.meta["config"], str(found.path))
-    before, now = found.meta["data_fingerprint"], tokens.manifest.fingerprint
+def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, checkpoint: Checkpoint) -> None:
+    check_resumable(cfg, checkpoint.meta["config"], str(checkpoint.path))
+    before, now = checkpoint.meta["data_fingerprint"], tokens.manifest.fingerprint
     if before != now and "data.train" not in cfg.resume.allow:
         raise InputError(
-            f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {found.path} was trained on "
+            f"data.train={cfg.data.train} holds other samples (fingerprint {now[:12]}) than {checkpoint.path} was trained on "
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
-    check_states(found, rules_of(meta_model(cfg), cfg), cfg)
+    check_states(checkpoint, rules_of(meta_model(cfg), cfg), cfg)
 
 
 def _why_failed(error: BaseException) -> str:
@@ -423,7 +425,7 @@ def _why_done(plan: Plan) -> str:
 
 
 class _Prefetcher:
-    """Prepares the next steps' micro-batches in one thread: gathering rows, dropping labels, pinning memory."""
+    """An iterator over steps' micro-batches, prepared ahead in one thread: reads tokens, drops labels, pins memory."""
 
     def __init__(
         self,
@@ -466,14 +468,14 @@ class _Prefetcher:
     def _run(self) -> None:
         try:
             for step in self.steps:
-                batches = [self._prepare(ids, epochs) for ids, epochs in self._shares(step)]
+                batches = [self._prepare(ids, epochs) for ids, epochs in self._rank_batches(step)]
                 if self.stopped.is_set():
                     return
                 self.ready.put(batches)
         except BaseException as error:
             self.ready.put(error)
 
-    def _shares(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def _rank_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         return self.order.rank_batches(step, self.world.rank, self.world.size, self.plan.accumulation)
 
     def _prepare(self, ids: Tensor, epochs: Tensor) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""What training needs from outside: checked on every rank before the process group, opened after it."""
+"""Inputs of training: checked on every rank before the process group exists, opened after that."""
 
 from __future__ import annotations
 
@@ -51,25 +51,29 @@ class Data:
     codebook: Tensor  # float32 [K, D]
 
     def open(self, world: World) -> tuple[TokenSet, Tensor]:
-        """Unpacks the shards on this node unless they are, or opens them for reading while training."""
+        """The training set and the codebook. Shards are unpacked on this node unless they already are, or opened for streaming
+        (data.mode)."""
         return open_set(self.cfg.data, self.manifest, world.size, self._report(world)), self.codebook
 
     def open_val(self, world: World) -> TokenSet:
-        """The set of data.val, which is unpacked in either mode."""
+        """The validation set of data.val, which is unpacked in either data.mode."""
         folder = self.cfg.data.val
         assert folder is not None
         manifest = read_checked(self.cfg, folder)
         return open_tokens(folder, self.cfg.data.cache_dir, self._report(world), manifest)
 
     def _report(self, world: World) -> Say:
-        # Damage that a stream meets is said by whichever rank meets it.
+        # One report per node; but damaged records of a stream are reported by the rank that reads them.
         return say if world.ranks.local_rank == 0 or self.cfg.data.mode == "stream" else _silent
 
 
 def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
-    """Raises InputError when the strategy's engine is not installed, shards or first weights are missing or do not fit, the
-    batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, or a term of the loss
-    does not fit."""
+    """The checked inputs of a run.
+
+    Raises InputError when the strategy's engine is not installed, shards or initial weights are missing or do not fit, the
+    batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, or a loss term does not
+    fit.
+    """
     check_installed(facts.of(cfg.strategy))
     terms_of(cfg)
     device = torch.device("cuda" if uses_cuda() else "cpu")
@@ -118,7 +122,7 @@ def _classes_of_run(folder: str) -> int | None:
 
 
 def data_order(cfg: ExperimentConfig, tokens: TokenSet, objective: Objective) -> BatchOrder | GroupedOrder:
-    """Which samples each step, rank and micro-step of a run trains on. cfg: as `settled` returns it."""
+    """The order of data: the samples of each step, rank and micro-step. cfg: as `settled` returns it."""
     order = tokens.order(cfg.train.global_batch_size, cfg.run.seed)
     if not cfg.data.group_by_class:
         return order

@@ -1,4 +1,4 @@
-"""How a run begins: from drawn weights, from a weight file (train.init_from), or where a released trainer stopped."""
+"""The start of a run: random initialization, a weight file (train.init_from), or the checkpoint of a released trainer."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ def check(cfg: ExperimentConfig) -> None:
     if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
         raise InputError(
             f"not found: train.init_from={cfg.train.init_from}. Set the path of a weight file, a run folder or a checkpoint, "
-            "or null to start from drawn weights"
+            "or null for random initialization"
         )
 
 
 def first_weights(cfg: ExperimentConfig, model: Generator, world: World) -> None:
-    """Draws the weights of a fresh run, then takes over those of train.init_from; heads that it lacks stay as drawn."""
+    """Initializes the weights of a new run at random, then loads those of train.init_from; heads that it lacks stay random."""
     model.init_weights(cfg.run.seed)
     if cfg.train.init_from is None:
         return
     weights = read_weights(Path(cfg.train.init_from), "train.init_from")
     fresh = official.load(weights, model, f"train.init_from={cfg.train.init_from}", heads_optional=True)
     if world.is_main:
-        say(f"weights of {cfg.train.init_from}" + (f"; drawn anew: {', '.join(fresh[:4])} ..." if fresh else ""))
+        fresh_text = f"; not in it, so initialized at random: {', '.join(fresh[:4])} ..." if fresh else ""
+        say(f"initial weights: {cfg.train.init_from}{fresh_text}")
 
 
 def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: World) -> Checkpoint | None:
-    """The state of a released trainer's checkpoint-N folder as the first checkpoint of this run, or None for other sources.
+    """The first checkpoint of this run, converted from a released trainer's checkpoint-N folder; None for other sources.
 
-    Weights, moments and step go on from there; the order of data is ours. All ranks must call this. Raises InputError
-    when the folder does not fit the config's model.
+    Weights, moments and step continue from there; the order of data is that of rear_scale. All ranks must call this. Raises
+    InputError when the folder does not fit the config's model.
     """
     source = Path(cfg.train.init_from)
     if not accelerate.is_released_checkpoint(source):
@@ -72,4 +73,4 @@ def _write_first(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, source
     folder = run.checkpoints / step_name(released.step)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_portable(folder, released.step, released.tensors, meta)
-    say(f"goes on from {source}: {released.step} updates done")
+    say(f"continuing from {source}: {released.step} updates done")

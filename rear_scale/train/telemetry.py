@@ -1,4 +1,4 @@
-"""What a logged step says, and where it goes: metrics.jsonl, the progress bar, wandb."""
+"""Metrics of logged steps, written to metrics.jsonl and wandb; timing and profiling of steps."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from rear_scale.world import World
 
 
 class Clock:
-    """Seconds of this rank in the parts of its steps. On a GPU they are measured there, without waiting for it."""
+    """Seconds that this rank spends in each span of its steps. On a GPU, CUDA events measure them without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, span: str) -> Iterator[None]:
         start = self._now()
         yield
-        self.marks.append((part, start, self._now()))
+        self.marks.append((span, start, self._now()))
 
     def take(self) -> dict[str, float]:
-        """The sums since the last call. Waits for the GPU."""
+        """Seconds of each span, summed since the last call. Synchronizes with the GPU."""
         totals = dict.fromkeys(("data", "forward", "passes", "optimizer", "checkpoint"), 0.0)
         if self.on_gpu:
             torch.cuda.synchronize()
-        for part, start, end in self.marks:
-            totals[part] += start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
+        for span, start, end in self.marks:
+            totals[span] += start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
         self.marks = []
         return totals
 
@@ -52,7 +52,7 @@ class Clock:
 
 
 class StepProfiler:
-    """Writes profile/rank_00000.json, a trace of the steps of profile.steps, on rank 0."""
+    """Writes a trace of the steps of profile.steps to profile/rank_00000.json, on rank 0."""
 
     def __init__(self, steps: list[int] | None, run: RunFolder, world: World) -> None:
         self.steps = steps if world.is_main else None
@@ -67,7 +67,7 @@ class StepProfiler:
         self._write()
 
     def stepped(self, step: int) -> None:
-        """After each step."""
+        """To be called after each step: starts or ends the trace where it is due."""
         if self.steps and step >= self.steps[1]:
             self._write()
         else:
@@ -112,20 +112,21 @@ class Telemetry:
         noise_max: float,
         extra: dict[str, Any],
     ) -> dict[str, Any]:
-        """Writes a logged step. statistics: the objective's, of this rank's share of the step's batch. Returns the metrics."""
-        # One packed collective: losses and times of all ranks.
-        parts = self.clock.take()
-        packed = {**statistics, **parts, "peak_mem_gib": _peak_memory_gib(self.world)}
+        """The metrics of a step, after writing them. statistics: those of the objective, over this rank's part of the batch."""
+        # One collective for the losses and times of all ranks.
+        spans = self.clock.take()
+        packed = {**statistics, **spans, "peak_mem_gib": _peak_memory_gib(self.world)}
         rows = self.world.table(list(packed.values()))
         means, of_ranks = dict(zip(packed, rows.mean(0).tolist(), strict=True)), dict(zip(packed, rows.T, strict=True))
         steps = max(1, self.steps)
-        ranks_parts = {part: of_ranks[part] / steps for part in parts}
+        span_seconds = {span: of_ranks[span] / steps for span in spans}
         now = time.perf_counter()
         step_time_s = (now - self.since) / steps
         images_per_s = self.cfg.train.global_batch_size / step_time_s
-        # The rest of a step is spent in step with the others; what a slow rank alone takes longer for shows here.
-        own = ranks_parts["data"] + ranks_parts["forward"]
-        slowest = int(own.argmax())
+        # Backward and optimizer contain collectives, so every rank shows the slowest rank's time there. Only data loading and
+        # forward are local to a rank: a slow rank shows in their sum.
+        local_s = span_seconds["data"] + span_seconds["forward"]
+        slowest = int(local_s.argmax())
         metrics = {
             "step": step,
             "images_seen": step * self.cfg.train.global_batch_size,
@@ -137,20 +138,20 @@ class Telemetry:
             "images_per_s": images_per_s,
             "images_per_s_per_gpu": images_per_s / self.world.size,
             "step_time_s": step_time_s,
-            "data_wait_s": ranks_parts["data"].mean().item(),
-            "forward_s": ranks_parts["forward"].mean().item(),
-            "backward_s": (ranks_parts["passes"] - ranks_parts["forward"]).mean().item(),
-            "optimizer_s": ranks_parts["optimizer"].mean().item(),
-            "checkpoint_s": ranks_parts["checkpoint"].mean().item(),
-            "own_time_min_s": own.min().item(),
-            "own_time_max_s": own.max().item(),
+            "data_wait_s": span_seconds["data"].mean().item(),
+            "forward_s": span_seconds["forward"].mean().item(),
+            "backward_s": (span_seconds["passes"] - span_seconds["forward"]).mean().item(),
+            "optimizer_s": span_seconds["optimizer"].mean().item(),
+            "checkpoint_s": span_seconds["checkpoint"].mean().item(),
+            "own_time_min_s": local_s.min().item(),
+            "own_time_max_s": local_s.max().item(),
             "slowest_rank": slowest,
             "slowest_host": self.hosts[slowest],
             "mfu": self._mfu(images_per_s),
             "peak_mem_gib": of_ranks["peak_mem_gib"].max().item(),
             "time_left_s": (self.plan.last_step - step) * step_time_s,
         }
-        # JSON has no number for what is none: a term without a head, a loss that is not finite.
+        # JSON cannot represent NaN or inf (a term without a head, a loss that is not finite); write null.
         metrics = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
@@ -175,14 +176,14 @@ class Telemetry:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def _mfu(self, images_per_s: float) -> float | None:
-        """Model FLOPs of the images over the peak of all devices; None where the peak is not known."""
+        """Model FLOPs utilization: FLOPs per second over the peak of all devices; None where the peak is not known."""
         if self.peak_tflops is None:
             return None
         return images_per_s * self.flops_per_image / (self.peak_tflops * 1e12 * self.world.size)
 
 
 def _peak_memory_gib(world: World) -> float:
-    """Peak device memory of this rank; on a CPU, its peak resident size."""
+    """Peak GPU memory of this rank in GiB; on a CPU, its peak resident set size."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

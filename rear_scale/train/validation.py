@@ -1,4 +1,4 @@
-"""The loss of training and the correct token ratio on held-out shards, while a run goes on."""
+"""Validation during training: the training loss and the correct token ratio on held-out shards."""
 
 # B sequences of a forward pass
 
@@ -21,18 +21,19 @@ from rear_scale.parallel.strategy import Strategy
 from rear_scale.shards.reader import TokenSet
 from rear_scale.world import World
 
-# The replacement draws of the noisy context: the same at every step, and not those of training.
+# Seed of the replacements in the noisy context: the same at every step, and different from those of training.
 _DRAW_SEED = 20_251_121
-# What `sequence_scores` gives, and the statistics that are made of it and of the terms.
+# The columns of `sequence_scores`, and the statistics that are computed from them and from the terms.
 _SCORES = ("negative log-likelihood", "correct")
 _DERIVED = ("loss", "loss_ar", "accuracy")
 
 
 class Validation:
-    """A hook of the loop. Each sequence counts once, whatever the ranks, with its class known and no dropout.
+    """A hook of the loop that computes validation metrics. Each sequence counts once for any number of ranks, with its class and
+    without dropout.
 
-    Under clean context: `val_loss`, the value of each term and what terms report, and `val_ctr`, the share of correct argmax
-    predictions (reAR Eq. 8). With evaluate.replace_rate of the context replaced (Eq. 4): `val_ctr_noisy`.
+    With a clean context: `val_loss`, the value and the reports of each term, and `val_ctr`, the fraction of correct argmax
+    predictions (reAR Eq. 8). With a fraction evaluate.replace_rate of the context replaced (Eq. 4): `val_ctr_noisy`.
     """
 
     def __init__(self, cfg: ExperimentConfig, tokens: TokenSet, codebook: Tensor, world: World) -> None:
@@ -45,22 +46,22 @@ class Validation:
         self.contexts = {"clean": None, "noisy": Replacement(rate, _DRAW_SEED, 0, codes)}
 
     def __call__(self, step: int, strategy: Strategy) -> dict[str, float]:
-        """The metrics of the model as it is. All ranks must call this."""
+        """The metrics of the current model. All ranks must call this."""
         return self.metrics(self.world.gather(self.rows(strategy)))
 
     def rows(self, strategy: Strategy) -> dict[str, Tensor]:
-        """Of each context, the scores of this rank's sequences: float64 [M, n] on the CPU. The columns are those of _SCORES and,
-        under clean context, `names`."""
+        """The scores of this rank's sequences by context ("clean", "noisy"): float64 [M, n] on the CPU. The columns are _SCORES
+        and, for the clean context, `names`."""
         size, world = self.cfg.train.micro_batch_size, self.world
-        found: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
+        rows_by_context: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
         for ids, counted in batches_of_rank(len(self.tokens), size, world.rank, world.size):
-            for context, parts in found.items():
+            for context, parts in rows_by_context.items():
                 rows = strategy.evaluate(_Scores(self, ids, context))
                 parts.append(rows if counted else rows[:0])
-        return {context: torch.cat(parts).cpu() for context, parts in found.items()}
+        return {context: torch.cat(parts).cpu() for context, parts in rows_by_context.items()}
 
     def metrics(self, ranks: list[dict[str, Tensor]]) -> dict[str, float]:
-        """The metrics, of the rows of all ranks."""
+        """The metrics from the rows of all ranks."""
         sequences = len(self.tokens)
         clean, noisy = (exact_sums([rows[context] for rows in ranks]) for context in ("clean", "noisy"))
         tokens = sequences * self.cfg.tokenizer.num_tokens
@@ -73,7 +74,7 @@ class Validation:
 
 
 class _Scores:
-    """Rows of one forward pass (see `Validation.rows`). A mean over the batch stands in the row of each of its sequences."""
+    """A forward pass that returns rows (see `Validation.rows`). A mean over the batch is repeated in the row of each sequence."""
 
     def __init__(self, validation: Validation, ids: Tensor, context: str) -> None:
         self.validation, self.ids, self.context = validation, ids, context

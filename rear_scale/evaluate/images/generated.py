@@ -1,6 +1,6 @@
-"""Images of a checkpoint as a set to score: generated block by block while their features are taken, written nowhere."""
+"""Images generated from a checkpoint as an image set: sampled block by block while features are extracted, and not stored."""
 
-# B images of a unit
+# B images of a batch
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from rear_scale.world import World
 def generated_images(
     cfg: ExperimentConfig, checkpoint: Checkpoint, model: Generator, tokenizer: Tokenizer, world: World
 ) -> ImageSet:
-    """The samples of cfg.sample. A block is a unit of the sampling job, so that image i is the one that would be written.
+    """The image set of the samples of cfg.sample. Its blocks are the batches of a sampling job, so that image i equals the one
+    that launchers/sample.py writes.
 
-    The model and the tokenizer are opened by the caller, who may score several settings with them.
+    The caller opens the model and the tokenizer, so that several settings can be scored with them.
     """
     decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
 
@@ -56,7 +57,7 @@ def generated_images(
 
 
 def _class_names(cfg: ExperimentConfig) -> list[str] | None:
-    """Those that data.train gives the class ids; None where the shards are not here."""
+    """The names of the class ids in data.train; None where the shards are not on this machine."""
     if not (Path(cfg.data.train) / "index.json").is_file():
         return None
     return read_manifest(cfg.data.train).class_names

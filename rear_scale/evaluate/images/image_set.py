@@ -1,4 +1,4 @@
-"""Where images to score come from: an .npz, a folder of images, tar shards. Each is cut into fixed blocks."""
+"""Image sets to score, from an .npz, a folder of images or tar shards, divided into fixed blocks."""
 
 # n images, H and W their size in pixels
 
@@ -27,33 +27,35 @@ from rear_scale.world import World
 
 BLOCK_IMAGES = 500
 
-AS_STORED = "as stored"  # preprocessing of images that are taken as they are
+AS_STORED = "as stored"  # the preprocessing of images that are used unchanged
 
 Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The two halves of reading a block of generated images: one block is decoded while the tokens of the next are drawn."""
+    """The two steps of reading a block of generated images, so that one block is decoded while the next is sampled."""
 
-    draw: Callable[[np.ndarray], Tensor]  # the numbers of a block -> token ids of as many images or more, on the device
-    decode: Callable[[Tensor, np.ndarray], tuple[np.ndarray, np.ndarray]]  # these and the numbers -> as Read
+    draw: Callable[
+        [np.ndarray], Tensor
+    ]  # image numbers of a block -> token ids of at least as many images, on the device
+    decode: Callable[[Tensor, np.ndarray], tuple[np.ndarray, np.ndarray]]  # token ids, image numbers -> result of Read
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to score, wherever they lie or come from."""
+    """A set of images to score, from any source."""
 
     name: str
-    identity: str  # a hash of what the images depend on
+    identity: str  # a hash of everything that the images depend on
     height: int  # pixels
     width: int
-    blocks: Sequence[np.ndarray]  # the numbers (int64) of each block's images; a block is read at once
-    read: Read  # the numbers of a block -> uint8 [n, H, W, 3] and classes (int64 [n], or null)
+    blocks: Sequence[np.ndarray]  # image numbers (int64) of each block; a block is read as a whole
+    read: Read  # image numbers of a block -> images uint8 [n, H, W, 3] and classes (int64 [n], or None)
     preprocessing: str = AS_STORED
-    uint8_rounding: str | None = None  # the rule that made them uint8; null = they came so
-    class_names: Sequence[str] | None = None  # by class id; None where the set has no classes, or does not name them
-    generation: Generation | None = None  # of images that are stored nowhere
+    uint8_rounding: str | None = None  # the rule that rounded floats to uint8; None = not known, the source is uint8
+    class_names: Sequence[str] | None = None  # by class id; None where the set has no classes, or no names for them
+    generation: Generation | None = None  # for images that are generated and not stored
 
     @property
     def count(self) -> int:
@@ -66,14 +68,14 @@ def consecutive_blocks(count: int) -> list[np.ndarray]:
 
 
 def check_image_set(path: Path) -> None:
-    """Raises InputError, before anything is spent, when there is nothing at the path, or a file that holds no images."""
+    """Raises InputError when the path does not exist or is a file without images. Called before any expensive work."""
     check_not_compressed(path)
     if is_tar(path):
         members(path)
     elif path.is_file():
         read_samples(path)
     elif not path.is_dir():
-        raise InputError(f"not found: {path}. Name an .npz, a folder of images, a tar shard or a folder of them")
+        raise InputError(f"not found: {path}. Use an .npz, a folder of images, a tar shard or a folder of tar shards")
 
 
 def is_tar(path: Path) -> bool:
@@ -82,12 +84,12 @@ def is_tar(path: Path) -> bool:
 
 
 def open_image_set(path: str | Path, world: World, size: int | None = None, exif: str = "ignore") -> ImageSet:
-    """The images at a path: an .npz, a tar shard, or a folder of image shards, plain tar shards, or image files.
+    """The image set at a path: an .npz, a tar shard, or a folder of image shards, plain tar shards, or image files.
 
-    size: image files and plain tar shards are brought to it as ADM does (halved, scaled and cropped about the centre); None
-    = they are taken as they are and must share one size. exif: "apply" turns them first as the camera noted beside the
-    pixels. All ranks must call this; rank 0 says what is left out.
-    Raises InputError when there are no images, or one that cannot be read: of a smaller set, scores are others.
+    size: image files and plain tar shards are resized and cropped to it as by ADM (halved, scaled and cropped at the centre);
+    None = they are used unchanged and must all have one size. exif: "apply" first rotates them by their EXIF orientation. All
+    ranks must call this; rank 0 reports skipped files. Raises InputError when there are no images, and for an image that
+    cannot be read: it is not skipped, because scores depend on the number of images.
     """
     check_image_set(Path(path))
     path = Path(os.path.abspath(path))  # "." has no name
@@ -99,7 +101,7 @@ def open_image_set(path: str | Path, world: World, size: int | None = None, exif
     if is_tar(path):
         files = _in_tar(path, left_out)
     elif tars := tar_shards(path):
-        files = [found for tar in tars for found in _in_tar(tar, left_out)]
+        files = [image for tar in tars for image in _in_tar(tar, left_out)]
         for file in walk(path, EXTENSIONS).files:
             left_out.add(BESIDE_TARS, file.name)
     else:
@@ -112,20 +114,20 @@ def open_image_set(path: str | Path, world: World, size: int | None = None, exif
 
 
 def from_npz(path: Path, world: World) -> ImageSet:
-    """The sample file of the ADM evaluation, read in parts. All ranks must call this."""
+    """The image set of an .npz of the ADM evaluation, which is read in parts. All ranks must call this."""
     images, labels = read_samples(path)
-    # One rank reads the whole file for its checksum.
+    # Rank 0 alone reads the whole file, for its checksum.
     sha256 = world.on_main(lambda: read_sha256(path))
     return from_arrays(path.name, sha256, images, labels, _rounding_beside(path))
 
 
 def _rounding_beside(path: Path) -> str | None:
-    """The uint8 rule as launchers/sample.py notes it beside its files; their copies included; null for files of others."""
+    """The rounding rule that launchers/sample.py has recorded beside its files and their copies; None for other files."""
     try:
-        found = with_todays_rounding(read_json(path.with_suffix(".json"))).get("uint8_rounding")
+        rule = with_todays_rounding(read_json(path.with_suffix(".json"))).get("uint8_rounding")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, str) and found.isprintable() else None
+    return rule if isinstance(rule, str) and rule.isprintable() else None
 
 
 def from_arrays(
@@ -135,7 +137,7 @@ def from_arrays(
     labels: np.ndarray | None,
     uint8_rounding: str | None = None,
 ) -> ImageSet:
-    """Images (uint8 [n, H, W, 3]) that can be sliced, under a hash of their content."""
+    """The image set of an array (uint8 [n, H, W, 3]) that can be sliced. identity: a hash of its content."""
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         part = slice(int(numbers[0]), int(numbers[-1]) + 1)
@@ -146,7 +148,7 @@ def from_arrays(
 
 
 def from_shards(name: str, shards: ImageShards) -> ImageSet:
-    """Image shards with their manifest."""
+    """The image set of image shards."""
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return next(shards.batches(len(numbers), int(numbers[0]), int(numbers[-1]) + 1))
@@ -158,18 +160,18 @@ def from_shards(name: str, shards: ImageShards) -> ImageSet:
 
 @dataclass(frozen=True)
 class _File:
-    """An image file, or one inside a tar."""
+    """An image file in a folder or in a tar."""
 
     path: Path
     offset: int
     size: int | None  # bytes; None = the whole file
     label: int | str | None
-    stamp: str  # size and time of change of the file or the tar
-    problem: str | None = None  # why it cannot be read
+    stamp: str  # size and modification time of the file or the tar
+    problem: str | None = None  # the reason why it cannot be read; None = it can
 
     @classmethod
     def of(cls, folder: Path, file: File) -> Self:
-        """A file in a folder; the sub-folder it lies in names its class."""
+        """The entry of a file in a folder; its class is the name of its sub-folder."""
         label = file.name.rpartition("/")[0] or None
         return cls(folder / file.name, 0, None, label, f"{file.size} {file.mtime_ns}", file.problem)
 
@@ -181,8 +183,8 @@ class _File:
 
 
 def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
-    """The images of a tar in its order, with the class id of a `.cls` beside them."""
-    found: list[_File] = []
+    """The images of a tar in the tar's order, with their class ids from `.cls` members."""
+    files: list[_File] = []
     samples = scan(tar, left_out)
     stamp = _stamp(tar)
     with open(tar, "rb") as file:
@@ -190,10 +192,11 @@ def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
             of_sample = [name for name in sample.members if name in EXTENSIONS]
             if len(of_sample) > 1:
                 raise InputError(
-                    f"{shown(tar)}: the key {shown(sample.key)} has several images ({', '.join(of_sample)}), and which is meant "
-                    "is not said. Keep one of them"
+                    f"{shown(tar)}: the key {shown(sample.key)} has several images ({', '.join(of_sample)}), but only one is "
+                    "allowed. Keep one of them"
                 )
-            # Without an image of its own, a key is the part that several names share up to their first dot.
+            # If no member is KEY.png or the like, names such as KEY.1.png are several images that share the part before
+            # their first dot.
             chosen = of_sample or [name for name in sample.members if extension_of(f"_.{name}") in EXTENSIONS]
             classes = {
                 name.removesuffix("cls"): _class_id(tar, sample.key, read_place(file, place))
@@ -204,27 +207,25 @@ def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
                 if name in chosen:
                     label = classes.get(name.removesuffix(name.rpartition(".")[2]))
                     problem = None if is_utf8(sample.key + name) else NOT_UTF8
-                    found.append(_File(tar, *place, label, stamp, problem))
+                    files.append(_File(tar, *place, label, stamp, problem))
                 elif not chosen or name.rpartition(".")[2] != "cls":
                     left_out.add_format(f"{sample.key}.{name}")
-    return found
+    return files
 
 
 def _class_id(tar: Path, key: str, content: bytes) -> int:
     label = class_id(content.decode(errors="replace"))
     if label is None:
         raise InputError(
-            f"{shown(tar)}: {shown(key)}.cls holds {content[:20]!r}, which is no class id. Write whole numbers there"
+            f"{shown(tar)}: {shown(key)}.cls holds {content[:20]!r}, which is not a class id. Write integers there"
         )
     return label
 
 
 def _from_files(path: Path, files: list[_File], size: int | None, exif: str) -> ImageSet:
-    """path: their folder, or the tar shard that they are all in."""
+    """The image set of files. path: their folder, or the tar shard that holds all of them."""
     if not files:
-        raise InputError(
-            f"{path} holds no images ({', '.join(EXTENSIONS)}, or tar shards of them). Name another folder"
-        )
+        raise InputError(f"{path} holds no images ({', '.join(EXTENSIONS)}, or tar shards of them). Use another folder")
     bad = [file for file in files if file.problem is not None]
     if bad:
         raise InputError(
@@ -249,7 +250,7 @@ def _from_files(path: Path, files: list[_File], size: int | None, exif: str) -> 
             pixels[row] = image
         return pixels, None if labels is None else labels[numbers]
 
-    # Names, sizes and times instead of the content: a training set is too large to hash for every evaluation.
+    # Hash names, sizes and times instead of contents, because a training set is too large to be read for every evaluation.
     folder = path if path.is_dir() else path.parent
     listing = [f"{file.path.relative_to(folder)} {file.offset} {file.stamp}" for file in files]
     preprocessing = preprocessing_rule(size, exif)
@@ -269,12 +270,12 @@ def _from_files(path: Path, files: list[_File], size: int | None, exif: str) -> 
 
 
 def _stamp(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _class_ids(labels: list[int | str | None]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Class ids of the labels and, where these are names, the names, which are numbered in order.
+    """Class ids of the labels, and the class names, if the labels are names (numbered in alphabetical order).
 
     (None, None) unless every image has a class.
     """
@@ -298,11 +299,11 @@ def _decode(file: _File, size: int | None, exif: str) -> np.ndarray:
 
 
 def preprocessing_rule(size: int | None, exif: str) -> str:
-    """What is done to image files, in words: part of what features depend on."""
+    """A description of the preprocessing of image files. Part of the identity of features, so it must not be reworded."""
     rule = AS_STORED if size is None else crop_rule(size)
     return rule if exif == "ignore" else f"{rule}, turned as EXIF says"
 
 
 def crop_rule(size: int) -> str:
-    """What is done to image files that are brought to a size, in words: part of what features depend on."""
+    """A description of resizing and cropping image files. Part of the identity of features, so it must not be reworded."""
     return f"centre crop to {size} pixels (halved by boxes, then bicubic)"

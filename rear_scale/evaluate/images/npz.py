@@ -1,4 +1,4 @@
-"""Reads .npz files of the ADM evaluation in parts, in memory that does not grow with them."""
+"""Reading of ADM .npz files in parts, so that memory does not grow with their size."""
 
 # n images, H and W their size in pixels
 
@@ -16,15 +16,15 @@ import numpy as np
 from rear_scale.config import InputError
 from rear_scale.untrusted import check_file, npy_header, shown
 
-_LOCAL_HEADER, _LENGTHS = 30, 26  # bytes: of a member's header before its name, and where the lengths stand in it
+_LOCAL_HEADER, _LENGTHS = 30, 26  # bytes: size of a zip member's fixed header, and offset of the name's length in it
 _CHUNK = 1 << 20
 _MOST_ROWS = 2**48
 
 
 class StoredArray:
-    """One array of an .npz, read in consecutive rows. Nothing is mapped, so what was read counts for nobody's memory.
+    """One array of an .npz, read in slices of rows. It is not memory-mapped: mapped pages would count as process memory.
 
-    A compressed array is unpacked as it is read; going back starts over.
+    A compressed array is unpacked while it is read; reading rows before the current position starts again from the beginning.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -37,7 +37,7 @@ class StoredArray:
                 header_size = member.tell()
         if fortran_order and len(self.shape) > 1:
             raise ValueError(f"{name} is stored column by column")
-        # In whole numbers of any size: those of numpy wrap around.
+        # math.prod on Python integers: numpy's integers would overflow for a forged header.
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         self.stored = info.compress_type == zipfile.ZIP_STORED
         self._stream: tuple[IO[bytes], int] | None = None  # an open member, and the rows read from it
@@ -46,10 +46,10 @@ class StoredArray:
                 self.start = _start(info, file) + header_size
             if self.start - header_size + info.file_size > path.stat().st_size:
                 raise EOFError(f"{name} ends early")
-        # A header that says more rows than there are would make images of the bytes behind them.
+        # With too many rows in the header, bytes after the array would be read as images.
         rows = self.shape[0] if self.shape else 1
         if header_size + rows * self.row_bytes != info.file_size or rows > _MOST_ROWS:
-            raise ValueError(f"its header says {rows:,} rows, which its {info.file_size} bytes are not")
+            raise ValueError(f"its header says {rows:,} rows, which its {info.file_size} bytes do not match")
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 1
@@ -71,7 +71,7 @@ class StoredArray:
                 ) from error
         if len(data) != count * self.row_bytes:
             raise InputError(f"{self.path}: {self.member} ends before row {end}. Write the file again")
-        # Of a copy that may be written to, as arrays in memory are.
+        # bytearray makes the array writable, as torch expects.
         return np.frombuffer(bytearray(data), self.dtype).reshape(count, *self.shape[1:])
 
     def _unpack(self, start: int, count: int) -> bytes:
@@ -87,7 +87,10 @@ class StoredArray:
 
 
 def read_sha256(path: str | Path) -> str:
-    """Of the whole file. Raises InputError when an array in it does not match its checksum, without a second reading."""
+    """The sha256 of a file, whose uncompressed members are checked against their checksums in the same pass.
+
+    Raises InputError for a member that does not match.
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -110,26 +113,27 @@ def read_sha256(path: str | Path) -> str:
 
 
 class _Member:
-    """The checksum of a stored member of a zip, taken while the file passes by."""
+    """The running checksum of an uncompressed zip member, while its file is read."""
 
     def __init__(self, info: zipfile.ZipInfo, file: IO[bytes]) -> None:
         self.name, self.expected, self.crc = info.filename, info.CRC, 0
         self.start = _start(info, file)
         self.end = self.start + info.file_size
 
-    def add(self, chunk: bytes, place: int) -> None:
-        """A part of the file that begins at `place`; the parts come in order."""
-        first, last = max(self.start - place, 0), min(self.end - place, len(chunk))
+    def add(self, chunk: bytes, offset: int) -> None:
+        """Adds a chunk of the file that begins at byte `offset`. The chunks must come in order."""
+        first, last = max(self.start - offset, 0), min(self.end - offset, len(chunk))
         if first < last:
             self.crc = zlib.crc32(memoryview(chunk)[first:last], self.crc)
 
 
 def _start(info: zipfile.ZipInfo, file: IO[bytes]) -> int:
-    """Where the bytes of a member begin. The local header's own lengths count, not those of the central directory."""
+    """The offset of a member's bytes in the file. It depends on lengths in the member's local header, which may differ from
+    those in the central directory."""
     file.seek(info.header_offset + _LENGTHS)
     lengths = file.read(4)
     if len(lengths) < 4:
-        raise zipfile.BadZipFile(f"{info.filename} lies behind its end")
+        raise zipfile.BadZipFile(f"{info.filename} begins after the end of the file")
     return (
         info.header_offset
         + _LOCAL_HEADER
@@ -139,7 +143,7 @@ def _start(info: zipfile.ZipInfo, file: IO[bytes]) -> int:
 
 
 def array_names(path: str | Path) -> list[str]:
-    """The arrays of an .npz. Raises InputError when the file is missing, truncated or no .npz."""
+    """The names of the arrays of an .npz. Raises InputError when the file is missing, truncated or no .npz."""
     try:
         check_file(path)
         with zipfile.ZipFile(path) as archive:
@@ -155,14 +159,14 @@ def array_names(path: str | Path) -> list[str]:
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
     reason = str(error)
-    # Such a reason says by itself what the file is, and what to do.
+    # Reasons of `mistaken_for` already say what the file is and what to do.
     if reason.startswith("is "):
         return InputError(f"{path} {reason}")
     return InputError(f"{path} cannot be read as .npz ({reason}). Is it complete?")
 
 
 def open_array(path: str | Path, name: str) -> StoredArray:
-    """Raises InputError when the array cannot be read."""
+    """An array of an .npz, to be read in slices. Raises InputError when it cannot be read."""
     try:
         return StoredArray(Path(path), name)
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
@@ -170,9 +174,9 @@ def open_array(path: str | Path, name: str) -> StoredArray:
 
 
 def read_samples(path: str | Path) -> tuple[StoredArray, np.ndarray | None]:
-    """`arr_0` (uint8 [n, H, W, 3]), to be read in parts, and the classes (int [n]; `label`, or ADM's `arr_1`) if they are there.
+    """`arr_0` (uint8 [n, H, W, 3]), to be read in slices, and the classes (int [n]; `label`, or ADM's `arr_1`), if there are any.
 
-    Raises InputError for a missing, truncated or foreign file, and for images of another type or shape.
+    Raises InputError for a missing, truncated or other file, and for images of another type or shape.
     """
     names = array_names(path)
     if "arr_0" not in names:
@@ -197,7 +201,7 @@ def _labels(path: str | Path, names: list[str], count: int) -> np.ndarray | None
         labels = open_array(path, "label")
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
             raise InputError(
-                f"{path}: {len(labels)} labels for {count} images are {labels.dtype} {labels.shape}, but whole numbers of shape "
+                f"{path}: {len(labels)} labels for {count} images are {labels.dtype} {labels.shape}, but integers of shape "
                 f"({count},) are wanted. Write them again, or leave them out"
             )
         return labels[:]

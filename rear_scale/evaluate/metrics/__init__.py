@@ -8,19 +8,19 @@ from rear_scale.evaluate.metrics.classes import ClassAccuracy, ClassifierDistanc
 from rear_scale.evaluate.metrics.frechet import FrechetDistance
 from rear_scale.evaluate.metrics.inception_score import InceptionScoreMetric
 from rear_scale.evaluate.metrics.kernel import KernelDistance
-from rear_scale.evaluate.metrics.precision_recall import NeighbourShares
+from rear_scale.evaluate.metrics.precision_recall import NeighbourMetrics
 from rear_scale.evaluate.metrics.reconstruction import Lpips, Psnr, TokenUse
 
 METRICS: list[Metric] = [
     FrechetDistance("fid", "inception", "pool", title="FID", published="fid"),
     FrechetDistance("sfid", "inception", "spatial", title="sFID"),
     InceptionScoreMetric(),
-    NeighbourShares("inception", "pool", in_table=True),
+    NeighbourMetrics("inception", "pool", in_table=True),
     FrechetDistance("fd_dinov2", "dinov2", "cls"),
-    NeighbourShares("dinov2", "cls", prefix="dinov2_"),
+    NeighbourMetrics("dinov2", "cls", prefix="dinov2_"),
     FrechetDistance("fd_efficientnet", "efficientnet", "average", title="FD (EfficientNet)"),
     KernelDistance("kd_efficientnet", "efficientnet", "average", title="KD (EfficientNet)"),
-    NeighbourShares("efficientnet", "average", prefix="efficientnet_"),
+    NeighbourMetrics("efficientnet", "average", prefix="efficientnet_"),
     ClassAccuracy(),
     ClassifierDistance(),
     NearestDistance(),
@@ -31,7 +31,7 @@ METRICS: list[Metric] = [
 
 
 def register(metric: Metric) -> Metric:
-    """Adds a metric from another file. Its name must be new."""
+    """The metric, after adding it to METRICS; for metrics defined in other files. Its name must be new."""
     assert metric.name not in [other.name for other in METRICS], metric.name
     METRICS.append(metric)
     return metric
@@ -44,5 +44,5 @@ def metrics_of(network: str) -> list[Metric]:
 
 def distance_on(feature: str) -> str:
     """The name of the Fréchet distance on a feature, or the feature's own name where there is none."""
-    found = (metric.name for metric in METRICS if isinstance(metric, FrechetDistance) and metric.feature == feature)
-    return next(found, feature)
+    names = (metric.name for metric in METRICS if isinstance(metric, FrechetDistance) and metric.feature == feature)
+    return next(names, feature)

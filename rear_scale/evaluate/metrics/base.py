@@ -1,8 +1,8 @@
-"""The interface of metrics: which features one reads, how it is computed from them, how its numbers are called and printed.
+"""The interface of metrics: the features that a metric reads, its computation, and the names and formats of its numbers.
 
-A metric of its own is a subclass of SampleMetric (a number of the scored images alone) or ReferenceMetric (a number
-against each reference set) with one instance in the list of metrics/__init__.py. From there it is in result.json, in the
-scores during training, in the summary for wandb and, where it has columns, in the printed table.
+A new metric is a subclass of SampleMetric (a number of the scored images alone) or ReferenceMetric (a number against each
+reference set), with one instance in the list of metrics/__init__.py. It then appears in result.json, in the scores during
+training, in the summary for wandb and, if it has columns, in the printed table.
 """
 
 # n images, F values of a feature
@@ -25,7 +25,7 @@ from rear_scale.world import World
 
 
 class Rows(Protocol):
-    """Features that are read in parts: an array, a mapped file, or blocks on disk."""
+    """Features that can be read in slices of rows: an array, a mapped file, or blocks on disk."""
 
     def __len__(self) -> int: ...
 
@@ -37,16 +37,16 @@ class FeatureSet:
 
     def __init__(self, name: str, blocks: FeatureBlocks, device: torch.device) -> None:
         self.name, self.blocks, self.device = name, blocks, device
-        self.kept: dict[Any, Any] = {}  # values of this set that metrics use again in the next comparison
+        self.kept: dict[Any, Any] = {}  # values of this set that metrics cache for the next comparison
         self._moments: dict[str, Moments] = {}
 
     @property
     def count(self) -> int:
-        """Images."""
+        """The number of images."""
         return self.blocks.count
 
     def moments(self, feature: str) -> Moments | None:
-        """Mean and covariance of a feature, added up block by block; None for fewer than two images."""
+        """Mean and covariance of a feature, summed block by block; None for fewer than two images."""
         if self.count < 2:
             return None
         if feature not in self._moments:
@@ -54,7 +54,7 @@ class FeatureSet:
         return self._moments[feature]
 
     def rows(self, feature: str, most: int | None = None) -> Rows:
-        """A feature of all images or of `most` evenly spaced ones, [n, F], in the order of the blocks."""
+        """A feature of all images, or of at most `most` evenly spaced images: [n, F], in the order of the blocks."""
         rows = self.blocks.rows(feature)
         if most is None or len(rows) <= most:
             return rows
@@ -62,7 +62,7 @@ class FeatureSet:
         return np.concatenate([rows[int(number) : int(number) + 1] for number in chosen])
 
     def parts(self, feature: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Block by block: int64 [n] image numbers, and a feature of these images, [n, F]."""
+        """Yields (image numbers int64 [n], a feature of these images [n, F]) of each block."""
         for number, ids in enumerate(self.blocks.ids):
             yield ids, self.blocks.array(number, feature)
 
@@ -72,17 +72,17 @@ class FeatureSet:
 
 
 class ReferenceSet(Protocol):
-    """A reference as metrics read it; it may be a file of statistics without images."""
+    """The interface of a reference for metrics. A reference may be a file of statistics without images."""
 
     name: str
     kept: dict[Any, Any]  # as in FeatureSet
 
     def moments(self, feature: str) -> Moments | None:
-        """None where neither statistics nor images give them. One rank may call this alone."""
+        """Mean and covariance of a feature; None without statistics and images. Not a collective."""
         ...
 
     def rows(self, feature: str, most: int | None = None) -> Rows | None:
-        """As FeatureSet.rows; None where there are no images."""
+        """A feature as of FeatureSet.rows; None where the reference has no images."""
         ...
 
 
@@ -99,11 +99,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Output:
-    """A contribution of one computation to the scores."""
+    """The result of one computation of a metric."""
 
     values: Mapping[str, Any]  # by key of result.json
-    reference: str | None = None  # None: of the samples alone
-    notes: Sequence[str] = ()  # for the reader of the numbers; those of the samples go to every reference
+    reference: str | None = None  # None = values without a reference
+    notes: Sequence[
+        str
+    ] = ()  # remarks for the reader of the numbers; those without a reference are shown with every reference
     intervals: Mapping[str, Any] = field(default_factory=dict)  # by key: bootstrap intervals that need no resampling
 
 
@@ -123,33 +125,33 @@ class Metric(ABC):
 
     name: str  # unique in the list; the key in result.json, unless `numbers` says otherwise
     network: str  # whose features it reads: a row of networks/__init__.py, `classifier`, `pixels` or `reconstruction`
-    against_references: bool  # False: of the scored images alone
+    against_references: bool  # False = a number of the scored images alone
     columns: Sequence[Column] = ()  # in the printed table
     label: str = ""  # in reports, with {reference} in place of the name of a reference
     digits: int = 3  # decimal places in reports
-    resamples = False  # whether `resampled` gives bootstrap draws; such a metric has one number
+    resamples = False  # whether `resampled` is defined, for bootstrap intervals; such a metric has one number
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
-        """Computations that ranks share out; each is done by one rank, and all ranks get what it returns."""
+        """Computations that are distributed over ranks: each runs on one rank, and all ranks get its result."""
         return []
 
     def together(self, inputs: Inputs) -> list[Output]:
-        """Computations that all ranks do together; each rank returns the same."""
+        """The result of a computation in which all ranks take part, the same on each rank."""
         return []
 
     def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
-        """The number by reference (None: of the samples alone) where image i counts weights[i] times (int64 [n]).
+        """The number by reference (None: without a reference), where image i counts weights[i] times (int64 [n]).
 
-        Asked of metrics with `resamples` alone, which define it.
+        Called only for metrics with `resamples`, which must define it.
         """
         raise NotImplementedError
 
     def numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
-        """The numbers under flat names for dashboards, out of the part of result.json that holds this metric's keys."""
+        """The numbers under flat names for dashboards. values: the dict of result.json that holds this metric's keys."""
         return {self.name: values.get(self.name)}
 
     def training_numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
-        """As `numbers`, of the few images that are scored during training."""
+        """The numbers as in `numbers`, for the few images that are scored during training."""
         return self.numbers(values)
 
 
@@ -166,7 +168,7 @@ class SampleMetric(Metric):
 
     @abstractmethod
     def score(self, inputs: Inputs) -> Any:
-        """The value in result.json: a number, None or a dict; a dict takes bootstrap intervals as `bootstrap`."""
+        """The value in result.json: a number, None or a dict, to which bootstrap intervals are added as `bootstrap`."""
 
 
 class ReferenceMetric(Metric):

@@ -10,7 +10,7 @@ from rear_scale.evaluate.metrics.distances import frechet_distance
 
 
 class ClassAccuracy(SampleMetric):
-    """The share of images that the classifier takes for the class that they bring; None where they bring none."""
+    """The fraction of images that the classifier assigns to their class; None where the images have no classes."""
 
     name = "class_accuracy"
     network = "classifier"

@@ -1,4 +1,4 @@
-"""Scores of two sets of features or images, in float64."""
+"""Distances of two sets of features or images, in float64; and codebook use."""
 
 # n samples, F features, S side in pixels, K codes
 
@@ -26,9 +26,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64 [n], in dB, of pairs of images (uint8 [n, S, S, 3] each); infinite for equal ones.
+    """PSNR in dB of pairs of images (uint8 [n, S, S, 3] each), float64 [n]; infinite for equal images.
 
-    Peak 255, one value per image: papers give the mean of these, not the value of the mean error.
+    Peak 255, one value per image: papers report the mean of these values, not the PSNR of the mean error.
     """
     assert a.dtype == b.dtype == np.uint8, (a.dtype, b.dtype)
     errors = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
@@ -36,17 +36,19 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return 10 * np.log10(255**2 / errors)
 
 
-# As released. It takes up to 1e-8 * K / ln 2 bits off, which the published figures carry.
+# As in the released evaluation. It lowers the entropy by up to 1e-8 * K / ln 2 bits, in published figures too.
 _ENTROPY_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
 class CodebookUse:
-    used: float  # share of the codes that occur
-    entropy: float  # of their distribution, in bits; log2 K at most, as the released evaluation adds it up
+    """The use of a codebook by a set of tokens."""
+
+    used: float  # fraction of the codes that occur
+    entropy: float  # of their distribution, in bits; at most log2 K
 
 
 def codebook_use(counts: np.ndarray) -> CodebookUse:
-    """How evenly codes are used; counts: int [K], how often each occurs."""
-    shares = counts[counts > 0] / counts.sum()
-    return CodebookUse(len(shares) / len(counts), float(-(shares * np.log2(shares + _ENTROPY_EPSILON)).sum()))
+    """The use of a codebook. counts: int [K], how often each code occurs."""
+    fractions = counts[counts > 0] / counts.sum()
+    return CodebookUse(len(fractions) / len(counts), float(-(fractions * np.log2(fractions + _ENTROPY_EPSILON)).sum()))

@@ -20,7 +20,7 @@ SINGULAR = "singular covariance"  # in the notes of distances
 
 
 class FrechetDistance(Metric):
-    """The Fréchet distance on one feature, with its value at infinitely many images under evaluate.fid_infinity."""
+    """The Fréchet distance on one feature, with its extrapolation to infinitely many images (evaluate.fid_infinity)."""
 
     against_references = True
     resamples: ClassVar = True
@@ -28,16 +28,16 @@ class FrechetDistance(Metric):
     def __init__(
         self, name: str, network: str, feature: str, title: str | None = None, published: str | None = None
     ) -> None:
-        """title: of its column in the printed table; None = it has none."""
+        """title: the title of its column in the printed table; None = no column."""
         self.name, self.network, self.feature = name, network, feature
         if title is not None:
             self.columns = (Column(title, 3, lambda values: values.get(name), published),)
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
-        found = [partial(self._distances, inputs)]
+        computations = [partial(self._distances, inputs)]
         if inputs.cfg.fid_infinity:
-            found.append(partial(self._extrapolated, inputs))
-        return found
+            computations.append(partial(self._extrapolated, inputs))
+        return computations
 
     def _distances(self, inputs: Inputs) -> list[Output]:
         own, size = inputs.samples.moments(self.feature), inputs.network.sizes[self.feature]
@@ -59,14 +59,15 @@ class FrechetDistance(Metric):
     def _singular(self, count: int, size: int, whose: str) -> str:
         return (
             f"{self.name}: {count:,} {whose} images give a {SINGULAR} of {size} features; the value is exact for "
-            "them, but compares only with values of as many"
+            "these images, but can be compared only with values of the same number of images"
         )
 
     def _extrapolated(self, inputs: Inputs) -> list[Output]:
-        """At infinitely many samples: a line in 1/N through growing subsets (Chong & Forsyth 2020, arXiv:1911.07023)."""
+        """The distance extrapolated to infinitely many samples, by a linear fit in 1/N over subsets of growing size N (Chong &
+        Forsyth 2020, arXiv:1911.07023)."""
         key, count = f"{self.name}_extrapolated", inputs.samples.count
         sizes = np.unique(np.linspace(count / 4, count, _EXTRAPOLATION_POINTS).round().astype(int))
-        sizes = sizes[sizes >= 2]  # images that have a covariance
+        sizes = sizes[sizes >= 2]  # one image has no covariance
         if len(sizes) < 2:
             return [Output({key: None}, reference.name) for reference in inputs.references]
         values: dict[str, list[float]] = {reference.name: [] for reference in inputs.references}
@@ -75,13 +76,15 @@ class FrechetDistance(Metric):
                 other = reference.moments(self.feature)
                 if other is not None:
                     values[reference.name].append(frechet_distance(own, other))
-        return [Output({key: _line(sizes, found) if found else None}, name) for name, found in values.items()]
+        return [
+            Output({key: _line(sizes, distances) if distances else None}, name) for name, distances in values.items()
+        ]
 
     def _moments_of_subsets(self, inputs: Inputs, sizes: np.ndarray) -> Iterator[Moments]:
-        """Of subsets of `sizes` images, each inside the next."""
-        # Image i joins at a place of its own, so the subsets do not depend on the blocks.
-        places = np.random.default_rng([inputs.cfg.seed, 1]).permutation(inputs.samples.count)
-        groups = np.searchsorted(sizes, places, side="right")
+        """Yields the moments of subsets of `sizes` images, each subset within the next."""
+        # The subsets follow a random permutation of all images, so that they do not depend on the blocks.
+        positions = np.random.default_rng([inputs.cfg.seed, 1]).permutation(inputs.samples.count)
+        groups = np.searchsorted(sizes, positions, side="right")
         device = inputs.world.device
         sums: dict[int, MomentSums] = {}
         shift: torch.Tensor | None = None
@@ -106,11 +109,11 @@ class FrechetDistance(Metric):
             sums.add(torch.from_numpy(array), torch.from_numpy(weights[ids]).double())
         assert sums is not None
         own = sums.moments() if inputs.samples.count > 1 else None
-        found: dict[str | None, float | None] = {}
+        distances: dict[str | None, float | None] = {}
         for reference in inputs.references:
             other = reference.moments(self.feature)
-            found[reference.name] = None if own is None or other is None else frechet_distance(own, other)
-        return found
+            distances[reference.name] = None if own is None or other is None else frechet_distance(own, other)
+        return distances
 
 
 def _line(sizes: np.ndarray, values: list[float]) -> dict[str, Any]:

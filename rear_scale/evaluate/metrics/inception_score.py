@@ -1,4 +1,4 @@
-"""The Inception Score over consecutive splits in image order, as the ADM evaluation takes it."""
+"""The Inception Score over consecutive splits in image order, as in the ADM evaluation."""
 
 # n images, C classes of the network (1,008)
 
@@ -20,31 +20,34 @@ SPLIT_IMAGES = 5000
 
 @dataclass(frozen=True)
 class InceptionScore:
-    value: float  # mean over the splits; a shorter last split counts as one
-    std: float  # over the splits; nan with one
-    per_split: list[float]  # of the splits that have images
-    one_split: float  # all images as one split
+    """An Inception Score with its values per split."""
+
+    value: float  # mean over the splits, among which a shorter last split has the same weight
+    std: float  # standard deviation over the splits; NaN with one split
+    per_split: list[float]  # values of the splits that have images
+    one_split: float  # value with all images as one split
 
 
 class InceptionScoreSums:
-    """Adds logits in float64. Salimans et al. 2016, arXiv:1606.03498: exp of the mean KL of p(y|x) from its mean.
+    """Running float64 sums for the Inception Score: exp of the mean KL divergence of p(y|x) from its mean (Salimans et al. 2016,
+    arXiv:1606.03498).
 
-    Image i belongs to split i // 5000 whatever the order of the additions; the order is part of the result's last bits.
-    No epsilon: a class that no image has adds nothing.
+    Image i belongs to split i // 5000 for any order of the additions; only the last bits depend on that order. There is no
+    epsilon: a class of probability 0 contributes 0.
     """
 
     def __init__(self, count: int, num_classes: int) -> None:
-        """count: images altogether."""
+        """count: the total number of images."""
         splits = -(-count // SPLIT_IMAGES)
         self.images = torch.zeros(splits, dtype=torch.float64)
         self.probabilities = torch.zeros(splits, num_classes, dtype=torch.float64)
         self.negative_entropy = torch.zeros(splits, dtype=torch.float64)
 
     def add(self, logits: Tensor, ids: Tensor, weights: Tensor | None = None) -> None:
-        """logits: float [n, C]; ids: int64 [n], the images' global numbers; weights: float64 [n], how often each counts."""
+        """Adds images. logits: float [n, C]; ids: int64 [n], image numbers; weights: float64 [n], how often each image counts."""
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
-        # exp(-800) is 0 and its logarithm is not: 0 * log 0 is 0 here.
+        # With log_softmax, 0 * log 0 is 0: p underflows to 0 while log_p stays finite.
         negative_entropy = (p * log_p).sum(1)
         weights = torch.ones(len(ids), dtype=torch.float64) if weights is None else weights
         splits = ids // SPLIT_IMAGES
@@ -56,7 +59,7 @@ class InceptionScoreSums:
             self.negative_entropy[split] += (negative_entropy[rows.to(p.device)] * weight).sum().cpu()
 
     def score(self) -> InceptionScore:
-        # A resampling may leave a short last split without an image.
+        # A bootstrap draw may leave a short last split without images.
         per_split = [
             _score(*parts)
             for parts in zip(self.images, self.probabilities, self.negative_entropy, strict=True)
@@ -76,21 +79,21 @@ def _score(images: Tensor, probabilities: Tensor, negative_entropy: Tensor) -> f
 
 
 def unbalanced_splits(labels: np.ndarray) -> list[int]:
-    """The splits whose classes are distributed otherwise than those of all images (labels int [n]).
+    """The splits whose class distribution differs from that of all images (labels int [n]).
 
-    Measured by total variation; the limit is twice what labels drawn at random would show. A file sorted by class lowers
-    the score several times.
+    The measure is the total variation distance; the limit is twice its expected value for random labels. A file sorted by
+    class lowers the score several times.
     """
     _, classes = np.unique(labels, return_inverse=True)
     overall = np.bincount(classes) / len(classes)
-    found = []
+    unbalanced = []
     for split, start in enumerate(range(0, len(classes), SPLIT_IMAGES)):
         part = classes[start : start + SPLIT_IMAGES]
         distance = np.abs(np.bincount(part, minlength=len(overall)) / len(part) - overall).sum() / 2
         at_random = math.sqrt(len(overall) / (2 * math.pi * len(part)))
         if distance > 2 * at_random:
-            found.append(split)
-    return found
+            unbalanced.append(split)
+    return unbalanced
 
 
 class _Classifies(Protocol):
@@ -98,7 +101,7 @@ class _Classifies(Protocol):
 
 
 class InceptionScoreMetric(SampleMetric):
-    """The score on the features that the network's output layer reads, with the value of all images as one split."""
+    """The Inception Score metric, from the features before the network's output layer; with the value for one split."""
 
     name = "inception_score"
     network = "inception"
@@ -107,9 +110,9 @@ class InceptionScoreMetric(SampleMetric):
     resamples: ClassVar = True
 
     def score(self, inputs: Inputs) -> dict[str, Any]:
-        found = self._score(inputs)
-        described = asdict(found) | {
-            "std": None if len(found.per_split) < 2 else found.std,
+        inception_score = self._score(inputs)
+        described = asdict(inception_score) | {
+            "std": None if len(inception_score.per_split) < 2 else inception_score.std,
             "split_images": SPLIT_IMAGES,
         }
         warning = self._warning(inputs.samples, inputs.network)
@@ -125,7 +128,7 @@ class InceptionScoreMetric(SampleMetric):
         return {self.name: values.get(self.name, {}).get("one_split")}
 
     def _score(self, inputs: Inputs, weights: np.ndarray | None = None) -> InceptionScore:
-        """weights: int64 [n], how often each image counts; None = once."""
+        """The score of the samples. weights: int64 [n], how often each image counts; None = once."""
         network: _Classifies = inputs.network
         sums = InceptionScoreSums(inputs.samples.count, len(network.classifier))
         for ids, features in inputs.samples.parts(self.feature):
@@ -139,16 +142,16 @@ class InceptionScoreMetric(SampleMetric):
             predicted = [(ids, _logits(network, part).argmax(1)) for ids, part in samples.parts(self.feature)]
             order = np.argsort(np.concatenate([ids for ids, _ in predicted]))
             labels = np.concatenate([classes.cpu().numpy() for _, classes in predicted])[order]
-            known = "predicted classes (the file has no labels)"
+            known = "predicted classes (the images have no labels)"
         unbalanced = unbalanced_splits(labels)
         if not unbalanced:
             return None
         return (
-            f"the {known} of splits {unbalanced} are not distributed as those of all images, which lowers the score: put the "
-            f"images in an order that mixes classes (image i of class i mod C), or read the one-split value"
+            f"the {known} of splits {unbalanced} are not distributed as those of all images, which lowers the score: mix the "
+            f"classes in the order of the images (image i of class i mod C), or use the one-split value"
         )
 
 
 def _logits(network: _Classifies, features: np.ndarray) -> Tensor:
-    """float64 [n, C] of features [n, F]."""
+    """Logits float64 [n, C] from features [n, F]."""
     return torch.from_numpy(features).to(network.classifier.device).double() @ network.classifier.T

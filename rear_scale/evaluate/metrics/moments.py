@@ -1,4 +1,4 @@
-"""Mean and covariance from streamed sums."""
+"""Means and covariances from running sums."""
 
 # n rows, F features
 
@@ -19,36 +19,37 @@ class Moments:
 
     mean: Tensor  # float64 [F]
     covariance: Tensor  # float64 [F, F], normalised by N - 1
-    count: int | None  # images; null = not known (published statistics do not say)
+    count: int | None  # number of images; None = not known (published statistics do not state it)
 
     @cached_property
     def factor(self) -> Tensor:
-        """float64 [rank, F] whose Gram matrix factor.T @ factor is the covariance: one row per eigenvalue above rounding."""
+        """A factor of the covariance, float64 [rank, F]: factor.T @ factor is the covariance. One row per eigenvalue that is
+        larger than rounding errors."""
         values, vectors = torch.linalg.eigh(self.covariance)
         kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
         return values[kept].sqrt()[:, None] * vectors.T[kept]
 
     @property
     def is_singular(self) -> bool:
-        """Whether there were too few images for a covariance of full rank."""
+        """Whether the covariance has too few images for full rank."""
         return self.count is not None and self.count <= len(self.mean)
 
 
 class MomentSums:
-    """Adds blocks of features in float64. The order of the blocks is part of the result's last bits: keep it fixed.
+    """Running float64 sums of features. The last bits depend on the order of the blocks, so that order must be fixed.
 
-    What is summed are differences from `shift`, because squares far from zero would swallow a small variance.
+    Differences from `shift` are summed, because with large means the squares would cancel and lose a small variance.
     """
 
     def __init__(self, num_features: int, device: torch.device | None = None, shift: Tensor | None = None) -> None:
-        """shift: float64 [F], near the mean; null = the mean of the first block."""
+        """shift: float64 [F], near the mean; None = the mean of the first block."""
         self.shift = shift
         self.count = 0
         self.total = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor, weights: Tensor | None = None) -> None:
-        """features: float [n, F]; weights: float64 [n], how often each row counts (whole numbers)."""
+        """Adds rows. features: float [n, F]; weights: float64 [n], how often each row counts (integers); None = once."""
         block = features.to(self.total.device).double()
         if self.shift is None:
             self.shift = block.mean(0)
@@ -59,14 +60,14 @@ class MomentSums:
         self.products += weighted.T @ block
 
     def add_sums(self, other: MomentSums) -> None:
-        """Of the same shift."""
+        """Adds other sums with the same shift."""
         assert self.shift is other.shift
         self.count += other.count
         self.total += other.total
         self.products += other.products
 
     def moments(self) -> Moments:
-        """Needs at least two rows. On the CPU."""
+        """The moments, on the CPU. Needs at least two rows."""
         assert self.shift is not None
         mean = self.total / self.count
         covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
@@ -74,7 +75,7 @@ class MomentSums:
 
 
 def moments_of(parts: Iterable[np.ndarray], device: torch.device | None = None) -> Moments:
-    """Of features that come in parts (float [n, F] each), in their order."""
+    """The moments of features that come in blocks (float [n, F] each)."""
     sums: MomentSums | None = None
     for part in parts:
         sums = sums or MomentSums(part.shape[1], device)

@@ -1,6 +1,6 @@
-"""Precision, recall, density and coverage from nearest neighbours, in memory that does not grow with the images.
+"""Precision, recall, density and coverage from nearest neighbours, in blocks, so that memory does not grow with the images.
 
-A set's manifold is the union of balls around its images, each as wide as the distance to the third neighbour.
+A set's manifold is the union of balls around its images, whose radius is the distance to the third nearest neighbour.
 Kynkäänniemi et al. 2019, arXiv:1904.06991; density and coverage: Naeem et al. 2020, arXiv:2002.09797.
 """
 
@@ -19,36 +19,36 @@ from torch import Tensor
 from rear_scale.config import InputError
 from rear_scale.config.schema import PRECISION_RECALL_ARITHMETICS
 from rear_scale.evaluate.metrics.base import Column, FeatureSet, Inputs, Metric, Output, ReferenceSet, Rows
-from rear_scale.evaluate.metrics.bootstrap import share_draws, share_interval
+from rear_scale.evaluate.metrics.bootstrap import fraction_draws, fraction_interval
 from rear_scale.evaluate.networks.base import exact_arithmetic
 from rear_scale.world import World
 
 NEIGHBOURS = 3  # k
 
-_ROWS = 2000  # of a task; a rank holds _ROWS x _COLUMNS distances at a time
+_ROWS = 2000  # rows per task; a rank holds _ROWS x _COLUMNS distances at a time
 _COLUMNS = 5000
-_ADM_BLOCK = 10_000  # side of the blocks in which ADM decides between half and single precision
+_ADM_BLOCK = 10_000  # ADM chooses between half and single precision for blocks of this many rows and columns
 _HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How two manifolds overlap; shares of images, and density, which may exceed 1."""
+    """The overlap of two manifolds: fractions of images, and density, which may exceed 1."""
 
     precision: float  # samples inside the reference manifold
     recall: float  # reference images inside the samples' manifold
-    density: float  # balls of reference images around a sample, per k
-    coverage: float  # reference images with a sample inside their own ball
+    density: float  # mean number of balls of reference images that contain a sample, divided by k
+    coverage: float  # reference images whose ball contains a sample
     sample_inside: np.ndarray  # bool [m]
     reference_inside: np.ndarray  # bool [n]
 
 
 class Distances:
-    """Squared distances of two sets in one of two arithmetics.
+    """Squared distances between the images of two sets, in one of two arithmetics.
 
-    exact: float32 throughout, equal to float64 but for ties closer than its rounding.
-    adm_fp16: what ADM's evaluation computes, and so what published figures carry: inputs, norms, products and sums rounded
-    to half precision; a block of 10,000 x 10,000 images in which a half overflows is done in float32.
+    exact: float32 throughout; decisions equal those in float64 except for ties within rounding errors.
+    adm_fp16: the arithmetic of ADM's evaluation, and therefore of published figures: inputs, norms, products and sums are
+    rounded to half precision; a block of 10,000 x 10,000 images with an overflow in half precision is computed in float32.
     """
 
     def __init__(self, rows: Rows, columns: Rows, mode: str, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Distances:
             self.row_norms, self.column_norms = self._largest_norms(rows), self._largest_norms(columns)
 
     def of_rows(self, start: int) -> Iterator[tuple[int, Tensor]]:
-        """(first column, float32 [r, c]) of the rows start .. start + 2000, column part by column part."""
+        """Yields (first column, distances float32 [r, c]) of the rows start .. start + 2000, for each block of columns."""
         row_part = self._read(self.rows, start, start + _ROWS)
         for column in range(0, len(self.columns), _COLUMNS):
             column_part = self._read(self.columns, column, column + _COLUMNS)
@@ -71,18 +71,18 @@ class Distances:
 
     def _largest_norms(self, rows: Rows) -> list[float]:
         """The largest squared norm of each block."""
-        found = []
+        norms = []
         for block in range(0, len(rows), _ADM_BLOCK):
             end = min(block + _ADM_BLOCK, len(rows))
             parts = [self._read(rows, start, min(start + _ROWS, end)) for start in range(block, end, _ROWS)]
-            found.append(max(part.square().sum(1).max().item() for part in parts))
-        return found
+            norms.append(max(part.square().sum(1).max().item() for part in parts))
+        return norms
 
     def _block_fits_half(self, row_block: int, column_block: int) -> bool:
-        """Whether no half of a block overflows. Norms say so at once unless they are large."""
+        """Whether a block has no overflow in half precision. Norms decide, unless they are too large to exclude one."""
         if (row_block, column_block) not in self.fits_half:
             largest = max(self.row_norms[row_block], self.column_norms[column_block])
-            # |u - v|^2 is at most four times the larger squared norm; every term on the way is smaller.
+            # |u - v|^2 is at most four times the larger squared norm, and all intermediate terms are smaller.
             self.fits_half[row_block, column_block] = 4.1 * largest < _HALF_MAX or all(
                 _half_distances(self._read(self.rows, *row), self._read(self.columns, *column)).isfinite().all()
                 for row in _parts(row_block, len(self.rows), _ROWS)
@@ -103,20 +103,21 @@ def _distances(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _half_distances(u: Tensor, v: Tensor) -> Tensor:
-    """The same with each result rounded to half; sums inside a product or a norm run in float32 and are rounded once."""
+    """Squared distances with each result rounded to half precision; sums within a product or a norm are in float32, and are
+    rounded once."""
     u, v = u.half(), v.half()
     u_norms, v_norms = (part.square().float().sum(1).half() for part in (u, v))
     products = (u.float() @ v.float().T).half()
-    # Not clamp: a nan stays one and tells of an overflow, as there.
-    found = u_norms[:, None] - 2 * products + v_norms
-    return torch.where(found < 0, 0, found).float()
+    # torch.where, not clamp: clamp would hide the NaN by which ADM's code detects an overflow.
+    distances = u_norms[:, None] - 2 * products + v_norms
+    return torch.where(distances < 0, 0, distances).float()
 
 
 def radii(rows: Rows, mode: str, world: World | None = None, device: torch.device | None = None) -> Tensor:
-    """float32 [n] on the CPU: squared distance of each row to its third neighbour.
+    """The squared distance of each row to its third nearest neighbour, float32 [n] on the CPU.
 
-    With a world, all ranks must call this: each does some rows, and all get the whole result.
-    Raises InputError for fewer rows than that takes.
+    With a world, all ranks must call this: each computes a part of the rows, and all return the whole result.
+    Raises InputError for too few rows.
     """
     if len(rows) <= NEIGHBOURS:
         raise InputError(
@@ -124,7 +125,7 @@ def radii(rows: Rows, mode: str, world: World | None = None, device: torch.devic
         )
     device = device or (world.device if world else torch.device("cpu"))
     distances = Distances(rows, rows, mode, device)
-    found = torch.zeros(len(rows), dtype=torch.float64)
+    squared_radii = torch.zeros(len(rows), dtype=torch.float64)
     with exact_arithmetic():
         for start in _own(range(0, len(rows), _ROWS), world):
             nearest = torch.empty(0)
@@ -132,10 +133,10 @@ def radii(rows: Rows, mode: str, world: World | None = None, device: torch.devic
                 part = part.topk(min(NEIGHBOURS + 1, part.shape[1]), largest=False).values
                 joined = torch.cat([nearest.to(part), part], 1) if nearest.numel() else part
                 nearest = joined.topk(min(NEIGHBOURS + 1, joined.shape[1]), largest=False).values
-            # The row itself is among them, at distance 0 or what rounding makes of it.
-            found[start : start + len(nearest)] = nearest.max(1).values.double().cpu()
-    # Each row is one rank's: adding zeros is exact.
-    return (world.sum(found) if world else found).float()
+            # The row itself is one of the k + 1 nearest, at distance 0 up to rounding.
+            squared_radii[start : start + len(nearest)] = nearest.max(1).values.double().cpu()
+    # Each row is computed by one rank and is 0 on the others, so that the sum is exact.
+    return (world.sum(squared_radii) if world else squared_radii).float()
 
 
 def overlap(
@@ -147,9 +148,9 @@ def overlap(
     world: World | None = None,
     device: torch.device | None = None,
 ) -> Overlap:
-    """Precision, recall, density and coverage from the radii of both sets (`radii`, in the same mode).
+    """Precision, recall, density and coverage, from the radii of both sets (`radii`, in the same mode).
 
-    With a world, all ranks must call this: each does some reference rows, and all get the whole result.
+    With a world, all ranks must call this: each computes a part of the reference rows, and all return the whole result.
     """
     device = device or (world.device if world else torch.device("cpu"))
     distances = Distances(reference, samples, mode, device)
@@ -186,13 +187,13 @@ def _own(tasks: Sequence[int], world: World | None) -> Sequence[int]:
 _NAMES = ("precision", "recall", "density", "coverage")
 
 
-class NeighbourShares(Metric):
+class NeighbourMetrics(Metric):
     """Precision, recall, density and coverage on one feature, each in the arithmetics of evaluate.precision_recall_arithmetic."""
 
     against_references = True
 
     def __init__(self, network: str, feature: str, prefix: str = "", *, in_table: bool = False) -> None:
-        """prefix: of the names on dashboards, where several networks give the same numbers."""
+        """prefix: precedes the names on dashboards, where several networks have the same metrics."""
         self.name, self.network, self.feature, self.prefix = f"{prefix}precision_recall", network, feature, prefix
         if in_table:
             self.columns = tuple(
@@ -201,7 +202,7 @@ class NeighbourShares(Metric):
             )
 
     def together(self, inputs: Inputs) -> list[Output]:
-        """The distances of all pairs are the work, so that all ranks share it out within one reference."""
+        """The outputs of all references. All ranks work on one reference at a time, because its pairwise distances take long."""
         return [self._against(inputs, reference) for reference in inputs.references]
 
     def _against(self, inputs: Inputs, reference: ReferenceSet) -> Output:
@@ -210,19 +211,19 @@ class NeighbourShares(Metric):
         if rows is None or min(len(rows), samples.count) <= NEIGHBOURS:
             return Output(dict.fromkeys(_NAMES), reference.name)
         sample_rows = samples.rows(self.feature)
-        found: dict[str, dict[str, float]] = {name: {} for name in _NAMES}
+        values_by_name: dict[str, dict[str, float]] = {name: {} for name in _NAMES}
         for mode in cfg.precision_recall_arithmetic:
             reference_radii = self._radii(reference, rows, mode, world)
             sample_radii = self._radii(samples, sample_rows, mode, world)
             both = overlap(rows, sample_rows, reference_radii, sample_radii, mode, world)
             for name in _NAMES:
-                found[name][mode] = getattr(both, name)
-        values = {**found, "neighbours": NEIGHBOURS, "neighbour_reference_images": len(rows)}
+                values_by_name[name][mode] = getattr(both, name)
+        values = {**values_by_name, "neighbours": NEIGHBOURS, "neighbour_reference_images": len(rows)}
         counts = {"precision": samples.count, "recall": len(rows)} if cfg.bootstrap else {}
-        return Output(values, reference.name, intervals=_intervals(found, counts, cfg.seed))
+        return Output(values, reference.name, intervals=_intervals(values_by_name, counts, cfg.seed))
 
     def _radii(self, images: FeatureSet | ReferenceSet, rows: Rows, mode: str, world: World) -> Tensor:
-        """Computed once per set. All ranks must call this."""
+        """The radii of a set, computed once and cached in `kept`. All ranks must call this."""
         key = ("radii", self.feature, mode)
         if key not in images.kept:
             images.kept[key] = radii(rows, mode, world)
@@ -234,24 +235,26 @@ class NeighbourShares(Metric):
         }
 
     def training_numbers(self, values: Mapping[str, Any]) -> dict[str, float | None]:
-        return {}  # a manifold of a few images says little
+        return {}  # with few images, the manifold is too coarse
 
 
 def _intervals(
-    shares: Mapping[str, Mapping[str, float]], counts: Mapping[str, int], seed: int
+    fractions: Mapping[str, Mapping[str, float]], counts: Mapping[str, int], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Bootstrap intervals by name and arithmetic.
+    """Bootstrap intervals by metric and arithmetic.
 
     Precision and recall are means of 0/1 flags, so with the balls held fixed their bootstrap distribution is exactly
     binomial and no images need resampling.
     """
-    found = {}
+    intervals = {}
     for name, count in counts.items():
-        generator = share_draws(seed)
-        found[name] = {mode: share_interval(share, count, generator) for mode, share in shares[name].items()}
-    return found
+        generator = fraction_draws(seed)
+        intervals[name] = {
+            mode: fraction_interval(fraction, count, generator) for mode, fraction in fractions[name].items()
+        }
+    return intervals
 
 
 def _as_adm(values: Mapping[str, float] | None) -> float | None:
-    """The value in ADM's arithmetic where it was taken, as published figures have it."""
+    """The value in ADM's arithmetic, as in published figures, or in the only arithmetic that was computed."""
     return None if values is None else values.get("adm_fp16", next(iter(values.values()), None))

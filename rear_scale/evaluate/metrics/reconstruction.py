@@ -1,4 +1,4 @@
-"""Scores of images that a tokenizer gives back: how they differ from the originals, and the use of its codebook."""
+"""Metrics of a tokenizer's reconstructions: their difference to the originals, and the use of the codebook."""
 
 # n images, N tokens of an image, K codes
 
@@ -14,7 +14,7 @@ from rear_scale.evaluate.metrics.distances import codebook_use
 
 
 class Psnr(Metric):
-    """The mean over images of each image's value, peak 255; images that came back unchanged have none."""
+    """The mean PSNR over images, peak 255, without unchanged images, whose PSNR is infinite; these are counted."""
 
     name = "psnr"
     network = "reconstruction"
@@ -33,7 +33,7 @@ class Psnr(Metric):
 
 
 class Lpips(SampleMetric):
-    """The mean over images; None where the weights of LPIPS are not set."""
+    """The mean LPIPS distance over images; None where the weights of LPIPS are not set."""
 
     name = "lpips"
     network = "reconstruction"
@@ -45,7 +45,7 @@ class Lpips(SampleMetric):
 
 
 class TokenUse(Metric):
-    """The share of the codes that occur, and the entropy of their distribution in bits."""
+    """The fraction of the codes that occur, and the entropy of their distribution in bits."""
 
     name = "codebook_used"
     network = "reconstruction"

@@ -1,4 +1,4 @@
-"""Files of means and covariances: the published ones, and our own with a manifest of what made them."""
+"""Files of means and covariances: published ones, and our own with a manifest of the images and networks behind them."""
 
 # F features
 
@@ -32,36 +32,36 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class MadeOf:
-    """The images of a statistics file of ours, as its manifest says; the published files do not say."""
+    """The images behind a statistics file of ours, from its manifest; published files have no manifest."""
 
     count: int
-    size: list[int] | None = None  # height and width in pixels; null = not known
+    size: list[int] | None = None  # height and width in pixels; None = not known
     preprocessing: str | None = None
 
 
 def images_of(path: str | Path) -> MadeOf | None:
-    """What a statistics file was made of; null when it does not say.
+    """The images behind a statistics file; None when it has no manifest.
 
-    Raises InputError when that was done to the images by another rule than the one in use.
+    Raises InputError when the images were preprocessed by another rule than the one in use.
     """
     manifest = _manifest(path, array_names(path))
     if manifest is None:
         return None
     images = manifest["images"]
-    found = MadeOf(images["count"], images.get("size"), images.get("preprocessing"))
-    if found.size is None or found.preprocessing is None:
-        return found
-    known = [preprocessing_rule(size, exif) for size in (None, found.size[0]) for exif in EXIF]
-    if found.preprocessing not in known:
+    made_of = MadeOf(images["count"], images.get("size"), images.get("preprocessing"))
+    if made_of.size is None or made_of.preprocessing is None:
+        return made_of
+    known = [preprocessing_rule(size, exif) for size in (None, made_of.size[0]) for exif in EXIF]
+    if made_of.preprocessing not in known:
         raise InputError(
-            f"{path} was made with other preprocessing of the images ({found.preprocessing}) than the one in use "
-            f"({crop_rule(found.size[0])}). Make it again with --write-statistics"
+            f"{path} was made with other preprocessing of the images ({made_of.preprocessing}) than the one in use "
+            f"({crop_rule(made_of.size[0])}). Make it again with --write-statistics"
         )
-    return found
+    return made_of
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one that write_statistics has made."""
+    """Whether `write_statistics` has written a file."""
     try:
         return _manifest(path, array_names(path)) is not None
     except InputError:  # of another form, or no .npz at all
@@ -69,7 +69,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _are_images(images: Any) -> bool:
-    """Whether the part of a manifest on images is whole: how many, and optionally their size and preprocessing."""
+    """Whether the images entry of a manifest is valid: a count, and optionally size and preprocessing."""
     size, preprocessing = images.get("size"), images.get("preprocessing")
     return (
         is_count(images["count"])
@@ -94,15 +94,14 @@ def _manifest(path: str | Path, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Moments]:
-    """The moments that a file holds, by feature, of the features in `sizes` (their F).
+    """The moments in a file, by feature, for the features in `sizes` (feature -> F).
 
-    networks: the identity of each feature's network as it is used now. A file of ours says which it was made with, and is
-    refused if that is another one; published files do not say. Raises InputError for that, and for arrays of the wrong
-    shape, not finite or not symmetric.
+    networks: the identity of the network in use, by feature. Files of ours record the network that made them; published files
+    do not. Raises InputError for another network, and for arrays of the wrong shape, not finite or not symmetric.
     """
     names = array_names(path)
     manifest = _manifest(path, names)
-    found, known = {}, statistics_arrays()
+    moments, known = {}, statistics_arrays()
     for feature, size in sizes.items():
         arrays = known.get(feature)
         if arrays is None or arrays.mean not in names or arrays.covariance not in names:
@@ -113,17 +112,17 @@ def read_statistics(path: Path, networks: Mapping[str, str], sizes: Mapping[str,
                 f"than those in use ({networks[feature]}). Make it again with --write-statistics, or use the weights that it was "
                 "made with"
             )
-        found_shapes = [open_array(path, name).shape for name in (arrays.mean, arrays.covariance)]
-        if found_shapes != [(size,), (size, size)]:
+        shapes = [open_array(path, name).shape for name in (arrays.mean, arrays.covariance)]
+        if shapes != [(size,), (size, size)]:
             raise InputError(
-                f"{path}: {arrays.mean} {found_shapes[0]} and {arrays.covariance} {found_shapes[1]} are not of {size} features. "
+                f"{path}: {arrays.mean} {shapes[0]} and {arrays.covariance} {shapes[1]} are not of {size} features. "
                 "Use statistics of the same network"
             )
         mean, covariance = (open_array(path, name)[:] for name in (arrays.mean, arrays.covariance))
         _check(path, arrays, mean, covariance)
         count = None if manifest is None else manifest["images"]["count"]
-        found[feature] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
-    return found
+        moments[feature] = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)
+    return moments
 
 
 def _check(path: Path, arrays: StatisticsArrays, mean: np.ndarray, covariance: np.ndarray) -> None:
@@ -132,20 +131,20 @@ def _check(path: Path, arrays: StatisticsArrays, mean: np.ndarray, covariance: n
             raise InputError(f"{path}: {name} is not made of finite floats. Get or make the file again")
     if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
         raise InputError(
-            f"{path}: {arrays.covariance} is not symmetric, so it is no covariance. Get or make the file again"
+            f"{path}: {arrays.covariance} is not symmetric, so it is not a covariance. Get or make the file again"
         )
 
 
 def write_statistics(
     path: Path, moments: Mapping[str, Moments], networks: Mapping[str, str], images: dict[str, Any]
 ) -> None:
-    """Moments by feature with their networks and images (`count` among the latter). The same content gives the same bytes."""
+    """Writes moments by feature with a manifest of their networks and images (with `count`). Equal content gives equal bytes."""
     manifest = {"format": _FORMAT, "networks": {feature: networks[feature] for feature in moments}, "images": images}
     arrays: dict[str, np.ndarray] = {"manifest": np.array(json.dumps(manifest, sort_keys=True))}
     known = statistics_arrays()
-    for feature, found in moments.items():
-        arrays[known[feature].mean] = found.mean.numpy()
-        arrays[known[feature].covariance] = found.covariance.numpy()
+    for feature, own in moments.items():
+        arrays[known[feature].mean] = own.mean.numpy()
+        arrays[known[feature].covariance] = own.covariance.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Networks whose features are scored, and their features in blocks. `NETWORKS` has a row for each of them."""
+"""Feature networks, and their features in blocks on disk. `NETWORKS` has a row for each network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NETWORKS: list[NetworkRow] = [
 
 
 def register(row: NetworkRow) -> NetworkRow:
-    """Adds a network from another file. Its name and the names of its features must be new."""
+    """The row, after adding it to NETWORKS; for networks defined in other files. Its name and feature names must be new."""
     assert row.name not in [other.name for other in NETWORKS], row.name
     assert not row.statistics.keys() & statistics_arrays().keys(), row.statistics
     NETWORKS.append(row)
@@ -46,7 +46,7 @@ def register(row: NetworkRow) -> NetworkRow:
 
 
 def rows_in_use(cfg: EvaluateConfig, *, of_pairs: bool = False) -> list[NetworkRow]:
-    """The networks whose weights are set: those of single images, or those of pairs."""
+    """The networks whose weights are set; either those of single images, or those of image pairs."""
     return [row for row in NETWORKS if row.of_pairs == of_pairs and row.is_set(cfg)]
 
 
@@ -56,16 +56,16 @@ def weight_fields() -> list[str]:
 
 
 def check_network_names(cfg: EvaluateConfig) -> None:
-    """Raises InputError for an entry of evaluate.network_weights that is no network without a field of its own."""
+    """Raises InputError for an entry of evaluate.network_weights that no network reads."""
     known = [row.name for row in NETWORKS if f"network_weights.{row.name}" in row.weights]
     for name in cfg.network_weights:
         if name not in known:
             raise InputError(
-                f"evaluate.network_weights.{name} is of no network here ({', '.join(known) or 'all have fields of their own'}). "
+                f"evaluate.network_weights.{name} is not the name of a network here ({', '.join(known) or 'no names'}). "
                 "Add a row to NETWORKS in rear_scale/evaluate/networks, or leave it out"
             )
 
 
 def statistics_arrays() -> dict[str, StatisticsArrays]:
-    """By feature, of all networks: the arrays of a statistics file."""
+    """The arrays of a statistics file, by feature of any network."""
     return {feature: arrays for row in NETWORKS for feature, arrays in row.statistics.items()}

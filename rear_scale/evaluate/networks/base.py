@@ -1,4 +1,4 @@
-"""Feature networks: uint8 images in, named rows of features out, the same on every run."""
+"""The interface of feature networks (uint8 images -> named features, deterministic), and the Inception network's."""
 
 # n images, H and W their size in pixels
 
@@ -21,35 +21,35 @@ class Extractor(Protocol):
     """Features of images: a network, or the pixels themselves."""
 
     name: str
-    identity: str  # a hash of the weights and of what is done to the images before them
+    identity: str  # identifies the weights and the preprocessing of images
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Named arrays with one row per image, of images (uint8 [n, H, W, 3])."""
+        """Named arrays with one row per image. images: uint8 [n, H, W, 3]."""
         ...
 
 
 class FeatureNetwork(Extractor, Protocol):
-    """An extractor with published weights, whose features metrics read."""
+    """An extractor with published weights."""
 
-    sizes: Mapping[str, int]  # by name: how many values the feature of an image has
+    sizes: Mapping[str, int]  # the number of values of each feature, by name
     weights_sha256: str
     is_published: bool | None  # whether the weights are the published ones; None = no checksum is published
 
 
 class PairDistance(Protocol):
-    """A distance of an image and its reconstruction."""
+    """A distance between an image and its reconstruction."""
 
-    identity: str  # a hash of the weights and of what is done to the images before them
+    identity: str  # identifies the weights and the preprocessing of images
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """float [n] of pairs of images (uint8 [n, H, W, 3] each)."""
+        """Distances float [n] of pairs of images (uint8 [n, H, W, 3] each)."""
         ...
 
 
 class InceptionFeatures:
     """The extractor of FID, sFID, the Inception Score, precision and recall.
 
-    Raises InputError for a missing, damaged or foreign weight file.
+    Raises InputError for a missing or damaged weight file, or one of another network.
     """
 
     name = "inception"
@@ -67,11 +67,12 @@ class InceptionFeatures:
 
     @property
     def classifier(self) -> Tensor:
-        """float64 [1008, 2048]: pool @ classifier.T are the logits of the Inception Score, which have no bias."""
+        """The weights of the output layer, float64 [1008, 2048]. The logits of the Inception Score are pool @ classifier.T,
+        without a bias."""
         return self.network.fc.weight.double()
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`pool` float32 [n, 2048] and `spatial` float32 [n, 2023] of images (uint8 [n, H, W, 3])."""
+        """The features `pool` (float32 [n, 2048]) and `spatial` (float32 [n, 2023]) of images (uint8 [n, H, W, 3])."""
         pixels = as_batch(images, self.device)
         with exact_arithmetic(), torch.inference_mode():
             pool, spatial = self.network(pixels)
@@ -79,7 +80,7 @@ class InceptionFeatures:
 
 
 def as_batch(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [n, 3, H, W] on the device, of images (uint8 [n, H, W, 3]). Raises InputError for anything else."""
+    """A batch uint8 [n, 3, H, W] on the device, from images (uint8 [n, H, W, 3]). Raises InputError for other arrays."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise InputError(
             f"images are {images.dtype} {images.shape}, but uint8 [n, height, width, 3] is wanted. "
@@ -94,14 +95,14 @@ def checked(name: str, features: Tensor) -> np.ndarray:
     if not finite.all():
         raise InputError(
             f"the {name} features of {int((~finite).sum())} of {len(features)} images are not finite. "
-            "Check the weight file; a GPU that computes wrongly does this too"
+            "Check the weight file; a faulty GPU can also cause this"
         )
     return features.cpu().numpy()
 
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Full float32 products (no TF32) and the same kernels on every run."""
+    """A context with full float32 products (no TF32) and deterministic kernels."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,5 +1,6 @@
-"""A small convolutional classifier of a data set's own classes. Where Inception says little (small grey digits, say), its
-penultimate layer gives the features of the Fréchet distance and its output the class accuracy of samples."""
+"""A small convolutional classifier trained on a data set's own classes, for images on which Inception's features are not
+meaningful (such as small grey digits). Its penultimate layer gives the features of the Fréchet distance, and its output the
+class accuracy of samples."""
 
 # B images, S side in pixels, F features, C classes
 
@@ -23,9 +24,9 @@ from rear_scale.shards.sources import load_labelled, open_source
 from rear_scale.tokenizer.compact_training import to_unit_range
 from rear_scale.weight_file import fill, read_training, read_weights, write_weights
 
-_KIND = "classifier"
+_MODEL_TYPE = "classifier"
 NUM_FEATURES = 64
-_SHIFT = 2  # pixels, in training
+_SHIFT = 2  # pixels; largest random shift in training
 
 
 class Classifier(nn.Module):
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
         self.output = nn.Linear(NUM_FEATURES, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """float [B, F] of images (float [B, 3, S, S] in [0, 1])."""
+        """The features float [B, F] of images (float [B, 3, S, S] in [0, 1])."""
         return self.trunk(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,21 +52,21 @@ class Classifier(nn.Module):
         return self.output(self.features(images))
 
     def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
-        """training: what it was trained on and how, as `training_settings` gives it."""
+        """Writes the weights. training: the settings of the training (`training_settings`)."""
         architecture = {"image_size": self.image_size, "num_classes": self.num_classes}
-        write_weights(path, self, _KIND, architecture, training)
+        write_weights(path, self, _MODEL_TYPE, architecture, training)
 
     @classmethod
     def from_file(cls, path: str) -> Self:
         field = "evaluate.classifier.weights"
-        architecture, state = read_weights(path, _KIND, ("image_size", "num_classes"), field)
+        architecture, state = read_weights(path, _MODEL_TYPE, ("image_size", "num_classes"), field)
         with torch.device("meta"):
             classifier = cls(**architecture)
         return fill(classifier, state, path, field)
 
 
 class ClassifierFeatures:
-    """The feature extractor of an evaluation: uint8 images in, features and predicted classes out."""
+    """The extractor of the classifier's features and predicted classes."""
 
     name = "classifier"
 
@@ -78,14 +79,14 @@ class ClassifierFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`features` float32 [n, F] and `classes` int64 [n] of images (uint8 [n, S, S, 3])."""
+        """The arrays `features` (float32 [n, F]) and `classes` (int64 [n]) of images (uint8 [n, S, S, 3])."""
         features = self.classifier.features(to_unit_range(torch.from_numpy(images).to(self.device)))
         classes = self.classifier.output(features).argmax(1)
         return {"features": features.float().cpu().numpy(), "classes": classes.cpu().numpy()}
 
 
 def class_names(cfg: ClassifierConfig) -> list[str] | None:
-    """The names of the classes by id; None where the images are gone, or do not name them."""
+    """The names of the classes by id; None where the images do not exist any more, or have no class names."""
     if not _is_there(cfg.images):
         return None
     shards = _shards_of_one_size(cfg.images)
@@ -93,9 +94,9 @@ def class_names(cfg: ClassifierConfig) -> list[str] | None:
 
 
 def training_settings(cfg: ClassifierConfig, image_size: int) -> dict[str, Any]:
-    """What the weights depend on, by field. Raises InputError when the images are not there.
+    """The settings and images that the weights depend on, by field. Raises InputError when the images do not exist.
 
-    image_size: pixels of the side to which images are cropped that are no shards of one size.
+    image_size: the size in pixels to which images are cropped, unless they are shards of images of one size.
     """
     shards = _shards_of_one_size(cfg.images)
     if shards is not None:
@@ -114,9 +115,9 @@ def training_settings(cfg: ClassifierConfig, image_size: int) -> dict[str, Any]:
 
 
 def check_same_training(cfg: ClassifierConfig, image_size: int) -> None:
-    """Raises InputError when the weights, which are there, were trained on other images or with other settings.
+    """Raises InputError when existing weights were trained on other images or with other settings.
 
-    A file that does not say so, and images that are gone, are taken as they are.
+    Not checked where the file does not record its training, or where the images no longer exist.
     """
     before = read_training(cfg.weights)
     if not before or not _is_there(cfg.images):
@@ -124,15 +125,16 @@ def check_same_training(cfg: ClassifierConfig, image_size: int) -> None:
     for field, value in training_settings(cfg, image_size).items():
         if before.get(field) != value:
             raise InputError(
-                f"{field}={value}, but {cfg.weights} was trained with {before.get(field)}. Set it back, name another "
-                "evaluate.classifier.weights, or remove the file to train anew"
+                f"{field}={value}, but {cfg.weights} was trained with {before.get(field)}. Set it back, set another "
+                "evaluate.classifier.weights, or remove the file to train it again"
             )
 
 
 def train_classifier(cfg: ClassifierConfig, device: torch.device, image_size: int) -> None:
-    """Trains on cfg.images and writes cfg.weights. One process; a second or so per hundred steps on small images.
+    """Trains a classifier on cfg.images and writes cfg.weights, in one process. About a second per hundred steps on small
+    images.
 
-    image_size: see `training_settings`. Raises InputError when the images are not there or cannot be read.
+    image_size: see `training_settings`. Raises InputError when the images do not exist or cannot be read.
     """
     settings = training_settings(cfg, image_size)
     images, classes, num_classes = _load(cfg.images, image_size)
@@ -145,7 +147,7 @@ def train_classifier(cfg: ClassifierConfig, device: torch.device, image_size: in
         for step in range(cfg.steps):
             generator = torch.Generator().manual_seed(rng.fold(cfg.seed, rng.Purpose.CLASSIFIER_BATCH, step))
             chosen = torch.randint(len(pixels), (cfg.batch_size,), generator=generator)
-            # Shifted, so that it judges shapes and not places.
+            # Random shifts, so that predictions do not depend on the position of the object.
             batch = F.pad(to_unit_range(pixels[chosen].to(device)), [_SHIFT] * 4)
             top, left = torch.randint(2 * _SHIFT + 1, (2,), generator=generator).tolist()
             batch = batch[:, :, top : top + size, left : left + size]

@@ -25,8 +25,8 @@ DINOV2_VITL14 = PublishedFile(
 )
 
 INPUT_SIZE = 224  # pixels
-_TRAINED_GRID = 37  # patches along a side that the position table is for
-# The published network adds this much to a grid before it scales the table; without it every position shifts a little.
+_TRAINED_GRID = 37  # patches per side of the position table
+# The published code adds this offset to the grid size when it resizes the table; without it all positions shift slightly.
 _GRID_OFFSET = 0.1
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -69,7 +69,7 @@ class _Block(nn.Module):
 
 
 class DinoV2(nn.Module):
-    """Under the names of the public weight file."""
+    """DINOv2's vision transformer, with the parameter names of the published weight file."""
 
     def __init__(self, width: int = 1024, depth: int = 24, num_heads: int = 16, patch: int = 14) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class DinoV2(nn.Module):
         return self.norm(x)[:, 0]
 
     def positions(self, side: int) -> Tensor:
-        """[1, 1 + side * side, D]: the table brought to a grid of `side` patches."""
+        """The position table [1, 1 + side * side, D], resized to a grid of `side` x `side` patches."""
         table = self.pos_embed[:, 1:].unflatten(1, (_TRAINED_GRID, _TRAINED_GRID)).permute(0, 3, 1, 2)
         scale = (side + _GRID_OFFSET) / _TRAINED_GRID
         table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic", antialias=False)
@@ -101,7 +101,7 @@ class DinoV2(nn.Module):
 
 
 class DinoV2Features:
-    """The extractor of FD-DINOv2. Raises InputError for a missing, damaged or foreign weight file."""
+    """The extractor of FD-DINOv2. Raises InputError for a missing or damaged weight file, or one of another network."""
 
     name = "dinov2"
     sizes: ClassVar = {"cls": 1024}
@@ -116,7 +116,7 @@ class DinoV2Features:
         self.identity = f"dinov2-vitl14 {weights.sha256} antialiased bicubic to 224 pixels, float32"
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`cls` float32 [n, 1024] of images (uint8 [n, H, W, 3])."""
+        """The feature `cls` (float32 [n, 1024]) of images (uint8 [n, H, W, 3])."""
         with exact_arithmetic(), torch.inference_mode():
             features = self.network(as_batch(images, self.device))
         return {"cls": checked("cls", features)}

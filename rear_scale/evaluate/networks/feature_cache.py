@@ -1,7 +1,7 @@
-"""Features on disk: one file per fixed block of images and network.
+"""Features on disk, one file per network and fixed block of images.
 
-They are the stored state of an evaluation: all scores are functions of them. A killed job continues with the missing
-blocks, and sums run in block order, so that the numbers do not depend on how many ranks there were.
+All scores are computed from these files. A killed job continues with the missing blocks, and sums run in block order, so that
+scores do not depend on the number of ranks.
 """
 
 # n images, F features
@@ -31,7 +31,7 @@ from rear_scale.world import World
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the blocks, for jobs that split one evaluation: those with number mod `of` = `index`."""
+    """One part of the blocks, for an evaluation that is split into several jobs: the blocks with number mod `of` = `index`."""
 
     index: int = 0
     of: int = 1
@@ -42,7 +42,7 @@ class FeatureBlocks:
     """The features of one network for one image set."""
 
     folder: Path
-    ids: Sequence[np.ndarray]  # image numbers of each block
+    ids: Sequence[np.ndarray]  # the image numbers of each block
 
     def path(self, number: int) -> Path:
         return self.folder / f"block_{number:05d}.npz"
@@ -51,7 +51,7 @@ class FeatureBlocks:
         return open_array(self.path(number), name)[:]
 
     def column(self, name: str) -> np.ndarray | None:
-        """A whole array in image order, for the narrow ones. Null when the blocks do not have it."""
+        """A whole array in image order; meant for arrays with few values per image. None when the blocks do not have it."""
         try:
             parts = [self.array(number, name) for number in range(len(self.ids))]
         except KeyError:
@@ -69,7 +69,7 @@ class FeatureBlocks:
 
 @dataclass(frozen=True)
 class BlockRows:
-    """An array that lies in blocks, read from disk in slices; in the order of the blocks."""
+    """An array stored in blocks, read from disk in slices, in the order of the blocks."""
 
     blocks: list[StoredArray]
 
@@ -98,26 +98,26 @@ def extract(
     world: World,
     part: Part | None = None,
 ) -> list[FeatureBlocks]:
-    """The features of each extractor, whose missing blocks are computed; the images of a block are read once for all, while
-    the features of the block before are computed.
+    """The features of each extractor, after computing missing blocks. A block of images is read once for all extractors, while
+    the features of the previous block are computed.
 
-    All ranks must call this; each computes some blocks. With a part, only that share of the blocks is computed.
-    Raises InputError for images that cannot be read, and for features that are not finite.
+    All ranks must call this; each computes some blocks. part: compute only this part of the blocks. Raises InputError for
+    images that cannot be read, and for features that are not finite.
     """
     part = part or Part()
-    found = [
+    feature_sets = [
         FeatureBlocks(feature_folder(images, extractor, cache, batch_size), images.blocks) for extractor in extractors
     ]
     if world.is_main:
-        for blocks, extractor in zip(found, extractors, strict=True):
+        for blocks, extractor in zip(feature_sets, extractors, strict=True):
             _write_manifest(blocks.folder, images, extractor, batch_size)
-    # One rank looks: all must share out the same list.
-    missing = world.from_main(_missing(found, part) if world.is_main else None)
+    # Rank 0 lists the missing blocks, because all ranks must distribute the same list.
+    missing = world.from_main(_missing(feature_sets, part) if world.is_main else None)
     description = f"features of {images.name}"
     total = sum(len(images.blocks[number]) for number in missing)
 
     def write(number: int, pixels: np.ndarray, labels: np.ndarray | None) -> None:
-        for blocks, extractor in zip(found, extractors, strict=True):
+        for blocks, extractor in zip(feature_sets, extractors, strict=True):
             if not is_whole(blocks.path(number)):
                 _write_block(blocks.path(number), _features(extractor, pixels, labels, batch_size))
 
@@ -125,18 +125,18 @@ def extract(
         progress(description, total, "image", show=world.is_main and bool(missing)) as bar,
         DecodeWorker(world.device) as worker,
     ):
-        for place, number in enumerate(missing):
-            if place % world.size == world.rank:
+        for position, number in enumerate(missing):
+            if position % world.size == world.rank:
                 _read_and(write, images, number, worker)
             bar.update(len(images.blocks[number]))
     world.barrier()
-    return found
+    return feature_sets
 
 
 def _read_and(
     write: Callable[[int, np.ndarray, np.ndarray | None], None], images: ImageSet, number: int, worker: DecodeWorker
 ) -> None:
-    """Reads a block and starts `write` on it beside what comes next; of generated images, their decoding too."""
+    """Reads a block and starts `write` on it in the worker thread, together with the decoding of generated images."""
     generation, ids = images.generation, images.blocks[number]
     if generation is None:
         worker.run(write, number, *images.read(ids))
@@ -149,23 +149,23 @@ def is_complete(blocks: Sequence[FeatureBlocks]) -> bool:
     return not _missing(blocks, Part())
 
 
-def _missing(found: Sequence[FeatureBlocks], part: Part) -> list[int]:
-    numbers = range(part.index, len(found[0].ids), part.of)
-    return [number for number in numbers if not all(is_whole(blocks.path(number)) for blocks in found)]
+def _missing(feature_sets: Sequence[FeatureBlocks], part: Part) -> list[int]:
+    numbers = range(part.index, len(feature_sets[0].ids), part.of)
+    return [number for number in numbers if not all(is_whole(blocks.path(number)) for blocks in feature_sets)]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache is as it was written; one that was cut short or damaged is computed again."""
+    """Whether a file of the cache exists and matches its checksums; otherwise it is computed again."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return False
-    return _matches_checksums(path, found.st_size, found.st_mtime_ns)
+    return _matches_checksums(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
 def _matches_checksums(path: Path, size: int, time_ns: int) -> bool:
-    # Asked several times in one evaluation, but a file is read once.
+    # Cached, because this is called several times per evaluation and reads the whole file.
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -188,7 +188,7 @@ def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:
     """The folder of the features of a set by a network, named by a hash of all that they depend on."""
-    # The batch belongs to it, because another shape may be computed by another kernel.
+    # batch_size is part of the key: another shape may select another kernel, which rounds differently.
     identity = f"{images.identity} {extractor.identity} {batch_size} {len(images.blocks)} {len(images.blocks[0])}"
     return cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
 

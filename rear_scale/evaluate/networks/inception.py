@@ -1,7 +1,7 @@
-"""The Inception network of 2015-12-05 that FID is defined by, as plain layers under the names of its public weight file.
+"""The Inception network of 2015-12-05 that defines FID, with the parameter names of the published weight file.
 
-Where it differs from later Inception V3s: averages do not count the padding, the last block pools by maximum, there are
-1,008 outputs, and images are resized as TensorFlow 1 did. Szegedy et al. 2015, arXiv:1512.00567, names the blocks.
+Differences to later Inception V3 networks: average pooling excludes the padding, the last block uses max pooling, there are
+1,008 outputs, and images are resized as by TensorFlow 1. The blocks are named as in Szegedy et al. 2015, arXiv:1512.00567.
 """
 
 # B images, H and W their size in pixels
@@ -28,9 +28,10 @@ SPATIAL_FEATURES = _SPATIAL_CHANNELS * 17 * 17
 
 
 def resize_tf1(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """float [B, C, size, size] of images (float [B, C, H, W]) as TensorFlow 1's ResizeBilinear.
+    """Images float [B, C, size, size], resized from float [B, C, H, W] as by TensorFlow 1's ResizeBilinear.
 
-    Neither half-pixel centres nor antialiasing: output pixel i lies at i * float32(in / out), in the precision of the images.
+    No half-pixel centres and no antialiasing: output pixel i is read at input position i * float32(in / out), computed in the
+    precision of the images.
     """
     rows, row_weight = _source(images.shape[2], size, images)
     columns, column_weight = _source(images.shape[3], size, images)
@@ -42,12 +43,13 @@ def resize_tf1(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 def _source(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each of `size` outputs lies among `length` inputs: the input before it, and how far beyond that it is."""
+    """The input position of each of `size` outputs among `length` inputs: the index of the input before it, and the fraction
+    beyond that."""
     scale = (torch.tensor(length, dtype=torch.float32) / size).to(like.dtype)
-    # On the CPU: a GPU may fuse the product with what follows and place a pixel otherwise.
-    place = torch.arange(size, dtype=like.dtype) * scale
-    before = place.floor()
-    return before.long().to(like.device), (place - before).to(like.device)
+    # Computed on the CPU: a GPU may fuse the product with later operations, which rounds positions differently.
+    position = torch.arange(size, dtype=like.dtype) * scale
+    before = position.floor()
+    return before.long().to(like.device), (position - before).to(like.device)
 
 
 class _Conv(nn.Module):
@@ -180,8 +182,8 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features [B, 2048] and spatial features [B, 2023] of images (uint8 [B, 3, H, W], RGB, 0..255).
 
-        pool_3 and the first seven channels of mixed_6/conv (after its ReLU), flattened with the channels last: FID and
-        sFID of the ADM evaluation. Nash et al. 2021, arXiv:2103.03841, for the latter.
+        These are pool_3, used for FID, and the first seven channels of mixed_6/conv (after its ReLU), flattened with the
+        channels last, used for sFID (Nash et al. 2021, arXiv:2103.03841), as in the ADM evaluation.
         """
         assert images.dtype == torch.uint8, images.dtype
         x = (resize_tf1(images.to(self.fc.weight.dtype)) - 128) / 128

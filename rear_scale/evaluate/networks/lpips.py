@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look to a VGG16. Zhang et al. 2018, arXiv:1801.03924; version 0.1 of its weights."""
+"""LPIPS, a perceptual distance of images on VGG16's features. Zhang et al. 2018, arXiv:1801.03924; weights of version 0.1."""
 
 # B pairs of images, H and W their size in pixels
 
@@ -21,18 +21,19 @@ LPIPS_VGG = PublishedFile(
 
 # Channels of the convolutions of each stage; a stage ends after a ReLU, and all but the last are followed by pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# The colour statistics that VGG16 was trained with, for images in [-1, 1].
+# The colour normalisation of VGG16, for images in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """Under the names of the two public files: features.N.* of torchvision's VGG16, linN.model.1.weight of LPIPS."""
+    """The LPIPS network, with the parameter names of the two published files: features.N.* of torchvision's VGG16, and
+    linN.model.1.weight of LPIPS."""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        self.ends: list[int] = []  # how many layers each stage has run
+        self.ends: list[int] = []  # the number of layers up to the end of each stage
         inputs = 3
         for number, stage in enumerate(_STAGES):
             layers += [nn.MaxPool2d(2)] if number else []
@@ -65,7 +66,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class LpipsDistance:
-    """LPIPS of uint8 images. Raises InputError for a missing, damaged or foreign weight file."""
+    """LPIPS of uint8 images. Raises InputError for a missing or damaged weight file, or one of another network."""
 
     def __init__(self, vgg_weights: str | None, lpips_weights: str | None, device: torch.device) -> None:
         vgg = read_weight_file(vgg_weights, "evaluate.vgg_weights", VGG16)
@@ -77,7 +78,8 @@ class LpipsDistance:
         self.identity = f"lpips-vgg-0.1 {vgg.sha256} {linear.sha256}"
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """float [n] of pairs (uint8 [n, H, W, 3] each). The network wants [-1, 1]; fed [0, 1] it reports far too little."""
+        """Distances float [n] of pairs of images (uint8 [n, H, W, 3] each)."""
+        # The network expects images in [-1, 1]; with [0, 1] its distances are far too small.
         dtype = self.network.features[0].weight.dtype
         pair = [as_batch(images, self.device).to(dtype) / 127.5 - 1 for images in (a, b)]
         with exact_arithmetic(), torch.inference_mode():

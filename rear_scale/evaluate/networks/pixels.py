@@ -1,4 +1,4 @@
-"""Distances of images to their nearest neighbours in small sets, in pixels."""
+"""Distances of images to their nearest neighbours in small sets, in pixel space."""
 
 # n samples, m reference images, F values of an image
 
@@ -26,13 +26,13 @@ class NearestPixels:
         self.identity = "nearest pixels " + " ".join(f"{name}={images.identity}" for name, images in sets.items())
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """float64 [n] under the name of each set: root mean square difference to its nearest image."""
+        """The root mean square difference to the nearest image of each set, float64 [n], by name of the set."""
         flat = torch.from_numpy(images).flatten(1)
         return {name: nearest_distances(flat, torch.from_numpy(pixels)).numpy() for name, pixels in self.pixels.items()}
 
 
 def nearest_distances(samples: Tensor, reference: Tensor, chunk: int = 256) -> Tensor:
-    """float64 [n]: root mean square difference of each sample to the nearest reference row, in the rows' own unit.
+    """The root mean square difference of each sample to the nearest reference row, float64 [n], in the unit of the rows.
 
     samples: [n, F]; reference: [m, F].
     """

@@ -21,24 +21,24 @@ class StatisticsArrays:
 
     mean: str
     covariance: str
-    is_published: bool = False  # whether the files that others publish may hold them
+    is_published: bool = False  # whether published statistics files may hold these arrays
 
 
 @dataclass(frozen=True)
 class NetworkRow:
     """One feature network."""
 
-    name: str  # of its section in result.json
-    # By field of `evaluate`, or `network_weights.NAME` for a network without a field of its own. Where one is set, the
-    # network is in use.
+    name: str  # the name of its section in result.json
+    # By field of `evaluate`, or `network_weights.NAME` for a network without its own field. The network is used if one of
+    # them is set.
     weights: Mapping[str, PublishedFile]
     make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or a distance for `of_pairs`
-    statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature that has moments
-    of_pairs: bool = False  # it compares an image with its reconstruction
+    statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature, for features with moments
+    of_pairs: bool = False  # whether it compares images with their reconstructions
     packaged: Callable[[], Path | None] | None = None  # finds the weight file that PACKAGED stands for
 
     def paths(self, cfg: EvaluateConfig) -> dict[str, str | None]:
-        """The weight file of each field, under its full name (`evaluate.inception_weights`)."""
+        """The path of the weight file of each field, by full name (`evaluate.inception_weights`)."""
         return {f"evaluate.{name}": self._path(cfg, name) for name in self.weights}
 
     def _path(self, cfg: EvaluateConfig, name: str) -> str | None:
@@ -56,11 +56,11 @@ class NetworkRow:
             check_weight_file(path, name, published)
 
     def open(self, cfg: EvaluateConfig, device: torch.device) -> Any:
-        """The network with its weights. Raises InputError for a missing, damaged or foreign weight file."""
+        """The network with its weights. Raises InputError for a missing or damaged weight file, or one of another network."""
         return self.make(*self.paths(cfg).values(), device)
 
 
 def _value(cfg: EvaluateConfig, name: str) -> str | None:
     section, _, key = name.partition(".")
-    found = getattr(cfg, section)
-    return found.get(key) if key else found
+    value = getattr(cfg, section)
+    return value.get(key) if key else value

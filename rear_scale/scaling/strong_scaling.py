@@ -1,4 +1,5 @@
-"""The same run on 8 to 1,024 GPUs: how far its global batch pays, and what batch would."""
+"""Strong scaling of a run from 8 to 1,024 GPUs: the number of GPUs up to which doubling pays off, and the global batch that
+would keep 95% efficiency."""
 
 from __future__ import annotations
 
@@ -11,32 +12,34 @@ from rear_scale.scaling.devices import Cluster, cluster_of
 from rear_scale.scaling.planner import Choice, choices, recommend
 
 GPUS = tuple(2**power for power in range(3, 11))
-# Twice the GPUs pay while a run becomes at least so much faster.
+# Doubling the GPUs pays off if the run becomes faster by at least this factor.
 PAYS = 1.5
-# The batch that would pay keeps this share of the speed of a GPU on one machine.
+# The efficiency that the recommended global batch keeps.
 KEEPS = 0.95
 _LARGEST_BATCH = 2**17
 
 
 @dataclass(frozen=True)
-class Width:
-    """The fastest way to run on so many GPUs."""
+class ScalingRow:
+    """The fastest choice on a number of GPUs."""
 
     gpus: int
-    choice: Choice | None  # None: nothing fits, or the batch has fewer images than there are GPUs
+    choice: Choice | None  # None = nothing fits, or the batch has fewer images than there are GPUs
     images_per_s: float
-    efficiency: float  # speed of a GPU over its speed in the smallest cluster on which the run fits
+    efficiency: float  # images per second and GPU, divided by that of the smallest cluster on which the run fits
     pays: bool  # at least PAYS times as fast as half as many GPUs
-    paying_batch: int | None  # smallest multiple by powers of two of the global batch whose efficiency is KEEPS
+    paying_batch: (
+        int | None
+    )  # the smallest power of two times the global batch that has an efficiency of at least KEEPS
 
 
-def widths(
+def scaling_rows(
     cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, fixed: frozenset[str], slowness: float
-) -> list[Width]:
-    """One row for each of GPUS; the cluster gives the kind of GPU."""
-    found: list[Width] = []
+) -> list[ScalingRow]:
+    """One row for each number in GPUS. cluster: gives the model of the GPU."""
+    rows: list[ScalingRow] = []
     base: float | None = None
-    before: Width | None = None
+    before: ScalingRow | None = None
     for gpus in GPUS:
         if gpus % min(gpus, cluster.device.gpus_per_node):
             continue
@@ -48,13 +51,13 @@ def widths(
         efficiency = speed / gpus / base if base else 0.0
         pays = choice is not None and (before is None or before.choice is None or speed >= PAYS * before.images_per_s)
         batch = _paying_batch(cfg, wide, model, fixed, slowness, base, choice) if base else None
-        before = Width(gpus, choice, speed, efficiency, pays, batch)
-        found.append(before)
-    return found
+        before = ScalingRow(gpus, choice, speed, efficiency, pays, batch)
+        rows.append(before)
+    return rows
 
 
-def last_that_pays(rows: list[Width]) -> int | None:
-    """The most GPUs up to which every doubling pays."""
+def last_that_pays(rows: list[ScalingRow]) -> int | None:
+    """The largest number of GPUs up to which every doubling pays off; None when nothing fits."""
     last = None
     for row in rows:
         if row.choice is not None and not row.pays:
