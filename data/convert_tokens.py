@@ -1,4 +1,4 @@
-"""Token shards from and to the files of the released code, a shard in memory at a time.
+"""Converts token shards from and to the files of the released code, with one shard in memory at a time.
 
     python data/convert_tokens.py import-jsonl tokens.jsonl TOKENS --tokenizer maskgit_vqgan --crops ten
     python data/convert_tokens.py import-alitok CACHE TOKENS --tokenizer alitok
@@ -6,7 +6,7 @@
     python data/convert_tokens.py export-alitok TOKENS CACHE
 
 jsonl: one line {"class_id": int, "tokens": [int, ...]} per sequence. AliTok: CACHE/CLASS/IMAGE.npz with `codes` [crops, N].
-With --weights the codebook comes along; without, training takes it from tokenizer.weights. A killed import continues with
+With --weights the codebook is stored too; without, training takes it from tokenizer.weights. A killed import continues with
 the same command.
 """
 
@@ -36,9 +36,11 @@ def main() -> None:
         if name.startswith("import"):
             known = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "tokenizer").glob("*.yaml")))
             command.add_argument("--tokenizer", required=True, help=f"the tokenizer that made the tokens: {known}")
-            command.add_argument("--weights", metavar="FILE", help="its weights, for the codebook")
+            command.add_argument("--weights", metavar="FILE", help="weights of that tokenizer, for the codebook")
         if name == "import-jsonl":
-            command.add_argument("--crops", choices=CROPS, default="center", help="crops of an image in a row")
+            command.add_argument(
+                "--crops", choices=CROPS, default="center", help="crops of an image, which are consecutive"
+            )
         if name == "import-alitok":
             command.add_argument(
                 "--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON"
@@ -61,20 +63,20 @@ def main() -> None:
 
 
 def tokenizer(arguments: argparse.Namespace) -> TokenizerConfig:
-    """The config of --tokenizer, a name in configs/tokenizer/ or a path."""
+    """The config of --tokenizer: a name in configs/tokenizer/, or a path. Raises InputError for anything else."""
     name = arguments.tokenizer
     path = next((file for file in (CONFIG_DIR / "tokenizer" / f"{name}.yaml", Path(name)) if file.is_file()), None)
     if path is None:
         raise InputError(f"--tokenizer {name}: no such file in {CONFIG_DIR / 'tokenizer'} or here. Use one of --help")
     try:
         check_yaml(path.read_text(), f"--tokenizer {path}")
-        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(path)))
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(path)))
     except InputError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, AttributeError) as error:
         raise InputError(f"--tokenizer {path}: {str(error).splitlines()[0]}. Repair the file") from error
-    found.weights = arguments.weights
-    return found
+    cfg.weights = arguments.weights
+    return cfg
 
 
 if __name__ == "__main__":

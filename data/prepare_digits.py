@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as image shards: 1,797 real images, ten classes, no download.
+"""Writes scikit-learn's handwritten digits as image shards: 1,797 real images, ten classes, no download.
 
     python data/prepare_digits.py --out runs/demo/images
 
@@ -27,7 +27,7 @@ NUM_VAL = 360
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder; its train/ and val/ are written")
+    parser.add_argument("--out", type=Path, required=True, help="folder; train/ and val/ are written into it")
     out = parser.parse_args().out
     try:
         from sklearn.datasets import load_digits
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def enlarge(scan: np.ndarray) -> Image.Image:
-    """A scan (float [8, 8], 0 to 16) as a grey image of 24x24."""
+    """The grey image of 24x24 pixels of a scan (float [8, 8], 0 to 16)."""
     grey = np.rint(scan * (255 / 16)).astype(np.uint8)
     return Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
 

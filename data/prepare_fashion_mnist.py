@@ -1,11 +1,11 @@
-"""Fashion-MNIST as image shards: 70,000 real photographs of clothes in ten classes, from a local folder of its four files.
+"""Writes Fashion-MNIST as image shards: 70,000 real photographs of clothes in ten classes, from a local folder of its four files.
 
     apt install dataset-fashion-mnist
     python data/prepare_fashion_mnist.py --out runs/demo_fashion/images
 
-writes OUT/train (60,000 images), OUT/val (10,000) and OUT/held_in (as many training images as there are in val, which give a
-distance of real images from real images). The grey 28 x 28 pictures get a black border to 32 x 32. A finished folder is left
-as it is. --fraction 0.2 takes a fifth of each part, evenly over the classes.
+writes OUT/train (60,000 images), OUT/val (10,000) and OUT/held_in (as many training images as there are in val, for the
+distance of real images from real images). The grey 28 x 28 images get a black border to 32 x 32. A finished folder is left
+unchanged. --fraction 0.2 takes a fifth of each part, evenly over the classes.
 
 Source: Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; licence MIT. Nothing is downloaded.
 """
@@ -36,7 +36,7 @@ CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 _SIDE, _BORDER = 28, 2
-# sha256 of what is compressed in the files: packagers compress it anew
+# sha256 of the uncompressed content: packagers compress the files again
 _FILES = {
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -52,7 +52,7 @@ _PUBLISHED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=SOURCE, help=f"folder of the four files (default: {SOURCE})")
-    parser.add_argument("--out", type=Path, required=True, help="folder; its train/, val/ and held_in/ are written")
+    parser.add_argument("--out", type=Path, required=True, help="folder; train/, val/ and held_in/ are written into it")
     parser.add_argument("--fraction", type=float, default=1.0, metavar="F", help="fraction of each part (default: all)")
     args = parser.parse_args()
     if not 0 < args.fraction <= 1:
@@ -75,23 +75,23 @@ def read_files(source: Path) -> dict[str, bytes]:
         raise InputError(
             f"--source {source} lacks {', '.join(missing)}. {_PUBLISHED}; then name the folder with --source"
         )
-    found = {}
+    contents = {}
     for name, expected in _FILES.items():
         try:
-            found[name] = gzip.decompress((source / name).read_bytes())
+            contents[name] = gzip.decompress((source / name).read_bytes())
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{source / name} is damaged ({error}). Get it again: {_PUBLISHED}") from error
-        sha256 = hashlib.sha256(found[name]).hexdigest()
+        sha256 = hashlib.sha256(contents[name]).hexdigest()
         if sha256 != expected:
             raise InputError(
                 f"{source / name} holds other data than the published file (sha256 {sha256[:16]}..., not "
                 f"{expected[:16]}...). Get it again: {_PUBLISHED}"
             )
-    return found
+    return contents
 
 
 def split(images: bytes, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, 28, 28] and int64 [n] of the content of a pair of files."""
+    """The images, uint8 [n, 28, 28], and class ids, int64 [n], from the content of a pair of files."""
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, _SIDE, _SIDE)
     classes = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
     assert len(pixels) == len(classes), (len(pixels), len(classes))
@@ -111,7 +111,7 @@ def evenly(part: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray,
 
 
 def write_split(out: Path, pixels: np.ndarray, classes: np.ndarray) -> None:
-    """Writes the image shards of one split, unless they are there. Raises InputError for shards of other images."""
+    """Writes the image shards of one split, unless they exist. Raises InputError for existing shards of other images."""
     inputs = {"images": hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}
     if (out / "index.json").exists():
         check_same_inputs(read_image_index(out).get("inputs"), inputs, out, "--out")
@@ -123,7 +123,7 @@ def write_split(out: Path, pixels: np.ndarray, classes: np.ndarray) -> None:
 
 
 def bordered(pixels: np.ndarray, classes: np.ndarray, bar: tqdm[Any]) -> Iterator[tuple[Image.Image, int]]:
-    """Yields the pictures with their border, and their classes."""
+    """Yields the images with their border, and their class ids."""
     for picture, label in zip(pixels, classes, strict=True):
         yield Image.fromarray(np.pad(picture, _BORDER)), int(label)
         bar.update()

@@ -1,4 +1,4 @@
-"""A folder of class folders as WebDataset image shards: IMAGES/CLASS/FILE -> OUT/shard-000000.tar ... and index.json.
+"""Packs a folder of class folders into WebDataset image shards: IMAGES/CLASS/FILE -> OUT/shard-000000.tar ... and index.json.
 
     python data/prepare_imagefolder.py --images IMAGENET/train --out data/imagenet256/images/train
     python data/prepare_imagefolder.py --images IMAGENET/val --out data/imagenet256/images/val --size 256
@@ -6,12 +6,11 @@
     python data/prepare_imagefolder.py --images PHOTOS --out shards/train --size 32 --split train
     python data/prepare_imagefolder.py --images PHOTOS --out shards/val --size 32 --split val
 
-Without --size the files go in as they are, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
-which is what an evaluation compares samples with. --split takes a tenth of every class for val, or the others for train, or
-as many of these as there are in val (held_in); --val-fraction sets another fraction. The class id is the position among the
-sorted folder names, or that of --class-map. Files that cannot be read are left out, counted and listed in OUT/skipped.txt.
-The same command continues after a kill and leaves a finished folder as it is; a finished folder of other images or settings
-is refused.
+Without --size the files are stored unchanged, to be cropped when they are tokenized; with it, as PNG after ADM's centre crop,
+as an evaluation needs its references. --split takes a tenth of every class for val, or the others for train, or as many of
+these as there are in val (held_in); --val-fraction sets another fraction. The class id is the index among the sorted folder
+names, or that of --class-map. Unreadable files are left out, counted and listed in OUT/skipped.txt. The same command
+continues after a kill, and leaves a finished folder unchanged; a finished folder of other images or settings is refused.
 """
 
 from __future__ import annotations
@@ -43,12 +42,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="class ids by folder name, text or JSON")
-    parser.add_argument("--exif", choices=EXIF, default="ignore", help="with --size: whether images are turned first")
+    parser.add_argument(
+        "--exif", choices=EXIF, default="ignore", help="with --size: whether to rotate images by their EXIF tag first"
+    )
     parser.add_argument(
         "--split", choices=("train", "val", "held_in"), help="only this part of every class (default: all images)"
     )
     parser.add_argument("--val-fraction", type=float, help="with --split: fraction of a class in val (default: 0.1)")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="more unreadable files are an error")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="largest fraction of unreadable files")
     args = parser.parse_args()
     prepare(**vars(args))
     images = sum(shard.samples for shard in read_image_index(args.out)["shards"])
@@ -70,14 +71,14 @@ def prepare(
     split: str | None = None,
     val_fraction: float | None = None,
 ) -> None:
-    """Raises InputError when `images` is no folder of class folders, or too many files cannot be read."""
+    """Writes the image shards. Raises InputError without class folders in `images`, and for too many unreadable files."""
     if size is not None and size < 1:
         raise InputError(f"--size={size} must be above 0. Use the tokenizer's image size, such as 256")
     if not images.is_dir():
         raise InputError(f"not found: --images {images}. Name a folder of class folders")
     if exif != "ignore" and size is None:
         raise InputError(
-            f"--exif {exif} needs --size: without, files go in as they are. Set pretokenize.exif later instead"
+            f"--exif {exif} needs --size, because files are stored unchanged without it. Set pretokenize.exif later instead"
         )
     part = _split(split, val_fraction)
     source = FolderSource(images, read_class_map(class_map) if class_map else None, part)
@@ -88,7 +89,7 @@ def prepare(
     if (out / "index.json").exists():
         index = read_image_index(out)
         check_same_inputs(index.get("inputs"), inputs, out, "--out")
-        writer.remove_records(out)  # a kill may have come between
+        writer.remove_records(out)  # left by a kill after the manifest was written
         print(f"{shown(out)} is complete: {sum(shard.samples for shard in index['shards'])} images")
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -99,15 +100,15 @@ def prepare(
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         for index, start, end in writer.shard_ranges(len(source), IMAGES_PER_SHARD):
-            found = writer.finished_shard(out, index, source=made_from)
-            if found is None:
+            shard = writer.finished_shard(out, index, source=made_from)
+            if shard is None:
                 entries = list(pool.map(partial(entry, size=size, exif=exif), source.read(start, end)))
                 files = [item for item in entries if len(item) == 3]
                 skipped = [item for item in entries if len(item) == 2]
                 counts = np.bincount(np.array([label for *_, label in files], dtype=np.int64))
-                found = writer.FinishedShard(write_image_shard(out, index, files), counts, skipped)
-                writer.write_record(out, found.shard, made_from, counts, skipped)
-            finished.append(found)
+                shard = writer.FinishedShard(write_image_shard(out, index, files), counts, skipped)
+                writer.write_record(out, shard.shard, made_from, counts, skipped)
+            finished.append(shard)
             bar.update(end - start)
     skipped = [item for shard in finished for item in shard.skipped]
     writer.write_skipped(out, skipped)
@@ -138,7 +139,7 @@ def _split(name: str | None, val_fraction: float | None) -> Split | None:
 
 
 def entry(image: SourceImage, size: int | None, exif: str) -> tuple[str, bytes, int] | tuple[str, str]:
-    """Extension, bytes and class id of an image to store, or its name and why it cannot be read."""
+    """The (extension, bytes, class id) of an image to store, or (name, reason) of an unreadable one."""
     try:
         decoded = image.decode(exif)
         if size is None:

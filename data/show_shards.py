@@ -1,10 +1,10 @@
-"""What is in a folder of shards: a summary, and a picture of samples.
+"""Prints a summary of a folder of shards, and writes a picture of samples from it.
 
     python data/show_shards.py runs/demo/tokens/val --weights runs/demo/tokenizer/compact.safetensors
     python data/show_shards.py runs/demo/images/val
 
-Token shards are decoded with the weights of their tokenizer, which must be those that made them; without --weights only the
-summary is printed. Image shards need none.
+Token shards are decoded with the weights of the tokenizer that made them; without --weights only the summary is printed.
+Image shards need no weights.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of token shards or image shards")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of the tokenizer that made the tokens")
-    parser.add_argument("--samples", type=int, default=48, help="samples in the picture, spread over the set")
+    parser.add_argument("--samples", type=int, default=48, help="samples in the picture, evenly spaced over the set")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: SHARDS.png)")
     show(**vars(parser.parse_args()))
 
 
 def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> None:
-    """Raises InputError for a folder without shards, and for weights that did not make the tokens."""
+    """Prints the summary and writes the picture. Raises InputError without shards, and for the wrong weights."""
     if samples < 1:
         raise InputError(f"--samples={samples} must be above 0. Use 48")
     out = out or shards.with_name(f"{shards.resolve().name}.png")
@@ -63,6 +63,7 @@ def show(shards: Path, weights: Path | None, samples: int, out: Path | None) -> 
 
 
 def token_summary(manifest: Manifest) -> str:
+    """The content of token shards in five lines."""
     size = sum(shard.size for shard in manifest.shards)
     counts = np.array(manifest.label_counts or [0])
     lines = [
@@ -80,8 +81,9 @@ def token_summary(manifest: Manifest) -> str:
 
 
 def image_summary(index: dict) -> str:
+    """The content of image shards in three lines."""
     counts = np.array(index["label_counts"] or [0])
-    size = f"{index['image_size']} pixels squared" if index["image_size"] else "as they were found"
+    size = f"{index['image_size']} pixels squared" if index["image_size"] else "of various sizes"
     return "\n".join(
         [
             f"{images.FORMAT}: {counts.sum():,} images, {size}",
@@ -92,7 +94,7 @@ def image_summary(index: dict) -> str:
 
 
 def stored_images(shards: Path, samples: int) -> np.ndarray:
-    """uint8 [n, S, S, 3]; where sizes differ, a thumbnail each."""
+    """The images to show, uint8 [n, S, S, 3]; thumbnails where sizes differ."""
     source = open_source(shards)
     size = source.image_size or _THUMBNAIL
     pixels = []
@@ -106,32 +108,32 @@ def stored_images(shards: Path, samples: int) -> np.ndarray:
 
 
 def decoded_images(shards: Path, manifest: Manifest, weights: Path, samples: int) -> np.ndarray:
-    """uint8 [n, S, S, 3]."""
+    """The decoded images of evenly spaced token sequences, uint8 [n, S, S, 3]."""
     file = find_weights(weights)
     tokenizer = find_tokenizer(manifest.tokenizer).from_file(str(weights)).eval()
-    # Shards that were imported do not know their weights.
+    # Imported shards may have no checksum of their weights.
     if manifest.tokenizer_sha256 and file_sha256(file) != manifest.tokenizer_sha256:
         raise InputError(
             f"--weights {file} has hash {file_sha256(file)[:12]}, but the tokens in {shards} were made by "
             f"{manifest.tokenizer_sha256[:12]}. Name those weights"
         )
     files = open_blocks(shards, manifest)
-    places = [(shard, block) for shard in range(len(manifest.shards)) for block in range(files.count(shard))]
-    firsts = np.cumsum([0, *(files.length(*place) for place in places)])
+    blocks = [(shard, block) for shard in range(len(manifest.shards)) for block in range(files.count(shard))]
+    firsts = np.cumsum([0, *(files.length(*block) for block in blocks)])
     rows = []
     for number in spread(manifest.num_samples, samples):
-        place = int(np.searchsorted(firsts, number, side="right")) - 1
-        tokens, _ = files.read(*places[place])
-        rows.append(tokens[number - firsts[place]].astype(np.int64))
+        index = int(np.searchsorted(firsts, number, side="right")) - 1
+        tokens, _ = files.read(*blocks[index])
+        rows.append(tokens[number - firsts[index]].astype(np.int64))
     with torch.inference_mode():
-        parts = [
-            to_uint8(tokenizer.decode(part), "truncate") for part in torch.from_numpy(np.stack(rows)).split(_BATCH)
+        decoded = [
+            to_uint8(tokenizer.decode(ids), "truncate") for ids in torch.from_numpy(np.stack(rows)).split(_BATCH)
         ]
-    return np.concatenate(parts)
+    return np.concatenate(decoded)
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` numbers below `count`, evenly apart."""
+    """At most `wanted` numbers below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()
 
 

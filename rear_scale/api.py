@@ -248,7 +248,7 @@ class Model:
             else:
                 batch = objective.micro_batch(truth, labels, numbers, torch.full_like(numbers, epoch)).to(self.device)
                 task = objective.task(batch, step)
-                output = self.model(task.context, batch.classes, batch.rows, task.order)
+                output = self.model(task.context, batch.classes, batch.class_index, task.order)
             total, statistics = objective.loss(output, task)
         computed = [term for term in objective.terms if all(name in output for name in term.reads)]
         names = [name for term in computed for name in (f"loss_{term.name}", *term.reports)]

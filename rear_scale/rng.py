@@ -38,7 +38,7 @@ class Purpose(enum.IntEnum):
     PERMUTATION = 9
     SAMPLE_ORDER = 10
     SHARD_ORDER = 20
-    LANE_ORDER = 21
+    STREAM_ORDER = 21
 
 
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:

@@ -197,7 +197,7 @@ def test_losses_are_those_of_the_objective_on_the_same_draws(run: Path, model: r
     tasks = {None: held_out_task(tokens, ids, None, None), 2: objective.task(batch, 2)}
     assert not torch.equal(tasks[2].context, tokens)
     for step, task in tasks.items():
-        classes, rows = (labels, None) if step is None else (batch.classes, batch.rows)
+        classes, rows = (labels, None) if step is None else (batch.classes, batch.class_index)
         with torch.no_grad():
             _, statistics = objective.loss(trained(task.context, classes, rows, task.order), task)
         found = model.loss(tokens, CLASSES, step=step, ids=ids, epoch=2)

@@ -85,7 +85,7 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path: Path) -> None:
         ("objective.class_dropout=1.5", "objective.class_dropout=1.5 must lie between 0 and 1"),
         ("objective.heads.decode_tap=33", "objective.heads.decode_tap=33 is outside 0..model.depth=32"),
         ("objective.heads.encode_tap=-1", "objective.heads.encode_tap=-1 is outside"),
-        ("objective.noise.end=1.5", "objective.noise.end=1.5 is neither a share"),
+        ("objective.noise.end=1.5", "objective.noise.end=1.5 is neither a fraction"),
         ("model.num_heads=7", "model.width=1280 is not a multiple of model.num_heads=7"),
         ("train.precision=fp16", "train.precision=fp16 is not one of fp32, bf16"),
         ("strategy=zero9", "strategy=zero9 is not one of"),
@@ -105,13 +105,13 @@ def test_errors_name_field_value_and_rule(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("objective.noise.start=inf", "objective.noise.start=inf is neither a share of the run"),
-        ("objective.noise.end=nan", "objective.noise.end=nan is neither a share of the run"),
+        ("objective.noise.start=inf", "objective.noise.start=inf is neither a fraction of the run"),
+        ("objective.noise.end=nan", "objective.noise.end=nan is neither a fraction of the run"),
         ("run=foo", "run=foo in .* is a single value, but run is a section. Set its fields: run.FIELD=VALUE"),
         ("evaluate.classifier=3", "evaluate.classifier=3 .* is a section"),
         ("optim.betas=0.9", r"optim.betas=\[0.9\] must be two numbers"),
         ("optim.betas=[a,b]", r"optim.betas\[0\]=a is of the wrong type: it takes a number"),
-        ("run.name=${oops}", "run.name=.*oops.* refers to what is not there"),
+        ("run.name=${oops}", "run.name=.*oops.* refers to a key that does not exist"),
         ("model.num_heads=7", "is not a multiple of model.num_heads=7. Use model.num_heads=8, or model.width=1274"),
         ("model.num_heads=19", "Use model.num_heads=20, or model.width=1273"),
     ],
@@ -125,10 +125,10 @@ def test_odd_values_are_one_line_too(override: str, expected: str) -> None:
     [
         (b"model: {depth: 3\n", "is not valid YAML (line 2"),
         (b'run: {name: "\xff"}\n', "is not UTF-8 text"),
-        (b"defaults: [demo, _self_]\noptim: {lr: '${oops}'}\n", "optim.lr=${oops} refers to what is not there"),
+        (b"defaults: [demo, _self_]\noptim: {lr: '${oops}'}\n", "optim.lr=${oops} refers to a key that does not exist"),
         (b"defaults: [demo, _self_]\nmodel: 3\n", "model=3 in"),
         (b"defaults: [demo, _self_]\nmodel:\n", "model=null in"),
-        (b"defaults: [mine, _self_]\n", "its defaults lead back to themselves"),
+        (b"defaults: [mine, _self_]\n", "its defaults list includes itself"),
         (b"- a\n", "its YAML is a list"),
         (b"", "tokenizer.name is not set in"),
     ],
@@ -255,7 +255,7 @@ def test_the_way_out_of_an_indivisible_batch_works() -> None:
 
 
 def test_strategy_single_refuses_a_larger_world() -> None:
-    assert "strategy=single runs one process, but 2 were started" in error_of(
+    assert "strategy=single runs in one process, but 2 were started" in error_of(
         "demo.yaml", "strategy=single", world_size=2
     )
 
@@ -477,8 +477,12 @@ def test_a_file_that_is_there_and_no_config_is_called_that(tmp_path: Path) -> No
         ),
         ("a", "x: 1", "by its name (without an ending)"),
         ("run", None, "is there, but it is a folder"),
-        ("words.yaml", "for i in 1 2", "words.yaml is no config: its YAML is a single value, not sections with fields"),
-        ("list.yaml", "- a", "list.yaml is no config: its YAML is a list"),
+        (
+            "words.yaml",
+            "for i in 1 2",
+            "words.yaml is not a config: its YAML is a single value, not sections with fields",
+        ),
+        ("list.yaml", "- a", "list.yaml is not a config: its YAML is a list"),
         ("open.yaml", "{a: 1,", "open.yaml is not valid YAML"),
     ):
         if content is not None:

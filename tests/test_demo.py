@@ -90,7 +90,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     [
         ("model.depht=3", "did you mean model.depth"),
         ("train.global_batch_size=63", "is not a multiple of"),
-        ("strategy=single", "strategy=single runs one process"),
+        ("strategy=single", "strategy=single runs in one process"),
     ],
 )
 def test_wrong_arguments_leave_good_results_where_they_are(

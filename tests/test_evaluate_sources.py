@@ -187,7 +187,7 @@ def test_a_single_tar_shard_is_a_set_of_images_and_a_compressed_one_is_named(tmp
 def test_images_of_more_than_8_bits_are_named(tmp_path: Path) -> None:
     for kind, form, mode in ((np.uint16, "PNG", "I;16"), (np.int32, "TIFF", "I"), (np.float32, "TIFF", "F")):
         Image.fromarray(np.full((12, 12), 40_000, kind)).save(tmp_path / "image.png", form)
-        with pytest.raises(InputError, match=rf"image\.png .*more than 8 bits a value \(Pillow mode {mode}\)"):
+        with pytest.raises(InputError, match=rf"image\.png .*more than 8 bits per value \(Pillow mode {mode}\)"):
             run_alone(_contents, tmp_path, 12)
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def test_loss_terms(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terms, "_KINDS", dict(terms._KINDS))
+    monkeypatch.setattr(terms, "_TERMS", dict(terms._TERMS))
     for number in range(2):
         module_of("## A loss term", number)
     settings = ("objective.terms.z_loss.weight=1e-4", "objective.terms.two_ahead={weight: 0.5, tap: 2}")
@@ -34,7 +34,7 @@ def test_loss_terms(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatc
     ids = torch.arange(3)
     batch = objective.micro_batch(torch.arange(3 * NUM_TOKENS).view(3, -1) % CODEBOOK_SIZE, ids, ids, ids)
     task = objective.task(batch, 1)
-    loss, statistics = objective.loss(model(task.context, batch.classes, batch.rows, task.order), task)
+    loss, statistics = objective.loss(model(task.context, batch.classes, batch.class_index, task.order), task)
     found = dict(zip(objective.names, statistics.tolist(), strict=True))
     # Both predict almost uniformly at first: the normalizer is log K, and so is a cross-entropy.
     assert found["loss_z_loss"] == pytest.approx(math.log(CODEBOOK_SIZE) ** 2, rel=0.05)

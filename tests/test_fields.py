@@ -14,11 +14,11 @@ from rear_scale.config.fields import (
     choices,
     declaration,
     declarations,
-    mark,
+    fraction,
     number,
     section,
     setting,
-    share,
+    time_of_run,
 )
 
 KNOWN = ["sgd", "adam"]
@@ -30,8 +30,8 @@ class Inner:
     modes: list[str] = choices(["a"], "modes", among=("a", "b"))
     rate: float = number(0.5, "rate", least=0, below=1, way_out="Use 0.1")
     size: int | None = number(None, "size", above=0, most=64)
-    part: float = share(0.5, "part")
-    start: float = mark(0.0, "start")
+    part: float = fraction(0.5, "part")
+    start: float = time_of_run(0.0, "start")
     free: int = setting(1, "free", may_change=True, by_weights=False)
 
 
@@ -61,8 +61,8 @@ def refusal(name: str, value: object) -> str:
         ("size", 0, "inner.size=0 must be above 0. Set inner.size to a positive number"),
         ("size", 65, "inner.size=65 is above 64. Use a smaller one"),
         ("size", math.inf, "inner.size=inf"),
-        ("part", -0.1, "inner.part=-0.1 must lie between 0 and 1. Set inner.part to a share such as 0.1"),
-        ("start", 1.5, "inner.start=1.5 is neither a share of the run (0 to 1) nor a whole number of steps"),
+        ("part", -0.1, "inner.part=-0.1 must lie between 0 and 1. Set inner.part to a fraction such as 0.1"),
+        ("start", 1.5, "inner.start=1.5 is neither a fraction of the run (0 to 1) nor a whole number of steps"),
     ],
 )
 def test_errors_of_single_fields_name_field_value_rule_and_way_out(name: str, value: object, expected: str) -> None:

@@ -225,9 +225,9 @@ def test_bombs_are_refused_before_anything_is_built(seed: int) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)), "when its aliases"),
+        ("a: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)), "once its aliases"),
         ("run: " + "[" * 1000, "nested more than"),
-        ("run: &a {name: *a}", "stands within what it names"),
+        ("run: &a {name: *a}", "is inside the value that it refers to"),
         ("run: {name: " + "x" * (2 << 20) + "}", "has 2,097,1"),
         ("run: {seed: " + "9" * 5000 + "}", "cannot be read as a config"),
         ("run: {seed: " + "9" * 100 + "}", "more than 30 digits"),

@@ -26,7 +26,7 @@ from PIL import Image
 
 from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.shards import token_files as tokens
-from rear_scale.shards.blocks import PLAIN_KINDS, decode_plain
+from rear_scale.shards.blocks import TOKEN_EXTENSIONS, decode_plain
 from rear_scale.shards.classes import read_class_map
 from rear_scale.shards.crops import BadImage, cut, decode_image
 from rear_scale.shards.sources import open_source
@@ -126,7 +126,7 @@ def try_tar(draw: random.Random, folder: Path) -> str:
     left_out = LeftOut()
     found = members(path, left_out)
     for member in found:
-        assert len(read_member(path, member.place)) == member.size
+        assert len(read_member(path, member.location)) == member.size
     if checked:
         # No header can be damaged unnoticed, so nothing may be missing; a name in a pax record alone may be another.
         assert len(found) + left_out.counts[HIDDEN] == len(members(intact)), "silently shorter"
@@ -265,10 +265,10 @@ def try_plain(draw: random.Random, folder: Path) -> str:
     npy = io.BytesIO()
     np.save(npy, row)
     files = {"npy": npy.getvalue(), "json": json.dumps(row.tolist()).encode(), "bin": row.astype("<u2").tobytes()}
-    kind = draw.randrange(len(PLAIN_KINDS))
+    kind = draw.randrange(len(TOKEN_EXTENSIONS))
     try:
         found = decode_plain(
-            damaged(files[PLAIN_KINDS[kind].rpartition(".")[2]], draw), kind, NUM_TOKENS, CODEBOOK_SIZE
+            damaged(files[TOKEN_EXTENSIONS[kind].rpartition(".")[2]], draw), kind, NUM_TOKENS, CODEBOOK_SIZE
         )
     except ValueError as error:  # what the reader of plain shards names with file and byte
         raise InputError("a sample cannot be read") from error

@@ -64,7 +64,7 @@ def test_configs_from_before_the_fields_have_the_grid_of_their_tokenizer(
 @pytest.mark.parametrize("field", ["objective.permutation.order", "sample.order"])
 def test_a_sequence_has_no_scan_order(field: str, order: str) -> None:
     message = refusal("tokenizer.num_tokens=128", f"{field}={order}")
-    assert message.startswith(f"{field}={order} scans a grid, but tokenizer.grid=null: the 128 tokens")
+    assert message.startswith(f"{field}={order} is a scan order of a grid, but tokenizer.grid=null: the 128 tokens")
     assert message.endswith(f"Use {field}=row_major, or set tokenizer.grid=[ROWS,COLUMNS]")
 
 

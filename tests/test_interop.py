@@ -169,7 +169,7 @@ def test_merged_tables_predict_the_same_in_their_order(tmp_path: Path, order: st
 def test_a_model_of_random_orders_is_not_merged(tmp_path: Path) -> None:
     official.write(tmp_path / "rar.bin", released_rar())
     always = ["objective.permutation.start=1", "objective.permutation.end=1"]
-    with pytest.raises(InputError, match="leaves the model predicting in random orders"):
+    with pytest.raises(InputError, match="means random orders of prediction"):
         convert(tmp_path / "rar.bin", None, always, "merged", tmp_path / "merged.bin")
     assert not (tmp_path / "merged.bin").exists()
 

@@ -43,7 +43,7 @@ def test_jsonl_goes_out_and_comes_back(tmp_path: Path) -> None:
     manifest = record.read_manifest(tmp_path / "back")
     assert (manifest.num_images, manifest.crops, manifest.codebook_sha256) == (6, "ten", None)
     assert manifest.label_counts == record.read_manifest(folder).label_counts
-    with pytest.raises(InputError, match="60 sequences are no whole number of images with 7 crops"):
+    with pytest.raises(InputError, match="60 sequences are not a whole number of images with 7 crops"):
         tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "seven", TOKENIZER, Crops("seven", 7))
 
 
@@ -85,7 +85,7 @@ def test_a_killed_import_continues_with_the_next_shard(tmp_path: Path, monkeypat
     assert one == other
     tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "killed", TOKENIZER, crops)
     assert len(calls) == 7
-    with pytest.raises(InputError, match="is finished, but of other inputs: crops ten"):
+    with pytest.raises(InputError, match="is finished, but was made from other inputs: crops ten"):
         tokens.import_jsonl(tmp_path / "tokens.jsonl", tmp_path / "killed", TOKENIZER, ONE)
 
 

@@ -31,35 +31,35 @@ def test_learning_rate_has_the_papers_shape() -> None:
 def test_noise_bound_is_the_papers_example() -> None:
     # Appendix A: at epoch 150 of 400 rates are drawn from (0, 1/2). Step s comes after s - 1 updates.
     def bound(step: int) -> float:
-        return schedules.falling(step, 1.0, 0, 187_500)
+        return schedules.linear_decay(step, 1.0, 0, 187_500)
 
     assert bound(1) == 1.0
     assert bound(93_751) == pytest.approx(0.5)
     assert bound(187_500) == pytest.approx(1 / 187_500)
     assert bound(187_501) == 0
     assert bound(250_000) == 0
-    assert schedules.falling(10, 0.5, 20, 40) == 0.5
-    assert schedules.falling(31, 0.5, 20, 40) == pytest.approx(0.25)
-    assert schedules.falling(5, 1.0, 10, 10) == 1.0
-    assert schedules.falling(11, 1.0, 10, 10) == 0.0
+    assert schedules.linear_decay(10, 0.5, 20, 40) == 0.5
+    assert schedules.linear_decay(31, 0.5, 20, 40) == pytest.approx(0.25)
+    assert schedules.linear_decay(5, 1.0, 10, 10) == 1.0
+    assert schedules.linear_decay(11, 1.0, 10, 10) == 0.0
 
 
 def test_replacement_follows_its_rate_over_the_whole_codebook() -> None:
     tokens = torch.zeros(500, 200, dtype=torch.int64)
     ids = torch.arange(500)
-    changed = noise.replaced(tokens, 0.3, ids, 0, 1, 32)
+    changed = noise.replace_at_rate(tokens, 0.3, ids, 0, 1, 32)
     assert (changed != 0).float().mean().item() == pytest.approx(0.3 * 31 / 32, abs=0.005)
     counts = changed[changed != 0].bincount(minlength=32)[1:].float()
     assert (counts / counts.mean() - 1).abs().max() < 0.15
-    assert torch.equal(noise.replaced(tokens, 0.0, ids, 0, 1, 32), tokens)
-    assert torch.equal(noise.replaced(tokens, 0.3, ids, 0, 1, 32), changed)
-    assert not torch.equal(noise.replaced(tokens, 0.3, ids, 1, 1, 32), changed)
+    assert torch.equal(noise.replace_at_rate(tokens, 0.0, ids, 0, 1, 32), tokens)
+    assert torch.equal(noise.replace_at_rate(tokens, 0.3, ids, 0, 1, 32), changed)
+    assert not torch.equal(noise.replace_at_rate(tokens, 0.3, ids, 1, 1, 32), changed)
 
 
 def test_each_sequence_has_its_own_rate_below_the_bound() -> None:
     tokens = torch.full((2000, 400), 7)
     ids, epochs = torch.arange(2000), torch.full((2000,), 3)
-    rates = (noise.perturbed(tokens, ids, epochs, 0, 0.5, 1000, NoiseConfig())[0] != 7).float().mean(1)
+    rates = (noise.replace_tokens(tokens, ids, epochs, 0, 0.5, 1000, NoiseConfig())[0] != 7).float().mean(1)
     assert rates.mean().item() == pytest.approx(0.25, abs=0.01)
     assert rates.max() < 0.6
     assert rates.min() < 0.02
@@ -69,10 +69,10 @@ def test_each_sequence_has_its_own_rate_below_the_bound() -> None:
 def test_noise_belongs_to_the_sample_whatever_the_batch() -> None:
     tokens = torch.randint(32, (6, 16), generator=torch.Generator().manual_seed(0))
     ids, epochs = torch.tensor([4, 99, 12, 7, 0, 3]), torch.tensor([0, 0, 1, 1, 2, 2])
-    whole, _ = noise.perturbed(tokens, ids, epochs, 0, 1.0, 32, NoiseConfig())
+    whole, _ = noise.replace_tokens(tokens, ids, epochs, 0, 1.0, 32, NoiseConfig())
     for part in ([0], [5, 2], [1, 3, 4]):
         assert torch.equal(
-            noise.perturbed(tokens[part], ids[part], epochs[part], 0, 1.0, 32, NoiseConfig())[0], whole[part]
+            noise.replace_tokens(tokens[part], ids[part], epochs[part], 0, 1.0, 32, NoiseConfig())[0], whole[part]
         )
 
 
@@ -131,14 +131,14 @@ def test_labels_are_dropped_at_their_rate_by_sample(tmp_path: Path, tokens: Path
     ids, epochs = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
     labels, clean = ids % NUM_CLASSES, torch.zeros(20_000, 16, dtype=torch.int64)
     batch = target.micro_batch(clean, labels, ids, epochs)
-    classes = batch.classes[batch.rows]
+    classes = batch.classes[batch.class_index]
     dropped = classes == NUM_CLASSES
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(classes[~dropped], labels[~dropped])
     part = target.micro_batch(clean[5:9], labels[5:9], ids[5:9], epochs[5:9])
-    assert torch.equal(part.classes if part.rows is None else part.classes[part.rows], classes[5:9])
+    assert torch.equal(part.classes if part.class_index is None else part.classes[part.class_index], classes[5:9])
     other = objective(tmp_path, tokens, "model.modulation=per_sample").micro_batch(clean, labels, ids, epochs)
-    assert other.rows is None
+    assert other.class_index is None
     assert torch.equal(other.classes, classes)
 
 

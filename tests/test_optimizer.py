@@ -101,7 +101,7 @@ def test_another_package_of_the_name_apex_is_recognised(tmp_path: Path, monkeypa
     (tmp_path / "apex/__init__.py").write_text("# a toolkit for web sites\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
-    with pytest.raises(InputError, match="is not NVIDIA's but another one of that name"):
+    with pytest.raises(InputError, match="is not NVIDIA's but another package of that name"):
         updated("apex", torch.device("cpu"))
     monkeypatch.delitem(sys.modules, "apex")
 
@@ -232,5 +232,5 @@ def test_states_of_other_rules_are_refused_on_resume(tmp_path: Path, tokens: Pat
 def test_an_unknown_rule_is_named_with_those_that_there_are(tmp_path: Path, tokens: Path, mixed: None) -> None:
     with pytest.raises(InputError, match="optim.name=lion .*adamw, mixed"):
         tiny_config(tmp_path, tokens, "optim.name=lion")
-    with pytest.raises(ValueError, match="'param' cannot name a state"):
+    with pytest.raises(ValueError, match="'param' is not allowed as the name of a state"):
         Rule("mine", make_sgd, ("param",))

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from rear_scale import rng
-from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder, group_by_class
+from rear_scale.shards.order import BatchOrder, GroupedOrder, StreamOrder, group_by_class
 
 SHARDS = (300, 17, 0, 450, 233)  # 1,000 samples
 ORDERS = {
     "mmap": lambda batch, seed=3: BatchOrder(1000, batch, seed),
-    "stream": lambda batch, seed=3: LaneOrder(1000, batch, seed, shard_samples=SHARDS, lanes=6, buffer_samples=32),
-    "many lanes": lambda batch, seed=3: LaneOrder(1000, batch, seed, shard_samples=SHARDS, lanes=512, buffer_samples=8),
+    "stream": lambda batch, seed=3: StreamOrder(1000, batch, seed, shard_samples=SHARDS, streams=6, buffer_samples=32),
+    "many streams": lambda batch, seed=3: StreamOrder(
+        1000, batch, seed, shard_samples=SHARDS, streams=512, buffer_samples=8
+    ),
 }
 
 
@@ -59,25 +61,25 @@ def test_another_seed_is_another_order(mode: str) -> None:
 
 def test_a_rank_reads_only_its_lanes() -> None:
     samples, shards = 64_000, 64
-    order = LaneOrder(samples, 64, 0, shard_samples=(samples // shards,) * shards, lanes=64, buffer_samples=100)
+    order = StreamOrder(samples, 64, 0, shard_samples=(samples // shards,) * shards, streams=64, buffer_samples=100)
     for rank in range(8):
         ids = torch.cat([order.rank_batches(step, rank, 8, 1)[0][0] for step in range(1, 1001)])
-        # An eighth of the lanes passes through an eighth of the shards, and at its ends into one more at most.
+        # An eighth of the streams passes through an eighth of the shards, and at its ends into one more at most.
         assert len(torch.unique(ids // (samples // shards))) <= shards // 8 + 1
 
 
 def test_a_stream_is_shuffled_as_widely_as_its_lanes() -> None:
-    """What data/README.md promises: a batch draws from all lanes, neighbours are apart, epochs differ."""
-    samples, batch, lanes, buffer = 64_000, 64, 64, 500
-    order = LaneOrder(samples, batch, 0, shard_samples=(1000,) * 64, lanes=lanes, buffer_samples=buffer)
+    """What data/README.md promises: a batch draws from all streams, neighbours are apart, epochs differ."""
+    samples, batch, streams, buffer = 64_000, 64, 64, 500
+    order = StreamOrder(samples, batch, 0, shard_samples=(1000,) * 64, streams=streams, buffer_samples=buffer)
     epochs = [torch.cat([order.global_batch(step + 1000 * epoch)[0] for step in range(1, 1001)]) for epoch in (0, 1)]
     for ids in epochs:
         spread = [len(torch.unique(ids[n * batch : (n + 1) * batch] // 1000)) for n in range(0, 1000, 50)]
-        assert min(spread) > 0.9 * lanes, "a batch comes from few shards"
-        # In its own lane, a sample's successor is some other of the buffer, not its neighbour.
-        lane = ids.view(1000, batch)[:, 5]
-        assert ((lane[1:] - lane[:-1]) == 1).float().mean() < 0.02
-    # The shards around a sample, in the lane it is in, are other ones in the next epoch.
+        assert min(spread) > 0.9 * streams, "a batch comes from few shards"
+        # In its own stream, a sample's successor is some other of the buffer, not its neighbour.
+        stream = ids.view(1000, batch)[:, 5]
+        assert ((stream[1:] - stream[:-1]) == 1).float().mean() < 0.02
+    # The shards around a sample, in its stream, are other ones in the next epoch.
     places = [ids.argsort() % batch for ids in epochs]
     assert (places[0] == places[1]).float().mean() < 0.05
 
@@ -86,13 +88,13 @@ def test_groups_have_permutations_of_their_own() -> None:
     groups = torch.arange(40).repeat_interleave(torch.arange(1, 41))
     sizes = groups + 1
     positions = torch.cat([torch.arange(size) for size in range(1, 41)])
-    found = rng.permuted_within(1, rng.Purpose.LANE_ORDER, 2, groups, positions, sizes)
+    found = rng.permuted_within(1, rng.Purpose.STREAM_ORDER, 2, groups, positions, sizes)
     assert all(sorted(found[groups == group].tolist()) == list(range(group + 1)) for group in range(40))
     assert (found == positions).float().mean() < 0.2
-    other = rng.permuted_within(1, rng.Purpose.LANE_ORDER, 3, groups, positions, sizes)
+    other = rng.permuted_within(1, rng.Purpose.STREAM_ORDER, 3, groups, positions, sizes)
     assert not torch.equal(found, other)
     chosen = torch.tensor([700, 3, 55])
-    alone = rng.permuted_within(1, rng.Purpose.LANE_ORDER, 2, groups[chosen], positions[chosen], sizes[chosen])
+    alone = rng.permuted_within(1, rng.Purpose.STREAM_ORDER, 2, groups[chosen], positions[chosen], sizes[chosen])
     assert torch.equal(alone, found[chosen])
 
 

@@ -84,7 +84,7 @@ def run_steps(
             task = objective.task(batch, step)
 
             def compute(forward, batch=batch, task=task):
-                return objective.loss(forward(task.context, batch.classes, batch.rows), task)
+                return objective.loss(forward(task.context, batch.classes, batch.class_index), task)
 
             loss += strategy.forward_backward(compute, micro_step)[0].item() / strategy.plan.accumulation
         norm = strategy.grad_norm().item()
@@ -293,7 +293,7 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path: Path, tokens: Path) -> 
         part.write_bytes(data)
         (root / "step_00000003/part-00000.safetensors").write_bytes(data[:-100])
         assert newest_intact(root, world, reports.append).step == 2
-        assert "step_00000004 is damaged and passed over: part-00000.safetensors does not match" in reports[0]
+        assert "step_00000004 is damaged and skipped: part-00000.safetensors does not match" in reports[0]
         assert "step_00000003 is damaged" in reports[1]
         (root / "step_00000002/meta.json").unlink()
         assert newest_intact(root, world, reports.append) is None
@@ -440,7 +440,7 @@ def test_what_goes_wrong_once_a_checkpoint_is_visible_does_not_undo_it(
 
     run_alone(scenario)
     said = capsys.readouterr().err
-    assert f"{root / 'step_00000003'} is written, but its surroundings are not in order: " in said
+    assert f"{root / 'step_00000003'} is written, but `latest` or older checkpoints could not be updated: " in said
     assert "Disk quota exceeded" in said
 
 
@@ -504,7 +504,7 @@ def test_a_part_that_reads_back_wrong_is_no_checkpoint(
         save(tmp_path / "checkpoints", 1, strategy, world, {"optimizer_step": 1, "config": {}}, CheckpointConfig())
         monkeypatch.setattr(writer_module, "save_tensors", damaged)
         with pytest.raises(
-            OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back as something"
+            OSError, match="the checkpoint of step 2 was not written: rank 0: .*reads back with other content"
         ):
             save(tmp_path / "checkpoints", 2, strategy, world, {"optimizer_step": 2, "config": {}}, CheckpointConfig())
 

@@ -58,7 +58,7 @@ def test_clothes_become_shards_of_even_classes(source: Path, monkeypatch: pytest
     before = (out / "train/index.json").stat().st_mtime_ns
     run(monkeypatch, "--source", source, "--out", out, "--fraction", "0.5")
     assert (out / "train/index.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="is finished, but of other inputs"):
+    with pytest.raises(InputError, match="is finished, but was made from other inputs"):
         run(monkeypatch, "--source", source, "--out", out)
 
 
@@ -108,7 +108,7 @@ def test_parts_of_a_folder_have_the_class_ids_of_the_whole(tmp_path: Path) -> No
     train, val = (open_images(tmp_path / part) for part in ("train", "val"))
     assert (train.label_counts, val.label_counts) == ([1, 9, 9], [0, 3, 3])
     assert train.class_names == val.class_names == ["ant", "bee", "cat"]
-    with pytest.raises(InputError, match="finished, but of other inputs: --val-fraction 0.25 then, 0.5 now"):
+    with pytest.raises(InputError, match="finished, but was made from other inputs: --val-fraction 0.25 then, 0.5 now"):
         folders.prepare(tmp_path / "photos", tmp_path / "val", 8, None, 0.1, split="val", val_fraction=0.5)
     with pytest.raises(InputError, match="--val-fraction=0.5 needs --split"):
         folders.prepare(tmp_path / "photos", tmp_path / "x", 8, None, 0.1, val_fraction=0.5)

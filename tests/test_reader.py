@@ -145,7 +145,7 @@ def test_plain_samples_that_do_not_fit_are_named_with_their_byte(tmp_path: Path)
             ({"json": [CODEBOOK_SIZE] * NUM_TOKENS, "cls": 1}, "a token is outside 0..31"),
             ({"npy": np.zeros(NUM_TOKENS), "cls": 1}, "float64"),
             ({"json": [0] * NUM_TOKENS, "cls": "dog"}, "cls is 'dog'"),
-            ({"json": [0] * NUM_TOKENS}, "tokens .* and cls are wanted"),
+            ({"json": [0] * NUM_TOKENS}, "needs tokens .* and cls"),
         )
     ):
         folder = tmp_path / f"plain{number}"
@@ -250,7 +250,7 @@ def test_a_remote_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for url in ("pipe:cat /nowhere/{file}", "nothing://host/tokens"):
         with pytest.raises(InputError, match="nowhere|nothing"):
             open_manifest(url, TOKENIZER, data_config(url, tmp_path, "stream"))
-    with pytest.raises(InputError, match=r"Write it as \{file\}"):
+    with pytest.raises(InputError, match=r"Write \{file\} there"):
         open_manifest("pipe:cat x", TOKENIZER, data_config("x", tmp_path, "stream"))
 
 
@@ -265,5 +265,5 @@ def test_a_stream_keeps_few_blocks_and_reads_each_once_per_pass(
     for step in range(1, 500 // BATCH + 1):
         tokens.rows(order.global_batch(step)[0])
         assert sum(len(labels) for _, labels in tokens.kept.values()) <= tokens.capacity
-    # Ten blocks; the one in which a lane ends and the next begins is read by both, at different times.
+    # Ten blocks; the one in which a stream ends and the next begins is read by both, at different times.
     assert len(reads) <= 12

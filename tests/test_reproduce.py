@@ -122,7 +122,7 @@ def test_a_generator_of_another_size_is_named(tmp_path: Path, tokens: Path) -> N
         run_alone(_reproduce, entry, tmp_path / "files", tmp_path / "out")
     deeper = build_model(config.load(entry.config, ["model.depth=3"]))
     torch.save(deeper.state_dict(), tmp_path / "files/generator.bin")
-    with pytest.raises(InputError, match=r"generator\.bin has blocks\.2\..*, which the model has not"):
+    with pytest.raises(InputError, match=r"generator\.bin has blocks\.2\..*, which the model does not have"):
         run_alone(_reproduce, entry, tmp_path / "files", tmp_path / "out")
 
 

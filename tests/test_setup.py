@@ -103,7 +103,7 @@ def test_the_number_of_classes_is_that_of_the_shards_unless_the_user_sets_it(
     assert followed("model=demo")[0] == NUM_CLASSES  # the file of the group says 10
     assert followed(f"data.train={tmp_path}/none") == (1000, "")
     assert followed("train.init_from=weights.safetensors") == (1000, "")
-    with pytest.raises(InputError, match=r"sample.labels=\[7\] must be class ids 0 .. 4"):
+    with pytest.raises(InputError, match=r"sample.labels=\[7\] must be one or more class ids in 0 .. 4"):
         followed("sample.labels=[7]")
     # A file of the user's that the config is composed of counts as theirs; those of configs/ do not.
     (tmp_path / "model").mkdir()

@@ -131,7 +131,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard = "shard-000000.tar"
     assert "not found" in broken(lambda folder: (folder / shard).unlink())
     assert "is truncated or altered" in broken(lambda folder: (folder / shard).write_bytes(b"x" * 100))
-    assert "goes on behind its end mark" in broken(lambda folder: flip(folder / shard))
+    assert "has data after its end mark" in broken(lambda folder: flip(folder / shard))
     # Behind the 50 labels and the header of their file, where no block has a byte.
     place = scan(tokens / shard)[0].members["label.npy"]
     assert "checksum" in broken(lambda folder: flip(folder / shard, sum(place)))
@@ -272,7 +272,7 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
         open_images(folder).load()
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, "PNG")
-    for data, expected in ((deep.getvalue(), "more than 8 bits a value"), (b"no image", "not an image")):
+    for data, expected in ((deep.getvalue(), "more than 8 bits per value"), (b"no image", "not an image")):
         with tarfile.open(folder / "shard-000000.tar", "w") as tar:
             for name, content in (("00000000.png", data), ("00000000.cls", b"0")):
                 member = tarfile.TarInfo(name)

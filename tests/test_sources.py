@@ -89,7 +89,7 @@ def test_a_consolidated_file_holds_on_to_its_model_too(tmp_path: Path, trained: 
     assert open_with(tmp_path / "all.safetensors", "sample.seed=3").step == 2
     config = tmp_path / "other.yaml"
     config.write_text((trained / "config.yaml").read_text().replace("depth: 2", "depth: 1"))
-    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model has not"):
+    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model does not have"):
         open_source(tmp_path / "all.safetensors", str(config))
 
 
@@ -104,7 +104,7 @@ def test_all_weights_but_heads_must_have_a_place(trained: Path) -> None:
     model = load_generator(cfg, found, torch.device("cpu"))
     assert torch.equal(model.state_dict()["lm_head.weight"], found.reader("param")("lm_head.weight"))
     cfg.model.depth = 1
-    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model has not"):
+    with pytest.raises(InputError, match=r"has blocks\.1\..* which the model does not have"):
         load_generator_weights(found, build_model(cfg, with_heads=False))
 
 
@@ -248,7 +248,7 @@ def test_a_node_takes_checksums_once(run: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda meta: {**meta, "config": None}, "has no config"),
         (lambda meta: {name: value for name, value in meta.items() if name != "files"}, "has no files"),
         (lambda meta: {**meta, "files": [{"file": "part-00000.safetensors"}]}, "without file, size and sha256"),
-        (lambda meta: {**meta, "files": []}, "which is none of its files"),
+        (lambda meta: {**meta, "files": []}, "which is not one of its files"),
     ],
 )
 def test_a_meta_file_that_is_not_whole_is_named(run: Path, change, expected: str) -> None:

@@ -64,7 +64,7 @@ def test_names_of_every_form_are_read(tmp_path: Path, form: int, name: str) -> N
     path = write(tmp_path / "x.tar", entry(name, b"content"), entry("z.png", b"next"), form=form)
     found = members(path)
     assert [member.name for member in found] == [name.removeprefix("./").removeprefix("/"), "z.png"]
-    assert [read_member(path, member.place) for member in found] == [b"content", b"next"]
+    assert [read_member(path, member.location) for member in found] == [b"content", b"next"]
 
 
 def test_sizes_and_names_of_pax_records_count(tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_tars_of_the_tar_command_are_read(tmp_path: Path) -> None:
         file.write(b"x")
     for options in (["--format=gnu"], ["--format=pax"], ["--format=gnu", "-V", "label"], ["-b", "100"]):
         subprocess.run(["tar", *options, "--sort=name", "-cf", tmp_path / "x.tar", "-C", folder, "."], check=True)
-        content = {member.name: read_member(tmp_path / "x.tar", member.place) for member in members(tmp_path / "x.tar")}
+        content = {
+            member.name: read_member(tmp_path / "x.tar", member.location) for member in members(tmp_path / "x.tar")
+        }
         assert content == {
             str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
@@ -100,19 +102,19 @@ def damaged(data: bytes, at: int) -> bytes:
 
 
 CHANGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "a header": (lambda data: damaged(data, 4 * 512), r"x\.tar is damaged at byte 2048: no tar header there"),
+    "a header": (lambda data: damaged(data, 4 * 512), r"x\.tar is damaged at byte 2048: not a tar header"),
     "the first header": (lambda data: damaged(data, 5), r"x\.tar is damaged at byte 0"),
     "a size": (lambda data: damaged(data, 4 * 512 + 130), r"x\.tar is damaged at byte 2048"),
     "a header of zeros": (
         lambda data: data[:2048] + bytes(512) + data[2560:],
-        "goes on behind its end mark at byte 2048",
+        "has data after its end mark at byte 2048",
     ),
     "cut in a member": (lambda data: data[: 5 * 512 + 9], r"x\.tar is truncated at byte 2569"),
     "cut between members": (lambda data: data[: 4 * 512], r"x\.tar is truncated at byte 2048: it has no end mark"),
     "cut in a header": (lambda data: data[: 4 * 512 + 100], r"x\.tar is truncated at byte 2148"),
-    "two tars in one": (lambda data: data + data, r"x\.tar goes on behind its end mark .*tar --concatenate"),
-    "rubbish behind": (lambda data: data + b"\0" * 5000 + b"x", "goes on behind its end mark"),
-    "nothing": (lambda data: b"", r"x\.tar is damaged at byte 0: no tar header there"),
+    "two tars in one": (lambda data: data + data, r"x\.tar has data after its end mark .*tar --concatenate"),
+    "rubbish behind": (lambda data: data + b"\0" * 5000 + b"x", "has data after its end mark"),
+    "nothing": (lambda data: b"", r"x\.tar is damaged at byte 0: not a tar header"),
     "gzip": (gzip.compress, r"x\.tar is compressed \(gzip\).*Unpack it"),
     "bzip2": (bz2.compress, r"x\.tar is compressed \(bzip2\)"),
     "xz": (lzma.compress, r"x\.tar is compressed \(xz\)"),
@@ -169,9 +171,9 @@ def test_links_are_resolved_or_refused(tmp_path: Path) -> None:
     for link, message in (
         (entry("b.png", kind=tarfile.SYMTYPE, linkname="a.png"), "b.png is a link to a.png.*--dereference"),
         (entry("b.png", kind=tarfile.LNKTYPE, linkname="/etc/passwd"), "a link to /etc/passwd, which is not before it"),
-        (entry("b.png", kind=tarfile.FIFOTYPE), "b.png is of type b'6', which is no file"),
+        (entry("b.png", kind=tarfile.FIFOTYPE), "b.png is of type b'6', which is not a file"),
         (entry("b.png", kind=tarfile.CHRTYPE), "b.png is of type b'3'"),
-        (entry("../b.png", b"x"), r"'../b.png' is no place inside a folder"),
+        (entry("../b.png", b"x"), r"'../b.png' is not a path inside of a folder"),
     ):
         write(path, entry("a.png", b"1234"), link)
         with pytest.raises(InputError, match=message):
@@ -181,10 +183,10 @@ def test_links_are_resolved_or_refused(tmp_path: Path) -> None:
 def test_a_member_or_key_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     for entries, message in (
-        ([entry("a.png", b"1"), entry("b.png"), entry("./a.png", b"2")], r"a.png comes twice, again at byte \d+"),
-        ([entry("a.png"), entry("b.png"), entry("a.cls")], r"the key a comes again at byte \d+.*tar --sort=name"),
+        ([entry("a.png", b"1"), entry("b.png"), entry("./a.png", b"2")], r"a.png occurs twice, again at byte \d+"),
+        ([entry("a.png"), entry("b.png"), entry("a.cls")], r"the key a occurs again at byte \d+.*tar --sort=name"),
         ([entry("a.png"), entry("a.PNG")], "the key a has .png twice"),
-        ([entry("d/a.b.png"), entry("d/c.png"), entry("d/a.c.png")], "the key d/a comes again"),
+        ([entry("d/a.b.png"), entry("d/c.png"), entry("d/a.c.png")], "the key d/a occurs again"),
     ):
         write(path, *entries)
         with pytest.raises(InputError, match=message):
@@ -231,7 +233,7 @@ def test_images_of_a_key_are_one_or_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the key 0 has several images \(png, webp\)"):
         run_alone(_score, path)
     image = next(open_source(tmp_path).read(0, 1))
-    assert image.problem == "it has png, webp, cls, but one image (png, jpg, jpeg, webp, bmp) and cls are wanted"
+    assert image.problem == "it has png, webp, cls, but needs one image (png, jpg, jpeg, webp, bmp) and cls"
 
 
 def test_a_name_that_is_not_utf8_is_a_bad_image(tmp_path: Path) -> None:
@@ -246,7 +248,7 @@ def test_a_name_that_is_not_utf8_is_a_bad_image(tmp_path: Path) -> None:
 
 def test_a_class_that_the_map_lacks_is_refused_and_one_that_is_none_is_a_bad_image(tmp_path: Path) -> None:
     write(tmp_path / "x.tar", entry("0.cls", "²".encode()), entry("0.png", png(0)))
-    assert "which is no class id" in next(open_source(tmp_path).read(0, 1)).problem
+    assert "which is not a class id" in next(open_source(tmp_path).read(0, 1)).problem
     (tmp_path / "map").write_text("cat 0")
     write(tmp_path / "x.tar", entry("0.cls", b"dog"), entry("0.png", png(0)))
     with pytest.raises(InputError, match=r"cls is 'dog', which is not in the class map"):
@@ -270,9 +272,9 @@ def header(name: bytes = b"a.png", size: bytes = b"00000000010\0", kind: bytes =
         (header(size=b"\xff" * 12), "a size of -1"),
         (header(size=b"\xff" + b"\x80" + b"\0" * 10), "a size of -"),
         (header(size=b"\x80" + b"\x7f" * 11), "truncated at byte|a size of"),
-        (header(kind=b"x", size=b"\x80" + b"\0" * 3 + b"\x10" * 8), "a record of"),
-        (header(kind=b"x", size=b"\xff" * 12), "a record of -1 bytes"),
-        (header(kind=b"x", size=b"00000001000\0") + b"0 path=x\n".ljust(512, b"\0"), "a pax record of another form"),
+        (header(kind=b"x", size=b"\x80" + b"\0" * 3 + b"\x10" * 8), "an extension record of"),
+        (header(kind=b"x", size=b"\xff" * 12), "an extension record of -1 bytes"),
+        (header(kind=b"x", size=b"00000001000\0") + b"0 path=x\n".ljust(512, b"\0"), "a malformed pax record"),
         (header(kind=b"x", size=b"00000001000\0") + b"11 size=-5\n".ljust(512, b"\0") + header(), "a size of -5"),
         (header(kind=b"g", size=b"00000001000\0") + b"10 path=x\n".ljust(512, b"\0") + header(), "names all members"),
         (header(kind=b"L", size=b"00000001000\0") + b"x".ljust(512, b"\0"), "a member's header is missing"),
@@ -282,9 +284,9 @@ def header(name: bytes = b"a.png", size: bytes = b"00000000010\0", kind: bytes =
         ),
         (
             header(kind=b"L", size=b"00000000005\0") + b"a\0png".ljust(512, b"\0") + header(),
-            "a long name of another form",
+            "a malformed long name",
         ),
-        (header(name=b"\0"), "is no place inside a folder"),
+        (header(name=b"\0"), "is not a path inside of a folder"),
         (header(kind=b"Z"), "of type b'Z'"),
     ],
 )

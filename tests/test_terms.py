@@ -121,7 +121,7 @@ def test_heads_of_terms_are_saved_and_left_out_of_sampling(
     assert found.reader("exp_avg")(HEAD[0]).any()
     # Without the file that registers them, the model still samples, and becomes a file of the released form.
     for name in ("z", "smooth", "ahead"):
-        monkeypatch.delitem(terms._KINDS, name)
+        monkeypatch.delitem(terms._TERMS, name)
     model = build_model(cfg, with_heads=False)
     load_generator_weights(open_source(Path(cfg.run.dir)), model)
     assert not set(HEAD) & set(model.state_dict())

@@ -156,7 +156,7 @@ def test_k_means_finds_clusters_and_dead_codes_move() -> None:
     latents = centres.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=generator)
     tokenizer = CompactTokenizer(16, 8, 4, 16)
     tracker = CodeTracker(tokenizer, decay=0.5, restart_below=0.1)
-    tracker.place(latents, generator)
+    tracker.initialize(latents, generator)
     assert torch.cdist(latents, tokenizer.codes).min(1).values.mean() < 3
     tokenizer.codes[3] = 1e3
     tracker.sums[3] = 1e3
@@ -167,8 +167,8 @@ def test_k_means_finds_clusters_and_dead_codes_move() -> None:
 
 def test_fewer_latents_than_codes_are_refused() -> None:
     tracker = CodeTracker(CompactTokenizer(16, 32, 8, 16), 0.99, 0.5)
-    with pytest.raises(InputError, match="tokenizer.codebook_size=32, but the training images give 31 latents"):
-        tracker.place(torch.randn(31, 8), torch.Generator())
+    with pytest.raises(InputError, match="tokenizer.codebook_size=32, but the training images give only 31 latents"):
+        tracker.initialize(torch.randn(31, 8), torch.Generator())
 
 
 def test_wrong_sizes_and_files_are_named(tmp_path: Path, images: np.ndarray) -> None:

@@ -108,5 +108,5 @@ def test_a_tokenizer_of_tokens_alone_says_so(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"whatever it is")
     cfg = config_of("vqplus")
     cfg.weights = str(tmp_path / "weights")
-    with pytest.raises(InputError, match="vqplus is known by its token ids alone.*--samples"):
+    with pytest.raises(InputError, match="vqplus is supported as token ids alone.*--samples"):
         open_tokenizer(cfg, torch.device("cpu"))

@@ -125,7 +125,7 @@ def test_a_config_that_comes_with_weights_names_no_command_and_no_remote_place(
 def test_a_config_that_comes_with_weights_interpolates_nothing(tied: Path, change: Callable[[Any], object]) -> None:
     values = json.loads((tied / "meta.json").read_text())["config"]
     change(values)
-    with pytest.raises(InputError, match=r"^FILE: .*\$\{.* refers to something else") as caught:
+    with pytest.raises(InputError, match=r"^FILE: .*\$\{.* is a reference") as caught:
         config.from_file(values, "FILE")
     assert "\n" not in str(caught.value)
 
@@ -179,8 +179,8 @@ def test_a_config_that_comes_with_weights_has_no_classifier_written_elsewhere(tm
         (lambda v: v["model"].update(width=[1, [2]]), r"model\.width"),
         (lambda v: v["optim"].update(lr=float("nan")), r"NaN is not a number in JSON"),
         (lambda v: v.update(model=[]), r"model=\[\] in .* is a single value, but model is a section"),
-        (lambda v: v.update({"a\nb": 1}), r"has the key 'a\\nb', which is no name"),
-        (lambda v: v["run"].update(name="x" * 5000), r"run\.name='x.* is no text of one line"),
+        (lambda v: v.update({"a\nb": 1}), r"has the key 'a\\nb', which is not a name"),
+        (lambda v: v["run"].update(name="x" * 5000), r"run\.name='x.* is not a text of one line"),
         (lambda v: v["run"].update(name="\ud800"), r"half a surrogate pair"),
         (lambda v: v["run"].update(name=nested(200)), r"nest"),
     ],
@@ -328,18 +328,18 @@ def test_codes_are_not_exported_through_a_link_or_into_one_folder(tmp_path: Path
         (lambda v: v["shards"][0].update(file="/etc/passwd"), "cannot name a file"),
         (lambda v: v["shards"][0].update(size=1.5), "are not whole numbers and a sha256"),
         (lambda v: v["shards"][0].update(sha256="x" * 64), "are not whole numbers and a sha256"),
-        (lambda v: v["shards"][0].update(block_crc32=[1, 2, 3]), "has 3 checksums of blocks, but 1 blocks"),
+        (lambda v: v["shards"][0].update(block_crc32=[1, 2, 3]), "has 3 block checksums, but 1 blocks"),
         (lambda v: v["shards"][0].update(block_crc32=None), "are not whole numbers and a sha256"),
-        (lambda v: v["shards"].__setitem__(0, [1]), "a shard lacks or adds a field"),
+        (lambda v: v["shards"].__setitem__(0, [1]), "a shard has a missing or unknown field"),
         (lambda v: v.update(shards={"a": 1}), r"shards=\{'a': 1\} is not a list"),
         (lambda v: v.update(codebook_size=10**12), "codebook_size=1000000000000 is not a whole number"),
         (lambda v: v.update(num_tokens=2**40), "num_tokens=1099511627776 is not a whole number"),
         (lambda v: v.update(block_samples=0), "block_samples=0 is not a whole number"),
         (lambda v: v.update(layout="plain"), "layout='plain' is not packed"),
         (lambda v: v.update(class_names=[None] * 5), "class_names=.* is not a list of texts"),
-        (lambda v: v.update(label_counts=[0] * 70_000), "70,000 classes, more than the labels of 16 bits"),
-        (lambda v: v.update(codebook_sha256="abc"), "codebook_sha256='abc' is no checksum"),
-        (lambda v: v.update(tokenizer=["x"]), r"tokenizer=\['x'\] is no text"),
+        (lambda v: v.update(label_counts=[0] * 70_000), "70,000 classes, more than labels of 16 bits can number"),
+        (lambda v: v.update(codebook_sha256="abc"), "codebook_sha256='abc' is not a checksum"),
+        (lambda v: v.update(tokenizer=["x"]), r"tokenizer=\['x'\] is not a text"),
         (lambda v: v.update(num_samples=float("nan")), "NaN is not a number in JSON"),
         (lambda v: v.update(made_from="\udfff"), "half a surrogate pair"),
         (lambda v: v.update(made_from=nested(300)), "more than 64 levels of nesting"),
@@ -440,7 +440,7 @@ def test_what_was_saved_in_place_of_a_file_is_called_what_it_is(
         (folder / "codebook.npy").write_bytes(content)
         readers["codebook"] = lambda: read_codebook(folder, read_manifest(folder))
     if content == b"":
-        what = {"tar": "no tar header", "image": "not an image"}.get(kind, what)
+        what = {"tar": "not a tar header", "image": "not an image"}.get(kind, what)
     with pytest.raises(BadImage if kind == "image" else InputError, match=what) as caught:
         readers[kind]()
     assert "\n" not in str(caught.value)
@@ -534,7 +534,7 @@ def test_sizes_in_the_head_of_a_small_model_are_those_of_its_tensors(tmp_path: P
 
 @pytest.mark.parametrize("name", ["a'b.tar", "a b.tar", "$(id).tar", "a;b.tar", "-rf.tar", "a`b`.tar", 'a"b.tar'])
 def test_names_of_remote_shards_go_into_a_command_only_when_a_shell_makes_nothing_of_them(name: str) -> None:
-    with pytest.raises(InputError, match="does not go into a command"):
+    with pytest.raises(InputError, match="is not safe in a command"):
         address("pipe:ssh host 'cat tokens/{file}'", name)
 
 
@@ -546,10 +546,10 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (_LAUGHS, r"values when its aliases \(\*NAME\) are written out"),
+        (_LAUGHS, r"values once its aliases \(\*NAME\) are expanded"),
         ("a: " + "[" * 100_000 + "]" * 100_000, "nested more than 30 levels deep"),
         ("".join(" " * level + "a:\n" for level in range(100)), "nested more than 30 levels deep"),
-        ("a: &a [*a]", r"the alias \*a stands within what it names"),
+        ("a: &a [*a]", r"the alias \*a is inside the value that it refers to"),
         ("run: {name: " + "x" * 2_000_000 + "}", "has 2,000,013 characters, a config at most"),
     ],
     ids=["aliases", "lists", "maps", "itself", "size"],

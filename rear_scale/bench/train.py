@@ -173,7 +173,7 @@ def _batch(cfg: ExperimentConfig, world: World, distinct: int) -> MicroBatch:
 
 def _our_step(strategy: Strategy, objective: Objective, batch: MicroBatch, task: Task, plan: Plan) -> float:
     def compute(forward: nn.Module) -> tuple[Tensor, Tensor]:
-        return objective.loss(forward(task.context, batch.classes, batch.rows, task.order), task)
+        return objective.loss(forward(task.context, batch.classes, batch.class_index, task.order), task)
 
     for micro_step in range(plan.accumulation):
         statistics_of_step = strategy.forward_backward(compute, micro_step)
@@ -190,7 +190,7 @@ class _PlainStep:
     ) -> None:
         self.generators, self.training = reference.load("generators"), reference.load("training")
         self.cfg, self.weights, self.codebook, self.task = cfg, weights, codebook, task
-        classes = batch.classes if batch.rows is None else batch.classes[batch.rows]
+        classes = batch.classes if batch.class_index is None else batch.classes[batch.class_index]
         self.condition = classes + cfg.tokenizer.codebook_size + 1
         optim = cfg.optim
         groups = self.training.parameter_groups(weights, optim.weight_decay)

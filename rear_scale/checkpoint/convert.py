@@ -1,4 +1,4 @@
-"""Weights from one form into another (launchers/convert.py)."""
+"""Conversion of weights between file formats (launchers/convert.py)."""
 
 from __future__ import annotations
 
@@ -36,46 +36,47 @@ def convert(
     ema: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Writes `out` in a form. Raises InputError when the source cannot be read or the form does not exist for it."""
+    """Writes `out` in a format. Raises InputError for an unreadable source, and for a format that it cannot have."""
     _check_new(out)
     if form == "portable" and accelerate.is_released_checkpoint(source):
         if not dry_run:
             _portable_of_released(source, config_name, overrides, out)
         say(f"{source} -> {out} (portable, with optimizer state)")
         return
-    found, cfg = open_with_config(source, config_name, overrides)
-    if ema and (form == "portable" or "index" not in found.meta or not found.has("ema")):
+    checkpoint, cfg = open_with_config(source, config_name, overrides)
+    if ema and (form == "portable" or "index" not in checkpoint.meta or not checkpoint.has("ema")):
         raise InputError(
-            f"--ema: {found.path} has no moving average, or --to {form} keeps it beside the weights. Leave --ema out, "
+            f"--ema: {checkpoint.path} has no moving average, or --to {form} keeps it beside the weights. Leave --ema out, "
             "or train with optim.ema_decay=0.9999"
         )
-    read = found.reader("ema" if ema else "param")
-    weights = {name: read(name) for name in found.names()}
+    read = checkpoint.reader("ema" if ema else "param")
+    weights = {name: read(name) for name in checkpoint.names()}
     with torch.device("meta"):
         model = build_model(cfg, with_heads=False)
-    official.check_fits(weights, model, str(found.path), heads_optional=True)
+    official.check_fits(weights, model, str(checkpoint.path), heads_optional=True)
     if form in ("official", "merged"):
         weights = _official(cfg, weights, merge=form == "merged")
     if dry_run:
         say(
-            f"{found.path}, step {found.step}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} values"
+            f"{checkpoint.path}, step {checkpoint.step}: {len(weights)} tensors, "
+            f"{sum(w.numel() for w in weights.values()):,} values"
         )
         return
     with _alone(out):
         if form == "portable":
             kept = ("config", "optimizer_step", "tokenizer_sha256")
-            meta = {name: found.meta[name] for name in kept if name in found.meta}
-            write_portable(out, found.step, _states(found), meta)
+            meta = {name: checkpoint.meta[name] for name in kept if name in checkpoint.meta}
+            write_portable(out, checkpoint.step, _states(checkpoint), meta)
         elif form == "consolidated":
-            write_consolidated(out, found, weights)
+            write_consolidated(out, checkpoint, weights)
         else:
             official.write(out, weights)
-    say(f"{found.path} -> {out} ({form})")
+    say(f"{checkpoint.path} -> {out} ({form})")
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """No other process writes `out` in the block, and what a killed one has left of it is gone."""
+    """A context manager that locks `out` and removes temporary files of killed processes."""
     refusal = f"--out {out} is being written by another process. Wait for it, or name another"
     with locked(_lock(out), refusal):
         _check_new(out)
@@ -93,16 +94,16 @@ def _check_new(out: Path) -> None:
         raise InputError(f"--out {out} exists. Name another, or remove it first")
 
 
-def _states(found: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """All tensors of the source: weights, and the optimizer's states and moving average where it has them."""
+def _states(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+    """All tensors of the source by state name and parameter: weights, and optimizer states and moving average if it has them."""
     keys = (
-        [key.split("/") for key in found.meta["index"]]
-        if "index" in found.meta
-        else [("param", name) for name in found.names()]
+        [key.split("/") for key in checkpoint.meta["index"]]
+        if "index" in checkpoint.meta
+        else [("param", name) for name in checkpoint.names()]
     )
     states: dict[str, dict[str, Tensor]] = {}
-    for kind, name in keys:
-        states.setdefault(kind, {})[name] = found.reader(kind)(name)
+    for state_name, name in keys:
+        states.setdefault(state_name, {})[name] = checkpoint.reader(state_name)(name)
     return states
 
 
@@ -110,14 +111,14 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
     model = cfg.model
     if model.tie_codebook is not None:
         raise InputError(
-            f"model.tie_codebook={model.tie_codebook} has no released form: the tokenizer has its embeddings. "
+            f"model.tie_codebook={model.tie_codebook} has no released format, because its embeddings come from the tokenizer. "
             "Use --to consolidated"
         )
     heads = cfg.objective.heads
     released = heads.form == "released" and not heads.shared
     dropped = [name for name in weights if official.is_head(name) and not (released and "align_mlp" in name)]
     if dropped:
-        say(f"left out: {len(dropped)} weights of heads that the released code does not have, or has in another form")
+        say(f"left out: {len(dropped)} weights of heads that the released code does not have in this form")
     weights = {name: value for name, value in weights.items() if name not in dropped}
     if not merge:
         return weights
@@ -127,8 +128,8 @@ def _official(cfg: ExperimentConfig, weights: dict[str, Tensor], *, merge: bool)
         )
     if cfg.objective.permutation.never_settles:
         raise InputError(
-            f"--to merged: objective.permutation.end={cfg.objective.permutation.end} leaves the model predicting "
-            "in random orders, which need the second table. Use --to official"
+            f"--to merged: objective.permutation.end={cfg.objective.permutation.end} means random orders of "
+            "prediction, which need the second table. Use --to official"
         )
     return official.merged_positions(weights, scan_order(cfg.objective.permutation.order, cfg.tokenizer))
 

@@ -1,13 +1,13 @@
-"""The layout of checkpoints, in one form for every strategy and world size: float32 weights and states of the optimizer by
-parameter name.
+"""The layout of checkpoints, the same for every strategy and world size: float32 weights and optimizer states by parameter
+name.
 
     <run>/checkpoints/step_00000100/part-00000.safetensors ...   keys param/NAME, exp_avg/NAME, exp_avg_sq/NAME
     <run>/checkpoints/step_00000100/meta.json                    step, config, data, files with checksums; written last
     <run>/checkpoints/latest                                     the name of the newest
-    <run>/checkpoints/step_00000090.damaged                      one whose files have changed since: set aside, and not counted
+    <run>/checkpoints/step_00000090.damaged                      one whose files have changed since: renamed, and not counted
 
-A checkpoint is written under another name, read back, and renamed when it is complete, so each one that is visible is
-whole. This module imports no torch: batch scripts ask it for the last step.
+A checkpoint is written under a temporary name, read back, and renamed when it is complete, so that every visible one is
+complete. This module does not import torch, because batch scripts use it to read the last step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from rear_scale.parallel.strategy import StateName
 
-CHECKPOINTS = "checkpoints"  # of a run folder
+CHECKPOINTS = "checkpoints"  # folder in a run folder
 LATEST = "latest"
 
 
@@ -43,12 +43,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """The number of updates done."""
         return self.meta["step"]
 
     @property
     def run(self) -> Path:
-        """The folder that what is made of the checkpoint goes to."""
+        """The run folder, which is where samples and scores of the checkpoint are written."""
         return self.path.parent.parent
 
     def reader(self, state_name: StateName) -> Callable[[str], Tensor]:
@@ -60,7 +60,7 @@ class Checkpoint:
             key = f"{state_name}/{name}"
             if key not in index:
                 raise InputError(
-                    f"{self.path} has no {key}. It was made by another model: check the model and heads of the config"
+                    f"{self.path} has no {key}. It is of another model: check the model and heads of the config"
                 )
             file = index[key]
             if file not in handles:
@@ -70,25 +70,26 @@ class Checkpoint:
         return read
 
     def has(self, state_name: StateName) -> bool:
+        """Whether it holds a state of the parameters."""
         return any(key.startswith(f"{state_name}/") for key in self.meta["index"])
 
     def names(self) -> list[str]:
-        """All parameters."""
+        """The names of all parameters."""
         return [key.removeprefix("param/") for key in self.meta["index"] if key.startswith("param/")]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all parameters, out of the heads of the files."""
+        """The shapes of all parameters, from the headers of the files."""
         stored = stored_tensors(self.path, self.meta)
         return {key.removeprefix("param/"): one.shape for key, one in stored.items() if key.startswith("param/")}
 
 
 def step_name(step: int) -> str:
-    """The name of a step's folder, also of what is made of it: its digits sort as its number does."""
+    """The name of a step's folder, also used for its samples; names sort like the steps."""
     return f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder, by its name."""
+    """The step of a folder that is named by `step_name`."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -98,35 +99,37 @@ def part_name(rank: int) -> str:
 
 
 def unpublished(folder: Path) -> Path:
-    """Where a checkpoint is written before it becomes visible. The ranks write into it together, so its name is the same on
-    all of them and, other than those of files.py, holds no process: who writes there has locked the run."""
+    """The temporary folder of a checkpoint while it is written.
+
+    All ranks write into it, so its name does not contain a process id, unlike the temporary names of files.py. The writer has
+    locked the run.
+    """
     return folder.with_suffix(".tmp")
 
 
 def folders(root: Path) -> list[Path]:
-    """The visible checkpoints in a `checkpoints` folder, oldest first."""
+    """The checkpoints in a `checkpoints` folder, oldest first."""
     named = [path for path in root.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", path.name)]
     return sorted(path for path in named if path.is_dir())
 
 
 def complete(root: Path) -> list[Path]:
-    """Those of them that have a meta.json, which is written last."""
+    """The complete checkpoints among `folders`: those with a meta.json, which is written last."""
     return [path for path in folders(root) if (path / META).is_file()]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises InputError when the folder is not a complete checkpoint of ours. Its files are not looked at."""
+    """The checkpoint of a folder. Raises InputError without a valid meta.json. The other files are not checked."""
     return Checkpoint(path, read_meta(path))
 
 
-def damage(found: Checkpoint, *, checksums: bool = True, share: slice = slice(None)) -> str | None:
-    """What is wrong with the files of a checkpoint, beginning with a file's name; None when they are as they were written.
+def damage(checkpoint: Checkpoint, *, checksums: bool = True, part: slice = slice(None)) -> str | None:
+    """The first fault of the files of a checkpoint, beginning with the name of the file; None when they are unchanged.
 
-    Sizes are compared, and with `checksums` also bytes. share: which of the files. Raises OSError for a file that cannot be
-    read.
+    Compares sizes, and with `checksums` the content. part: the files to check. Raises OSError for a file that cannot be read.
     """
-    for item in found.meta["files"][share]:
-        file = found.path / item["file"]
+    for item in checkpoint.meta["files"][part]:
+        file = checkpoint.path / item["file"]
         if not file.is_file():
             return f"{file.name} is listed in meta.json, but not found"
         size = file.stat().st_size
@@ -137,23 +140,23 @@ def damage(found: Checkpoint, *, checksums: bool = True, share: slice = slice(No
     return None
 
 
-def fault(path: Path, *, share: slice = slice(None)) -> str | None:
-    """Why a folder is no intact checkpoint, by its meta.json and by checksums and heads of its files; None when it is one.
+def fault(path: Path, *, part: slice = slice(None)) -> str | None:
+    """The reason why a folder is no intact checkpoint, from meta.json, checksums and headers; None when it is intact.
 
-    share: which of the files are looked at. Raises nothing.
+    part: the files to check. Raises nothing.
     """
     try:
-        found = open_checkpoint(path)
-        wrong = damage(found, share=share)
+        checkpoint = open_checkpoint(path)
+        wrong = damage(checkpoint, part=part)
         if wrong is None:
-            stored_tensors(path, found.meta, [item["file"] for item in found.meta["files"][share]])
+            stored_tensors(path, checkpoint.meta, [item["file"] for item in checkpoint.meta["files"][part]])
         return wrong
     except Exception as error:  # corrupt files make the readers raise all kinds of exceptions
         return reason(error)
 
 
 def saved_steps(run: str | Path) -> list[int]:
-    """The steps of a run's checkpoints whose files are there in their sizes, newest first. Checksums are not taken."""
+    """The steps of a run's checkpoints whose files exist with the right sizes, newest first. Checksums are not computed."""
     return [step_of(path) for path in _sized(run)]
 
 
@@ -173,26 +176,26 @@ def _has_its_files(path: Path) -> bool:
         return False
 
 
-def set_aside(path: Path, found: str) -> str:
-    """Renames a damaged checkpoint, so that nothing counts it any more. Returns what to say. found: its fault."""
-    said = f"{path} is damaged and passed over: {found}"
+def set_aside(path: Path, reason: str) -> str:
+    """Renames a damaged checkpoint, so that it no longer counts. Returns a message for the user. reason: its fault."""
+    message = f"{path} is damaged and skipped: {reason}"
     names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f".{n}" for n in range(2, 1000))))
     try:
         aside = path.replace(next(name for name in names if not name.exists()))
     except OSError as error:
-        return f"{said}. It could not be renamed ({error})"
-    return f"{said}. It is kept as {aside.name}: remove it, or rename it back if it is whole after all"
+        return f"{message}. It could not be renamed ({error})"
+    return f"{message}. It is kept as {aside.name}: remove it, or rename it back if it is intact after all"
 
 
 def clear(root: Path) -> None:
-    """Removes what a killed run was writing or removing. For the process that has locked the run, while it writes none."""
+    """Removes the temporary folders of a killed run. The caller must have locked the run, and must not be writing."""
     for leftover in root.glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     remove_leftovers(root, "*")
 
 
 def reason(error: Exception) -> str:
-    """An error in words: its text, with its type where the text alone does not say enough."""
+    """The message of an error, with its type where the message alone is not clear."""
     return (
         str(error) if isinstance(error, OSError | SafetensorError | InputError) else f"{type(error).__name__}: {error}"
     )

@@ -1,6 +1,6 @@
-"""The finder: a run folder, one of its checkpoints, a weight file of ours, or a released one, opened as a checkpoint.
+"""Opening of a run folder, one of its checkpoints, a weight file of ours, or a released one, as a checkpoint.
 
-Two rules say which checkpoint of a run is meant: training resumes by `newest_intact`, everything else by `newest_or_refuse`.
+Two rules select the checkpoint of a run: `newest_intact` for resuming training, `newest_or_refuse` for everything else.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from rear_scale.world import World, discover
 
 @dataclass(frozen=True)
 class WeightFile(Checkpoint):
-    """A file of weights alone, read as a checkpoint of step 0 or of the step that it says.
+    """A file of weights alone, opened as a checkpoint of the step in its header, or of step 0.
 
-    tensors: mapped where the format allows it: not in memory until they are read, and ranks of a node share the pages.
+    tensors: memory-mapped where the format allows it, so that ranks of a node share the pages that they read.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -78,14 +78,15 @@ class WeightFile(Checkpoint):
 
 
 def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
-    """The rule of resuming: the newest intact checkpoint in a `checkpoints` folder, or None when it has none.
+    """The newest intact checkpoint in a `checkpoints` folder, from which training resumes; None without one.
 
-    A damaged one is passed over: renamed to step_XXXXXXXX.damaged and named through `report` on rank 0. All ranks must call
+    A damaged one is skipped: renamed to step_XXXXXXXX.damaged and reported through `report` on rank 0. All ranks must call
     this, with the run locked.
     """
     for path in reversed(world.from_main(folders(root) if world.is_main else None)):
-        # The ranks share the reading out among themselves, and learn of each other's findings.
-        faults = [found for found in world.gather(fault(path, share=slice(world.rank, None, world.size))) if found]
+        # Each rank checks some of the files, and all get the results of all.
+        results = world.gather(fault(path, part=slice(world.rank, None, world.size)))
+        faults = [reason for reason in results if reason]
         if not faults:
             return open_checkpoint(path)
         if world.is_main:
@@ -94,16 +95,16 @@ def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Ch
 
 
 def newest_or_refuse(path: Path, named: str) -> Path:
-    """The rule of all else, which never takes another checkpoint by itself: what a path stands for, a folder or a file.
+    """The checkpoint folder or weight file that a path of a user means. Never falls back to another checkpoint.
 
-    A checkpoint folder stands for itself, a run folder for its newest checkpoint, a weight file or the folder of a published
-    model for the file of weights. named: the path with its option or key, for errors. Raises InputError for any other path.
+    A checkpoint folder means itself, a run folder its newest checkpoint, and a weight file or the folder of a published model
+    the weight file. named: the path with its option or key, for errors. Raises InputError for any other path.
     """
     if (path / META).exists():
-        # Not relative: what is made of a checkpoint goes to the folder two above, whatever the current one is.
+        # Absolute: results of the checkpoint are written two folders above, which a relative path such as "." does not name.
         return Path(os.path.abspath(path))
-    if found := complete(path / CHECKPOINTS):
-        return found[-1]
+    if checkpoints := complete(path / CHECKPOINTS):
+        return checkpoints[-1]
     if not path.exists():
         raise InputError(
             f"not found: {named}. Name a run folder with a checkpoint, a checkpoint folder, or a weight file"
@@ -117,92 +118,93 @@ def newest_or_refuse(path: Path, named: str) -> Path:
 
 
 def open_source(path: Path, config_name: str | None = None, overrides: Sequence[str] = ()) -> Checkpoint:
-    """`open_with_config` where the config is not wanted, or is read from the checkpoint's meta."""
+    """The checkpoint of a path, as `open_with_config`, for callers that do not need the config, or read it from the meta."""
     return open_with_config(path, config_name, overrides)[0]
 
 
 def open_with_config(
     path: Path, config_name: str | None, overrides: Sequence[str]
 ) -> tuple[Checkpoint, ExperimentConfig]:
-    """The checkpoint that a path stands for by `newest_or_refuse`, and the config of its training with overrides.
+    """The checkpoint of a path by the rule of `newest_or_refuse`, and the config of its training with overrides.
 
-    config_name: for a weight file, the config to use instead of the one that it says or that fits it: one of ours, or a
-    YAML of the released trainers. Raises InputError when there is no such source, when a file of it is missing or is not the
-    one that was written, when its weights are not those of its config's model, and when overrides ask for another model.
+    config_name: for a weight file, the config to use instead of the one in its header or the published one that fits: one of
+    ours, or a YAML of the released trainers. Raises InputError for an unknown path, for missing or changed files, for weights
+    that do not fit the model of the config, and for overrides that change the model.
     """
-    place = newest_or_refuse(path, f"--checkpoint {path}")
-    found = _intact(place) if place.is_dir() else _weight_file(path, place, config_name, overrides)
-    cfg = config.from_file(found.meta["config"], source=str(found.path), overrides=overrides)
-    lines = config.found_from(cfg, found.run, config.override_keys(overrides))
+    selected = newest_or_refuse(path, f"--checkpoint {path}")
+    checkpoint = _intact(selected) if selected.is_dir() else _weight_file(path, selected, config_name, overrides)
+    cfg = config.from_file(checkpoint.meta["config"], source=str(checkpoint.path), overrides=overrides)
+    lines = config.found_from(cfg, checkpoint.run, config.override_keys(overrides))
     if discover().rank == 0:
         for line in lines:
             say(line)
-    check_overrides(found, cfg)
-    _check_fits(found.shapes(), cfg, str(found.path))
-    return found, cfg
+    check_overrides(checkpoint, cfg)
+    _check_fits(checkpoint.shapes(), cfg, str(checkpoint.path))
+    return checkpoint, cfg
 
 
 def read_weights(path: Path, field: str) -> dict[str, Tensor]:
-    """All tensors of what a path stands for by `newest_or_refuse`, on the CPU, whatever model they are of.
+    """All tensors of the checkpoint or file of a path (`newest_or_refuse`), on the CPU, whatever their model.
 
-    `field` is the config key that names the path in errors. Raises InputError when a file is missing or is not the one that
-    was written.
+    `field` is the config key of the path, for errors. Raises InputError for a missing or changed file.
     """
-    place = newest_or_refuse(path, f"{field}={path}")
-    if place.is_file():
-        return official.read_weights(place, field)
-    found = _intact(place)
-    read = found.reader("param")
-    return {name: read(name) for name in found.shapes()}
+    selected = newest_or_refuse(path, f"{field}={path}")
+    if selected.is_file():
+        return official.read_weights(selected, field)
+    checkpoint = _intact(selected)
+    read = checkpoint.reader("param")
+    return {name: read(name) for name in checkpoint.shapes()}
 
 
 def _weight_file(path: Path, file: Path, config_name: str | None, overrides: Sequence[str]) -> WeightFile:
-    """overrides are needed here only to tell the shape of the model of a file that does not say it."""
+    """The checkpoint of a weight file. overrides: used only where the file does not contain the shape of its model."""
     tensors = official.read_weights(file, "--checkpoint")
-    head = _own_head(file)
+    header = _own_header(file)
     if config_name is not None:
         cfg = load_config(config_name, overrides)
-    elif head:
-        cfg = config.from_file(head["config"], source=str(path))
+    elif header:
+        cfg = config.from_file(header["config"], source=str(path))
     else:
         cfg = published.config_of_weights(tensors, str(path), overrides)
     meta: dict[str, Any] = {
-        "step": head.get("step", 0),
+        "step": header.get("step", 0),
         "optimizer_step": 0,
         "config": to_dict(cfg),
-        "tokenizer_sha256": head.get("tokenizer_sha256", ""),
+        "tokenizer_sha256": header.get("tokenizer_sha256", ""),
         "files": [{"file": path.name, "sha256": file_sha256(file)}],
     }
     return WeightFile(path, meta, tensors)
 
 
 def _intact(folder: Path) -> Checkpoint:
-    """The checkpoint of a folder whose files are those that were written. Raises InputError naming what is not.
+    """The checkpoint of a folder. Raises InputError for missing or changed files.
 
-    Checksums are taken once per node, by its first process: whoever starts the ranks ends the others when it is gone.
+    Only the first process of a node computes checksums: when it fails, the launcher stops the others.
     """
-    found = open_checkpoint(folder)
-    if wrong := damage(found, checksums=discover().local_rank == 0):
+    checkpoint = open_checkpoint(folder)
+    if wrong := damage(checkpoint, checksums=discover().local_rank == 0):
         others = [other for other in complete(folder.parent) if other.name != folder.name]
         raise InputError(f"{folder}/{wrong}. Copy it again, or use {others[-1] if others else 'another checkpoint'}")
-    return found
+    return checkpoint
 
 
-def check_overrides(found: Checkpoint, cfg: ExperimentConfig) -> None:
-    """Raises InputError when `cfg`, the config of a source with overrides, asks for another model than its weights are."""
-    before, now = leaves(completed(found.meta["config"])), leaves(to_dict(cfg))
+def check_overrides(checkpoint: Checkpoint, cfg: ExperimentConfig) -> None:
+    """Raises InputError when `cfg`, the config of a checkpoint with overrides, has another model than its weights."""
+    before, now = leaves(completed(checkpoint.meta["config"])), leaves(to_dict(cfg))
     for key in sorted(now):
         own = declaration(ExperimentConfig, key)
         if own is not None and own.by_weights and before[key] != now[key]:
             raise InputError(
-                f"{key}={now[key]}, but {found.path} was trained with {key}={before[key]}: its weights are for that. "
+                f"{key}={now[key]}, but {checkpoint.path} was trained with {key}={before[key]}, and its weights are for that. "
                 f"Leave {key} out, or name another checkpoint"
             )
 
 
 def _check_fits(shapes: Mapping[str, tuple[int, ...]], cfg: ExperimentConfig, source: str) -> None:
-    """Raises InputError when a source's tensors are not those of its config's model. Only their shapes are looked at, and
-    the depth comes first: a model, even without memory, takes time for every block."""
+    """Raises InputError when the shapes of a checkpoint's tensors do not fit the model of its config.
+
+    The depth is checked first, because even a model on the meta device takes time for every block.
+    """
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.") and name.count(".") > 1})
     if cfg.model.depth > blocks:
         raise InputError(
@@ -214,30 +216,30 @@ def _check_fits(shapes: Mapping[str, tuple[int, ...]], cfg: ExperimentConfig, so
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """A config of ours, or of a YAML of the released trainers."""
+    """The config of a YAML of ours or of the released trainers."""
     if published.is_released_yaml(Path(name)):
         return published.config_of_yaml(Path(name), overrides)
     return config.load(name, overrides)
 
 
 def given_keys(name: str, overrides: Sequence[str] = ()) -> frozenset[str]:
-    """As config.given_keys; a YAML of the released trainers sets all that is read from it."""
+    """The keys that a user sets, as config.given_keys; a YAML of the released trainers sets all that is read from it."""
     if published.is_released_yaml(Path(name)):
         return frozenset(leaves(to_dict(published.config_of_yaml(Path(name), overrides))))
     return config.given_keys(name, overrides)
 
 
-def _own_head(path: Path) -> dict[str, Any]:
-    """What a consolidated file of ours says of itself; empty for other files."""
+def _own_header(path: Path) -> dict[str, Any]:
+    """The header values of a consolidated file of ours; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
-    head = read_header(path, "--checkpoint").own
-    if head.get("kind") != CONSOLIDATED:
+    header = read_header(path, "--checkpoint").own
+    if header.get("kind") != CONSOLIDATED:
         return {}
-    step, made_by = head.get("step"), head.get("tokenizer_sha256")
-    if not is_count(step) or not isinstance(made_by, str) or "config" not in head:
+    step, made_by = header.get("step"), header.get("tokenizer_sha256")
+    if not is_count(step) or not isinstance(made_by, str) or "config" not in header:
         raise InputError(
-            f"--checkpoint {path}: its head says step={shown(step)} and tokenizer_sha256={shown(made_by)}, or has no config. "
+            f"--checkpoint {path}: its header has step={shown(step)} and tokenizer_sha256={shown(made_by)}, or no config. "
             "Make the file again with launchers/convert.py"
         )
-    return head
+    return header

@@ -1,4 +1,4 @@
-"""Weight files of the released generators (reAR, RAR, AliTok) in and out. Our models have the same parameter names.
+"""Reading and writing of weight files of the released generators (reAR, RAR, AliTok), whose parameter names ours have.
 
 reAR-{S,B,L}.safetensors   huggingface.co/qyoo/reAR
 rar_{b,l,xl,xxl}.bin       huggingface.co/yucornetto/RAR
@@ -31,20 +31,20 @@ def read_weights(path: Path, field: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .bin, .pth or .pt file, or of a folder that has one, on the CPU.
 
     `field` is the option or config key that names the file in errors. Raises InputError for a missing or damaged file
-    and for a pickle that needs more than tensors: it could run anything.
+    and for a pickle of anything but tensors, which could run any code.
     """
     file = find_weights(path)
     if file.is_dir():
-        raise InputError(f"{field}={path} is a folder without weights of a model. Name the weight file itself")
+        raise InputError(f"{field}={path} is a folder without a weight file of a model. Name the weight file itself")
     if not file.exists():
         raise InputError(f"not found: {field}={path}. Set the path of a weight file")
     return read_state(file, field)
 
 
 def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str, Shape]:
-    """Architecture (rar or alitok) and shape of a generator's weights; dropout rates are in no file.
+    """The architecture (rar or alitok) and shape of a generator's weights, without dropout rates, which are in no file.
 
-    Raises InputError when they are not those of a generator that we know.
+    Raises InputError for weights of any other model.
     """
     if "lm_head.bias" in weights and "pos_embed" in weights:
         architecture, output, inner = "rar", "lm_head", "blocks.0.mlp.fc1.weight"
@@ -74,10 +74,10 @@ def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str,
             target_aware=architecture == "alitok" and "target_aware_pos_embed" in weights,
         )
     except KeyError as missing:
-        raise InputError(f"{source} lacks {missing.args[0]}. Is it whole? Fetch it again") from None
+        raise InputError(f"{source} lacks {missing.args[0]}. Is it complete? Download it again") from None
     except (IndexError, TypeError, ZeroDivisionError) as error:
         raise InputError(
-            f"{source}: its tensors have other numbers of dimensions than a generator's ({error}). Use the file of a generator"
+            f"{source}: its tensors do not have the numbers of dimensions of a generator's ({error}). Use the file of a generator"
         ) from None
     return architecture, shape
 
@@ -85,31 +85,33 @@ def infer(weights: Mapping[str, Tensor], source: str = "the file") -> tuple[str,
 def _positions(table: Tensor, source: str) -> int:
     if table.dim() != 3:
         raise InputError(
-            f"{source}: its table of positions is {list(table.shape)}, not [1, positions, width]. Fetch it again"
+            f"{source}: its table of positions is {list(table.shape)}, not [1, positions, width]. Download it again"
         )
     return table.shape[1]
 
 
 def check_fits(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_optional: bool) -> None:
-    """Raises InputError naming the keys or shapes in which a file and a model differ.
+    """Raises InputError, naming the keys or shapes that differ, for weights that do not fit a model.
 
-    heads_optional: the file may lack heads that the model has, have others, or have them in another form.
+    heads_optional: heads may be missing in the file, be others, or have other shapes.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    present = {name: tuple(value.shape) for name, value in weights.items()}
     if heads_optional:
-        wanted, found = ({name: shape for name, shape in one.items() if not is_head(name)} for one in (wanted, found))
-    lacking, foreign = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    other = {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]}
+        wanted, present = (
+            {name: shape for name, shape in one.items() if not is_head(name)} for one in (wanted, present)
+        )
+    lacking, foreign = wanted.keys() - present.keys(), present.keys() - wanted.keys()
+    other = {name for name in wanted.keys() & present.keys() if wanted[name] != present[name]}
     if not lacking and not foreign and not other:
         return
     faults = []
     if lacking:
         faults.append(f"lacks {_some(sorted(lacking))}")
     if foreign:
-        faults.append(f"has {_some(sorted(foreign))}, which the model has not")
+        faults.append(f"has {_some(sorted(foreign))}, which the model does not have")
     if other:
-        shown = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in sorted(other)]
+        shown = [f"{name} {list(present[name])} instead of {list(wanted[name])}" for name in sorted(other)]
         faults.append(f"has {_some(shown)}")
     raise InputError(f"{source} {'; '.join(faults)}. Use the file of this model, or the config of this file")
 
@@ -121,7 +123,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def load(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_optional: bool) -> list[str]:
-    """Fills a model in place, in its own dtype, and returns the parameters that the file did not set (fresh heads).
+    """Loads weights into a model in place, in its own dtype. Returns the parameters that the file does not have (new heads).
 
     Raises InputError as `check_fits` does, before anything is changed.
     """
@@ -133,7 +135,7 @@ def load(weights: Mapping[str, Tensor], model: nn.Module, source: str, *, heads_
 
 
 def write(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes a file that the released loaders read: .safetensors, or .bin and .pth by torch."""
+    """Writes a weight file for the released loaders: .safetensors, or .bin and .pth by torch."""
     plain = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
     if path.suffix == ".safetensors":
         save_tensors(path, plain)
@@ -143,9 +145,9 @@ def write(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def merged_positions(weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """RAR's two position tables as one (RAR section 3.3), for a model that predicts in one order (int64 [N]) for good.
+    """The weights with RAR's two position tables merged into one (RAR section 3.3), for a model with one fixed order (int64 [N]).
 
-    Each position takes over the row that told it which token it predicts; the second table is left at zero.
+    The row of the second table for the position that each position predicts is added to the first; the second becomes zero.
     """
     own, target = weights["pos_embed"].clone(), weights["target_aware_pos_embed"]
     first = torch.cat((torch.tensor([1]), 2 + order[:-1]))  # the row of the position before each token

@@ -1,4 +1,4 @@
-"""Which config belongs to a weight file or to a released YAML: settings of the published system, shape of the file."""
+"""The config of a released weight file or YAML: settings of the published system, with the shape of the file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TITOK_TOKENS = 64
 def config_of_weights(
     weights: Mapping[str, Tensor], source: str, overrides: list[str] | tuple[str, ...] = ()
 ) -> ExperimentConfig:
-    """The published config that a weight file fits best, with the file's own shape in it, overrides applied last.
+    """The published config that fits a weight file best, with the shape of the file, and overrides applied last.
 
-    Raises InputError when the file holds no generator that we know.
+    Raises InputError for a file of any other model.
     """
     architecture, shape = infer(weights, source)
     name = _config_name(architecture, shape, weights)
@@ -61,13 +61,12 @@ def _shape_overrides(architecture: str, shape: Shape) -> list[str]:
 
 
 def _head_overrides(weights: Mapping[str, Tensor]) -> list[str]:
-    """Which heads the file has; a file without any keeps the taps of its config, so that training can go on with fresh
-    ones."""
+    """Overrides for the heads of the file. Without heads the taps of the config stay, so that training can start new ones."""
     names = [name for name in weights if is_head(name)]
     if not names:
         return []
     biases = (value for name, value in weights.items() if is_head(name) and name.endswith(".0.bias"))
-    hidden = next((bias.numel() for bias in biases), 1)  # without one it fits no model, which is said later
+    hidden = next((bias.numel() for bias in biases), 1)  # without a bias it fits no model, which is an error later
     return [
         f"objective.heads.form={'released' if _is_released_form(weights) else 'paper'}",
         f"objective.heads.hidden={hidden}",

@@ -1,4 +1,4 @@
-"""Folders checkpoint-N of the released trainers (accelerate): weights, AdamW moments and step.
+"""Reading of folders checkpoint-N of the released trainers (accelerate): weights, AdamW moments and step.
 
 checkpoint-N/metadata.json                         {"global_step": N, ...}
 checkpoint-N/unwrapped_model/pytorch_model.bin     or model.safetensors beside metadata.json
@@ -24,40 +24,40 @@ from rear_scale.untrusted import check_file, is_count, read_json, shown
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """Weights and optimizer state of a checkpoint of the released trainers."""
+    """The state in a checkpoint-N folder."""
 
     step: int  # updates done
     tensors: dict[str, dict[str, Tensor]]  # param, exp_avg, exp_avg_sq -> parameter name -> float32
 
 
 def is_released_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint folder of the released trainers, by its files."""
+    """Whether a folder is a checkpoint-N of the released trainers."""
     return path.is_dir() and (path / "optimizer.bin").exists() and (path / "metadata.json").exists()
 
 
 def weights_folder(path: Path) -> Path:
-    """Where such a checkpoint has its weights."""
+    """The file or folder of weights in a checkpoint-N folder."""
     return path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path
 
 
 def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> ReleasedCheckpoint:
-    """Weights and optimizer state of a checkpoint-N folder. `decays` is the released rule of weight decay.
+    """The weights and optimizer state of a checkpoint-N folder. decays: the released rule of weight decay.
 
-    The optimizer numbers its parameters: those without weight decay first, each group in the order of the model's
-    state_dict. Raises InputError when files are missing or do not fit each other.
+    The optimizer file has numbers for parameters: first those without weight decay, each group in the order of the model's
+    state_dict. Raises InputError for missing or inconsistent files.
     """
     weights = read_weights(weights_folder(path), "train.init_from")
     try:
         step = read_json(path / "metadata.json")["global_step"]
         if not is_count(step) or step > LARGEST_STEP:
-            raise ValueError(f"global_step={shown(step)} is no number of steps")
+            raise ValueError(f"global_step={shown(step)} is not a number of steps")
         check_file(path / "optimizer.bin")
         optimizer = torch.load(path / "optimizer.bin", map_location="cpu", weights_only=True)
         groups, state = optimizer["param_groups"], optimizer["state"]
         return ReleasedCheckpoint(step, _tensors(path, weights, groups, state, decays))
     except InputError:
         raise
-    except Exception as error:  # the reader of pickles raises whatever damaged bytes lead it to
+    except Exception as error:  # damaged bytes make the reader of pickles raise all kinds of exceptions
         raise InputError(
             f"train.init_from={path}: its metadata.json or optimizer.bin cannot be read ({type(error).__name__}: "
             f"{str(error)[:120]}). Name unwrapped_model in it to start from the weights alone"
@@ -67,8 +67,8 @@ def read_checkpoint(path: Path, decays: Callable[[str, Tensor], bool]) -> Releas
 def _tensors(
     path: Path, weights: dict[str, Tensor], groups: Any, state: Any, decays: Callable[[str, Tensor], bool]
 ) -> dict[str, dict[str, Tensor]]:
-    """Weights and moments by parameter name. Raises InputError when they do not fit each other, and whatever values of
-    another form lead to."""
+    """The weights and moments by state name and parameter. Raises InputError for inconsistent ones, and other exceptions for
+    values of the wrong types."""
     numbered: dict[int, str] = {}
     for group in groups:
         wanted = group["weight_decay"] != 0
@@ -82,17 +82,17 @@ def _tensors(
             )
         numbered.update(zip(group["params"], names, strict=True))
     tensors = {"param": {name: value.float() for name, value in weights.items()}}
-    for kind in STATES:
-        tensors[kind] = {}
+    for state_name in STATES:
+        tensors[state_name] = {}
         for number, name in numbered.items():
-            moment = state.get(number, {}).get(kind)
+            moment = state.get(number, {}).get(state_name)
             if moment is not None and (not isinstance(moment, Tensor) or not moment.is_floating_point()):
-                raise ValueError(f"{kind} of {name} is {shown(type(moment).__name__)}, not a tensor of floats")
+                raise ValueError(f"{state_name} of {name} is {shown(type(moment).__name__)}, not a tensor of floats")
             moment = torch.zeros_like(weights[name]) if moment is None else moment
             if moment.shape != weights[name].shape:
                 raise InputError(
                     f"train.init_from={path}: optimizer.bin has a moment of shape {list(moment.shape)} where {name} has "
                     f"{list(weights[name].shape)}. Name unwrapped_model in it to start from the weights alone"
                 )
-            tensors[kind][name] = moment.float()
+            tensors[state_name][name] = moment.float()
     return tensors

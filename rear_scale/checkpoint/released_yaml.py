@@ -1,7 +1,7 @@
-"""Our config of a YAML of the released trainers: reAR's (QY-H00/reAR), RAR's (bytedance/1d-tokenizer), AliTok's
+"""Conversion of YAMLs of the released trainers to our config: reAR's (QY-H00/reAR), RAR's (bytedance/1d-tokenizer), AliTok's
 (ali-vilab/alitok).
 
-Every key is taken over, or refused by name, or listed below as one that changes nothing that is computed here.
+Every key is converted, refused by name, or listed below as one without effect on the results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RELEASED_REAR = ("s", "b", "l")
 _GENERATOR, _TOKENIZER, _TRAINING = "model.generator", "model.vq_model", "training"
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
-# Values that stand in one place here too: key -> (type, config key).
+# Keys with exactly one counterpart in our config: key -> (type, config key).
 _TAKEN: dict[str, tuple[type, str]] = {
     "experiment.project": (str, "wandb.project"),
     "experiment.name": (str, "run.name"),
@@ -45,7 +45,10 @@ _TAKEN: dict[str, tuple[type, str]] = {
     "experiment.log_every": (int, "train.log_every"),
     "experiment.init_weight": (str, "train.init_from"),
     f"{_TOKENIZER}.pretrained_tokenizer_weight": (str, "tokenizer.weights"),
-    "experiment.tokenizer_checkpoint": (str, "tokenizer.weights"),  # after the former: reAR's trainer reads this one
+    "experiment.tokenizer_checkpoint": (
+        str,
+        "tokenizer.weights",
+    ),  # overrides the one before: reAR's trainer reads this key
     f"{_TOKENIZER}.codebook_size": (int, "tokenizer.codebook_size"),
     f"{_TOKENIZER}.token_size": (int, "tokenizer.codebook_dim"),
     f"{_GENERATOR}.hidden_size": (int, "model.width"),
@@ -67,7 +70,7 @@ _TAKEN: dict[str, tuple[type, str]] = {
     f"{_TRAINING}.stop_steps": (int, "train.stop_at_step"),
     f"{_TRAINING}.max_grad_norm": (float, "optim.grad_clip"),
 }
-# Values that are taken over together with others, or must be what the trainers have.
+# Keys that are converted together with others, or whose value must be that of the trainers.
 _HANDLED = (
     f"{_TOKENIZER}.model_type",
     f"{_TOKENIZER}.num_latent_tokens",
@@ -97,21 +100,21 @@ _OWN_KEYS = {
     "rar": (f"{_GENERATOR}.intermediate_size", *_ANNEAL),
     "alitok": (f"{_GENERATOR}.tok_dropout",),
 }
-# Keys that change nothing that is computed here, with the reason.
+# Keys without effect on the results, with the reason.
 NO_EFFECT = {
     "experiment.eval_every": "of the tokenizer's trainer",
-    "experiment.generate_every": "pictures are set by sample.grid_every_images",
+    "experiment.generate_every": "sample grids are set by sample.grid_every_images",
     "experiment.log_grad_norm_every": "every logged step has its gradient norm",
-    "experiment.resume": "a run always goes on in its folder",
+    "experiment.resume": "a run always resumes in its folder",
     "experiment.entity": "telemetry is set by wandb.mode",
-    "experiment.logging_dir": "logs lie in the run folder",
+    "experiment.logging_dir": "logs are in the run folder",
     "experiment.generator_checkpoint": "weights are named by --checkpoint",
     f"{_TOKENIZER}.finetune_decoder": "of the tokenizer's training; it is frozen here",
     f"{_TOKENIZER}.commitment_cost": "of the tokenizer's training",
     f"{_TOKENIZER}.entropy_loss_weight": "of the tokenizer's training",
     f"{_TOKENIZER}.entropy_loss_temperature": "of the tokenizer's training",
     f"{_TOKENIZER}.entropy_gamma": "of the tokenizer's training",
-    f"{_GENERATOR}.kv_cache": "the trainers read it nowhere; sampling has its cache",
+    f"{_GENERATOR}.kv_cache": "the trainers do not use it; sampling always has a cache",
     "dataset.params.pretokenization": "tokens are named by data.train",
     "dataset.params.train_shards_path_or_url": "tokens are named by data.train",
     "dataset.params.eval_shards_path_or_url": "tokens are named by data.val",
@@ -124,7 +127,7 @@ NO_EFFECT = {
     f"{_TRAINING}.enable_tf32": "float32 products are computed in float32",
     f"{_TRAINING}.num_generated_images": "of the tokenizer's trainer",
 }
-# What must be as published, because the tokenizers are known here by name alone.
+# Values that must be the published ones, because only these architectures exist here.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "maskgit_vqgan": {},
     "alitok": {},
@@ -141,7 +144,7 @@ _TOKENIZER_TYPES = {"maskgitvq": "maskgit_vqgan", "vqplus": "vqplus", "titok": "
 _TOKENIZER_SIZES = {(4096, 64): "titok_b64", (4096, 256): "vqplus"}  # codes, tokens, where no type is given
 _TITOK_TOKENS, _ALITOK_TOKENS = 64, 273
 _MASKED = ("model_type", "num_steps", "mask_schedule_strategy", "guidance_decay")  # keys of MaskGIT's generator
-# The published runs are of 2,048 images per update, whatever the processes.
+# All published runs have 2,048 images per update, whatever the number of processes.
 _GLOBAL_BATCH = 2048
 _EMA_DECAY = 0.999  # a constant of the trainers
 
@@ -157,11 +160,11 @@ def is_released_yaml(path: Path) -> bool:
 
 
 def config_of_yaml(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Our config of a YAML of the released trainers, overrides applied last.
+    """Our config for a YAML of the released trainers, with overrides applied last.
 
-    What it does not say comes from the published config of its method and size. The global batch is 2,048 images, as in all
+    Keys that it does not set come from the published config of its method and size. The global batch is 2,048 images, as in all
     published runs, so that batch and accumulation of the YAML give the number of processes (cluster.gpus). Raises InputError
-    for every key that is not taken over, and for values that the trainer knows and we do not.
+    for every key that cannot be converted, and for values that this project does not support.
     """
     try:
         yaml = _Yaml(path, _flat(path, _load(path)))
@@ -177,19 +180,19 @@ def config_of_yaml(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfi
         if key not in known:
             raise InputError(
                 f"{path}: {shown(key)}={shown(str(value))} is not a key of the released configs of "
-                f"{_METHODS[method]}{suggest(key, list(known))}. Remove it: what it does is not known here"
+                f"{_METHODS[method]}{suggest(key, list(known))}. Remove it: its meaning is unknown here"
             )
     name, own = _GENERATE[method](yaml)
-    found = [
+    settings = [
         f"tokenizer={tokenizer}",
         *own,
-        *(_setting(yaml, key, kind, ours) for key, (kind, ours) in _TAKEN.items() if key in yaml.values),
+        *(_setting(yaml, key, value_type, ours) for key, (value_type, ours) in _TAKEN.items() if key in yaml.values),
         *_guidance(yaml),
         *_training(yaml, overrides),
         "optim.schedule=released",
     ]
     try:
-        return config.load(name, [*found, *overrides])
+        return config.load(name, [*settings, *overrides])
     except InputError as error:
         ours = str(error).split("=")[0]
         keys = [key for key, (_, other) in _TAKEN.items() if other == ours and key in yaml.values]
@@ -198,41 +201,42 @@ def config_of_yaml(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfi
 
 @dataclass(frozen=True)
 class _Yaml:
-    """Single values of a file by their dotted keys, references resolved."""
+    """The values of a file by dotted key, with references resolved."""
 
     path: Path
     values: dict[str, Any]
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key, checked to be of its type. Raises InputError for another, null included."""
+    def get(self, key: str, value_type: type, default: Any = None) -> Any:
+        """The value of a key. Raises InputError for another type than value_type, null included."""
         if key not in self.values:
             return default
         value = self.values[key]
         if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
             raise InputError(f"{self.path}: {key} is a number of more than {MOST_DIGITS} digits. Write a smaller one")
-        if kind is int and isinstance(value, float) and value.is_integer():
+        if value_type is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 5e4 is a number of steps
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if value_type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value) is not kind or (kind is str and ("${" in value or not value.strip())):
-            raise self.refusal(key, f"takes {_NAMES[kind]}. Write one")
+        if type(value) is not value_type or (value_type is str and ("${" in value or not value.strip())):
+            raise self.refusal(key, f"takes {_NAMES[value_type]}. Write one")
         return value
 
     def refusal(self, key: str, rule: str) -> InputError:
+        """The error for the value of a key."""
         value = self.values.get(key, "nothing")
         return InputError(f"{self.path}: {key}={'null' if value is None else shown(str(value))} {rule}")
 
 
 def _load(path: Path) -> Any:
-    """The file by the config library's own loader, for which `1e-4` and `1_000` are numbers."""
+    """The content of the file, read by the config library, whose YAML reads `1e-4` and `1_000` as numbers."""
     text = path.read_text(encoding="utf-8")
     check_yaml(text, str(path))
     return OmegaConf.create(text)
 
 
 def _flat(path: Path, values: DictConfig) -> dict[str, Any]:
-    """Single values by dotted keys. A value may refer to another of the file, to nothing else."""
-    found: dict[str, Any] = {}
+    """The values of the file by dotted key. References are allowed only to other values of the file."""
+    flat: dict[str, Any] = {}
 
     def add(section: str, inner: dict[Any, Any]) -> None:
         for name, value in inner.items():
@@ -243,38 +247,38 @@ def _flat(path: Path, values: DictConfig) -> dict[str, Any]:
             key = f"{section}.{name}" if section else name
             if isinstance(value, dict):
                 add(key, value)
-            elif value is not None or section:  # an empty section says nothing
-                found[key] = value
+            elif value is not None or section:  # empty top-level sections are ignored
+                flat[key] = value
 
     add("", OmegaConf.to_container(values, resolve=False))
-    texts = {key: value for key, value in found.items() if isinstance(value, str) and "${" in value}
+    texts = {key: value for key, value in flat.items() if isinstance(value, str) and "${" in value}
     check_references(texts.values(), str(path))
     for key, text in texts.items():
         if re.search(r"\$\{[^}]*:", text):
             raise InputError(
-                f"{path}: {key}={shown(text)} asks a resolver, which may read anything. Write the value out"
+                f"{path}: {key}={shown(text)} uses a resolver, which is not allowed. Write the value itself"
             )
     for key, text in texts.items():
         if ":" in text.partition("${")[2].partition("}")[0]:
             raise InputError(
-                f"{path}: {key}={shown(text)} asks a resolver, which may read anything. Write the value out"
+                f"{path}: {key}={shown(text)} uses a resolver, which is not allowed. Write the value itself"
             )
         try:
-            found[key] = OmegaConf.select(values, key, throw_on_missing=True)
+            flat[key] = OmegaConf.select(values, key, throw_on_missing=True)
         except (OmegaConfBaseException, RecursionError):
             raise InputError(
-                f"{path}: {key}={shown(text)} refers to no value of the file. Write the value out"
+                f"{path}: {key}={shown(text)} refers to a key that the file does not have. Write the value itself"
             ) from None
-        if OmegaConf.is_config(found[key]):
-            raise InputError(f"{path}: {key}={shown(text)} refers to a section. Name one value of it")
-    return found
+        if OmegaConf.is_config(flat[key]):
+            raise InputError(f"{path}: {key}={shown(text)} refers to a section. Refer to one value of it")
+    return flat
 
 
 _METHODS = {"rear": "reAR", "rar": "RAR", "alitok": "AliTok"}
 
 
 def _method(yaml: _Yaml) -> str:
-    """Whose trainer a YAML is of, which the keys of its generator tell. Raises InputError for the trainers of others."""
+    """The trainer of a YAML (rear, rar or alitok), from the keys of its generator. Raises InputError for any other trainer."""
     masked = [
         key for key in yaml.values if key.startswith("losses.") or key in [f"{_GENERATOR}.{name}" for name in _MASKED]
     ]
@@ -298,26 +302,28 @@ def _method(yaml: _Yaml) -> str:
 
 
 def _tokenizer(yaml: _Yaml, method: str) -> str:
-    """The group file of the YAML's tokenizer. Raises InputError for one that is not known here."""
+    """The name in configs/tokenizer/ of the YAML's tokenizer. Raises InputError for an unknown tokenizer."""
     tokens = yaml.get(f"{_GENERATOR}.image_seq_len", int)
     latent = yaml.get(f"{_TOKENIZER}.num_latent_tokens", int, tokens)
     if tokens is not None and latent != tokens:
         raise yaml.refusal(
             f"{_TOKENIZER}.num_latent_tokens", f"is not {_GENERATOR}.image_seq_len={tokens}. Set both to the same"
         )
-    kind = yaml.get(f"{_TOKENIZER}.model_type", str)
-    if kind is not None and method == "alitok":
+    model_type = yaml.get(f"{_TOKENIZER}.model_type", str)
+    if model_type is not None and method == "alitok":
         raise yaml.refusal(
-            f"{_TOKENIZER}.model_type", "is no key of AliTok's trainer, which has one tokenizer. Remove it"
+            f"{_TOKENIZER}.model_type", "is not a key of AliTok's trainer, which has one tokenizer. Remove it"
         )
-    if kind is not None and kind not in _TOKENIZER_TYPES:
+    if model_type is not None and model_type not in _TOKENIZER_TYPES:
         raise yaml.refusal(
             f"{_TOKENIZER}.model_type",
-            f"is not one of {', '.join(_TOKENIZER_TYPES)}, the tokenizers of reAR's trainer that are known here",
+            f"is not one of {', '.join(_TOKENIZER_TYPES)}, the supported tokenizers of reAR's trainer",
         )
     sizes = (yaml.get(f"{_TOKENIZER}.codebook_size", int), tokens)
     name = (
-        "alitok" if method == "alitok" else _TOKENIZER_TYPES.get(kind) or _TOKENIZER_SIZES.get(sizes, "maskgit_vqgan")
+        "alitok"
+        if method == "alitok"
+        else _TOKENIZER_TYPES.get(model_type) or _TOKENIZER_SIZES.get(sizes, "maskgit_vqgan")
     )
     if name == "titok_b64" and tokens not in (None, _TITOK_TOKENS):
         key = f"{_TOKENIZER}.num_latent_tokens"
@@ -330,9 +336,10 @@ def _tokenizer(yaml: _Yaml, method: str) -> str:
     return name
 
 
-def _setting(yaml: _Yaml, key: str, kind: type, ours: str) -> str:
-    value = yaml.get(key, kind)
-    return f"{ours}={in_quotes(value) if kind is str else value}"
+def _setting(yaml: _Yaml, key: str, value_type: type, ours: str) -> str:
+    """The override that sets our config key `ours` to the value of a key."""
+    value = yaml.get(key, value_type)
+    return f"{ours}={in_quotes(value) if value_type is str else value}"
 
 
 def _size(yaml: _Yaml) -> str:
@@ -341,7 +348,7 @@ def _size(yaml: _Yaml) -> str:
 
 
 def _alitok(yaml: _Yaml) -> tuple[str, list[str]]:
-    # The trainer has no width of the feed-forward: it follows from the model's by AliTok's rule.
+    # The trainer has no key for the width of the feed-forward, which follows from the model's width by AliTok's rule.
     dropout = yaml.get(f"{_GENERATOR}.tok_dropout", float)
     return "ar_alitok_b.yaml", [] if dropout is None else [f"model.embed_dropout={dropout}"]
 
@@ -353,13 +360,13 @@ def _rar(yaml: _Yaml) -> tuple[str, list[str]]:
 def _rear(yaml: _Yaml) -> tuple[str, list[str]]:
     size = _size(yaml)
     name = f"official/rear_{size}.yaml" if size in RELEASED_REAR else f"rear_{size}.yaml"
-    found = ["objective=rear_released", *_feed_forward(yaml), *_anneal(yaml, "objective.noise"), *_heads(yaml)]
+    settings = ["objective=rear_released", *_feed_forward(yaml), *_anneal(yaml, "objective.noise"), *_heads(yaml)]
     mode = yaml.get(f"{_GENERATOR}.perturb_mode", str, "none")
     if mode not in ("switch", "mask", "none"):
         raise yaml.refusal(f"{_GENERATOR}.perturb_mode", "is not one of switch, mask, none. Use one of them")
     if mode == "none":
-        return name, [*found, "objective.noise.max=0"]
-    return name, [*found, f"objective.noise.replacement={'uniform' if mode == 'switch' else 'mask'}"]
+        return name, [*settings, "objective.noise.max=0"]
+    return name, [*settings, f"objective.noise.replacement={'uniform' if mode == 'switch' else 'mask'}"]
 
 
 _GENERATE = {"rear": _rear, "rar": _rar, "alitok": _alitok}
@@ -371,26 +378,26 @@ def _feed_forward(yaml: _Yaml) -> list[str]:
 
 
 def _anneal(yaml: _Yaml, section: str) -> list[str]:
-    """Where randomness falls from 1 to 0, in steps; both negative = it never is."""
-    marks = [yaml.get(key, int) for key in _ANNEAL]
-    if marks == [None, None]:
+    """Overrides for the steps between which randomness decreases from 1 to 0; both negative = no randomness."""
+    steps = [yaml.get(key, int) for key in _ANNEAL]
+    if steps == [None, None]:
         return []
-    for key, mark in zip(_ANNEAL, marks, strict=True):
-        if mark is None:
-            raise yaml.refusal(key, "is there, but not the other mark. Set both")
-    start, end = marks
+    for key, step in zip(_ANNEAL, steps, strict=True):
+        if step is None:
+            raise yaml.refusal(key, "is set, but not the other of the two steps. Set both")
+    start, end = steps
     if end < 0 and start < 0:
         return [f"{section}.start=0", f"{section}.end=0", *(["objective.noise.max=0"] if "noise" in section else [])]
-    for key, mark in zip(_ANNEAL, marks, strict=True):
-        if mark < 0 or mark == 1:
-            raise yaml.refusal(key, "is no step that it could be here. Use 0 or a step from 2 on, or -1 for both marks")
+    for key, step in zip(_ANNEAL, steps, strict=True):
+        if step < 0 or step == 1:
+            raise yaml.refusal(key, "is not a possible step. Use 0 or a step from 2 on, or -1 for both")
     if end < start:
         raise yaml.refusal(_ANNEAL[1], f"lies before {_ANNEAL[0]}={start}. Use {start} or later")
     return [f"{section}.start={start}", f"{section}.end={end}"]
 
 
 def _heads(yaml: _Yaml) -> list[str]:
-    """The alignment heads. A released index i reads the output of block i, which is tap i + 1."""
+    """Overrides for the alignment heads. In the released code index i reads the output of block i, which is tap i + 1."""
     if not yaml.get(f"{_GENERATOR}.transition_alignment", bool, False):
         return ["objective.heads.encode_tap=null", "objective.heads.decode_tap=null"]
     depth, taps = yaml.get(f"{_GENERATOR}.num_hidden_layers", int), {}
@@ -402,16 +409,16 @@ def _heads(yaml: _Yaml) -> list[str]:
         if not 0 <= index < depth:
             raise yaml.refusal(
                 key,
-                f"is no block of 0 .. {depth - 1}, and the trainer would leave out the head. Set it, or {end}_align: False",
+                f"is not a block in 0 .. {depth - 1}, and the trainer would leave out the head. Set it, or {end}_align: False",
             )
         taps[end] = index + 1
     if len(set(taps.values())) < len(taps):
         raise yaml.refusal(
             f"{_GENERATOR}.decode_align_layer_idx",
-            "is that of the encode head, so that the trainer would leave out the decode head. Set it, or decode_align: False",
+            "equals that of the encode head, so that the trainer would leave out the decode head. Set it, or decode_align: False",
         )
     if not taps:
-        raise yaml.refusal(f"{_GENERATOR}.transition_alignment", "has no head that is on. Set it to False")
+        raise yaml.refusal(f"{_GENERATOR}.transition_alignment", "is on, but both heads are off. Set it to False")
     width = yaml.get(f"{_TOKENIZER}.token_size", int)
     if width is not None and yaml.get(f"{_GENERATOR}.z_dim", int, width) != width:
         raise yaml.refusal(
@@ -426,24 +433,24 @@ def _heads(yaml: _Yaml) -> list[str]:
 
 
 def _guidance(yaml: _Yaml) -> list[str]:
-    """scale 0: the samplers skip the second pass, so there is none; power 0: the scale at every step."""
+    """Overrides for guidance. With scale 0 the released samplers use no guidance; with power 0 the scale is constant."""
     scale = yaml.get(f"{_GENERATOR}.guidance_scale", float)
     power = yaml.get(f"{_GENERATOR}.guidance_scale_pow", float)
     if scale == 0:
         return ["sample.guidance.schedule=constant", "sample.guidance.scale=1"]
-    found = [] if scale is None else [f"sample.guidance.scale={scale}"]
+    settings = [] if scale is None else [f"sample.guidance.scale={scale}"]
     if power == 0:
-        return ["sample.guidance.schedule=constant", *found]
+        return ["sample.guidance.schedule=constant", *settings]
     return [
         "sample.guidance.schedule=power_cosine",
-        *found,
+        *settings,
         *([] if power is None else [f"sample.guidance.power={power}"]),
     ]
 
 
 def _training(yaml: _Yaml, overrides: Sequence[str]) -> list[str]:
     if yaml.get("optimizer.name", str, "adamw") != "adamw":
-        raise yaml.refusal("optimizer.name", "is not adamw, the only one of the trainers. Use that")
+        raise yaml.refusal("optimizer.name", "is not adamw, the only optimizer of the trainers. Use that")
     rate = yaml.get("optimizer.params.learning_rate", float)
     base = yaml.get("lr_scheduler.params.learning_rate", float, rate)
     if base != rate:
@@ -451,23 +458,23 @@ def _training(yaml: _Yaml, overrides: Sequence[str]) -> list[str]:
             "lr_scheduler.params.learning_rate",
             f"is not optimizer.params.learning_rate={rate}. Write ${{optimizer.params.learning_rate}}",
         )
-    found = [
+    settings = [
         f"optim.betas=[{yaml.get('optimizer.params.beta1', float, 0.9)},{yaml.get('optimizer.params.beta2', float, 0.96)}]"
     ]
     scheduler = yaml.get("lr_scheduler.scheduler", str, "cosine")
     if scheduler not in ("cosine", "constant"):
         raise yaml.refusal("lr_scheduler.scheduler", "is not one of cosine, constant. Use one of them")
     if scheduler == "constant":
-        # A cosine from the peak to the peak.
-        found.append("optim.end_lr=" + ("${optim.lr}" if rate is None else str(rate)))
+        # A cosine whose end equals its peak.
+        settings.append("optim.end_lr=" + ("${optim.lr}" if rate is None else str(rate)))
     precision = yaml.values.get(f"{_TRAINING}.mixed_precision", "bf16")
     if precision not in ("bf16", "no"):
         raise yaml.refusal(f"{_TRAINING}.mixed_precision", 'is not one of "bf16" and "no" (in quotes). Use one of them')
-    found.append(f"train.precision={'bf16' if precision == 'bf16' else 'fp32'}")
+    settings.append(f"train.precision={'bf16' if precision == 'bf16' else 'fp32'}")
     if yaml.get(f"{_TRAINING}.use_ema", bool, False):
-        found.append(f"optim.ema_decay={_EMA_DECAY}")
+        settings.append(f"optim.ema_decay={_EMA_DECAY}")
     recompute = yaml.get(f"{_GENERATOR}.use_checkpoint", bool, False)
-    return [*found, f"train.activation_checkpointing={'full' if recompute else 'none'}", *_batch(yaml, overrides)]
+    return [*settings, f"train.activation_checkpointing={'full' if recompute else 'none'}", *_batch(yaml, overrides)]
 
 
 def _batch(yaml: _Yaml, overrides: Sequence[str]) -> list[str]:
@@ -484,9 +491,10 @@ def _batch(yaml: _Yaml, overrides: Sequence[str]) -> list[str]:
     if _GLOBAL_BATCH % (size * steps):
         raise yaml.refusal(
             f"{_TRAINING}.per_gpu_batch_size",
-            f"x {_TRAINING}.gradient_accumulation_steps={steps} gives {size * steps} images per process and update, of which the "
-            f"{_GLOBAL_BATCH} of the published runs are no multiple. Set train.global_batch_size={size * steps} x the processes",
+            f"x {_TRAINING}.gradient_accumulation_steps={steps} gives {size * steps} images per process and update, but the "
+            f"{_GLOBAL_BATCH} of the published runs are not a multiple of that. "
+            f"Set train.global_batch_size={size * steps} x the processes",
         )
-    found = [f"train.micro_batch_size={size}", f"train.global_batch_size={_GLOBAL_BATCH}"]
+    settings = [f"train.micro_batch_size={size}", f"train.global_batch_size={_GLOBAL_BATCH}"]
     alone = any(text.lstrip("+").startswith("strategy=single") for text in overrides)
-    return found if alone else [*found, f"cluster.gpus={_GLOBAL_BATCH // (size * steps)}"]
+    return settings if alone else [*settings, f"cluster.gpus={_GLOBAL_BATCH // (size * steps)}"]

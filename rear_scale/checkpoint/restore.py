@@ -1,4 +1,4 @@
-"""Puts what a checkpoint holds into a model or a strategy."""
+"""Loading of checkpoints into models and strategies."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from rear_scale.parallel.strategy import Strategy
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fills a plain model. It may lack parameters of the checkpoint (the heads), but not have others."""
+    """Loads the weights into a plain model, which may lack parameters of the checkpoint (heads), but not have others."""
     read = checkpoint.reader("param")
     model.load_state_dict({name: read(name) for name, _ in model.named_parameters()})
 
 
-def load_generator_weights(found: Checkpoint, model: Generator) -> None:
-    """Fills a model in place, whatever its device and dtype, one weight at a time. Heads that the model lacks are left out.
+def load_generator_weights(checkpoint: Checkpoint, model: Generator) -> None:
+    """Loads the weights into a model in place, whatever its device and dtype, one at a time, without heads that it lacks.
 
-    Raises InputError unless all weights of the source but heads have their place in it, and are finite.
+    Raises InputError for weights other than heads that do not fit, and for values that are not finite.
     """
-    read, own = found.reader("param"), model.state_dict()
-    names = [name for name in found.names() if name in own or not official.is_head(name)]
+    read, own = checkpoint.reader("param"), model.state_dict()
+    names = [name for name in checkpoint.names() if name in own or not official.is_head(name)]
     shapes = {name: read(name).to("meta") for name in names}
-    official.check_fits(shapes, model, str(found.path), heads_optional=True)
+    official.check_fits(shapes, model, str(checkpoint.path), heads_optional=True)
     for name in names:
-        # Through a mapping of its own: what was read through one counts as memory of the process while that one lasts.
-        weight = found.reader("param")(name)
+        # A new reader, and so a new mapping of the file, per weight: pages read through a mapping count towards the memory of
+        # the process until it is closed.
+        weight = checkpoint.reader("param")(name)
         if not weight.isfinite().all():
             raise InputError(
-                f"{found.path}: {name} holds values that are not finite, which samples cannot be drawn from. "
+                f"{checkpoint.path}: {name} holds values that are not finite, so no samples can be made. "
                 "Use an earlier checkpoint, or get the file again"
             )
         own[name].copy_(weight)
 
 
 def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
-    """Sets master weights and moments of a strategy that was built around a model with the checkpoint's weights in it.
+    """Sets the master weights and optimizer states of a strategy, built with a model that has the checkpoint's weights already.
 
-    All ranks must call this. Raises InputError when the checkpoint has the states of other rules (check_states). (An engine's
-    copies of the weights are made when it is built, and not set again here.)
+    All ranks must call this. Raises InputError for the states of other rules (check_states). An engine copies the weights when
+    it is built, so they are not set again here.
     """
     check_states(checkpoint, strategy.rules, strategy.cfg)
     for state_name in strategy.state_names:
-        # Averaging may begin at any time: with the weights as they are then.
+        # A checkpoint without a moving average starts it from the current weights.
         stored = "param" if state_name == "ema" and not checkpoint.has("ema") else state_name
         strategy.load_tensors(state_name, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
 
 
 def check_states(checkpoint: Checkpoint, rules: Mapping[str, Rule], cfg: ExperimentConfig) -> None:
-    """Raises InputError when a checkpoint's optimizer states are not those that the rules of the parameters name."""
+    """Raises InputError when the optimizer states of a checkpoint are not those of the parameters' rules."""
     stored: dict[str, set[str]] = {name: set() for name in rules}
     for key in checkpoint.meta["index"]:
         state_name, _, name = key.partition("/")
@@ -64,7 +65,7 @@ def check_states(checkpoint: Checkpoint, rules: Mapping[str, Rule], cfg: Experim
         if stored[name] != set(rule.states):
             raise InputError(
                 f"{checkpoint.path} has {_listed(stored[name])} of {name}, but optim.name={cfg.optim.name} updates it with "
-                f"{_listed(rule.states)}. Set optim.name as it was trained, or begin another run.dir from its weights with "
+                f"{_listed(rule.states)}. Set optim.name as in its training, or start another run.dir from its weights with "
                 f"train.init_from={checkpoint.path}"
             )
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints: of a strategy while training goes on, of tensors that are there already, and as one weight file."""
+"""Writing of checkpoints: of a strategy in the background of training, of given tensors, and as a single weight file."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from rear_scale.progress import say
 from rear_scale.weight_file import save_tensors, write_tensors
 from rear_scale.world import World
 
-# Room for the names and meta.json.
+# Disk space for tensor names and meta.json.
 _SPACE_MARGIN = 1.02
 
 
 class Unwritten(OSError):
-    """A checkpoint without which nothing can go on was not written."""
+    """A required checkpoint could not be written."""
 
 
 class Writer:
-    """Writes checkpoints of a run while it goes on: training waits for the copy to host memory alone.
+    """Writes checkpoints in the background: training waits only for the copy to host memory.
 
-    Each rank writes a part of the folder in a thread of its own. Nothing collective happens there: the ranks tell each other
-    `state` in step with training, and when all have written, `finish` makes the checkpoint visible.
+    Each rank writes a part file in a thread. The threads use no collectives: the ranks exchange `state` together with the other
+    values of a training step, and when all have written, `finish` makes the checkpoint visible.
     """
 
     IDLE, WRITING, WRITTEN, FAILED = range(4)
 
     def __init__(self, root: Path, world: World, config: CheckpointConfig, resumed: Checkpoint | None = None) -> None:
-        """resumed: the checkpoint that the run goes on from, which stays for as long as this writer is in use."""
+        """resumed: the checkpoint that the run was resumed from, which this writer never removes."""
         self.root, self.world, self.config = root, world, config
         self.resumed = resumed.path if resumed else None
-        self.intact = {self.resumed} if self.resumed else set()  # on rank 0: known to be, by their checksums
-        self.damaged: dict[Path, str] = {}  # on rank 0: found by the thread, to be set aside
+        self.intact = {self.resumed} if self.resumed else set()  # on rank 0: whose checksums were verified
+        self.damaged: dict[Path, str] = {}  # on rank 0: found by the thread, to be renamed
         self.thread: threading.Thread | None = None
         self.error: str | None = None
         self.meta: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Writer:
 
     @property
     def state(self) -> int:
-        """This rank's part: IDLE, WRITING, WRITTEN or FAILED."""
+        """The state of this rank's part: IDLE, WRITING, WRITTEN or FAILED."""
         if self.thread is None:
             return Writer.IDLE
         if self.thread.is_alive():
@@ -72,12 +72,12 @@ class Writer:
         return Writer.WRITTEN if self.error is None else Writer.FAILED
 
     def begin(self, step: int, strategy: Strategy, meta: dict[str, Any]) -> str | None:
-        """Copies the state of a step and starts to write it. All ranks must call this, with no write going on.
+        """Copies the state of a step and starts writing it. All ranks must call this, with no write in progress.
 
-        Returns what is wrong when it cannot be written here (too little disk space), on all ranks.
+        Returns the problem, on all ranks, when it cannot be written (too little disk space), else None.
         """
         assert self.thread is None
-        self.mine, self.error, self.meta = _own_share(strategy, self.world), None, {"step": step, **meta}
+        self.mine, self.error, self.meta = _own_part(strategy, self.world), None, {"step": step, **meta}
         problem = self._prepare_folder()
         if problem is None:
             self.thread = threading.Thread(target=self._write, daemon=True)
@@ -85,9 +85,9 @@ class Writer:
         return problem
 
     def finish(self) -> tuple[Path | None, str | None]:
-        """Waits for all parts and makes the checkpoint visible: (its folder, None), or (None, what went wrong).
+        """Waits for all parts and makes the checkpoint visible. Returns (its folder, None) or (None, the problem).
 
-        All ranks must call this while a write goes on, and all get the same answer.
+        All ranks must call this while a write is in progress, and all get the same result.
         """
         assert self.thread is not None
         self.thread.join()
@@ -99,7 +99,7 @@ class Writer:
             try:
                 if problem is None:
                     self._publish(final, [part for _, part in written])
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # training goes on after any error
                 problem = f"rank 0: {reason(error)}"
             if problem is not None:
                 shutil.rmtree(unpublished(final), ignore_errors=True)
@@ -107,17 +107,17 @@ class Writer:
         return (final, None) if problem is None else (None, problem)
 
     def _prepare_folder(self) -> str | None:
-        part = unpublished(self.root / step_name(self.meta["step"]))
+        folder = unpublished(self.root / step_name(self.meta["step"]))
         needed = int(self.world.sum([sum(tensor.nbytes for tensor in self.mine.values())]).item())
         problem = None
         if self.world.is_main:
             try:
                 clear(self.root)
-                part.mkdir(parents=True)
+                folder.mkdir(parents=True)
                 free = shutil.disk_usage(self.root).free
                 if free < needed * _SPACE_MARGIN:
                     problem = f"{self.root} has {free / 2**20:,.1f} MiB free, but a checkpoint takes {needed / 2**20:,.1f} MiB"
-                    shutil.rmtree(part)
+                    shutil.rmtree(folder)
             except OSError as error:
                 problem = str(error)
         return self.world.from_main(problem)
@@ -129,57 +129,59 @@ class Writer:
             _verify(path, self.mine)
             self.meta["part"] = {**_listed(path), "keys": list(self.mine)}
             if self.world.is_main:
-                self._look_at_older()
-        except Exception as error:  # whatever it is, training goes on
+                self._verify_older()
+        except Exception as error:  # training goes on after any error
             self.error = f"{path}: {reason(error)}"
         self.mine = {}
 
-    def _look_at_older(self) -> None:
-        """Takes the checksums, once, of those that checkpoint.keep_last counts beside the new one."""
+    def _verify_older(self) -> None:
+        """Verifies the checksums of the older checkpoints that checkpoint.keep_last counts, each once."""
         wanted = self.config.keep_last - 1
         for path in reversed(folders(self.root)):
             if wanted == 0 or step_of(path) >= self.meta["step"]:
                 continue
-            if path not in self.intact and (found := fault(path)):
-                self.damaged[path] = found
+            if path not in self.intact and (problem := fault(path)):
+                self.damaged[path] = problem
                 continue
             self.intact.add(path)
             wanted -= 1
 
     def _publish(self, final: Path, parts: list[dict[str, Any]]) -> None:
-        part = unpublished(final)
+        folder = unpublished(final)
         files = [{name: item[name] for name in ("file", "size", "sha256")} for item in parts]
         index = {key: item["file"] for item in parts for key in item["keys"]}
         meta = {name: value for name, value in self.meta.items() if name != "part"}
-        _write_meta(part, meta, files, index)
-        publish_folder(part, final)  # in place of the same step, where it is saved again after a resume from before it
+        _write_meta(folder, meta, files, index)
+        publish_folder(folder, final)  # replaces a folder of the same step, saved again after a resume from before it
         self.intact.add(final)
         self._tidy(final)
 
     def settle(self) -> None:
-        """What a kill has left undone of publishing the checkpoint that the run goes on from. Rank 0 alone."""
+        """Completes the publication of the checkpoint that the run was resumed from, if a kill interrupted it. Rank 0 only."""
         assert self.resumed is not None
         if len(folders(self.root)) > self.config.keep_last:
             self.meta = {"step": step_of(self.resumed)}
-            self._look_at_older()
+            self._verify_older()
         self._tidy(self.resumed)
 
     def _tidy(self, newest: Path) -> None:
-        """Names the newest checkpoint in `latest`, and removes those that are not kept. What goes wrong there is said: that
-        checkpoint is visible by now."""
+        """Writes the name of the newest checkpoint to `latest`, and removes those that are not kept.
+
+        Errors are only printed, because the checkpoint itself is complete.
+        """
         latest, text = self.root / LATEST, f"{newest.name}\n"
         try:
             if not latest.exists() or latest.read_text() != text:
                 write_text_atomically(latest, text)
-            for path, found in self.damaged.items():
-                say(set_aside(path, found))
+            for path, problem in self.damaged.items():
+                say(set_aside(path, problem))
             self.damaged = {}
             self._remove_older()
         except Exception as error:
-            say(f"{newest} is written, but its surroundings are not in order: {reason(error)}")
+            say(f"{newest} is written, but `latest` or older checkpoints could not be updated: {reason(error)}")
 
     def _remove_older(self) -> None:
-        """Removes what checkpoint.keep_last and keep_every do not keep. Intact ones alone count."""
+        """Removes the checkpoints that checkpoint.keep_last and keep_every do not keep. Only intact ones count."""
         visible = folders(self.root)
         intact = [path for path in visible if path in self.intact]
         if len(intact) < self.config.keep_last:
@@ -193,7 +195,7 @@ class Writer:
 def save(
     root: Path, step: int, strategy: Strategy, world: World, meta: dict[str, Any], config: CheckpointConfig
 ) -> Path:
-    """Writes the checkpoint of a step and waits for it. All ranks must call this. Returns its folder.
+    """Writes the checkpoint of a step and waits for it. Returns its folder. All ranks must call this.
 
     Raises OSError, on all ranks, when it cannot be written.
     """
@@ -207,33 +209,35 @@ def save(
     return path
 
 
-def _own_share(strategy: Strategy, world: World) -> dict[str, Tensor]:
-    """Host copies of the tensors that this rank writes: about the same number of bytes on each."""
+def _own_part(strategy: Strategy, world: World) -> dict[str, Tensor]:
+    """Host copies of the tensors that this rank writes: about the same number of bytes on every rank."""
     mine: dict[str, Tensor] = {}
     filled = [0] * world.size
-    for kind in strategy.state_names:
-        # Gathering is collective, so every rank walks through all of them and keeps its own.
-        for name, tensor in strategy.tensors(kind):
+    for state_name in strategy.state_names:
+        # Gathering is collective, so every rank iterates over all tensors and keeps its own.
+        for name, tensor in strategy.tensors(state_name):
             owner = filled.index(min(filled))
             filled[owner] += tensor.numel()
             if owner == world.rank:
-                mine[f"{kind}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+                mine[f"{state_name}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
     return mine
 
 
 def _verify(path: Path, expected: dict[str, Tensor]) -> None:
-    """Reads a part back. Raises OSError when the disk gives something else."""
+    """Reads a part file back. Raises OSError when its content differs."""
     with safe_open(path, "pt") as file:
         for key, tensor in expected.items():
-            # As bits: a number that is not one differs from itself.
+            # Compare bit patterns, because NaN != NaN.
             if not torch.equal(file.get_tensor(key).view(torch.int32), tensor.view(torch.int32)):
-                raise OSError(f"{key} reads back as something else")
+                raise OSError(f"{key} reads back with other content")
 
 
 def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    """A checkpoint folder of whole tensors (kind -> name -> tensor), complete when it becomes visible."""
+    """Writes a checkpoint folder atomically. tensors: by state name and parameter name."""
     keyed = {
-        f"{kind}/{name}": value.float().contiguous() for kind, named in tensors.items() for name, value in named.items()
+        f"{state_name}/{name}": value.float().contiguous()
+        for state_name, named in tensors.items()
+        for name, value in named.items()
     }
     with atomic_folder(folder) as temporary:
         file = temporary / part_name(0)
@@ -242,18 +246,18 @@ def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]
 
 
 def _listed(file: Path) -> dict[str, Any]:
-    """A finished part, as meta.json lists it."""
+    """The entry of a finished part file in meta.json."""
     return {"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], files: list[dict[str, Any]], index: dict[str, str]) -> None:
-    """Writes meta.json, after which the folder is complete. index: from a tensor's key to the file that holds it."""
+    """Writes meta.json, which completes the folder. index: from a tensor's key to the file that holds it."""
     text = json.dumps({"format": FORMAT, **meta, "files": files, "index": index}, indent=1)
     write_text_atomically(folder / META, text)
 
 
 def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor]) -> None:
-    """One safetensors file of float32 weights by official names, with the config and step of their source in its head."""
-    head = {"kind": CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
-    head["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
-    write_tensors(path, weights, head)
+    """Writes one safetensors file of float32 weights by official names, with config and step of their source in its header."""
+    header = {"kind": CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
+    header["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
+    write_tensors(path, weights, header)

@@ -1,10 +1,9 @@
-"""The typed experiment config: one dataclass per component, composed from `configs/` by Hydra, checked before anything
-is spent.
+"""The typed experiment config: one dataclass per section, composed from `configs/` by Hydra and checked before a run starts.
 
     cfg = load("rear_xl.yaml", ["strategy=zero3", "optim.lr=2e-4"])
     plan = derive(cfg, world_size=8, images_per_epoch=1_281_167)
 
-Every rule that a user can break raises InputError with the field, its value, the rule and a way out, on one line.
+A broken rule raises InputError: one line with the field, its value, the rule and a way out.
 """
 
 from rear_scale.config.arrived import found_from, is_remote

@@ -1,8 +1,7 @@
-"""A config that arrives with weights (a checkpoint's meta.json, the head of a weight file) is data, not instructions.
+"""Checks of a config that comes from a checkpoint's meta.json or the header of a weight file, which is untrusted input.
 
-It says what the model is and which local files were used. It interpolates nothing, and it names no command, no remote place
-and no folder elsewhere to write to: where such a value stands, it is not taken, and a command that needs it asks for the
-field by name.
+It may describe the model and name local files. It may not interpolate, and values that name a command, a URL or an output
+folder outside of the current one are dropped; a command that needs such a value asks for the field by name.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from rear_scale.config.errors import InputError
 from rear_scale.config.fields import declarations
 from rear_scale.config.schema import ExperimentConfig, RunConfig
 
-_DEEPEST = 8  # levels of sections; ours have four
+_DEEPEST = 8  # levels of nested sections; ours have four
 _LONGEST_TEXT = 4096  # characters, as a path has at most
 _LARGEST = 2**63  # whole numbers have 64 bits
 _MOST_VALUES = 60_000  # in all; ours have some two hundred, and sample.labels may list one for each of 50,000 images
-_REMOTE_FIELDS = ("train", "val")  # of data: the only ones that may name a command or a remote place
+_REMOTE_FIELDS = ("train", "val")  # of data: the only fields that may be a command or a URL
 
 
 def is_remote(folder: object) -> bool:
@@ -30,44 +29,44 @@ def is_remote(folder: object) -> bool:
 
 
 def taken(values: Any, source: str) -> dict[str, Any]:
-    """The values of a config out of a file that may be used: plain, without commands, remote places and places to write.
+    """The values of a config from a file, without those that name commands, URLs or output folders elsewhere.
 
-    Raises InputError, naming the file and the field, when it is no config, or holds an interpolation or values that no
-    config of ours has.
+    Raises InputError, naming the file and the field, for values that are no config, for an interpolation, and for values
+    beyond the limits of a config of ours.
     """
     _check_values(values, "config", source, count=iter(range(_MOST_VALUES)))
-    found = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
-    data, run, wandb, train = (found.get(name) for name in ("data", "run", "wandb", "train"))
+    allowed = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    data, run, wandb, train = (allowed.get(name) for name in ("data", "run", "wandb", "train"))
     if isinstance(data, dict):
         remote = [name for name in _REMOTE_FIELDS if is_remote(data.get(name, ""))]
         data.update(dict.fromkeys(remote))
         if "val" in remote and isinstance(train, dict):
-            train["val_every"] = None  # which needs data.val, and is over
+            train["val_every"] = None  # it needs data.val
     if isinstance(run, dict) and not _is_inside(run.get("dir")):
-        # Below the current folder, as for a run that sets nothing.
+        # The default of a run that does not set it, below the current folder.
         name = run.get("name")
         run["dir"] = f"runs/{name if _is_name(name) else RunConfig.name}"
-    evaluate = found.get("evaluate")
+    evaluate = allowed.get("evaluate")
     classifier = evaluate.get("classifier") if isinstance(evaluate, dict) else None
     if (
         isinstance(classifier, dict)
         and not _is_inside(classifier.get("weights"))
         and not _is_file(classifier.get("weights"))
     ):
-        evaluate["classifier"] = None  # which would be trained, and written there
+        evaluate["classifier"] = None  # a missing classifier would be trained and written to that path
     if isinstance(wandb, dict) and "mode" in wandb:
         wandb["mode"] = "disabled"
-    return found
+    return allowed
 
 
 def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> list[str]:
-    """Sets relative paths of files to read that are not here, but in the folder of the run or one above it: the config was
-    saved by a command in another folder. Returns a line for the user for each folder that they are found from.
+    """Resolves relative paths of input files that exist not from the current folder, but from the run folder or a parent of it.
 
-    folder: of the run. given: dotted keys that the user has set, whose paths stay.
+    They occur when the config was saved by a command in another folder. Returns one line for the user per folder. folder: the
+    run folder. given: the dotted keys that the user has set, whose paths are not changed.
     """
     bases = [base for base in (folder.resolve(), *folder.resolve().parents) if base != base.parent]
-    found_in: dict[Path, list[str]] = {}
+    by_base: dict[Path, list[str]] = {}
     for key, own in declarations(ExperimentConfig).items():
         if not own.reads or key in given:
             continue
@@ -76,21 +75,21 @@ def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> l
         for one in sections:
             section = getattr(section, one, None)
         value = getattr(section, name, None)
-        places, labels = (value, f"{key}.") if isinstance(value, dict) else ({name: value}, "")
-        for entry, text in places.items():
+        paths, labels = (value, f"{key}.") if isinstance(value, dict) else ({name: value}, "")
+        for entry, text in paths.items():
             label = f"{labels}{entry}" if labels else key
             if label in given or not isinstance(text, str) or (base := _base_of(text, bases)) is None:
                 continue
-            found_in.setdefault(base, []).append(f"{label}={text}")
+            by_base.setdefault(base, []).append(f"{label}={text}")
             if labels:
                 value[entry] = str(base / text)
             else:
                 setattr(section, name, str(base / text))
-    return [f"taken from {base}, as they are not here: {', '.join(paths)}" for base, paths in found_in.items()]
+    return [f"taken from {base}, as they are not here: {', '.join(settings)}" for base, settings in by_base.items()]
 
 
 def _base_of(text: str, bases: Iterable[Path]) -> Path | None:
-    """The first of some folders from which a relative path leads somewhere; None where it does so from here, or from none."""
+    """The first of some folders in which a relative path exists; None where it exists in the current folder, or in none."""
     if text.startswith(("/", "~")) or is_remote(text) or os.path.exists(text):
         return None
     return next((base for base in bases if os.path.exists(base / text)), None)
@@ -120,7 +119,7 @@ def _check_values(values: Any, key: str, source: str, count: Iterator[int], dept
     if isinstance(values, dict) and depth < _DEEPEST:
         for name, value in values.items():
             if not isinstance(name, str) or not name.isprintable():
-                raise _refusal(f"{key} has the key {name!a:.60}, which is no name", source)
+                raise _refusal(f"{key} has the key {name!a:.60}, which is not a name", source)
             _check_values(value, name if depth == 0 else f"{key}.{name}", source, count, depth + 1)
         return
     if depth == 0:
@@ -141,10 +140,11 @@ def _check_values(values: Any, key: str, source: str, count: Iterator[int], dept
 def _check_text(text: str, key: str, source: str) -> None:
     if "${" in text:
         raise _refusal(
-            f"{key}={text!a:.80} refers to something else, which a config that comes with weights must not", source
+            f"{key}={text!a:.80} is a reference (${{...}}), which a config that comes with weights must not contain",
+            source,
         )
     if len(text) > _LONGEST_TEXT or not text.isprintable():
-        raise _refusal(f"{key}={text!a:.60} is no text of one line with at most {_LONGEST_TEXT} characters", source)
+        raise _refusal(f"{key}={text!a:.60} is not a text of one line with at most {_LONGEST_TEXT} characters", source)
 
 
 def _refusal(what: str, source: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Limits of a config file, so that a damaged or hostile one ends in an error at once and not in a full memory."""
+"""Limits on config files, so that a damaged or hostile one ends in an error at once instead of exhausting the memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from rear_scale.config.errors import InputError
 
 MOST_CHARACTERS = 1 << 20
 MOST_VALUES = 200_000  # a config has some 150, and sample.labels may list an id per image
-MOST_ALIASED = 1000  # values that aliases stand for, each time; Hydra copies them many times over
+MOST_ALIASED = 1000  # values that aliases expand to in all; Hydra copies them many times
 DEEPEST = 30  # levels of nesting; a config has 4
-MOST_REFERENCES = 4096  # of one value, its references' references included
+MOST_REFERENCES = 4096  # values that references (${KEY}) may expand to
 MOST_DIGITS = 30  # of a whole number; the rules of single fields are narrower
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_yaml(text: str, source: str) -> None:
-    """Raises InputError for a YAML text that is too long, too deep, or too large once its aliases are written out.
+    """Raises InputError for a YAML text that is too long, too deep, or too large once its aliases are expanded.
 
-    In time proportional to its length: no value is built. A text that is no YAML passes, for the reader to say where.
+    Takes time proportional to the length of the text, because no value is built. Invalid YAML passes: the reader reports the
+    line of the error.
     """
     if len(text) > MOST_CHARACTERS:
         raise InputError(
@@ -36,14 +37,14 @@ def check_yaml(text: str, source: str) -> None:
 
 
 def check_references(texts: Iterable[str], source: str) -> None:
-    """Raises InputError where ${KEY}s, each of which may stand for several others, could multiply beyond bounds."""
+    """Raises InputError where references (${KEY}), each to a text with several more, could multiply beyond bounds."""
     if math.prod(max(1, text.count("${")) for text in texts) > MOST_REFERENCES:
         raise InputError(f"{source}: too many values refer to several others (${{KEY}}). Write some of them out")
 
 
 def _check_events(events: Iterator[yaml.Event], source: str) -> None:
-    anchored: dict[str, tuple[int, int]] = {}  # number of values and levels below an anchor
-    aliased = 0  # values that aliases stand for
+    anchored: dict[str, tuple[int, int]] = {}  # by anchor: number of values, levels below it
+    aliased = 0  # values that aliases expand to
     open_nodes: list[list[Any]] = []  # [anchor, values, levels] of each collection that is not closed
 
     def add(anchor: str | None, values: int, levels: int) -> None:
@@ -61,13 +62,13 @@ def _check_events(events: Iterator[yaml.Event], source: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _, _ in open_nodes):
                 raise InputError(
-                    f"{source}: the alias *{event.anchor} stands within what it names. Write the value out"
+                    f"{source}: the alias *{event.anchor} is inside the value that it refers to. Write the value out"
                 )
             values, levels = anchored.get(event.anchor, (1, 0))
             aliased += values
             if aliased > MOST_ALIASED:
                 raise InputError(
-                    f"{source} holds more than {MOST_ALIASED:,} values when its aliases (*NAME) are written out. Is it a config?"
+                    f"{source} holds more than {MOST_ALIASED:,} values once its aliases (*NAME) are expanded. Is it a config?"
                 )
             add(None, values, levels)
         elif isinstance(event, yaml.ScalarEvent):

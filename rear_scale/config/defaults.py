@@ -1,4 +1,4 @@
-"""Which files a config may be composed of, found without composing it: the key under which a composition is kept."""
+"""The files that a config may be composed of, found without composing it: the cache key of a composed config."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Texts = tuple[tuple[str, tuple[bytes | None, ...]], ...]
 
 
 def texts_composed(folders: Iterable[Path], name: str, groups: Iterable[tuple[str, str]]) -> Texts | None:
-    """The names of the files that the config `name` may be composed of, with the text of each in every folder of the search
-    path, or None where it is not there. groups: (group, choice), as on the command line.
+    """The files that the config `name` may be composed of: each name with its texts in all folders, None where it is missing.
 
-    None as a whole where the defaults lists are not plain names, so that only Hydra knows.
+    folders: the search path. groups: (group, choice), as on the command line. Returns None where a defaults list has other
+    forms than plain names, which only Hydra resolves.
     """
-    found: dict[str, tuple[bytes | None, ...]] = {}
+    texts: dict[str, tuple[bytes | None, ...]] = {}
     waiting = [name, *(f"{group}/{choice}" for group, choice in groups)]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in texts:
             continue
-        found[name] = tuple(_text(folder / f"{name}.yaml") for folder in folders)
-        for text in found[name]:
+        texts[name] = tuple(_text(folder / f"{name}.yaml") for folder in folders)
+        for text in texts[name]:
             entries = () if text is None else _defaults(text)
-            if entries is None or len(found) > _MOST_FILES:
+            if entries is None or len(texts) > _MOST_FILES:
                 return None
-            # Names without a leading slash are looked up beside the file.
+            # Names without a leading slash are relative to the folder of the file.
             parent = PurePosixPath(name).parent
             waiting += [one[1:] if one.startswith("/") else (parent / one).as_posix() for one in entries]
-    return tuple(sorted(found.items()))
+    return tuple(sorted(texts.items()))
 
 
 def _text(path: Path) -> bytes | None:
@@ -48,7 +48,7 @@ def _text(path: Path) -> bytes | None:
 
 @lru_cache(maxsize=1024)
 def _defaults(text: bytes) -> tuple[str, ...] | None:
-    """The entries of a file's defaults list as GROUP/NAME or NAME. None for entries of other forms, and for no YAML."""
+    """The entries of a file's defaults list as GROUP/NAME or NAME; None for entries of other forms and for invalid YAML."""
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError):
@@ -62,7 +62,7 @@ def _defaults(text: bytes) -> tuple[str, ...] | None:
 
 @lru_cache(maxsize=1024)
 def own_keys(text: str) -> frozenset[str]:
-    """The dotted keys that a config file sets itself; none where it is no YAML."""
+    """The dotted keys that a config file itself sets; empty for invalid YAML."""
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):

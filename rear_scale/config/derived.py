@@ -1,4 +1,4 @@
-"""What follows from a config: run length, accumulation, marks in steps; and what a resumed run may change."""
+"""Values derived from a config: run length, gradient accumulation, schedule times in steps; and the checks of a resumed run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rear_scale.parallel import facts
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config means on a given number of ranks and images. Steps are optimizer updates."""
+    """The numbers of a run on a given number of ranks and images. Steps are optimizer updates."""
 
     world_size: int
     accumulation: int  # micro-steps per update
-    total_steps: int  # length of the schedules
-    last_step: int  # where this run ends: total_steps, or train.stop_at_step before it
-    images_per_epoch: int | None  # null = unknown: no shards, and no data.assumed_images
+    total_steps: int  # the length of the schedules
+    last_step: int  # at which this run ends: total_steps, or train.stop_at_step if that is smaller
+    images_per_epoch: int | None  # None = unknown: no shards, and no data.assumed_images
     noise_start_step: int
     noise_end_step: int
     permutation_start_step: int
@@ -35,7 +35,7 @@ class Plan:
 
 
 def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None) -> Plan:
-    """The numbers that follow from a config. Raises InputError for an indivisible batch or an unknown epoch length."""
+    """The plan of a config on `world_size` ranks. Raises InputError for an indivisible batch or an unknown epoch length."""
     train = cfg.train
     _check_ranks(cfg.strategy, world_size)
     _check_batch(train, world_size)
@@ -67,7 +67,7 @@ def _check_ranks(strategy: StrategyConfig, world_size: int) -> None:
     row, replicas = facts.of(strategy), strategy.replicas
     if row.alone and world_size != 1:
         raise InputError(
-            f"strategy={row.name} runs one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
+            f"strategy={row.name} runs in one process, but {world_size} were started. Use strategy=ddp or strategy=zero1"
         )
     if row.replicates and (world_size % replicas or world_size < 2 * replicas):
         raise InputError(
@@ -82,7 +82,7 @@ def _check_ranks(strategy: StrategyConfig, world_size: int) -> None:
 
 
 def _as_steps(value: float, total_steps: int) -> int:
-    """A share of the run (up to 1) or a number of steps (above 1), as steps."""
+    """The step of a time in the run: a fraction of its length (up to 1) or a number of steps (above 1)."""
     return round(value * total_steps) if value <= 1 else int(value)
 
 
@@ -108,7 +108,8 @@ def _check_batch(train: TrainConfig, world_size: int) -> None:
     raise InputError(f"{rule}. Use train.micro_batch_size={choices}")
 
 
-# What a checkpoint from before a field was trained with: the field's default, except where the program had no choice yet.
+# The values that a checkpoint without a field was trained with: the field's default, except where the program then behaved
+# otherwise.
 _DEFAULTS = to_dict(ExperimentConfig())
 del _DEFAULTS["tokenizer"]["grid"], _DEFAULTS["tokenizer"]["prefix_tokens"]
 _DEFAULTS["data"]["group_by_class"] = False
@@ -135,8 +136,11 @@ def groups_by_class(cfg: ExperimentConfig) -> bool:
 
 
 def wants_compile(cfg: ExperimentConfig, device: str) -> bool:
-    """Whether blocks are to be compiled on a device ("cuda" or "cpu"): on GPUs, where single operations wait for memory, except
-    under what compilation does not work with."""
+    """Whether blocks are compiled on a device ("cuda" or "cpu").
+
+    train.compile=auto compiles on GPUs, where separate elementwise operations are bound by memory bandwidth, unless the
+    strategy or the recomputation policy does not work with compilation.
+    """
     if cfg.train.compile != "auto":
         return bool(cfg.train.compile)
     works = facts.of(cfg.strategy).no_compile is None and cfg.train.activation_checkpointing != "selective"
@@ -144,8 +148,11 @@ def wants_compile(cfg: ExperimentConfig, device: str) -> bool:
 
 
 def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentConfig:
-    """The config with the choices that it leaves open as the checkpoint has them whose config's values are `saved`, so that a
-    run goes on as it began; in a new run (None), with data.group_by_class as its rule says."""
+    """The config with its open choices (null and auto) settled.
+
+    A resumed run takes them from `saved`, the values of the checkpoint's config, so that it goes on as it began. A new run
+    (saved=None) settles data.group_by_class by `groups_by_class`.
+    """
     if saved is None:
         return replace(cfg, data=replace(cfg.data, group_by_class=groups_by_class(cfg)))
     before = completed(saved)
@@ -167,7 +174,7 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
     """
     before = leaves(completed(saved))
     now = leaves(to_dict(cfg))
-    # A section without entries differs from one with some in those entries, which are named below.
+    # An empty section has no entry to compare; the entries of the other side are named below.
     before, now = ({key: value for key, value in one.items() if value != {}} for one in (before, now))
     for key in sorted(before.keys() | now.keys()):
         own = declaration(ExperimentConfig, key)

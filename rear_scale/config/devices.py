@@ -1,4 +1,4 @@
-"""Kinds of GPUs, from the table configs/devices/gpus.yaml."""
+"""Data-sheet figures of GPU models, from the table configs/devices/gpus.yaml."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rear_scale.config.errors import InputError
 from rear_scale.config.load import CONFIG_DIR
 
 TABLE = CONFIG_DIR / "devices" / "gpus.yaml"
-_SAME_MEMORY = 0.1  # by how much of the table's the memory of a GPU may differ from it
+_SAME_MEMORY = 0.1  # largest relative difference between a GPU's memory and the table's
 
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of GPU: the data sheet's figures."""
+    """The data-sheet figures of one GPU model."""
 
     memory_gib: float
     bf16_tflops: float  # dense
@@ -24,36 +24,37 @@ class Device:
     nvlink_gb_per_s: float  # one direction of one GPU
     network_gb_per_s: float  # one direction of one GPU
     gpus_per_node: int
-    least_node_gb_per_s: float  # bus bandwidth of all-reduce in a machine below which NVLink cannot be what is used
-    least_network_gb_per_s: float  # the same between two machines, for their network cards
+    least_node_gb_per_s: float  # all-reduce bus bandwidth in a machine; below it NVLink is not in use
+    least_network_gb_per_s: float  # the same between two machines; below it their network cards are not in use
 
     def fills_machines(self, gpus: int) -> bool:
-        """Whether so many are a part of one machine, or whole machines."""
+        """Whether this number of GPUs fits into one machine, or fills several completely."""
         return gpus <= self.gpus_per_node or gpus % self.gpus_per_node == 0
 
 
 def devices() -> dict[str, Device]:
-    """The table by name. Raises InputError for a row with wrong or missing fields."""
+    """The rows of the table by name. Raises InputError for a row with wrong or missing fields."""
     names = {field.name for field in fields(Device)}
-    found = {}
+    rows = {}
     for gpu, row in yaml.safe_load(TABLE.read_text()).items():
         numbers = isinstance(row, dict) and all(isinstance(value, int | float) and value > 0 for value in row.values())
         if not numbers or row.keys() != names:
             raise InputError(f"{gpu} in {TABLE} needs positive numbers for exactly: {', '.join(sorted(names))}")
-        found[gpu] = Device(**row)
-    return found
+        rows[gpu] = Device(**row)
+    return rows
 
 
 def bf16_tflops(name: str) -> float | None:
-    """Dense bf16 peak of a GPU by the name that torch reports, whatever its memory and its machine. None for one that is not in
-    the table."""
+    """Dense bf16 peak in TFLOPS of a GPU by the name that torch reports. None for a GPU that is not in the table."""
     fitting = [device for gpu, device in devices().items() if _chip(gpu) in name.lower()]
     return fitting[0].bf16_tflops if fitting else None
 
 
 def device_named(name: str, memory_gib: float) -> Device | None:
-    """The row of a GPU by the name and memory that torch reports. None for one that is not in the table, and for cards with
-    PCIe alone, whose machines are built in many ways."""
+    """The row of a GPU by the name and memory that torch reports.
+
+    None for a GPU that is not in the table, and for PCIe cards, whose machines differ too much for one row.
+    """
     name = name.lower()
     if "pcie" in name:
         return None
@@ -63,5 +64,5 @@ def device_named(name: str, memory_gib: float) -> Device | None:
 
 
 def _chip(gpu: str) -> str:
-    """h100 of h100-80g."""
+    """The name of the chip in the name of a row: h100 of h100-80g."""
     return gpu.split("-")[0]

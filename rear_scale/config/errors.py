@@ -1,4 +1,4 @@
-"""Errors that a user can do something about."""
+"""Errors caused by a user's input."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something that a user can get wrong. The launchers print it as one line and exit with code 2."""
+    """Wrong input of a user. The launchers print the message as one line and exit with code 2."""
 
 
 class UnknownLength(InputError):
-    """A run in epochs of a set that is not there."""
+    """The length of a run is given in epochs, but the number of images is unknown."""
 
 
 def all_checks(*checks: Callable[[], object]) -> None:
-    """Runs every check. Raises one InputError that says what all of them found, so that a user meets it at once."""
-    found: dict[str, None] = {}
+    """Runs every check, and then raises one InputError with the messages of all that failed."""
+    messages: dict[str, None] = {}
     for check in checks:
         try:
             check()
         except InputError as error:
-            found[str(error)] = None
-    if found:
-        raise InputError(". ".join(text.rstrip(".") for text in found))
+            messages[str(error)] = None
+    if messages:
+        raise InputError(". ".join(text.rstrip(".") for text in messages))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 300 characters without its full stop; its type's name if it says nothing."""
+    """The first line of an error's message without its full stop, at most 300 characters; the name of its type if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

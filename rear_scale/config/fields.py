@@ -1,10 +1,10 @@
-"""Declarations of config fields: each field of schema.py says its meaning, its choices or bounds, and when it may change.
+"""Declarations of config fields: the meaning of a field, its choices or bounds, and whether a resumed run may change it.
 
     depth: int = number(24, "transformer blocks", above=0, most=1024)
     kernel: str = choice("auto", "attention kernel", among=("auto", "flash", "sdpa"), may_change=True)
 
 The reference of all fields (configs/README.md), the checks of single fields, the fields that a resumed run may change and
-those that weights fix follow from the declarations. Rules between fields are in validate.py.
+the fields that the weights determine are derived from the declarations. Rules between fields are in validate.py.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from rear_scale.config.renamed import refusal_of_value
 _KEY = "rear_scale"  # of dataclass metadata
 _LARGEST_SEED = 2**63 - 1
 
-# Names, names with their meanings, or a function that returns one of the two when it is needed: for choices that a module
-# declares which is not imported here.
+# Names; names with their meanings; or a function that returns either, for choices declared by a module that is not imported
+# here.
 Choices = Iterable[Any] | dict[str, str] | Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on the value of one field. Texts: an error reads NAME=VALUE `says`. `way_out`; the reference has `short`."""
+    """A condition on the value of one field.
+
+    The error of a value that breaks it reads NAME=VALUE `says`. `way_out`; configs/README.md shows `short`.
+    """
 
     holds: Callable[[Any], bool]
     says: str
@@ -41,24 +44,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a field or a section says of itself. may_change, by_weights: None = as the section around it says."""
+    """Metadata of a field or section. may_change, by_weights: None = inherited from the section around it."""
 
     doc: str
     rules: tuple[Rule, ...] = ()
     among: Choices | None = None
-    each: bool = False  # whether the choices are of each entry of a list
+    each: bool = False  # whether the choices apply to each entry of a list
     may_change: bool | None = None  # whether a resumed run may have another value without resume.allow
-    by_weights: bool | None = None  # whether the weights of a checkpoint are for one value
+    by_weights: bool | None = None  # whether the weights of a checkpoint determine the value
     reads: bool = False  # whether it names files or folders that are read
 
     @property
     def choices(self) -> dict[Any, str]:
-        """Each value that a field of choices takes, with its meaning or ""."""
-        found = self.among() if callable(self.among) else self.among
-        return dict(found) if isinstance(found, dict) else dict.fromkeys(found or (), "")
+        """The allowed values of a field of choices, each with its meaning or ""."""
+        among = self.among() if callable(self.among) else self.among
+        return dict(among) if isinstance(among, dict) else dict.fromkeys(among or (), "")
 
     def check(self, name: str, value: Any) -> None:
-        """Raises InputError where a value that is not None breaks a rule of its own. name: the field's, for the error."""
+        """Raises InputError for a value, not None, that is no allowed choice or breaks a rule. name: the field's, for errors."""
         if self.among is not None:
             for one in value if self.each else [value]:
                 _check_choice(name, one, list(self.choices))
@@ -73,17 +76,17 @@ def setting(default: Any, doc: str, **traits: Any) -> Any:
 
 
 def path(default: str | None, doc: str, **traits: Any) -> Any:
-    """A file or folder. Where files lie changes nothing that is computed, so a resumed run may find them elsewhere."""
+    """A file or folder. A resumed run may have another path, because the location of a file changes no result."""
     return _field(default, Declaration(doc, **{"may_change": True, "reads": True, **traits}))
 
 
 def choice(default: Any, doc: str, *, among: Choices, **traits: Any) -> Any:
-    """A field that takes one of some values."""
+    """A field with a fixed set of values."""
     return _field(default, Declaration(doc, among=among, **traits))
 
 
 def choices(default: list[str], doc: str, *, among: Choices, **traits: Any) -> Any:
-    """A list of one or more of some values."""
+    """A list of one or more values out of a fixed set."""
     way_out = f"Use [{','.join(default)}]"
     return _field(default, Declaration(doc, (Rule(bool, "is empty", way_out, "one or more"),), among, True, **traits))
 
@@ -102,10 +105,10 @@ def number(
     rules: tuple[Rule, ...] = (),
     **traits: Any,
 ) -> Any:
-    """A finite number within bounds, of which above and below are not values themselves.
+    """A finite number within bounds: above and below are exclusive, least and most inclusive.
 
-    says, way_out: the two parts of the error of a value outside; too_large: the whole error of one above a `most` of more
-    than 1, the bound of a size.
+    says, way_out: the two parts of the error of a value out of bounds; too_large: the whole error of a value above `most`,
+    for a `most` of more than 1.
     """
     if most is not None and most > 1:
         rule, _, smaller = (too_large or f"is above {most:,}. Use a smaller one").partition(". ")
@@ -117,36 +120,38 @@ def number(
     return _field(default, Declaration(doc, rules, **traits))
 
 
-def share(default: float, doc: str, **traits: Any) -> Any:
+def fraction(default: float, doc: str, **traits: Any) -> Any:
     """A number from 0 to 1."""
     return number(default, doc, least=0, most=1, **traits)
 
 
 def seed(default: int, doc: str, **traits: Any) -> Any:
-    """A seed of random draws, which take 64 bits of it without sign: larger ones would be the same under another name."""
+    """A seed of random numbers, at most 63 bits: generators use 64 bits of it, so a larger number would repeat a smaller one."""
     says, short = "must lie between 0 and 2^63 - 1", "0 .. 2^63 - 1"
     rule = Rule(lambda value: 0 <= value <= _LARGEST_SEED, says, "Set {name}=0", short)
     return _field(default, Declaration(doc, (rule,), **traits))
 
 
-def mark(default: float, doc: str, **traits: Any) -> Any:
-    """A point of a run: a share of its length up to 1, steps above 1."""
+def time_of_run(default: float, doc: str, **traits: Any) -> Any:
+    """A time in a run: up to 1 a fraction of its length, above 1 a step."""
     rule = Rule(
         lambda value: 0 <= value < math.inf and (value <= 1 or value == int(value)),
-        "is neither a share of the run (0 to 1) nor a whole number of steps",
+        "is neither a fraction of the run (0 to 1) nor a whole number of steps",
         "Use 0.75 for three quarters of the run, or 187500 for a step",
         "0 .. 1, or steps",
     )
     return _field(default, Declaration(doc, (rule,), **traits))
 
 
-def section(kind: type | None, doc: str = "", **traits: Any) -> Any:
-    """A section of the config, None for one that may be absent. may_change and by_weights are those of its fields that say
-    nothing else."""
+def section(config_class: type | None, doc: str = "", **traits: Any) -> Any:
+    """A section of the config; config_class=None for one that may be absent.
+
+    may_change and by_weights are inherited by its fields that do not set them.
+    """
     metadata = {_KEY: Declaration(doc, **traits)}
-    if kind is None:
+    if config_class is None:
         return dataclasses.field(default=None, metadata=metadata)
-    return dataclasses.field(default_factory=kind, metadata=metadata)
+    return dataclasses.field(default_factory=config_class, metadata=metadata)
 
 
 def _field(default: Any, declaration: Declaration) -> Any:
@@ -171,10 +176,10 @@ def _inside(
 def _in_words(
     above: float | None, least: float | None, below: float | None, most: float | None
 ) -> tuple[str, str, str]:
-    """The rule of an error, the short form of the reference, and the usual way out."""
+    """The bounds in words: the rule for an error, the short form for the reference, and the way out for an error."""
     lower = least if above is None else above
     if (least, most) == (0, 1):
-        return "must lie between 0 and 1", "0 .. 1", "Set {name} to a share such as 0.1"
+        return "must lie between 0 and 1", "0 .. 1", "Set {name} to a fraction such as 0.1"
     if below is not None or most is not None:
         interval = f"{'[' if above is None else '('}{lower:g}, {f'{most:g}]' if below is None else f'{below:g})'}"
         return f"must lie in {interval}", interval, "Set {name} to a number in it"
@@ -186,7 +191,7 @@ def _in_words(
 
 
 def suggest(wrong: str, known: list[str]) -> str:
-    """ "; did you mean X?" where one of the known words is close, else nothing."""
+    """The text "; did you mean X?" where one of the known words is close, else an empty text."""
     by_lower = {word.lower(): word for word in known}
     close = difflib.get_close_matches(wrong.lower(), by_lower, n=1)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
@@ -205,17 +210,17 @@ def _check_choice(name: str, value: Any, known: list[Any]) -> None:
 
 
 @cache
-def declarations(kind: type) -> dict[str, Declaration]:
+def declarations(config_class: type) -> dict[str, Declaration]:
     """The declaration of each field and section of a config's dataclass by dotted name, sections before their fields.
 
     may_change and by_weights are True or False.
     """
-    return dict(_declared(kind, "", Declaration("", may_change=False, by_weights=False)))
+    return dict(_declared(config_class, "", Declaration("", may_change=False, by_weights=False)))
 
 
-def _declared(kind: type, prefix: str, around: Declaration) -> Iterator[tuple[str, Declaration]]:
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
+def _declared(config_class: type, prefix: str, around: Declaration) -> Iterator[tuple[str, Declaration]]:
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
         own: Declaration = field.metadata[_KEY]
         inherited = {name: getattr(around, name) for name in ("may_change", "by_weights") if getattr(own, name) is None}
         own = dataclasses.replace(own, **inherited)
@@ -225,22 +230,25 @@ def _declared(kind: type, prefix: str, around: Declaration) -> Iterator[tuple[st
                 yield from _declared(inner, f"{prefix}{field.name}.", own)
 
 
-def declaration(kind: type, name: str) -> Declaration | None:
-    """The declaration of a field; for a name that is none (an entry of a field with named entries, a field of another
-    version), that of the section or field around it. None where there is none either."""
-    known = declarations(kind)
+def declaration(config_class: type, name: str) -> Declaration | None:
+    """The declaration of a field or section by dotted name.
+
+    For an unknown name (an entry of a field with named entries, a field of another version), the declaration of the section
+    or field around it; None where that is unknown too.
+    """
+    known = declarations(config_class)
     while name not in known and "." in name:
         name = name.rpartition(".")[0]
     return known.get(name)
 
 
 def check_fields(cfg: Any) -> None:
-    """Raises InputError for the first field of a config, a dataclass, whose value breaks a rule of its own."""
+    """Raises InputError for the first field of a config whose value breaks the rule of its own declaration."""
     for name, own in declarations(type(cfg)).items():
         if own.among is None and not own.rules:
             continue
         value = cfg
         for part in name.split("."):
-            value = getattr(value, part, None)  # of a section that is None, its fields are
+            value = getattr(value, part, None)  # the fields of a section that is None are None
         if value is not None:
             own.check(name, value)

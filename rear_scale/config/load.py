@@ -1,4 +1,4 @@
-"""From files and overrides to a typed config: Hydra composes, every wrong key or type becomes one clear line."""
+"""Loading of a typed config from files and overrides: Hydra composes them, and a wrong key or type is an InputError."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     parsed = [check_override(text) for text in overrides]
     values, composed = _compose(path, {item.key: item.value for item in parsed if item.is_group})
     cfg = _typed(_overridden(values, parsed, composed), parsed, str(path), own_keys(_text_of(path)))
-    # Null only in the config of a checkpoint: where the set was remote.
+    # None is for the config of a checkpoint whose shards were remote.
     if cfg.data.train is None:
         raise InputError(f"data.train is null in {path} or on the command line. Set it to a folder: data.train=PATH")
     return cfg
@@ -85,7 +85,7 @@ def override_keys(overrides: Sequence[str]) -> frozenset[str]:
 
 
 def figure_overrides(name: str) -> list[str]:
-    """What configs/figure/NAME.yaml itself says about sampling, as overrides for the config of any checkpoint.
+    """The sampling settings of configs/figure/NAME.yaml, as overrides for the config of any checkpoint.
 
     Raises InputError for an unknown name.
     """
@@ -98,7 +98,7 @@ def figure_overrides(name: str) -> list[str]:
 
 
 def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
-    """The validated config of plain values, as `to_dict` gives them, with overrides applied in order.
+    """The validated config of nested plain values, as `to_dict` returns them, with overrides applied in order.
 
     `source` is named in errors. Raises InputError as `load` does.
     """
@@ -107,19 +107,19 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
 
 
 def from_file(values: Any, source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
-    """The validated config of values that came with a file (see arrived.py), with the user's overrides applied in order.
+    """The validated config of values that come from a weight file or checkpoint (see arrived.py), with the user's overrides.
 
     `source` is the file. Raises InputError as `load` does, and for values that no such config may hold.
     """
-    found = upgraded(arrived.taken(values, source))
+    allowed = upgraded(arrived.taken(values, source))
     try:
-        return from_dict(found, source, overrides)
+        return from_dict(allowed, source, overrides)
     except InputError as error:
         if source in str(error):
             raise
-        # The file is named where it is the file that is wrong, not the command line.
+        # The same error without the overrides: the file is wrong, not the command line. Name the file then.
         try:
-            from_dict(found, source)
+            from_dict(allowed, source)
         except InputError as own:
             if str(own) == str(error):
                 raise InputError(f"{source}: {error}") from None
@@ -127,14 +127,14 @@ def from_file(values: Any, source: str, overrides: list[str] | tuple[str, ...] =
 
 
 def _compose(path: Path, groups: dict[str, str]) -> tuple[DictConfig, set[str]]:
-    """The values of a file with the groups of its defaults list, and which of `groups` that list has."""
-    ours = path.is_relative_to(CONFIG_DIR)
-    folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if ours else (path.parent, Path(path.name))
+    """The values of a file with its defaults list composed, and the names of those of `groups` that the list has."""
+    is_ours = path.is_relative_to(CONFIG_DIR)
+    folder, name = (CONFIG_DIR, path.relative_to(CONFIG_DIR)) if is_ours else (path.parent, Path(path.name))
     text = _text_of(path)
     check_yaml(text, str(path))
-    if (kind := _not_a_mapping(text)) is not None:
+    if (form := _not_a_mapping(text)) is not None:
         raise InputError(
-            f"{path} is no config: its YAML is {kind}, not sections with fields. Write them as in {CONFIG_DIR}"
+            f"{path} is not a config: its YAML is {form}, not sections with fields. Write them as in {CONFIG_DIR}"
         )
     chosen = tuple(groups.items())
     texts = texts_composed(dict.fromkeys((folder, CONFIG_DIR)), name.with_suffix("").as_posix(), chosen)
@@ -152,11 +152,11 @@ def _is_of_a_run(path: Path) -> bool:
 def _composed(
     path: Path, folder: Path, name: Path, groups: tuple[tuple[str, str], ...], texts: object
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The plain values of a file, not to be changed, and which of `groups` its defaults list has.
+    """The plain values of a file, which the caller must not change, and the names of those of `groups` in its defaults list.
 
-    texts: of all files that it may be composed of, which thereby are part of what is looked up.
+    texts: the texts of all files that it may be composed of; part of the cache key, so that an edited file is read again.
     """
-    # In quotes: the folder may have any name.
+    # Quoted, because a folder may have any name.
     search = (
         [] if folder == CONFIG_DIR else ["hydra.searchpath=['file://{}']".format(str(CONFIG_DIR).replace("'", "\\'"))]
     )
@@ -168,7 +168,7 @@ def _composed(
                 chosen = [f"{group}={choice}" for group, choice in listed.items()]
                 values = compose(name.with_suffix("").as_posix(), overrides=search + chosen)
         except ConfigCompositionException as error:
-            # Such as the config.yaml of a run folder, which has its sections written out.
+            # The file has the section itself and not in its defaults list, as the config.yaml of a run folder.
             unlisted = re.match(r"Could not override '(\w+)'", str(error))
             if unlisted is None or listed.pop(unlisted[1], None) is None:
                 raise InputError(f"{path}: {_one_line(error)}") from error
@@ -179,27 +179,31 @@ def _composed(
                 if folder != CONFIG_DIR and (CONFIG_DIR / file.name).is_file()
             )
             raise InputError(
-                f"{path}: its defaults lead back to themselves, since {', '.join(here) or 'a file'} in {folder} takes the place "
-                "of the one in configs/. Rename it"
+                f"{path}: its defaults list includes itself, because {', '.join(here) or 'a file'} in {folder} hides the file of "
+                "that name in configs/. Rename it"
             ) from None
         except yaml.MarkedYAMLError as error:
             place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
             raise InputError(f"{path} is not valid YAML ({place}{_one_line(error.problem)}). Correct it") from error
         except Exception as error:
-            # Hydra reads a defaults list of wrong types without checks, so its errors are of all kinds.
+            # Hydra does not check the types in a defaults list, so a wrong one raises any kind of error.
             raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from error
         else:
             return OmegaConf.to_container(values, resolve=False), tuple(listed)
 
 
 def _not_a_mapping(text: str) -> str | None:
-    """What a YAML text holds in place of keys and values; None where it holds them, or nothing, or is no YAML."""
+    """The type of a YAML text's content in words; None for keys and values, for an empty text and for invalid YAML."""
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return (
-        None if found is None or isinstance(found, dict) else "a list" if isinstance(found, list) else "a single value"
+        None
+        if content is None or isinstance(content, dict)
+        else "a list"
+        if isinstance(content, list)
+        else "a single value"
     )
 
 
@@ -213,8 +217,11 @@ def _text_of(path: Path) -> str:
 
 
 def _overridden(values: DictConfig, overrides: list[Override], composed: set[str]) -> dict[str, Any]:
-    """Values with overrides in their order. composed: groups that the values have the chosen file of already, so that what
-    their own file says of it stays where the choice says nothing."""
+    """The values with overrides applied in order.
+
+    composed: groups whose chosen file is part of the values already. Such a choice is merged, so that fields that the config
+    file sets itself and the chosen file does not are kept.
+    """
     for override in overrides:
         key, value = override.key, override.value
         try:
@@ -229,14 +236,14 @@ def _overridden(values: DictConfig, overrides: list[Override], composed: set[str
                 OmegaConf.update(values, key, value, merge=isinstance(value, dict), force_add=True)
         except OmegaConfBaseException as error:
             raise InputError(
-                f"{key}={shown(str(value))} cannot be set: {_one_line(error)}. Keys of the config stand in braces whole, as in "
+                f"{key}={shown(str(value))} cannot be set: {_one_line(error)}. References to other keys are written as "
                 "${run.name}"
             ) from None
     return OmegaConf.to_container(values, resolve=False)
 
 
 def _remove(values: DictConfig, key: str) -> None:
-    """Removes an entry of a field with named entries. Raises InputError where there is none of that name."""
+    """Removes an entry of a field with named entries. Raises InputError for an unknown name."""
     section, _, name = key.rpartition(".")
     entries = OmegaConf.select(values, section)
     if not isinstance(entries, DictConfig) or name not in entries:
@@ -247,7 +254,7 @@ def _remove(values: DictConfig, key: str) -> None:
 
 
 def _without_nulls(values: Any, kind: Any) -> Any:
-    """Values without the entries of fields with named entries that are null: nulls drop what an earlier file has set."""
+    """The values without null entries of fields with named entries: null removes an entry that an earlier file sets."""
     plain = strip_optional(kind)
     if is_map(kind) and values is None and plain is kind:
         return {}
@@ -265,7 +272,7 @@ def _without_nulls(values: Any, kind: Any) -> Any:
 def _typed(
     values: dict[str, Any], overrides: list[Override], source: str, own: frozenset[str] = frozenset()
 ) -> ExperimentConfig:
-    """own: dotted keys that the user's file sets itself, beside those of the overrides."""
+    """The validated config of plain values. own: dotted keys that the user's file itself sets; `overrides` come on top."""
     overridden = {key for item in overrides for key in leaves({item.key: item.value})}
     values = _without_nulls(values, ExperimentConfig)
     _keep_one_length(values, overridden)
@@ -279,10 +286,10 @@ def _typed(
         raise InputError(_wrong_value(error, values, source)) from None
     geometry.complete(cfg.tokenizer, values.get("tokenizer", {}), own | overridden)
     for key, value in leaves(to_dict(cfg)).items():
-        # It would be taken for a key of the config when this one is saved and read again.
+        # Saved and read again, it would be a reference to another key.
         if isinstance(value, str) and "${" in value:
             raise InputError(
-                f"{key}={value} in {source} has a ${{, which no name or path of a run may have. Rename it, or link to it"
+                f"{key}={value} in {source} contains ${{, which a name or path of a run cannot contain. Rename it, or link to it"
             )
     validate(cfg)
     return cfg
@@ -290,12 +297,12 @@ def _typed(
 
 @cache
 def _schema() -> DictConfig:
-    """The schema as OmegaConf has it, which takes longer to make than all else of a config; `merge` copies it."""
+    """The schema as an OmegaConf object. Cached: it takes longer to build than the rest of a config, and `merge` copies it."""
     return OmegaConf.structured(ExperimentConfig)
 
 
 def _check_values(values: dict[Any, Any], kind: Any, section: str, source: str) -> None:
-    """Raises InputError for the first unknown key, and for values that the schema would take for something else."""
+    """Raises InputError for the first unknown key, and for a value that OmegaConf would silently convert."""
     for name, value in values.items():
         if not isinstance(name, str) or ("." in name and dataclasses.is_dataclass(kind)):
             raise InputError(
@@ -318,7 +325,7 @@ def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
         for i, item in enumerate(value):
             _check_value(f"{key}[{i}]", item, get_args(plain)[0], source)
     elif key.endswith("]") and (value is None or isinstance(value, (dict, list))):
-        # OmegaConf lets them pass.
+        # OmegaConf does not check these.
         raise InputError(
             f"{key}={'null' if value is None else shown(str(value))} in {source} is of the wrong type: it takes "
             f"{type_name(kind)}. Write one value"
@@ -348,7 +355,7 @@ def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: 
     for part in re.findall(r"[^.\[\]]+", key):
         value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else None
     if isinstance(error, InterpolationResolutionError):
-        return f"{key}={value} refers to what is not there ({_one_line(error)}). {way_out}"
+        return f"{key}={value} refers to a key that does not exist ({_one_line(error)}). {way_out}"
     kind = field_type(re.sub(r"\[.*?\]", "", key))
     if key.endswith("]"):
         (kind,) = get_args(strip_optional(kind))
@@ -356,12 +363,12 @@ def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: 
 
 
 def find_config(config: str) -> Path:
-    """The file that --config means: one here, or one in configs/. Raises InputError when there is none."""
-    places = (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml")
-    for path in places:
+    """The file that --config names: in the current folder, else in configs/. Raises InputError when there is none."""
+    candidates = (Path(config), CONFIG_DIR / config, CONFIG_DIR / f"{config}.yaml")
+    for path in candidates:
         if path.is_file() and path.suffix == ".yaml":
             return path.resolve()
-    for path in places:
+    for path in candidates:
         if path.exists():
             what, way_out = (
                 f"no YAML file by its name ({path.suffix or 'without an ending'})",
@@ -387,7 +394,7 @@ def _one_line(error: Exception | str) -> str:
 
 
 def _name_reference(values: dict[str, Any]) -> None:
-    """A path in place of evaluate.reference is one reference of that name."""
+    """Replaces a single path in evaluate.reference by one reference, named after the file."""
     evaluate = values.get("evaluate")
     path = evaluate.get("reference") if isinstance(evaluate, dict) else None
     if isinstance(path, str):
@@ -395,7 +402,7 @@ def _name_reference(values: dict[str, Any]) -> None:
 
 
 def _keep_one_length(values: dict[str, Any], overridden: set[str]) -> None:
-    """An override of train.epochs or train.total_steps replaces the other one; both in one place are an error."""
+    """Clears train.epochs where an override sets train.total_steps, and the reverse; both set in one place are an error."""
     train = values.get("train")
     if not isinstance(train, dict):
         return
@@ -405,6 +412,6 @@ def _keep_one_length(values: dict[str, Any], overridden: set[str]) -> None:
         train[other] = None
     if train.get("epochs") is not None and train.get("total_steps") is not None:
         raise InputError(
-            f"train.epochs={train['epochs']} and train.total_steps={train['total_steps']} are both set: "
-            "the length of a run is one of them. Remove one"
+            f"train.epochs={train['epochs']} and train.total_steps={train['total_steps']} are both set, "
+            "but one of them alone sets the length of a run. Remove one"
         )

@@ -1,11 +1,11 @@
-"""The names that other projects give to our fields: those of VAR, LlamaGen, 1d-tokenizer (RAR), Hugging Face's Trainer,
-Lightning, DeepSpeed and nanoGPT. An unknown key with such a name is answered with ours."""
+"""Names of our fields in other projects: VAR, LlamaGen, 1d-tokenizer (RAR), Hugging Face's Trainer, Lightning, DeepSpeed and
+nanoGPT. The error of an unknown key with such a name suggests ours."""
 
 from __future__ import annotations
 
 import re
 
-# By our field: the other names, in small letters with _ between words.
+# Our field -> the other names, in lower case with _ between words.
 _NAMES = {
     "run.name": "run_name exp_name experiment_name experiment.name name",
     "run.dir": "output_dir out_dir results_dir result_dir default_root_dir local_out_dir_path save_dir log_dir logdir exp_dir"
@@ -68,6 +68,6 @@ _OURS = {other: ours for ours, others in _NAMES.items() for other in others.spli
 
 
 def our_name(name: str) -> str | None:
-    """Our field for a key of another project, as `optim.learning_rate` or `--max-steps`; None where no such name is known."""
+    """Our field for a key of another project, such as `optim.learning_rate` or `--max-steps`; None for an unknown name."""
     plain = re.sub(r"\W+", ".", name.replace("-", "_")).strip("._").lower()
     return _OURS.get(plain) or _OURS.get(plain.rpartition(".")[2])

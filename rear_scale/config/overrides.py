@@ -1,7 +1,7 @@
-"""Overrides of the command line, `section.field=value`: the type of the field in the schema says how the value is read.
+"""Parsing of command-line overrides, `section.field=value`, by the type of the field in the schema.
 
-Text is taken as it was typed, whatever characters it has; lists, sections and names are taken apart at their commas;
-numbers and true or false are read by Hydra's grammar.
+Text is taken as typed, whatever characters it contains; lists, sections and named entries are split at commas; numbers and
+booleans are parsed by Hydra's grammar.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _NAME = re.compile(r"[^\s.:=\[\]{}$]+")  # of an entry such as evaluate.referenc
 _LONGEST_NUMBER = 400  # characters
 
 
-hints = cache(get_type_hints)  # it reads the source's annotations anew each time
+hints = cache(get_type_hints)  # cached: it evaluates all annotations each time
 
 
 @dataclass(frozen=True)
 class Override:
-    """One setting of the command line."""
+    """One parsed setting of the command line."""
 
     key: str  # section.field, a section, or a group with a folder in configs/
-    value: Any  # plain: text, number, truth value, None, list or dict; of a group the name of its file
+    value: Any  # text, number, boolean, None, list or dict; for a group, the name of the chosen file
     is_group: bool = False
     removes: bool = False  # ~section.field.NAME: the entry of that name goes
 
 
 def check_override(text: str) -> Override:
-    """The parsed override, after its key was looked up in the schema or among the groups. Raises InputError."""
+    """The parsed override, whose key is in the schema or a group. Raises InputError for any other text."""
     key, equals, value = text.partition("=")
-    key = re.sub(r"^\+{1,2}", "", key)  # Hydra's marks for a key that is new: all keys are known here
+    key = re.sub(r"^\+{1,2}", "", key)  # Hydra's marks for adding a key; here the schema has all keys
     if key.startswith("~"):
         return _removal(text)
     if not equals or not key:
@@ -111,10 +111,10 @@ def _choice(key: str, value: str) -> str:
 
 
 def _read(text: str, kind: Any, key: str) -> Any:
-    """The value that a text stands for in a field of type `kind`; `key` is its name in errors.
+    """The value of a text for a field of type `kind`; `key` is its name in errors.
 
-    Values that no field of the type takes (a word for a number) come back as text: the schema's check names them. Raises
-    InputError for what is empty, belongs to a sweep, or cannot be taken apart.
+    A value of the wrong type (a word for a number) is returned as text, for the check against the schema to refuse. Raises
+    InputError for an empty text, for several values of a sweep, and for a list or section that cannot be split.
     """
     plain = strip_optional(kind)
     if kind is Any:
@@ -122,7 +122,7 @@ def _read(text: str, kind: Any, key: str) -> Any:
     if _NULL.fullmatch(text.strip()) and (plain is not kind or is_map(kind) or is_entry(key)):
         return None
     if not text.strip():
-        raise InputError(f"{key}= is empty: it takes {type_name(kind)}. Leave it out for the value of the config")
+        raise InputError(f"{key}= is empty: it takes {type_name(kind)}. Leave it out to keep the value of the config")
     if plain is str:
         return _read_text(text, key)
     if get_origin(plain) is list:
@@ -133,7 +133,7 @@ def _read(text: str, kind: Any, key: str) -> Any:
         ]
     if get_origin(plain) is dict or dataclasses.is_dataclass(plain):
         inner = _inner(text, "{}")
-        # A path in place of named ones is a text; one in place of a section is refused by the schema's check.
+        # Without braces: one path in place of named ones is allowed; a text in place of a section is refused by the schema.
         return _read_text(text, key) if inner is None else _read_entries(inner, plain, key)
     return _read_scalar(text, key)
 
@@ -145,46 +145,46 @@ def is_entry(key: str) -> bool:
 
 
 def _read_any(text: str, key: str) -> Any:
-    """A value whose type the schema leaves open (a setting of a term of the loss): null, a list, a number, or a text."""
+    """The value of a text for a field without a type (a setting of a loss term): None, a list, a number, a boolean or text."""
     if _NULL.fullmatch(text.strip()):
         return None
     if not text.strip():
-        raise InputError(f"{key}= is empty: it takes a value. Leave it out for the one of the config")
+        raise InputError(f"{key}= is empty: it takes a value. Leave it out to keep the one of the config")
     if (inner := _inner(text, "[]")) is not None:
         return [_read_any(item, f"{key}[{i}]") for i, item in enumerate(split(inner, key))]
-    found = _read_scalar(text, key)
-    return _read_text(text, key) if isinstance(found, str) else found
+    value = _read_scalar(text, key)
+    return _read_text(text, key) if isinstance(value, str) else value
 
 
 def _read_entries(text: str, kind: Any, key: str) -> dict[str, Any]:
-    """`name: value, name: value` of a section or of a field with named entries."""
-    found = {}
+    """The values by name of the text `name: value, name: value`, for a section or a field with named entries."""
+    values = {}
     for entry in split(text, key):
         name, colon, value = entry.partition(":")
         name = _unquoted(name.strip())
         if not colon:
             raise InputError(f"{key}: {shown(entry)} has no value. The form is {key}={{name: value, name: value}}")
         inner = f"{key}.{name}"
-        found[name] = _read(value.strip(), entry_type(kind, name, key), inner)
-    return found
+        values[name] = _read(value.strip(), entry_type(kind, name, key), inner)
+    return values
 
 
 def _read_text(text: str, key: str) -> str:
-    """Text as it was typed; quotes around all of it are dropped, as in Hydra's grammar."""
+    """The text as typed, without quotes around the whole of it, as in Hydra's grammar."""
     if len(text) > LONGEST_TEXT:
-        raise InputError(f"{key} is a text of {len(text)} characters. At most {LONGEST_TEXT} make a name or a path")
+        raise InputError(f"{key} is a text of {len(text)} characters. A name or path has at most {LONGEST_TEXT}")
     if not text.isprintable():
         raise InputError(
             f"{key}={shown(text)} has control characters, or bytes that are not UTF-8. Rename the file, or link to it"
         )
     if text == "???":
-        raise InputError(f"{key}=??? is the mark of a value that is not set. Write another text")
+        raise InputError(f"{key}=??? marks a value that is not set. Write another text")
     if _SWEEP.fullmatch(text):
-        raise InputError(f"{_sweep(key, text)}; as a text it is written {quoted(key, text)}")
+        raise InputError(f"{_sweep(key, text)}; to set this text itself, write {quoted(key, text)}")
     if resolver := _RESOLVER.search(text):
         raise InputError(
-            f"{key}={text}: {resolver[1]} is not looked up on the command line, where the shell does that: "
-            f'"{key}=...$NAME...". Keys of the config are, as in {key}=...${{run.name}}...'
+            f"{key}={text}: resolvers such as {resolver[1]} do not work on the command line. For environment variables use the "
+            f'shell, "{key}=...$NAME...", and for keys of the config {key}=...${{run.name}}...'
         )
     return _unquoted(text)
 
@@ -192,15 +192,15 @@ def _read_text(text: str, key: str) -> str:
 def _unquoted(text: str) -> str:
     if _QUOTED.fullmatch(text):
         inner = text[1:-1]
-        # Backslashes are only marks before a quote, as in Hydra's grammar.
-        return re.sub(rf"(\\+)({text[0]}|$)", lambda found: "\\" * (len(found[1]) // 2) + found[2], inner)
+        # Backslashes escape only before a quote, as in Hydra's grammar.
+        return re.sub(rf"(\\+)({text[0]}|$)", lambda match: "\\" * (len(match[1]) // 2) + match[2], inner)
     return text
 
 
 def _read_scalar(text: str, key: str) -> Any:
-    """A number or truth value as Hydra's grammar reads it; the text itself where that finds none."""
+    """The number or boolean that Hydra's grammar reads; the text itself where it reads neither."""
     if len(text) > _LONGEST_NUMBER:
-        raise InputError(f"{key} is a number of {len(text)} characters. At most {_LONGEST_NUMBER} are read")
+        raise InputError(f"{key} is a number of {len(text)} characters. A number has at most {_LONGEST_NUMBER}")
     if len(split(text, key)) > 1:
         raise _sweep(key, text)
     try:
@@ -214,25 +214,25 @@ def _read_scalar(text: str, key: str) -> Any:
 
 
 def split(text: str, key: str, separator: str = ",") -> list[str]:
-    """The parts of a text between its commas, without those in brackets or quotes.
+    """The parts of a text between its separators; those inside brackets or quotes do not count.
 
-    Raises InputError for a part that is empty and for a quote that is not closed.
+    Raises InputError for an empty part and for an unclosed quote.
     """
     if not text.strip():
         return []
     parts, start, depth, quote = [], 0, 0, ""
-    for place, letter in enumerate(text):
+    for position, letter in enumerate(text):
         if quote:
-            quote = "" if letter == quote and text[place - 1] != "\\" else quote
-        elif letter in "'\"" and (text[start:place].rstrip() or ":").endswith(":"):
-            quote = letter  # one in the middle of a word is a letter of it
+            quote = "" if letter == quote and text[position - 1] != "\\" else quote
+        elif letter in "'\"" and (text[start:position].rstrip() or ":").endswith(":"):
+            quote = letter  # a quote inside a word is an ordinary character
         elif letter in "[{(":
             depth += 1
         elif letter in "]})":
             depth -= 1
         elif letter == separator and depth <= 0:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:position])
+            start = position + 1
     parts = [part.strip() for part in [*parts, text[start:]]]
     if quote or not all(parts):
         fault = "a quote is not closed" if quote else "a value is missing between commas"
@@ -241,9 +241,9 @@ def split(text: str, key: str, separator: str = ",") -> list[str]:
 
 
 def combinations(sweeps: Sequence[str], option: str) -> list[list[str]]:
-    """Overrides of every combination of swept values (`section.field=VALUE,VALUE,...` each), the last field's changing first.
+    """The overrides of every combination of swept values (`section.field=VALUE,VALUE,...` each); the last field varies fastest.
 
-    option: what gave the sweeps, for errors. Raises InputError for a sweep of another form.
+    option: the name of the option that takes sweeps, for errors. Raises InputError for a sweep of another form.
     """
     choices = []
     for text in sweeps:
@@ -257,48 +257,48 @@ def combinations(sweeps: Sequence[str], option: str) -> list[list[str]]:
 
 
 def _inner(text: str, brackets: str) -> str | None:
-    """What stands in the brackets around all of a text; None when there are none."""
+    """The text inside the brackets around the whole of a text; None without such brackets."""
     text = text.strip()
     return text[1:-1] if text.startswith(brackets[0]) and text.endswith(brackets[1]) and len(text) > 1 else None
 
 
 def _sweep(key: str, value: str) -> InputError:
     return InputError(
-        f"{key}={shown(value)} names several values: that is a sweep, which belongs to a study of several runs, and one run "
-        f"takes one value. Start a run for each"
+        f"{key}={shown(value)} has several values, as in a sweep, but one run takes one value. Start one run for each"
     )
 
 
 def quoted(key: str, value: str) -> str:
-    """The word of a shell that sets a field to a text which would mean something else without quotes."""
+    """The override, quoted for the shell, that sets a field to a text which would mean something else without quotes."""
     return shlex.quote(f"{key}={in_quotes(value)}")
 
 
 def in_quotes(text: str) -> str:
-    """A text as the value of an override that means nothing but the text itself."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    """The text in quotes, as an override's value that is taken literally."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def shown(text: str) -> str:
-    """A text as errors name it: on one line, and not longer than a line."""
+    """The text as error messages show it: printable, on one line, and shortened beyond 300 characters."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def field_type(key: str) -> Any:
-    """The type of a field or section. Raises InputError when there is none of that name."""
+    """The type of a field or section by its dotted name. Raises InputError for an unknown name."""
     kind: Any = ExperimentConfig
-    done: list[str] = []
+    parts: list[str] = []
     for part in key.split("."):
-        kind = entry_type(strip_optional(kind), part, ".".join(done), key)
-        done.append(part)
+        kind = entry_type(strip_optional(kind), part, ".".join(parts), key)
+        parts.append(part)
     return kind
 
 
 def entry_type(kind: Any, name: str, section: str, key: str = "") -> Any:
-    """The type of one field of a section, or of one entry of a field with named entries. Raises InputError.
+    """The type of one field of a section, or of one entry of a field with named entries.
 
-    key: all of the key that it is a part of.
+    key: the whole key that it is a part of. Raises InputError for a name that the section does not have, and names the new
+    one for a renamed field.
     """
     wrong = shown(f"{section}.{name}" if section else name)
     if get_origin(kind) is dict:
@@ -326,7 +326,7 @@ def strip_optional(kind: Any) -> Any:
 
 
 def type_name(kind: Any) -> str:
-    """In words, the type of a field or of one element of a list field."""
+    """The type of a field, or of an element of a list field, in words for messages."""
     plain = strip_optional(kind)
     if get_origin(plain) is list:
         many = {int: "whole numbers", float: "numbers", str: "texts"}

@@ -1,4 +1,4 @@
-"""The reference of all config fields, as Markdown: python -m rear_scale.config.reference > configs/README.md"""
+"""The reference of all config fields in Markdown: python -m rear_scale.config.reference > configs/README.md"""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _HEAD = """# Fields of a config
 
 `python -m rear_scale.config.reference > configs/README.md` writes this page from `rear_scale/config/schema.py`; do not edit it.
 
-A config is one of the files here (`--config rear_l.yaml`) or a file of your own, whose `defaults` list names what it builds on.
-Every field is set in a file or on the command line, as `optim.lr=2e-4`. Some sections have files to choose from, as
-`strategy=zero3`. Relative paths are relative to the current directory.
+A config is one of the files here (`--config rear_l.yaml`) or a file of your own, whose `defaults` list names the files
+that it is based on. Every field can be set in a file or on the command line, as in `optim.lr=2e-4`. Some sections have files to
+choose from, as in `strategy=zero3`. Relative paths are relative to the current directory.
 
-The column *resume* says whether a field may have another value when a run is resumed: **yes**, or **no** (it would change the
-run; `resume.allow=[FIELD]` allows it). **weights**: as no, and with `--checkpoint` the checkpoint's value counts and no other,
-because its weights are for that one.
+The column *resume* tells whether a resumed run may have another value of the field: **yes**, or **no** (it would change the
+run; `resume.allow=[FIELD]` allows it all the same). **weights** is as no, and with `--checkpoint` the value is always the
+checkpoint's, because its weights were trained for it.
 """
 
 
 def text() -> str:
-    """The whole page."""
+    """The whole page as text."""
     return "\n".join([_HEAD, *(line for name in _sections() for line in _section(name))])
 
 
@@ -38,12 +38,12 @@ def _section(section: str) -> Iterator[str]:
     yield f"## {section}\n"
     known = {name: own for name, own in declarations(ExperimentConfig).items() if name.startswith(f"{section}.")}
     inner = {name: strip_optional(field_type(name)) for name in (section, *known)}
-    sections = {name: kind for name, kind in inner.items() if dataclasses.is_dataclass(kind)}
+    sections = {name: annotation for name, annotation in inner.items() if dataclasses.is_dataclass(annotation)}
     if is_group(section):
         files = ", ".join(f"`{path.stem}`" for path in sorted((CONFIG_DIR / section).glob("*.yaml")))
         yield f"Files: `{section}=` {files}.\n"
-    for name, kind in sections.items():
-        if paragraph := _docstring(kind):
+    for name, config_class in sections.items():
+        if paragraph := _docstring(config_class):
             yield f"{'' if name == section else f'`{name}`: '}{paragraph}\n"
     yield "| field | type | default | values | resume | meaning |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -54,20 +54,20 @@ def _section(section: str) -> Iterator[str]:
 
 
 def _row(name: str, own: Declaration, *, is_section: bool) -> str:
-    kind = field_type(name)
-    plain = strip_optional(kind)
+    annotation = field_type(name)
+    plain = strip_optional(annotation)
     named = {str: "texts by name"}.get(get_args(plain)[-1], "sections by name") if get_origin(plain) is dict else None
-    words = "section or null" if is_section else named or type_name(kind)
+    words = "section or null" if is_section else named or type_name(annotation)
     changes = "weights" if own.by_weights else "yes" if own.may_change else "no"
     cells = [f"`{name}`", words.removeprefix("a "), _default(name), _values(own), changes, own.doc]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _default(name: str) -> str:
-    """The default of a field as YAML has it; of a section that is absent by default, its fields' own."""
+    """The default of a field as YAML shows it, also of a field whose section is absent by default."""
     *path, last = name.split(".")
-    kind: Any = strip_optional(field_type(".".join(path))) if path else ExperimentConfig
-    (field,) = [field for field in dataclasses.fields(kind) if field.name == last]
+    config_class: Any = strip_optional(field_type(".".join(path))) if path else ExperimentConfig
+    (field,) = [field for field in dataclasses.fields(config_class) if field.name == last]
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return "must be set" if value == "???" else f"`{_yaml(value)}`"
 
@@ -85,10 +85,10 @@ def _values(own: Declaration) -> str:
     return ", ".join([*([listed] if listed else []), *(rule.short for rule in own.rules)])
 
 
-def _docstring(kind: type) -> str:
-    """What a section's dataclass says of itself, on one line; empty where it has only the signature that dataclasses give it."""
-    found = inspect.cleandoc(kind.__doc__ or "")
-    return "" if found.startswith(f"{kind.__name__}(") else " ".join(found.split())
+def _docstring(config_class: type) -> str:
+    """The docstring of a section's dataclass on one line; empty where it has only the signature that dataclasses generate."""
+    docstring = inspect.cleandoc(config_class.__doc__ or "")
+    return "" if docstring.startswith(f"{config_class.__name__}(") else " ".join(docstring.split())
 
 
 if __name__ == "__main__":

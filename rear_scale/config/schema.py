@@ -1,6 +1,6 @@
-"""One dataclass per component: every setting with its type, default, meaning and unit, and its own rule.
+"""The dataclasses of the config, one per section: each field with its type, default, meaning, unit and rule.
 
-configs/README.md lists them. fields.py says how a field is declared; rules between fields are in validate.py.
+configs/README.md lists the fields. fields.py explains how a field is declared; rules between fields are in validate.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rear_scale.config.fields import Rule, choice, choices, mark, number, path, section, seed, setting, share
+from rear_scale.config.fields import Rule, choice, choices, fraction, number, path, section, seed, setting, time_of_run
 from rear_scale.parallel import facts
 
 STRATEGY_KEY = "strategy.name"
@@ -27,7 +27,7 @@ PRECISION_RECALL_ARITHMETICS = {
     "exact": "float32",
     "adm_fp16": "float16 where ADM's evaluator uses it, as published figures have it",
 }
-_EXIF = {"ignore": "pixels as stored", "apply": "turned as the camera noted beside them"}
+_EXIF = {"ignore": "pixels as stored", "apply": "rotated by the orientation tag of the camera"}
 _IMAGES = "folder of class folders, or of WebDataset tar shards (jpg, png or webp, and cls)"
 
 # A field is one line, or two. The formatter would give each argument its own.
@@ -36,14 +36,14 @@ _IMAGES = "folder of class folders, or of WebDataset tar shards (jpg, png or web
 
 @dataclass
 class RunConfig:
-    name: str = setting("run", "names the run in logs and the default folder", may_change=True)
-    dir: str = path("runs/${run.name}", "the run folder itself", reads=False)
-    seed: int = seed(0, "every random draw of the run is a function of it")
+    name: str = setting("run", "name of the run in logs and in the default run.dir", may_change=True)
+    dir: str = path("runs/${run.name}", "run folder: config, logs and checkpoints", reads=False)
+    seed: int = seed(0, "seed of all random numbers of the run")
 
 
 @dataclass
 class ModelConfig:
-    architecture: str = choice("rar", "the generator",
+    architecture: str = choice("rar", "architecture of the generator",
         among={"rar": "the transformer of RAR and reAR", "alitok": "AliTok's generator"})
     depth: int = number(24, "transformer blocks", above=0, most=1024)
     width: int = number(768, "D, width of embeddings and blocks", above=0, most=131_072)
@@ -58,15 +58,15 @@ class ModelConfig:
     attn_dropout: float = number(0.1, "dropout on attention probabilities", least=0, below=1, way_out="The papers use 0.1")
     embed_dropout: float = number(0.0, "dropout on the input sequence; AliTok's generator has 0.1", least=0, below=1,
         way_out="The papers use 0.1")
-    conditioning: str = choice("adaln", "how the class reaches the blocks",
-        among={"adaln": "class and position modulate every block", "in_context": "the class token alone"})
-    tie_codebook: str | None = choice(None, "code embeddings that are a projection of the frozen codebook; null = none",
+    conditioning: str = choice("adaln", "how the class conditions the blocks",
+        among={"adaln": "adaptive layer norms, from class and position", "in_context": "a class token in the sequence alone"})
+    tie_codebook: str | None = choice(None, "code embeddings that are a learned projection of the frozen codebook; null = none",
         among=("input", "output", "both"))
     kernel: str = choice("auto", "attention kernel", may_change=True, by_weights=False,
-        among={"auto": "flash where it can run", "flash": "the flash-attn package", "sdpa": "torch"})
+        among={"auto": "flash where it can run", "flash": "the flash-attn package", "sdpa": "torch's own"})
     modulation: str = choice("auto", "how often AdaLN is computed",
-        among={"auto": "what is less work for the distinct classes of each micro-batch (in a run that began with another value, "
-                       "that one)",
+        among={"auto": "whichever is less work for the distinct classes of each micro-batch (a run that began with another value "
+                       "keeps it)",
                "per_class": "once per (class, position) of a micro-batch", "per_sample": "once per image"})
 
 
@@ -77,12 +77,12 @@ class TokenizerTrainingConfig:
     images: str = path("???", _IMAGES)
     steps: int = number(400, "updates", above=0)
     batch_size: int = number(64, "images of an update", above=0)
-    lr: float = number(1e-3, "learning rate of the first update; it falls to a tenth", above=0)
+    lr: float = number(1e-3, "learning rate at the start; it decays to a tenth", above=0)
     channels: int = number(64, "width of the convolutions", above=0)
-    continuous_steps: int = setting(100, "steps without quantization, before k-means places the codes")
-    ema_decay: float = share(0.99, "decay of the codes' moving averages, per step")
+    continuous_steps: int = setting(100, "steps without quantization, before k-means initializes the codes")
+    ema_decay: float = fraction(0.99, "decay of the codes' moving averages, per step")
     restart_below: float = setting(0.5,
-        "a code with a smaller moving count per batch is dead and moves to a random latent")
+        "dead codes: a code with a smaller moving average of uses per batch is reset to a random latent")
     commitment: float = setting(0.25, "weight of the commitment term")
     seed: int = seed(0, "seed of batches, starting weights and codes")
 
@@ -98,12 +98,12 @@ class TokenizerConfig:
     codebook_dim: int = number(256, "width of one code", above=0, most=65_536, by_weights=True)
     training: TokenizerTrainingConfig | None = section(None, may_change=True,
         doc="training of a tokenizer of our own; null = the weights come from elsewhere")
-    precision: str = choice("fp32", "precision of decoding (docs/sampling.md: the error of images); encoding has its own",
-        among=PRECISIONS, may_change=True)
+    precision: str = choice("fp32", "precision of decoding (docs/sampling.md: the error of images); encoding is "
+        "pretokenize.precision", among=PRECISIONS, may_change=True)
     # At most 1,024 rows or columns: a scan order of a longer line takes long.
     grid: list[int] | None = setting(None, by_weights=True,
-        doc="[rows, columns] of the tokens behind the prefix, in raster order; null = a sequence without a grid. Where no config "
-            "says it: the one of tokenizer.name for tokenizer.image_size, if it has tokenizer.num_tokens",
+        doc="[rows, columns] of the tokens after the prefix, in raster order; null = a sequence without a grid. Where no config "
+            "sets it: the grid of tokenizer.name for tokenizer.image_size, if it gives tokenizer.num_tokens",
         rules=(Rule(lambda grid: len(grid) == 2 and all(1 <= side <= 1024 for side in grid), "is not two numbers from 1 to 1,024",
                     "Use tokenizer.grid=[ROWS,COLUMNS], or null for a sequence without a grid", "two in 1 .. 1,024"),))
     prefix_tokens: int = number(0, "tokens before the grid (AliTok: 17)", least=0, by_weights=True)
@@ -112,24 +112,25 @@ class TokenizerConfig:
 @dataclass
 class DataConfig:
     train: str | None = path("???",
-        "folder of token shards; null = a checkpoint's was remote and is not taken from its file")
+        "folder of token shards; null only in a checkpoint's config whose shards were remote, which is not followed")
     val: str | None = path(None, "folder of token shards")
     mode: str = choice("mmap", "how shards are read",
         among={"mmap": "unpacked once per node into a memory map, shuffled globally",
                "stream": "read from the shards while training"})
-    cache_dir: str | None = path(None, "node-local folder of the unpacked set; null = the system's temporary folder", reads=False)
-    on_error: str = choice("raise", "how a damaged shard is treated", among=("raise", "skip"), may_change=True)
-    max_skipped_fraction: float = share(0.01, "samples that on_error=skip may lose before it is an error all the same",
+    cache_dir: str | None = path(None, "node-local folder of the memory map; null = the system's temporary folder", reads=False)
+    on_error: str = choice("raise", "reaction to a damaged shard", may_change=True,
+        among={"raise": "end with an error", "skip": "leave its damaged samples out"})
+    max_skipped_fraction: float = fraction(0.01, "largest fraction of samples that on_error=skip may leave out; more is an error",
         may_change=True)
     shuffle_streams: int = number(512, above=0, most=1_048_576,
         doc="data.mode=stream: streams of shuffled shards that are interleaved, the same for any number of ranks")
     buffer_samples: int = number(4096, "data.mode=stream: samples in the shuffle buffer of one stream", above=0, most=2**31)
     group_by_class: bool | None = setting(None,
-        "each global batch is handed out in the order of classes, so that a micro-batch has few of them and AdaLN little work: "
-        "the same samples per update. null: as the checkpoint says, and in a new run true where AdaLN runs once per class and "
+        "sort each global batch by class, so that a micro-batch has few distinct classes and AdaLN little work; the samples of "
+        "an update stay the same. null: as the checkpoint has it, and in a new run true where AdaLN runs once per class and "
         "data.mode=mmap (with data.mode=stream every rank would have to read all streams)")
     assumed_images: int | None = number(None, above=0, may_change=True,
-        doc="images of one epoch, used where data.train is not there (a dry run)")
+        doc="images per epoch, used where data.train does not exist (a dry run)")
 
 
 @dataclass
@@ -139,100 +140,103 @@ class PretokenizeConfig:
     batch_size: int = number(64, above=0, most=1_048_576,
         doc="crops encoded at once; fixed by sample index, so it does not depend on the ranks")
     crops: str = choice("center", "crops of each image",
-        among={"center": "one", "flip": "that and its mirror image", "ten": "corners and center of a larger crop, and mirrored"})
+        among={"center": "the center crop", "flip": "the center crop and its mirror image",
+               "ten": "four corners and center of a larger crop, each also mirrored"})
     precision: str = choice("fp32", "precision of the encoder; codes are always assigned in float32", among=PRECISIONS)
     compile: bool = setting(False, "torch.compile the encoder")
-    samples_per_shard: int = number(32_768, "sequences of one tar shard: also the unit of work of a rank", most=16_777_216,
+    samples_per_shard: int = number(32_768, "sequences of one tar shard, each of which one rank makes", most=16_777_216,
         least=10, says="must hold the crops of at least one image")
-    class_map: str | None = path(None, "file with class ids by name; null = position among the sorted folder names")
-    exif: str = choice("ignore", "how images are turned", among=_EXIF)
-    max_bad_fraction: float = share(0.1, "images that cannot be read are skipped; a larger share of them is an error")
+    class_map: str | None = path(None, "file of class names and ids; null = the index among the sorted folder names")
+    exif: str = choice("ignore", "EXIF orientation of image files", among=_EXIF)
+    max_bad_fraction: float = fraction(0.1, "largest fraction of unreadable images, which are skipped; more is an error")
 
 
 @dataclass
 class NoiseConfig:
-    """Noisy context regularization, reAR Eq. 4 and 5: each sequence draws its rate from U(0, f(t))."""
+    """Noisy context regularization, reAR Eq. 4 and 5: the replacement rate of a sequence is drawn from U(0, f(t))."""
 
-    max: float = share(0.0, "f at the start; 0 = clean context")
+    max: float = fraction(0.0, "f at the start; 0 = clean context")
     schedule: str = choice("linear", "f over the run",
-        among={"linear": "falls from max to 0 between start and end", "constant": "max throughout"})
-    start: float = mark(0.0, "where f begins to fall")
-    end: float = mark(0.75, "where f reaches 0")
-    rate: str = choice("uniform", "rate of a sequence",
+        among={"linear": "decreases from max to 0 between start and end", "constant": "stays at max"})
+    start: float = time_of_run(0.0, "when f starts to decrease")
+    end: float = time_of_run(0.75, "when f reaches 0")
+    rate: str = choice("uniform", "replacement rate of a sequence",
         among={"uniform": "drawn from U(0, f(t))", "fixed": "f(t) itself (Table 4)"})
-    replacement: str = choice("uniform", "token in place of a noisy one",
+    replacement: str = choice("uniform", "token that replaces another",
         among={"uniform": "a code drawn from all", "mask": "the mask token (in the released code, not in the paper)"})
 
 
 @dataclass
 class HeadsConfig:
-    """Codebook embedding regularization, reAR Eq. 6. A tap is a number of blocks done: 0 = embeddings."""
+    """Codebook embedding regularization, reAR Eq. 6. A tap is the number of blocks before the head: 0 = the embeddings."""
 
-    encode_tap: int | None = setting(None, "where the current token's embedding is recovered; null = no such head")
-    decode_tap: int | None = setting(None, "where the next token's embedding is predicted; null = no such head")
+    encode_tap: int | None = setting(None, "tap of the head that predicts the current token's codebook embedding; null = no head")
+    decode_tap: int | None = setting(None, "tap of the head that predicts the next token's codebook embedding; null = no head")
     weight: float = number(1.0, "weight of both terms, lambda of Eq. 7", least=0, way_out="The paper uses 1")
-    hidden: int = number(2048, "hidden width", above=0, most=1_048_576)
+    hidden: int = number(2048, "hidden width of a head", above=0, most=1_048_576)
     form: str = choice("paper", "layers of a head", among={"paper": "two with GELU", "released": "three with SiLU"})
     shared: bool = setting(False, "one head for both taps, as Eq. 6 writes it; the released code has two")
-    positions: str = choice("eq6", "positions of both terms", among={"eq6": "i = 1 .. N-1", "all": "N each, as released"})
-    encode_counts: str = choice("all", "tokens that the encode term counts",
+    positions: str = choice("eq6", "positions that both terms cover",
+        among={"eq6": "i = 1 .. N-1", "all": "all N, as released"})
+    encode_counts: str = choice("all", "tokens that the encode term includes",
         among={"all": "noisy ones too (section 3.2)", "clean": "without the noisy ones (released)"})
     distance: str = choice("one_minus_cosine", "distance of embeddings; the two differ in a constant, the gradient is the same",
         among={"one_minus_cosine": "1 - cos", "negative_cosine": "-cos, as released"})
-    lone_term: str = choice("once", "weight of a term without the other", among={"once": "1", "twice": "2, as released"})
+    lone_term: str = choice("once", "factor of a term whose other head is off", among={"once": "1", "twice": "2, as released"})
 
 
 @dataclass
 class PermutationConfig:
-    """RAR's randomness annealing (RAR Eq. 5): a row is permuted with probability r, which falls from 1 to 0."""
+    """RAR's randomness annealing (RAR Eq. 5): a sequence is permuted with probability r, which decreases from 1 to 0."""
 
-    start: float = mark(0.0, "where r begins to fall")
-    end: float = mark(0.0, "where r reaches 0; 0 = never permuted, 1 with start 1 = always")
-    order: str = choice("row_major", "fixed order of the other rows", among=SCAN_ORDERS)
+    start: float = time_of_run(0.0, "when r starts to decrease")
+    end: float = time_of_run(0.0, "when r reaches 0; 0 = never permuted, 1 with start 1 = always permuted")
+    order: str = choice("row_major", "scan order of the sequences that are not permuted", among=SCAN_ORDERS)
     prefix: str = choice("permuted", "tokens before the grid (AliTok's 17)",
-        among={"permuted": "permuted with the others", "fixed": "in front"})
+        among={"permuted": "permuted with the others", "fixed": "kept in front"})
 
     @property
     def active(self) -> bool:
-        """Whether any row is ever permuted."""
+        """Whether any sequence is ever permuted."""
         return self.end > 0
 
     @property
     def never_settles(self) -> bool:
-        """Whether rows are permuted to the end of the run: such a model has no order of its own."""
+        """Whether sequences are permuted to the end of the run: such a model has no scan order of its own."""
         return self.end == 1
 
 
 @dataclass
 class ObjectiveConfig:
-    class_dropout: float = share(0.1, "fraction of labels replaced by the null class")
+    class_dropout: float = fraction(0.1, "fraction of labels replaced by the null class")
     noise: NoiseConfig = section(NoiseConfig)
     heads: HeadsConfig = section(HeadsConfig)
     permutation: PermutationConfig = section(PermutationConfig)
     terms: dict[str, dict[str, Any]] = setting(
         {},
-        "settings of more terms of the loss by name, such as {weight: 0.1}; rear_scale/objective/terms.py says how one is added",
+        "settings of additional loss terms by name, such as {weight: 0.1}; rear_scale/objective/terms.py explains how to add one",
         by_weights=False,
     )
 
 
 @dataclass
 class OptimConfig:
-    name: str = choice("adamw", "the rules that update the weights", among=lambda: list(OPTIMIZERS))
+    name: str = choice("adamw", "optimizer", among=lambda: list(OPTIMIZERS))
     lr: float = number(4e-4, "peak learning rate, reached at the end of warm-up", above=0)
     end_lr: float = setting(1e-5, "learning rate at the last step")
     warmup_steps: int = number(62_500, "updates of warm-up; 0 = none", least=0, way_out="Use 0 for none")
-    schedule: str = choice("paper", "learning rate at the first update of warm-up",
-        among={"paper": "lr / warmup_steps", "released": "0, and one step behind throughout"})
+    schedule: str = choice("paper", "linear warm-up, then cosine decay; the learning rate of the first update",
+        among={"paper": "lr / warmup_steps", "released": "0: the whole schedule is one step behind the paper's"})
     betas: list[float] = setting([0.9, 0.96], "decay of AdamW's two moments",
         rules=(Rule(lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
                     "must be two numbers in [0, 1)", "The papers use [0.9,0.96]", "two in [0, 1)"),))
     weight_decay: float = number(0.03, "weight decay of the parameters that optim.decay_parameters selects", least=0,
         way_out="The papers use 0.03")
     decay_parameters: str = choice("released", "parameters that weight decay applies to",
-        among={"released": "not biases, norms, embeddings, final AdaLN", "matrices": "all of 2 or more dimensions"})
-    grad_clip: float = number(1.0, "largest global gradient norm", above=0)
-    backend: str = choice("auto", "AdamW's code; auto = fused on GPUs, foreach on CPUs", may_change=True,
+        among={"released": "all but biases, norms, embeddings and the final AdaLN",
+               "matrices": "all with 2 or more dimensions"})
+    grad_clip: float = number(1.0, "gradients are clipped to this global norm", above=0)
+    backend: str = choice("auto", "implementation of AdamW; auto = fused on GPUs, foreach on CPUs", may_change=True,
         among=("auto", "torch_fused", "torch_foreach", "deepspeed", "apex"))
     ema_decay: float = number(0.0, "moving average of the weights, per update; 0 = none", least=0, below=1,
         way_out="Use 0 for none, or 0.9999")
@@ -240,13 +244,14 @@ class OptimConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = choice("zero1", "who holds which weights, gradients and optimizer states", among=facts.names)
+    name: str = choice("zero1", "how weights, gradients and optimizer states are spread over ranks", among=facts.names)
     cpu_offload: bool = setting(False, "zero1, zero2, zero3: optimizer state and update on the CPU")
     defer_reduction: bool = setting(True,
-        "fsdp2, hsdp, zero2, zero3, when accumulating: whole gradients stay on each rank and travel once per update (true), or "
-        "they stay sharded and travel in every micro-step (false)")
+        "fsdp2, hsdp, zero2, zero3, with gradient accumulation: reduce gradients once per update and keep them whole on each "
+        "rank until then (true), or reduce them in every micro-step and keep them sharded (false)")
     reshard_after_forward: bool = setting(True,
-        "fsdp2, hsdp: gather weights again for the backward pass, or keep them (false)")
+        "fsdp2, hsdp: free gathered weights after the forward pass and gather them again for the backward pass (true), or keep "
+        "them (false)")
     replicas: int = setting(2, "hsdp: groups of ranks that each hold the whole model; one per machine is usual")
 
 
@@ -255,7 +260,7 @@ class TrainConfig:
     epochs: float | None = number(None, "length of the run; either this or total_steps", above=0)
     total_steps: int | None = number(None, "length of the run in optimizer updates", above=0,
         most=99_999_999)  # folders of checkpoints have eight digits
-    stop_at_step: int | None = number(None, "end early with a checkpoint; the schedules stay as they are", above=0,
+    stop_at_step: int | None = number(None, "end at this step, with a checkpoint; the schedules keep their length", above=0,
         may_change=True)
     global_batch_size: int = number(2048, "images per optimizer update, over all ranks and micro-steps", above=0, most=2**31)
     micro_batch_size: int = number(32, "images per rank and micro-step", above=0, most=1_048_576, may_change=True)
@@ -265,13 +270,13 @@ class TrainConfig:
         "newer GPUs")
     init_from: str | None = path(None,
         "weights to start from: official RAR, AR, reAR or AliTok, ours, or a released checkpoint-N/ folder")
-    activation_checkpointing: str = choice("none", "operations of blocks repeated in the backward pass, to save memory",
+    activation_checkpointing: str = choice("none", "operations of blocks that the backward pass recomputes, to save memory",
         among=RECOMPUTE_POLICIES, may_change=True)
-    recompute_every_n: int = number(2, "n of every_n", above=0, may_change=True)
+    recompute_every_n: int = number(2, "n of train.activation_checkpointing=every_n", above=0, may_change=True)
     compile: bool | str = choice("auto", "torch.compile of each block", among={
-        True: "", False: "", "auto": "on GPUs where it works, not on CPUs (in a run that began with another value, that one)"})
+        True: "", False: "", "auto": "on GPUs where it works, not on CPUs (a run that began with another value keeps it)"})
     check_memory: bool = setting(True, may_change=True,
-        doc="refuse to start where a rank needs more memory by formula than there is; false = try it")
+        doc="refuse to start where the estimated memory of a rank is more than there is; false = start anyway")
     log_every: int = number(10, "steps between two lines of metrics", above=0, may_change=True)
     val_every: int | None = number(None, "steps between validations on data.val; null = none", above=0, may_change=True)
 
@@ -279,21 +284,23 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = number(5000, "steps between two checkpoints", above=0)
-    keep_last: int = number(3, "intact checkpoints; older are deleted, but for the one that the run was resumed from", above=0)
-    keep_every: int | None = number(None, "steps; checkpoints at multiples of it are never deleted", above=0)
+    keep_last: int = number(3, above=0,
+        doc="intact checkpoints to keep; older ones are deleted, except the one that the run was resumed from")
+    keep_every: int | None = number(None, above=0,
+        doc="checkpoints at multiples of this number of steps are never deleted; null = none")
 
 
 @dataclass
 class GuardConfig:
-    on_nonfinite: str = choice("stop", "after a loss or gradient that is not finite",
-        among={"stop": "end the run", "skip": "leave that update out"})
-    max_skips: int = number(10, "updates of a run that may be left out before it stops all the same", above=0)
+    on_nonfinite: str = choice("stop", "reaction to a loss or gradient that is not finite",
+        among={"stop": "end the run", "skip": "skip the update"})
+    max_skips: int = number(10, "skipped updates of a run, after which it stops at the next", above=0)
     hang_timeout_s: float = setting(900.0, "seconds without progress on a rank before it writes its stacks and ends; 0 = never",
         rules=(Rule(lambda seconds: seconds >= 0, "must not be negative", "Use 0 for no watchdog, or some minutes", "≥ 0"),))
-    on_spike: str = choice("log", "after a loss far above those before it",
-        among={"log": "write a line", "rewind": "go back to the newest checkpoint, past that data"})
-    spike_sigma: float = number(8.0, "standard deviations of the recent losses that make a spike", above=0)
-    spike_window: int = number(100, "losses that it is measured against", above=0, most=1_048_576)
+    on_spike: str = choice("log", "reaction to a loss spike",
+        among={"log": "write a line", "rewind": "return to the newest checkpoint and skip the data of the spike"})
+    spike_sigma: float = number(8.0, "a spike is a loss this many standard deviations above the recent mean", above=0)
+    spike_window: int = number(100, "recent losses whose mean and standard deviation are taken", above=0, most=1_048_576)
     max_rewinds: int = number(3, "rewinds of a run; after that, spikes are only logged", above=0)
 
 
@@ -313,7 +320,8 @@ class ResumeConfig:
 class GuidanceConfig:
     """Classifier-free guidance: logits = uncond + (cond - uncond) * strength(step). Strength 1 = none."""
 
-    schedule: str = choice("constant", "strength over the steps of an image", among=("constant", "linear", "power_cosine"))
+    schedule: str = choice("constant", "guidance strength over the decoding steps of an image",
+        among=("constant", "linear", "power_cosine"))
     scale: float = setting(1.0,
         "constant: the strength, 1 = none; power_cosine: what it rises to from 1, 1 = none; linear: what is added to 1, 0 = none")
     power: float = number(1.0, "exponent of power_cosine", above=0)
@@ -321,22 +329,22 @@ class GuidanceConfig:
 
 @dataclass
 class SampleConfig:
-    num_images: int = number(50_000, "images to make", above=0, most=100_000_000)
-    labels: list[int] | None = setting(None, "class ids that the images have in turn; null = all classes")
+    num_images: int = number(50_000, "images to generate", above=0, most=100_000_000)
+    labels: list[int] | None = setting(None, "class ids, assigned to the images cyclically; null = all classes")
     batch_size: int = number(256, above=0, most=1_048_576,
-        doc="images decoded together; part of what determines the arithmetic")
-    seed: int = seed(0, "every draw of an image is a function of it and the image's number")
+        doc="images sampled together; another size may round differently")
+    seed: int = seed(0, "seed; an image depends on it and on the image's own number")
     temperature: float = number(1.0, "logits are divided by it", above=0)
-    top_k: int | None = number(None, "draw from the k likeliest codes only; null = all", above=0)
+    top_k: int | None = number(None, "sample from the k most probable codes only; null = all", above=0)
     top_p: float | None = number(None, above=0, most=1, way_out="null = all codes",
-        doc="draw from the likeliest codes that hold this share of the probability; null = all")
+        doc="sample from the most probable codes that hold this much of the probability; null = all")
     order: str | None = choice(None, "scan order; null = that of objective.permutation.order; random = another for each image",
         among=(*SCAN_ORDERS, "random"))
     also_write: str | None = choice(None, "PNG copies of the samples beside the npz; null = none",
         among={"png": "a folder of PNG files", "tar": "WebDataset shards of PNG files and labels"})
     grid_every_images: int | None = number(None, above=0,
-        doc="training images between two sheets of samples in the run, each drawn at the next checkpoint; null = none")
-    cuda_graphs: bool = setting(True, "on a GPU, start the kernels of many steps together")
+        doc="training images between two image grids of samples, each made at the next checkpoint; null = none")
+    cuda_graphs: bool = setting(True, "on a GPU, replay decoding steps as CUDA graphs")
     uint8_rounding: str = choice("truncate", "how float images become uint8", among=UINT8_ROUNDINGS)
     guidance: GuidanceConfig = section(GuidanceConfig)
 
@@ -355,7 +363,7 @@ class ClassifierConfig:
 
 @dataclass
 class TrainingScoresConfig:
-    """Scores of a few samples during training, for the trend: they compare only with values of as many samples."""
+    """Scores of a few samples during training, for the trend: comparable only with scores of as many samples."""
 
     every_images: int = number(10_000_000, above=0,
         doc="training images; scored at the first checkpoint after each multiple of it")
@@ -375,13 +383,14 @@ class EvaluateConfig:
     lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16")
     network_weights: dict[str, str] = setting({}, reads=True, doc=
         "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
-    cache_dir: str | None = path(None, "folder of features; null = beside the result. References may share one over runs",
-        reads=False)
+    cache_dir: str | None = path(None, reads=False, doc=
+        "folder of cached features; null = beside the result. Runs that share one compute references once")
     precision_recall_arithmetic: list[str] = choices(["exact", "adm_fp16"], among=PRECISION_RECALL_ARITHMETICS,
         doc="arithmetic of the distances behind precision, recall, density and coverage")
     precision_recall_reference_images: int | None = number(10_000, above=0,
         doc="reference images, evenly spaced, for precision and recall; null = all")
-    bootstrap: int = number(0, "resamplings for intervals; each costs about one pass over the features. 0 = none", most=100_000,
+    bootstrap: int = number(0, most=100_000,
+        doc="bootstrap resamplings for intervals; each costs about one pass over the features. 0 = none",
         rules=(Rule(lambda draws: draws == 0 or draws >= 2, "is neither 0 (none) nor at least 2 resamplings", "Use 100",
                     "0, or ≥ 2"),))
     fid_infinity: bool = setting(False,
@@ -390,17 +399,18 @@ class EvaluateConfig:
     training: TrainingScoresConfig | None = section(None, "scores during training; null = none")
     classifier: ClassifierConfig | None = section(None,
         "its penultimate layer gives the features, its output the class accuracy")
-    replace_rate: float = share(0.1, "fraction of context tokens replaced for the noisy correct token ratio")
-    replace_draws: int = number(16, "fixed replacement draws that it averages over", above=0, most=100_000)
+    replace_rate: float = fraction(0.1, "fraction of context tokens replaced for the noisy correct token ratio")
+    replace_draws: int = number(16, above=0, most=100_000,
+        doc="random replacements that the noisy correct token ratio is averaged over, the same in every evaluation")
     batch_size: int = number(100, "images or sequences per forward pass", above=0, most=1_048_576)
-    exif: str = choice("ignore", "how image files are turned", among=_EXIF)
+    exif: str = choice("ignore", "EXIF orientation of image files", among=_EXIF)
 
 
 @dataclass
 class ClusterConfig:
-    """The machines that launchers/plan.py plans for, and --dry-run when it is not started on many ranks itself."""
+    """The machines that launchers/plan.py plans for, and that --dry-run assumes when it is started as a single process."""
 
-    gpus: int | None = number(None, "ranks, one per GPU; null = one full machine", above=0, most=1_048_576)
+    gpus: int | None = number(None, "GPUs, with one rank each; null = one full machine", above=0, most=1_048_576)
     gpu: str = setting("h100-80g", "a row of configs/devices/gpus.yaml")
 
 

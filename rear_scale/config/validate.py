@@ -1,4 +1,7 @@
-"""The rules between fields of a config, those that need no other machine, file or process. A field's own are in schema.py."""
+"""Rules between fields of a config, as far as they can be checked without other machines, files or processes.
+
+The rules of single fields are in schema.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
 
 
 def validate(cfg: ExperimentConfig) -> None:
-    """Checks every rule that needs no other machine, file or process. Raises InputError at the first that is broken."""
+    """Raises InputError for the first broken rule of a config. Needs no other machine, file or process."""
     check_fields(cfg)
     _validate_model(cfg)
     _validate_tokenizer(cfg)
@@ -29,7 +32,7 @@ def validate(cfg: ExperimentConfig) -> None:
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:
-    """As in "a, b and c"."""
+    """The names as a list in words: a, b and c."""
     *most, last = names
     return f"{', '.join(most)} {joint} {last}" if most else last
 
@@ -67,7 +70,8 @@ def _validate_tokenizer(cfg: ExperimentConfig) -> None:
             0 <= training.continuous_steps < training.steps,
             "tokenizer.training.continuous_steps",
             training.continuous_steps,
-            f"must lie between 0 and tokenizer.training.steps={training.steps}: the codes are placed and used after them",
+            f"must lie between 0 and tokenizer.training.steps={training.steps}: the codes are initialized after them and trained "
+            "in the rest",
             f"Use {training.steps // 4}, or more steps",
         )
 
@@ -100,7 +104,7 @@ def _validate_geometry(cfg: ExperimentConfig) -> None:
 
 def _validate_objective(cfg: ExperimentConfig) -> None:
     noise, heads = cfg.objective.noise, cfg.objective.heads
-    _marks("objective.noise", noise.start, noise.end)
+    _check_interval("objective.noise", noise.start, noise.end)
     _validate_permutation(cfg)
     for name in ("encode_tap", "decode_tap"):
         tap = getattr(heads, name)
@@ -109,16 +113,16 @@ def _validate_objective(cfg: ExperimentConfig) -> None:
                 0 <= tap <= cfg.model.depth,
                 f"objective.heads.{name}",
                 tap,
-                f"is outside 0..model.depth={cfg.model.depth} (a tap is a number of blocks done)",
-                f"Use 0 for the embeddings up to {cfg.model.depth} for the last block's output, or null for no head",
+                f"is outside 0..model.depth={cfg.model.depth} (a tap is the number of blocks before the head)",
+                f"Use 0 for the embeddings, {cfg.model.depth} for the last block's output, or null for no head",
             )
 
 
-def _marks(section: str, start: float, end: float) -> None:
-    """The end of a fall does not lie before its start, where both are shares of the run or both are steps."""
-    both_shares, both_steps = max(start, end) <= 1, min(start, end) > 1
+def _check_interval(section: str, start: float, end: float) -> None:
+    """Raises InputError where a schedule ends before it starts; a fraction of the run and a step cannot be compared."""
+    both_fractions, both_steps = max(start, end) <= 1, min(start, end) > 1
     _require(
-        start <= end or not (both_shares or both_steps),
+        start <= end or not (both_fractions or both_steps),
         f"{section}.end",
         end,
         f"lies before {section}.start={start}",
@@ -128,7 +132,7 @@ def _marks(section: str, start: float, end: float) -> None:
 
 def _validate_permutation(cfg: ExperimentConfig) -> None:
     permutation, tokenizer = cfg.objective.permutation, cfg.tokenizer
-    _marks("objective.permutation", permutation.start, permutation.end)
+    _check_interval("objective.permutation", permutation.start, permutation.end)
     name, order = "objective.permutation.order", permutation.order
     if cfg.sample.order is not None:
         name, order = "sample.order", cfg.sample.order
@@ -136,8 +140,8 @@ def _validate_permutation(cfg: ExperimentConfig) -> None:
         order != "random" or permutation.never_settles,
         name,
         order,
-        f"needs a model that was permuted to the end, but objective.permutation.end={permutation.end}",
-        "Use null for the order that it was trained to, or a scan order",
+        f"needs a model that was trained with permutations to the end, but objective.permutation.end={permutation.end}",
+        "Use null for the scan order of its training, or name a scan order",
     )
     if order in ("row_major", "random"):
         return
@@ -145,8 +149,8 @@ def _validate_permutation(cfg: ExperimentConfig) -> None:
         tokenizer.grid is not None,
         name,
         order,
-        f"scans a grid, but tokenizer.grid=null: the {tokenizer.num_tokens} tokens of tokenizer.name={tokenizer.name} are a "
-        "sequence",
+        f"is a scan order of a grid, but tokenizer.grid=null: the {tokenizer.num_tokens} tokens of "
+        f"tokenizer.name={tokenizer.name} are a sequence",
         f"Use {name}=row_major, or set tokenizer.grid=[ROWS,COLUMNS]",
     )
     rows, columns = tokenizer.grid
@@ -165,7 +169,7 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         (train.epochs is None) != (train.total_steps is None),
         "train.total_steps",
         train.total_steps,
-        f"with train.epochs={train.epochs}: exactly one of the two sets the length of a run",
+        f"and train.epochs={train.epochs}: exactly one of the two must set the length of the run",
         "Set train.total_steps=N or train.epochs=N",
     )
     _validate_strategy(cfg)
@@ -229,21 +233,21 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
             cfg.train.activation_checkpointing != "selective",
             "train.compile",
             True,
-            "does not work with train.activation_checkpointing=selective, which chooses among the single operations that a "
-            "compiled block no longer has",
+            "does not work with train.activation_checkpointing=selective, which selects single operations, and a compiled "
+            "block has none",
             "Use full or every_n, or train.compile=false",
         )
 
 
 def _validate_fp8(cfg: ExperimentConfig) -> None:
     row = facts.of(cfg.strategy)
-    # Those that shard most are named first.
+    # The message names strategies that shard most first.
     others = sorted(facts.names(lambda row: row.no_fp8 is None), key=lambda name: -len(facts.named(name).shards))
     _require(
         cfg.train.precision == "bf16",
         "train.fp8",
         True,
-        f"needs train.precision=bf16 for all that is not a product of a block, not {cfg.train.precision}",
+        f"needs train.precision=bf16 for everything but the matrix products of the blocks, not {cfg.train.precision}",
         "Use train.precision=bf16, or train.fp8=false",
     )
     _require(
@@ -270,8 +274,8 @@ def _validate_sampling(cfg: ExperimentConfig) -> None:
             len(sample.labels) > 0 and all(0 <= label < known for label in sample.labels),
             "sample.labels",
             sample.labels,
-            f"must be class ids 0 .. {known - 1} of model.num_classes={known}, one at least",
-            "Leave other numbers out; null = all classes in turn",
+            f"must be one or more class ids in 0 .. {known - 1} (model.num_classes={known})",
+            "Leave other numbers out, or use null for all classes",
         )
     _require(
         0 <= sample.guidance.scale < math.inf,

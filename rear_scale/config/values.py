@@ -1,4 +1,4 @@
-"""A config as plain values, and as YAML."""
+"""Conversion of a config to plain values and YAML."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rear_scale.config.schema import ExperimentConfig
 
 
 def to_dict(cfg: ExperimentConfig) -> dict[str, Any]:
-    """Plain nested values of the config, in the order of its dataclasses."""
+    """The config as nested plain values, in the order of its dataclasses."""
     return dataclasses.asdict(cfg)
 
 
 def to_yaml(cfg: ExperimentConfig) -> str:
-    """The whole config as YAML text, which `load` reads."""
+    """The whole config as YAML, with every field."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
 def with_home(cfg: ExperimentConfig) -> ExperimentConfig:
-    """The config itself, after a leading ~/ of its texts was replaced by the user's home folder.
+    """The same config object, after replacing a leading ~/ in its texts by the user's home folder.
 
-    A shell leaves it to the command in words such as run.dir=~/runs/x.
+    A shell does not expand it in words such as run.dir=~/runs/x.
     """
 
     def replaced(value: Any) -> Any:
@@ -41,11 +41,11 @@ def with_home(cfg: ExperimentConfig) -> ExperimentConfig:
 
 
 def leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """Every single value under its dotted key; an empty section is one value."""
-    found: dict[str, Any] = {}
+    """The single values of nested ones by dotted key; an empty section is one value."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            found.update({f"{key}.{name}": leaf for name, leaf in leaves(value).items()})
+            flat.update({f"{key}.{name}": leaf for name, leaf in leaves(value).items()})
         else:
-            found[key] = value
-    return found
+            flat[key] = value
+    return flat

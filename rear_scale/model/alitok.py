@@ -28,16 +28,16 @@ def feed_forward_width(width: int) -> int:
 
 
 def rotary_table(prefix: int, grid: tuple[int, int], head_width: int) -> Tensor:
-    """float32 [N + 1, K / 2, 2], cosine and sine of the angles of the class and each token's place, of `prefix` tokens and
-    then a grid of (rows, columns).
+    """Cosine and sine of the rotary angles, float32 [N + 1, K / 2, 2], of the class, `prefix` tokens and a grid of (rows,
+    columns).
 
-    The class has a row of zeros, so that its query and key vanish; prefix tokens count up in one dimension; grid tokens
-    have a row (first half of the pairs) and a column (second half) that go on counting after the prefix.
+    The row of the class is zero, so that its query and key are zero; the angles of prefix tokens count in one dimension; those
+    of grid tokens count rows (first half of the pairs) and columns (second half), starting after the prefix.
     """
     rows, columns = grid
     line = torch.arange(prefix).float()[:, None] * _frequencies(head_width)
-    place = (prefix + torch.arange(max(grid))).float()[:, None] * _frequencies(head_width // 2)
-    by_row, by_column = place[:rows, None].expand(-1, columns, -1), place[None, :columns].expand(rows, -1, -1)
+    angle = (prefix + torch.arange(max(grid))).float()[:, None] * _frequencies(head_width // 2)
+    by_row, by_column = angle[:rows, None].expand(-1, columns, -1), angle[None, :columns].expand(rows, -1, -1)
     angles = torch.cat((line, torch.cat((by_row, by_column), dim=-1).flatten(0, 1)))
     return torch.cat((torch.zeros(1, head_width // 2, 2), torch.stack((angles.cos(), angles.sin()), dim=-1)))
 
@@ -47,7 +47,7 @@ def _frequencies(width: int) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """The gated feed-forward of AliTok's generator."""
+    """The SwiGLU feed-forward."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
 
 
 class AliTokBlock(nn.Module):
-    """One block of AliTok's generator: attention and feed-forward, each after a norm."""
+    """A pre-norm transformer block with RMSNorm and SwiGLU."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -71,14 +71,17 @@ class AliTokBlock(nn.Module):
         self.mlp = SwiGLU(shape.width, shape.mlp_width, shape.dropout)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Attend | None = None) -> Tensor:
-        """x [B, S, D]; rotation [B or 1, S, K / 2, 2]."""
+        """The output, [B, S, D], for x [B, S, D]; rotation [B or 1, S, K / 2, 2]."""
         x = x + self.attn(self.norm1(x), attend, rotation)
         return x + self.mlp(self.norm2(x))
 
 
 class AliTokTransformer(Generator):
-    """AliTok's generator. With shape.target_aware it has RAR's second table, our definition of RAR on it: one row per
-    token, added to the input of the position that predicts that token."""
+    """AliTok's generator.
+
+    With shape.target_aware it has RAR's second position table (our definition of RAR for this model): one row per token, added
+    to the input of the position that predicts that token.
+    """
 
     prefix = 1
     output_name = "output"
@@ -92,7 +95,9 @@ class AliTokTransformer(Generator):
         self.output = output_matrix(shape)
         if shape.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, shape.num_tokens, shape.width))
-        self.rotary: Tensor | None = None  # a plain attribute: it is in no weight file, and never in half precision
+        self.rotary: Tensor | None = (
+            None  # a plain attribute, so that it is in no weight file and never in half precision
+        )
         self._build_ends()
 
     def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
@@ -103,13 +108,13 @@ class AliTokTransformer(Generator):
         return F.dropout(x, self.shape.embed_dropout, self.training)
 
     def targets(self, order: Tensor | None) -> Tensor | None:
-        """[B or 1, N, D]: what each position is told about the place of the token that it predicts."""
+        """The rows of the second table, [B or 1, N, D], for the positions of the tokens to predict; None without that table."""
         if not self.shape.target_aware:
             return None
         return self.target_aware_pos_embed if order is None else self.target_aware_pos_embed[0, order]
 
     def rotation(self, order: Tensor | None, device: torch.device) -> Tensor:
-        """[B or 1, N + 1, K / 2, 2]: each token keeps the row of its own place in the image."""
+        """The rotations, [B or 1, N + 1, K / 2, 2]: each token has that of its own position in the image."""
         if self.rotary is None or self.rotary.device != device:
             shape = self.shape
             assert shape.grid is not None, "AliTok's generator needs a grid"
@@ -119,21 +124,23 @@ class AliTokTransformer(Generator):
         return self.rotary[F.pad(1 + order, (1, 0))]
 
     def block_arguments(
-        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+        self, class_embedding: Tensor, class_index: Tensor | None, order: Tensor | None, length: int
     ) -> tuple[Tensor]:
         return (self.rotation(order, class_embedding.device)[:, :length],)
 
-    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
         return self.token_logits(self.norm(x))
 
-    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> AliTokDecoding:
-        return AliTokDecoding(self, classes, rows, order)
+    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> AliTokDecoding:
+        return AliTokDecoding(self, classes, class_index, order)
 
 
 class AliTokDecoding(Decoding):
-    def __init__(self, model: AliTokTransformer, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
+    """Cached decoding of AliTok's generator."""
+
+    def __init__(self, model: AliTokTransformer, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
         self.model = model
-        self.first = model.class_embedding(classes)[rows][:, None]
+        self.first = model.class_embedding(classes)[class_index][:, None]
         self.rotation = model.rotation(order, self.first.device)
         self.targets = model.targets(order)
 

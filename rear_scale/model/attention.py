@@ -1,5 +1,7 @@
-"""Causal self-attention with normalised queries and keys. How keys and values are attended to is a kernel's business or,
-in cached decoding, the caller's; everything else is shared."""
+"""Causal self-attention with normalized queries and keys.
+
+The attention itself is computed by a kernel or, in cached decoding, by a function of the caller; everything else is shared.
+"""
 
 # B images, S positions, D width, H heads, K head width
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from rear_scale.config import InputError
 from rear_scale.progress import Say
 
-_FLASH_CAPABILITY = (8, 0)  # what the package's kernels are built for
+_FLASH_CAPABILITY = (8, 0)  # the least compute capability of the package's kernels
 # (query, key, value), each [B, H, S, K] -> [B, H, S, K]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,16 +31,16 @@ class Kernel(Protocol):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """torch's own kernels."""
-    # is_causal instead of a mask: a mask tensor would rule out the flash kernel and do twice the work.
+    """Attention by torch's own kernels."""
+    # is_causal and not a mask tensor, which would exclude the flash kernel and double the work.
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """The flash-attn package: CUDA, bf16 or fp16."""
+    """Attention by the flash-attn package, on CUDA in bf16 or fp16."""
     from flash_attn import flash_attn_func
 
-    inputs = (part.transpose(1, 2) for part in (query, key, value))  # it wants [B, S, H, K]
+    inputs = (tensor.transpose(1, 2) for tensor in (query, key, value))  # the package takes [B, S, H, K]
     return flash_attn_func(*inputs, dropout_p=dropout, causal=True).transpose(1, 2)
 
 
@@ -46,10 +48,10 @@ KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "flash": flash}
 
 
 def choose_kernel(name: str, device: torch.device, precision: str, report: Say | None = None) -> str:
-    """The kernel's name for model.kernel (auto, sdpa or flash): once per run.
+    """The name of the kernel for model.kernel (auto, sdpa or flash). Called once per run.
 
-    auto: flash where the package is installed and can run, sdpa elsewhere; `report` gets a line where it is installed in
-    vain. Raises InputError when flash is demanded and cannot run here.
+    auto: flash where the package is installed and works, else sdpa; `report` gets a line where it is installed but does not
+    work. Raises InputError for flash where it does not work.
     """
     if name == "sdpa":
         return name
@@ -74,13 +76,13 @@ def choose_kernel(name: str, device: torch.device, precision: str, report: Say |
 
 
 def _flash_faults(device: torch.device) -> list[str]:
-    """Why the installed flash-attn package cannot run on a GPU."""
+    """The reasons why the installed flash-attn package cannot run on a GPU; empty when it can."""
     capability = torch.cuda.get_device_capability(device)
     if capability < _FLASH_CAPABILITY:
         has, least = (".".join(map(str, version)) for version in (capability, _FLASH_CAPABILITY))
         return [f"flash-attn needs a GPU of compute capability {least} or more, and this one has {has}"]
     try:
-        # Its extension is built for one version of torch and of CUDA, and fails with others when it is loaded.
+        # Its extension is built for one version of torch and CUDA, and fails to load with others.
         importlib.import_module("flash_attn")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -89,14 +91,14 @@ def _flash_faults(device: torch.device) -> list[str]:
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
-    """Makes every attention of a model use one kernel."""
+    """Sets the kernel of every attention module of a model."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = KERNELS[name]
 
 
 class Attention(nn.Module):
-    """Attention whose queries and keys pass `norm` (one per head width, shared by the heads), then a rotation, if any."""
+    """Self-attention whose queries and keys are normalized by `norm`, which the heads share, and then rotated, if at all."""
 
     kernel: Kernel = staticmethod(sdpa)
 
@@ -111,7 +113,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend | None = None, rotation: Tensor | None = None) -> Tensor:
-        """[B, S, D] of x [B, S, D]. Without `attend`, position s sees positions 0..s of x.
+        """The output, [B, S, D], for x [B, S, D]. Without `attend`, position s sees positions 0..s of x.
 
         rotation: float [B or 1, S, K / 2, 2], cosine and sine of each position's rotary angles.
         """
@@ -124,7 +126,7 @@ class Attention(nn.Module):
         return F.dropout(self.proj(attended.transpose(1, 2).reshape(B, S, D)), self.dropout, self.training)
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Norms may run in float32 under autocast; the kernels want one dtype.
+        # Under autocast, norms return float32, but the kernels need one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return self.kernel(query, key, value, self.attn_dropout if self.training else 0.0)
 

@@ -1,4 +1,4 @@
-"""Blocks through torch.compile: where that is wanted, whether the compiler works here, and one graph for any classes."""
+"""torch.compile of blocks: the decision, a test of the compiler, and one graph for any number of distinct classes."""
 
 # B images, U distinct classes of a batch
 
@@ -17,9 +17,9 @@ from rear_scale.progress import say
 
 
 def compiles_blocks(cfg: ExperimentConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled on a device: train.compile, or for auto what is faster there and works.
+    """Whether blocks are compiled on a device: train.compile, or for auto whether that is faster there and works.
 
-    Where auto would compile and the compiler fails, one line says so and blocks stay as they are.
+    Where auto would compile but the compiler fails, prints a line and returns False.
     """
     if cfg.train.compile != "auto":
         return bool(cfg.train.compile)
@@ -33,18 +33,20 @@ def compiles_blocks(cfg: ExperimentConfig, device: torch.device) -> bool:
 
 @cache
 def compiler_problem(device: torch.device) -> str | None:
-    """In one line, what is wrong with torch's compiler on a device; None when it compiles and runs a small block and its
-    backward pass. Kernels are compiled at their first call, which may be in a backward pass: too late to fall back."""
+    """The error of torch's compiler on a device in one line; None when it compiles and runs a small block and its backward pass.
+
+    Tested in advance because kernels are compiled at their first call, perhaps in a backward pass, too late for a fallback.
+    """
     try:
         norm, linear = nn.LayerNorm(16, device=device), nn.Linear(16, 16, device=device)
 
-        def forward(x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-            return nn.functional.gelu(linear(norm(x) * rows_of(table, rows)))
+        def forward(x: Tensor, table: Tensor, class_index: Tensor) -> Tensor:
+            return nn.functional.gelu(linear(norm(x) * rows_of(table, class_index)))
 
         table = torch.ones(3, 4, 16, device=device, requires_grad=True)
-        rows = torch.tensor([0, 2, 1, 0, 2], device=device)
-        compiled_block(forward)(torch.ones(5, 4, 16, device=device), table, rows).sum().item()
-        compiled_block(forward)(torch.ones(5, 4, 16, device=device), table, rows).sum().backward()
+        class_index = torch.tensor([0, 2, 1, 0, 2], device=device)
+        compiled_block(forward)(torch.ones(5, 4, 16, device=device), table, class_index).sum().item()
+        compiled_block(forward)(torch.ones(5, 4, 16, device=device), table, class_index).sum().backward()
     # A compiler fails in many ways: no C compiler, no Triton, an unknown GPU, a full disk.
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -52,16 +54,16 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def compiled_block(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A block's forward(x, condition [U, ...], rows) compiled, with one graph for any number of distinct classes U.
+    """A block's forward(x, condition [U, ...], class_index) compiled, with one graph for any number of distinct classes U.
 
-    Blocks without a condition pass through as any function does.
+    Blocks without a condition are compiled without that treatment.
     """
-    # The forward pass alone: the hooks of engines around it stay outside the graph.
+    # Only the forward function is compiled, so that hooks of engines stay outside of the graph.
     compiled = torch.compile(forward)
 
     def call(x: Tensor, *arguments: Any) -> Tensor:
         if len(arguments) == 2 and isinstance(arguments[1], Tensor):
-            # Engines' hooks may have wrapped the tensor anew, so each block says it of what it gets.
+            # In every block, because hooks of engines may replace the tensor between blocks, and with it the mark.
             torch._dynamo.maybe_mark_dynamic(arguments[0], 0)
         return compiled(x, *arguments)
 

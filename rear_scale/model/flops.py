@@ -1,4 +1,4 @@
-"""Exact counts of parameters and of floating-point operations, from the shapes alone."""
+"""Exact numbers of parameters and floating-point operations, computed from shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rear_scale.objective.terms import features_of
 
 
 def parameters_by_part(cfg: ExperimentConfig, model: nn.Module | None = None) -> dict[str, int]:
-    """Trainable parameters of each part, counted on a model, by default one without memory. `total` includes `heads`."""
+    """The number of trainable parameters of each part of the model; `total` includes `heads`.
+
+    model: where to count; by default a model on the meta device.
+    """
     if model is None:
         model = meta_model(cfg)
     parts = {
@@ -52,7 +55,7 @@ def _part(name: str) -> str:
 
 
 def distinct_classes_per_image(cfg: ExperimentConfig) -> float:
-    """Rows of modulation per image of a micro-batch, expected for equally frequent classes: 1 where each image has its own."""
+    """The expected number of modulation rows per image of a micro-batch, for equally frequent classes; 1 without sharing."""
     train, model, dropped = cfg.train, cfg.model, cfg.objective.class_dropout
     if not _modulated(cfg) or model.modulation == "per_sample":
         return 1.0
@@ -60,10 +63,10 @@ def distinct_classes_per_image(cfg: ExperimentConfig) -> float:
     labelled = (batch if groups_by_class(cfg) else images) * (1 - dropped)
     present = classes * (1 - (1 - 1 / classes) ** labelled)
     if groups_by_class(cfg):
-        parts = batch / images
-        # A class that is cut by the end of a micro-batch counts on both sides; images without one are in every micro-batch.
-        cut = (parts - 1) * (1 - present / labelled) if labelled else 0.0
-        distinct = (present + cut + parts * min(1.0, images * dropped)) / batch
+        micro_batches = batch / images
+        # A class at the boundary of two micro-batches counts in both, and images of the null class are in every micro-batch.
+        cut = (micro_batches - 1) * (1 - present / labelled) if labelled else 0.0
+        distinct = (present + cut + micro_batches * min(1.0, images * dropped)) / batch
     else:
         distinct = (present + 1 - (1 - dropped) ** images) / images
     shared = model.modulation == "per_class" or worth_sharing(distinct, 1.0)
@@ -71,7 +74,7 @@ def distinct_classes_per_image(cfg: ExperimentConfig) -> float:
 
 
 def train_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
-    """Floating-point operations of forward and backward for one image, with modulation computed `distinct` times per image.
+    """The floating-point operations of the forward and backward pass of one image, with modulation computed `distinct` times.
 
     A product of [m, k] and [k, n] counts 2 m k n; attention counts the causal half, S (S + 1) / 2 pairs of positions;
     the backward pass counts twice the forward; recomputation under activation checkpointing is not counted.
@@ -83,13 +86,13 @@ def train_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
     output = 2 * N * (2 * D * D * adaln + D * K) + 2 * K * Z * D * {None: 0, "both": 2}.get(tied, 1)
     features = features_of(cfg)
     heads = sum(2 * (N - (feature.positions == "inner")) * head_products(feature) for feature in features)
-    # A feature of the last token has it run through the blocks before it.
+    # With a feature of the last token, that token passes through the blocks before the feature.
     last = max((feature.tap for feature in features if feature.positions == "own"), default=0) * (block / S)
     return round(3 * (cfg.model.depth * block + output + heads + last))
 
 
 def recomputed_flops_per_image(cfg: ExperimentConfig, distinct: float = 1.0) -> int:
-    """What activation checkpointing computes again in the backward pass of one image. Matrix products and attention alone."""
+    """The operations that activation checkpointing recomputes for one image; matrix products and attention alone."""
     depth, policy = cfg.model.depth, cfg.train.activation_checkpointing
     blocks = {"full": depth, "every_n": -(-depth // cfg.train.recompute_every_n)}.get(policy, 0)
     return round(blocks * _block_forward(cfg, distinct))
@@ -112,23 +115,23 @@ def _block_forward(cfg: ExperimentConfig, distinct: float) -> float:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step of cached decoding, for a whole batch, at the mean length of the prefix."""
+    """The cost of one step of cached decoding of a whole batch, at the mean length of the prefix."""
 
     flops: float
     bytes: float  # weights, and keys and values of the live prefix, read once
 
 
 def decode_step_cost(cfg: ExperimentConfig, *, guided: bool) -> StepCost:
-    """What a step of decoding cannot do without: products, and reads of weights and cache; modulation is a table.
+    """The minimum cost of a decoding step: matrix products, and reads of weights and cache; modulation is precomputed.
 
-    Guidance runs two rows per image. Values have the width of train.precision (2 or 4 bytes).
+    With guidance there are two rows per image. Values have the itemsize of train.precision (2 or 4 bytes).
     """
     D, N, K = cfg.model.width, cfg.tokenizer.num_tokens, cfg.tokenizer.codebook_size
     rows = cfg.sample.batch_size * (2 if guided else 1)
     alitok = cfg.model.architecture == "alitok"
     block = 4 * D * D + (3 if alitok else 2) * D * mlp_width(cfg)
     weights = cfg.model.depth * block + D * K
-    prefix = (1 if alitok else 2) + (N - 1) / 2  # one position more at every step, from the first one's on
+    prefix = (1 if alitok else 2) + (N - 1) / 2  # one more position at every step
     cached = 2 * cfg.model.depth * D * prefix
-    width = 2 if cfg.train.precision == "bf16" else 4
-    return StepCost(flops=2.0 * rows * (weights + cached), bytes=width * (weights + rows * cached))
+    itemsize = 2 if cfg.train.precision == "bf16" else 4
+    return StepCost(flops=2.0 * rows * (weights + cached), bytes=itemsize * (weights + rows * cached))

@@ -1,7 +1,7 @@
-"""Matrix products of the blocks in 8-bit floating point, by torchao: optional, and imported only when train.fp8 asks for it.
+"""Matrix products of the blocks in 8-bit floating point, by torchao, which is imported only for train.fp8.
 
-Weights stay what they are (names, float32 masters, checkpoints). Each product casts its two factors, with one scale per
-tensor that is taken from its largest magnitude then and there, in the forward and in both products of the backward pass.
+Weights do not change (names, float32 masters, checkpoints). Each product, in the forward and the backward pass, casts its two
+factors with dynamic scaling: one scale per tensor, from the largest magnitude of its current values.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 
 from rear_scale.config import ExperimentConfig, InputError
 
-# The kernels read both factors in pieces of as many values.
+# The sides of both factors must be multiples of this for the kernels.
 MULTIPLE = 16
-# Ada and Hopper: the first with products of fp8.
+# Ada; the first generation with fp8 products.
 _LEAST_CAPABILITY = (8, 9)
 
 
 def check_fp8(cfg: ExperimentConfig, device: torch.device) -> None:
-    """Raises InputError when train.fp8 is on and cannot run on this device, or torchao is not there."""
+    """Raises InputError when train.fp8 is on, but torchao is not installed or this device cannot run it."""
     if not cfg.train.fp8:
         return
     lacking = []
@@ -41,17 +41,17 @@ def check_fp8(cfg: ExperimentConfig, device: torch.device) -> None:
 
 
 def use_fp8(model: nn.Module, *, emulate: bool = False) -> None:
-    """Makes the products of qkv, projection and feed-forward of every block run in fp8, in place.
+    """Converts the qkv, projection and feed-forward layers of every block to fp8 products, in place.
 
-    Products with a side that is no multiple of 16 stay as they are, and so do modulation and whatever is not in a block:
-    output matrix, embeddings, reAR heads. emulate: casts as a GPU would, then multiplies in float32, on any device.
+    Layers with a side that is not a multiple of 16 are left out, and so are modulation and everything outside of blocks: output
+    matrix, embeddings, reAR heads. emulate: cast as a GPU would, but multiply in float32, on any device.
     """
-    # When imported it warns of kernels for other purposes that it could not load, and of its own use of torch.
+    # At its import torchao prints warnings about kernels that are not used here, and about its own use of torch.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    # The gradient of a weight sums over positions, whose number need not be a multiple of 16: those factors are padded.
+    # The gradient of a weight sums over positions, whose number may not be a multiple of 16; its factors are padded.
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     convert_to_float8_training(model.blocks, module_filter_fn=_converted, config=config)
 

@@ -1,8 +1,8 @@
-"""What the generators share: token prediction from embedded sequences, features for terms of the loss, tied embeddings.
+"""The base class of generators: token prediction from embedded sequences, features for loss terms, tied embeddings.
 
 A sequence is a prefix (the class, and what a model puts before it) and tokens 1 .. N-1. Position s = prefix - 1 + t
-predicts token t (t = 0 .. N-1 in the code). The last token predicts nothing and nobody attends to it, so it is run only
-as far as a feature that counts it.
+predicts token t (t = 0 .. N-1 in the code). No prediction depends on the last token, so it is
+computed only as far as a feature needs it.
 """
 
 # B images, U distinct classes of a batch, N tokens of an image, P prefix positions, S positions of a sequence, D width,
@@ -29,7 +29,7 @@ from rear_scale.objective.terms import Feature
 
 @dataclass(frozen=True)
 class Shape:
-    """All that a generator's weights depend on, the heads aside."""
+    """All that a generator's weights depend on, except for the heads."""
 
     depth: int
     width: int
@@ -44,15 +44,15 @@ class Shape:
     embed_dropout: float = 0.0
     conditioning: str = "adaln"  # adaln | in_context
     tie_codebook: str | None = None  # input | output | both: code embeddings are a projection of the codebook
-    target_aware: bool = False  # AliTok's generator: a table that tells each position which token it predicts
-    grid: tuple[int, int] | None = None  # rows and columns of the tokens behind the prefix; None = a sequence
+    target_aware: bool = False  # AliTok's generator: whether each position gets the position of the token to predict
+    grid: tuple[int, int] | None = None  # rows and columns of the tokens after the prefix; None = a sequence
     prefix_tokens: int = 0  # tokens before the grid
 
 
 class Generator(nn.Module, ABC):
-    """Class-conditional next-token prediction over one image's tokens.
+    """Class-conditional next-token prediction over the tokens of an image.
 
-    features: what it gives out beside the logits, with the heads that it has for that; none for sampling.
+    features: hidden features to return besides the logits, with their heads; none for sampling.
     """
 
     prefix: int  # P
@@ -62,7 +62,7 @@ class Generator(nn.Module, ABC):
     def __init__(self, shape: Shape, features: Sequence[Feature]) -> None:
         super().__init__()
         self.shape, self.features = shape, tuple(features)
-        # Plain attributes, set by `with_fixed_codes` alone: no weight file has them.
+        # Set by `with_fixed_codes` alone. Plain attributes, so that they are in no weight file.
         self.fixed_codes: Tensor | None = None
         self.fixed_table: Tensor | None = None
         self.num_classes, self.codebook_size, self.num_tokens = (
@@ -72,12 +72,12 @@ class Generator(nn.Module, ABC):
         )
 
     def _build_ends(self) -> None:
-        """Embeddings, output matrix and heads: called by the subclasses where these stand in their weight files."""
+        """Makes embeddings, output matrix and heads. Subclasses call it where their weight files have these parameters."""
         shape = self.shape
         if shape.tie_codebook is None:
             self.codebook_proj = None
         else:
-            # Taken from the tokenizer (`set_codebook`), so it is in no checkpoint and has no gradient.
+            # Set from the tokenizer (`set_codebook`), so it is in no checkpoint and has no gradient.
             self.register_buffer("codebook", torch.empty(shape.codebook_size, shape.codebook_dim), persistent=False)
             self.codebook_proj = nn.Linear(shape.codebook_dim, shape.width, bias=False)
         for feature in self.features:
@@ -86,7 +86,7 @@ class Generator(nn.Module, ABC):
                 if folder and not hasattr(self, *folder):
                     self.add_module(*folder, nn.Module())
                 parent = self.get_submodule(".".join(folder))
-                if not hasattr(parent, name):  # a feature before it may share its head
+                if not hasattr(parent, name):  # an earlier feature may have the same head
                     parent.add_module(name, feature.make_head())
 
     def heads(self) -> dict[str, nn.Module]:
@@ -94,53 +94,55 @@ class Generator(nn.Module, ABC):
         return {feature.head: self.get_submodule(feature.head) for feature in self.features if feature.head is not None}
 
     def separate_heads(self) -> list[nn.Module]:
-        """Those that run once in a forward pass, because one feature alone passes through each."""
+        """The heads that run once per forward pass, because only one feature passes through each."""
         uses = Counter(feature.head for feature in self.features)
         return [head for name, head in self.heads().items() if uses[name] == 1]
 
     @property
     def null_class(self) -> int:
-        """The class id that stands for "no class" in guidance."""
+        """The id of the null class of classifier-free guidance."""
         return self.num_classes
 
     def set_codebook(self, codebook: Tensor) -> None:
-        """Gives a tied model the tokenizer's codebook, float [K, Z]. The others ignore it."""
+        """Sets the codebook, float [K, Z], of a model with tied embeddings. Other models ignore it."""
         if self.codebook_proj is not None:
             self.codebook = codebook.to(self.codebook_proj.weight)
 
     def forward(
-        self, tokens: Tensor, classes: Tensor, rows: Tensor | None = None, order: Tensor | None = None
+        self, tokens: Tensor, classes: Tensor, class_index: Tensor | None = None, order: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits of every token given the tokens before it, and the features.
+        """The logits of every token given the tokens before it, and the features.
 
         tokens: int64 [B, N], the context (noisy or not), in the order of prediction. classes: int64 [U], class ids with
-        null_class = no class. rows: int64 [B], which of `classes` belongs to each image; None when they are one per
-        image. order: int64 [B or 1, N], the place in the image of each token; None = as they are stored.
+        null_class = no class. class_index: int64 [B], the index into `classes` of each image; None when they are one per
+        image. order: int64 [B or 1, N], the position in the image of each token; None = in stored order.
 
         Returns "logits" [B, N, K] (logits[:, t] predicts token t) and each feature by its name: [B, N, D] or [B, N-1, D] at
-        its positions, or what its head makes of that.
+        its positions, or the output of its head.
         """
         class_embedding = self.class_embedding(classes)
         last_until = max((feature.tap for feature in self.features if feature.positions == "own"), default=-1)
         length = self.prefix + self.num_tokens - (last_until < 0)
-        x = self.sequence(tokens, class_embedding if rows is None else class_embedding[rows], order, length)
-        arguments = self.block_arguments(class_embedding, rows, order, length)
+        x = self.sequence(
+            tokens, class_embedding if class_index is None else class_embedding[class_index], order, length
+        )
+        arguments = self.block_arguments(class_embedding, class_index, order, length)
         output: dict[str, Tensor] = {}
         for done in range(len(self.blocks) + 1):
             for feature in self.features:
                 if done == feature.tap:
-                    found = self._at(feature.positions, x)
-                    output[feature.name] = found if feature.head is None else self.get_submodule(feature.head)(found)
+                    hidden = self._at(feature.positions, x)
+                    output[feature.name] = hidden if feature.head is None else self.get_submodule(feature.head)(hidden)
             if done == last_until:
                 length = self.prefix + self.num_tokens - 1
-                x, arguments = x[:, :length], self.block_arguments(class_embedding, rows, order, length)
+                x, arguments = x[:, :length], self.block_arguments(class_embedding, class_index, order, length)
             if done < len(self.blocks):
                 x = self.blocks[done](x, *arguments)
-        output["logits"] = self.logits(x[:, self.prefix - 1 :], class_embedding, rows)
+        output["logits"] = self.logits(x[:, self.prefix - 1 :], class_embedding, class_index)
         return output
 
     def _at(self, positions: str, x: Tensor) -> Tensor:
-        """The positions of a feature in x [B, length, D]."""
+        """x [B, length, D] at the positions of a feature, [B, N or N-1, D]."""
         start = self.prefix - (positions == "predicting")
         return x[:, start : start + self.num_tokens - (positions == "inner")]
 
@@ -150,40 +152,40 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def block_arguments(
-        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+        self, class_embedding: Tensor, class_index: Tensor | None, order: Tensor | None, length: int
     ) -> tuple[Any, ...]:
-        """What each block takes besides x [B, length, D]."""
+        """The arguments of each block besides x [B, length, D]."""
 
     @abstractmethod
-    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
-        """[B, N, K] of the last block's output at the N predicting positions, x [B, N, D]."""
+    def logits(self, x: Tensor, class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
+        """The logits, [B, N, K], from the last block's output at the N predicting positions, x [B, N, D]."""
 
     @abstractmethod
-    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> Decoding:
-        """What cached decoding needs, with all that does not depend on the tokens computed once.
+    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> Decoding:
+        """The state of cached decoding, with everything that does not depend on the tokens computed in advance.
 
-        classes: int64 [U]; rows: int64 [R]; order: int64 [R or 1, N].
+        classes: int64 [U]; class_index: int64 [R]; order: int64 [R or 1, N].
         """
 
     def class_embedding(self, classes: Tensor) -> Tensor:
-        """[U, D] of class ids (int64 [U])."""
+        """The embeddings, [U, D], of class ids (int64 [U])."""
         return self.embeddings(classes + self.codebook_size + 1)
 
     def token_embedding(self, tokens: Tensor) -> Tensor:
-        """[..., D] of token ids. The mask token of noisy contexts has id K."""
+        """The embeddings, [..., D], of token ids. The mask token of noisy contexts has id K."""
         if self.shape.tie_codebook not in ("input", "both"):
             return self.embeddings(tokens)
         return F.embedding(tokens, self._tied_table() if self.fixed_table is None else self.fixed_table)
 
     def token_logits(self, x: Tensor) -> Tensor:
-        """[..., K] of normalised features [..., D]."""
+        """The logits, [..., K], of normalized features [..., D]."""
         output = getattr(self, self.output_name)
         if self.shape.tie_codebook not in ("output", "both"):
             return output(x)
         return output(F.linear(x, self._code_embeddings().to(x.dtype)))
 
     def _tied_table(self) -> Tensor:
-        """[K + 1, D]: the codes' embeddings and the mask token's."""
+        """The embeddings of all codes and the mask token, [K + 1, D]."""
         mask = self.embeddings(torch.full((1,), self.codebook_size, device=self.codebook.device))
         return torch.cat((self._code_embeddings().to(mask.dtype), mask))
 
@@ -192,9 +194,10 @@ class Generator(nn.Module, ABC):
 
     @torch.no_grad()
     def with_fixed_codes(self) -> Generator:
-        """For decoding: the same model, whose embeddings of a tied codebook are computed now and follow no later change.
+        """A copy of the model for decoding, with the embeddings of a tied codebook computed once.
 
-        Shares every weight with it; itself where nothing is tied.
+        It shares all weights, but later changes of the projection have no effect on it. Returns the model itself without tied
+        embeddings.
         """
         if self.codebook_proj is None:
             return self
@@ -205,9 +208,9 @@ class Generator(nn.Module, ABC):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialises every weight as a function of (seed, its name): another depth or other heads change no other weight.
+        """Initializes every weight as a function of (seed, name), so that other depths or heads do not change the other weights.
 
-        Truncated normal of deviation 0.02, biases 0, AdaLN-zero: each block starts as the identity.
+        Truncated normal with standard deviation 0.02, biases 0, AdaLN-zero: each block starts as the identity.
         """
         for name, weight in self.named_parameters():
             generator = torch.Generator().manual_seed(rng.fold(seed, rng.Purpose.WEIGHT_INIT, crc32(name.encode())))
@@ -216,17 +219,17 @@ class Generator(nn.Module, ABC):
             elif "norm" in name:
                 weight.fill_(1.0)
             else:
-                drawn = torch.empty(weight.shape, dtype=torch.float32)
-                weight.copy_(nn.init.trunc_normal_(drawn, std=0.02, a=-2.0, b=2.0, generator=generator))
+                values = torch.empty(weight.shape, dtype=torch.float32)
+                weight.copy_(nn.init.trunc_normal_(values, std=0.02, a=-2.0, b=2.0, generator=generator))
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter belongs to a head of a term of the loss, which sampling does without."""
+    """Whether a parameter belongs to a head of a loss term, which sampling does not need."""
     return "align_mlp" in name or name.startswith("term_heads.")
 
 
 class OutputBias(nn.Module):
-    """What is left of an output matrix whose rows are tied to the codebook."""
+    """The bias of an output layer whose weight matrix is tied to the codebook."""
 
     def __init__(self, codebook_size: int) -> None:
         super().__init__()
@@ -237,27 +240,27 @@ class OutputBias(nn.Module):
 
 
 def output_matrix(shape: Shape) -> nn.Module:
-    """Features to logits; only its bias where the codebook takes the matrix's place."""
+    """The output layer from features to logits; only its bias where the weight matrix is tied to the codebook."""
     if shape.tie_codebook in ("output", "both"):
         return OutputBias(shape.codebook_size)
     return nn.Linear(shape.width, shape.codebook_size)
 
 
 class Decoding(ABC):
-    """Tables of one batch on its way through cached decoding."""
+    """The precomputed tables of one batch for cached decoding."""
 
     @abstractmethod
     def prefix(self) -> Tensor:
-        """The first positions [R, P, D]."""
+        """The input at the positions of the prefix, [R, P, D]."""
 
     @abstractmethod
     def token(self, tokens: Tensor, step: int) -> Tensor:
-        """The input [R, 1, D] of token `step`, int64 [R]."""
+        """The input at the position of token `step`, [R, 1, D]; tokens: int64 [R]."""
 
     @abstractmethod
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
-        """One block over x [R, s, D], the positions from `start` on."""
+        """The output of one block for x [R, s, D], the positions from `start` on."""
 
     @abstractmethod
     def logits(self, x: Tensor, position: int) -> Tensor:
-        """[R, K] of the last block's output at one position, [R, 1, D]."""
+        """The logits, [R, K], from the last block's output at one position, x [R, 1, D]."""

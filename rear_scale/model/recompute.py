@@ -1,8 +1,7 @@
-"""What a block keeps for its backward pass and what it computes again (activation checkpointing), compiled blocks and
-products in fp8.
+"""Activation checkpointing of blocks, and their compilation and fp8 products.
 
-Blocks are changed in place and keep their names, so weights, sharding and checkpoints do not notice. What is read out
-between blocks (the taps of reAR) is a block's own output, and costs no second forward pass.
+Blocks are changed in place and keep their names, so that weights, sharding and checkpoints are not affected. Features between
+blocks (the taps of reAR) are outputs of blocks, which are kept and not recomputed.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from rear_scale.model.fp8 import use_fp8
 
 _CPU = torch.device("cpu")
 
-# Products and attention: nearly all of the arithmetic. The rest (norms, modulation, GELU, dropout) is cheap to repeat and
-# makes up most of the memory.
+# Matrix products and attention: nearly all of the arithmetic. Everything else (norms, modulation, GELU, dropout) is cheap to
+# recompute and takes most of the memory.
 _KEPT = {
     getattr(torch.ops.aten, name)
     for name in (
@@ -37,19 +36,21 @@ _KEPT = {
 }
 
 
-# The operator of the flash-attn package, where it registers one.
+# The operator of the flash-attn package, if it registers one.
 _KEPT_BY_NAME = ("flash_attn::_flash_attn_forward",)
 
 
 def prepare_blocks(model: nn.Module, cfg: ExperimentConfig, device: torch.device = _CPU) -> None:
-    """Applies train.fp8, train.compile and train.activation_checkpointing to `model.blocks`. Before any engine takes the model
-    over. device: where it will run, which decides train.compile=auto."""
+    """Applies train.fp8, train.compile and train.activation_checkpointing to `model.blocks`.
+
+    Call it before an engine wraps the model. device: where it will run, which decides train.compile=auto.
+    """
     train = cfg.train
     if train.fp8:
         use_fp8(model)
     settings: dict[str, Any] = {
         "use_reentrant": False,
-        # Reading the generator's state is a wait for the GPU: only where masks must be drawn again.
+        # Saving the state of the random generator synchronizes with the GPU, so only where dropout must be repeated.
         "preserve_rng_state": bool(cfg.model.dropout or cfg.model.attn_dropout),
     }
     if train.activation_checkpointing == "selective":
@@ -63,13 +64,13 @@ def prepare_blocks(model: nn.Module, cfg: ExperimentConfig, device: torch.device
 
 
 def recomputed(cfg: ExperimentConfig, block: int) -> bool:
-    """Whether a block (from 0) computes anything again."""
+    """Whether anything of a block (from 0) is recomputed."""
     policy = cfg.train.activation_checkpointing
     return policy in ("full", "selective") or (policy == "every_n" and block % cfg.train.recompute_every_n == 0)
 
 
 def _checkpointed(forward: Any, settings: dict[str, Any], *inputs: Any) -> Any:
-    # Without gradients (validation, sampling) there is nothing to compute again.
+    # Without gradients (validation, sampling) nothing is recomputed.
     return checkpoint(forward, *inputs, **settings) if torch.is_grad_enabled() else forward(*inputs)
 
 

@@ -1,7 +1,7 @@
 """The transformer of RAR and reAR, with the parameter names of the released code.
 
-A sequence is [cls, condition, token 1 .. token N-1]. AdaLN makes every block depend on class and position; RAR's ablations
-use the plain form, in which the class stands in the sequence and nowhere else.
+A sequence is [cls, condition, token 1 .. token N-1]. AdaLN conditions every block on class and position; RAR's ablations use
+the plain form, in which only the sequence contains the class.
 """
 
 # B images, U distinct classes of a batch, R rows of a decoding batch, N tokens of an image, S positions, D width, K codes
@@ -23,13 +23,13 @@ from rear_scale.objective.terms import Feature
 # The released tables are longer than any sequence; the rows beyond N + 2 are never used and never trained.
 SPARE_POSITIONS = 1024
 _SPARE_TIMESTEPS = 100
-_TABLE_POSITIONS = 32  # whose modulation cached decoding computes together
+_TABLE_POSITIONS = 32  # positions whose modulation cached decoding computes together
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between, and dropout."""
+    """The feed-forward with GELU."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -58,41 +58,41 @@ class PlainBlock(nn.Module):
 
 
 class Block(PlainBlock):
-    """Attention and feed-forward, each shifted, scaled and gated by class and position (AdaLN-zero)."""
+    """Attention and feed-forward, each shifted, scaled and gated as a function of class and position (AdaLN-zero)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.width, 6 * shape.width))
 
-    def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
-        """x [B, S, D]; condition [U, S, D], already through SiLU; rows int64 [B]: which of the U belongs to each image.
+    def forward(self, x: Tensor, condition: Tensor, class_index: Tensor | None) -> Tensor:
+        """The output, [B, S, D], for x [B, S, D] and condition [U, S, D], to which SiLU is already applied.
 
-        rows None: U = B, in order.
+        class_index: int64 [B], the index into the U conditions of each image; None: U = B, in order.
         """
         modulation = self.modulation(condition)
-        return self.modulated(x, modulation if rows is None else rows_of(modulation, rows))
+        return self.modulated(x, modulation if class_index is None else rows_of(modulation, class_index))
 
     def modulation(self, condition: Tensor) -> Tensor:
-        """[..., 6 D] of condition [..., D], already through SiLU: the blocks share that."""
+        """The modulation, [..., 6 D], of condition [..., D], to which SiLU is already applied, once for all blocks."""
         return self.adaLN_modulation[1](condition)
 
     def modulated(self, x: Tensor, modulation: Tensor, attend: Attend | None = None) -> Tensor:
-        """x [B, S, D] and its modulation [B or 1, S, 6 D]."""
+        """The output, [B, S, D], for x [B, S, D] and its modulation [B or 1, S, 6 D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, attend)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalModulation(nn.Module):
-    """LayerNorm without weights, scaled and shifted. The chunks come in the other order than in the blocks."""
+    """LayerNorm without weights, then scale and shift. Scale comes before shift in its output, unlike in the blocks."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, class_index: Tensor | None) -> Tensor:
         modulation = self.modulation(condition)
-        return self.modulated(x, modulation if rows is None else rows_of(modulation, rows))
+        return self.modulated(x, modulation if class_index is None else rows_of(modulation, class_index))
 
     def modulation(self, condition: Tensor) -> Tensor:
         return self.adaLN_modulation[1](condition)
@@ -103,7 +103,7 @@ class FinalModulation(nn.Module):
 
 
 class ViTGenerator(Generator):
-    """RAR's sequence, positions and embeddings; the subclasses say how the class enters the blocks."""
+    """RAR's sequence, positions and embeddings; subclasses define how the class conditions the blocks."""
 
     prefix = 2
     output_name = "lm_head"
@@ -135,22 +135,23 @@ class ViTGenerator(Generator):
         return F.dropout(x + self.positions(order, length), self.shape.embed_dropout, self.training)
 
     def positions(self, order: Tensor | None, length: int) -> Tensor:
-        """[B or 1, length, D]: each position's own row plus, where it predicts a token, the row of that token's place.
+        """The position embeddings, [B or 1, length, D]: each position's own row plus, where it predicts a token, the row of that
+        token's position in the image.
 
-        Rows 0 and 1 belong to cls and condition, row 2 + p to place p of the image. order: int64 [B or 1, N].
+        Rows 0 and 1 belong to cls and condition, row 2 + p to position p of the image. order: int64 [B or 1, N].
         """
         N = self.num_tokens
         if order is None:
             own, target = self.pos_embed[:, :length], self.target_aware_pos_embed[:, 2 : N + 2]
         else:
-            places = self.pos_embed[0, 2 + order[:, : length - 2]]
-            own = torch.cat((self.pos_embed[:, :2].expand(len(order), -1, -1), places), dim=1)
+            of_tokens = self.pos_embed[0, 2 + order[:, : length - 2]]
+            own = torch.cat((self.pos_embed[:, :2].expand(len(order), -1, -1), of_tokens), dim=1)
             target = self.target_aware_pos_embed[0, 2 + order]
         return own + F.pad(target, (0, 0, 1, length - 1 - N))
 
 
 class AdaLNTransformer(ViTGenerator):
-    """Class and position modulate every block: the final models of both papers."""
+    """A transformer whose blocks are modulated by class and position: the final models of both papers."""
 
     def _build_conditioning(self) -> None:
         self.timesteps_embeddings = nn.Parameter(
@@ -164,24 +165,24 @@ class AdaLNTransformer(ViTGenerator):
         self.adaln_before_head = FinalModulation(self.shape.width)
 
     def block_arguments(
-        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+        self, class_embedding: Tensor, class_index: Tensor | None, order: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor | None]:
-        return self.condition(class_embedding, length), rows
+        return self.condition(class_embedding, length), class_index
 
     def condition(self, class_embedding: Tensor, length: int) -> Tensor:
-        """The modulation input [U, length, D], through SiLU once for all blocks, of class_embedding [U, D]."""
+        """The input of modulation, [U, length, D], from class_embedding [U, D], with SiLU applied once for all blocks."""
         return F.silu(class_embedding[:, None] + self.timesteps_embeddings[:, :length])
 
-    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
         condition = self.condition(class_embedding, self.num_tokens + 1)[:, 1:]
-        return self.token_logits(self.adaln_before_head(x, condition, rows))
+        return self.token_logits(self.adaln_before_head(x, condition, class_index))
 
-    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> AdaLNDecoding:
-        return AdaLNDecoding(self, classes, rows, order)
+    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> AdaLNDecoding:
+        return AdaLNDecoding(self, classes, class_index, order)
 
 
 class PlainTransformer(ViTGenerator):
-    """The class is a token of the sequence and nothing else: no AdaLN, no timestep embedding (RAR's ablations)."""
+    """A transformer with the class as a token of the sequence only: no AdaLN, no timestep embedding (RAR's ablations)."""
 
     def _build_conditioning(self) -> None:
         return
@@ -193,26 +194,28 @@ class PlainTransformer(ViTGenerator):
         self.norm = _norm(self.shape.width)
 
     def block_arguments(
-        self, class_embedding: Tensor, rows: Tensor | None, order: Tensor | None, length: int
+        self, class_embedding: Tensor, class_index: Tensor | None, order: Tensor | None, length: int
     ) -> tuple[()]:
         return ()
 
-    def logits(self, x: Tensor, class_embedding: Tensor, rows: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
         return self.token_logits(self.norm(x))
 
-    def decoding(self, classes: Tensor, rows: Tensor, order: Tensor | None) -> ViTDecoding:
-        return ViTDecoding(self, classes, rows, order)
+    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> ViTDecoding:
+        return ViTDecoding(self, classes, class_index, order)
 
 
 class ViTDecoding(Decoding):
-    def __init__(self, model: ViTGenerator, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
-        self.model, self.rows = model, rows
+    """Cached decoding of a plain transformer."""
+
+    def __init__(self, model: ViTGenerator, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
+        self.model, self.class_index = model, class_index
         self.class_embedding = model.class_embedding(classes)
         self.positions = model.positions(order, model.num_tokens + 1)
 
     def prefix(self) -> Tensor:
-        cls = self.model.cls_token[0].expand(len(self.rows), -1)
-        return torch.stack((cls, self.class_embedding[self.rows]), dim=1) + self.positions[:, :2]
+        cls = self.model.cls_token[0].expand(len(self.class_index), -1)
+        return torch.stack((cls, self.class_embedding[self.class_index]), dim=1) + self.positions[:, :2]
 
     def token(self, tokens: Tensor, step: int) -> Tensor:
         return self.model.token_embedding(tokens)[:, None] + self.positions[:, 2 + step : 3 + step]
@@ -225,13 +228,13 @@ class ViTDecoding(Decoding):
 
 
 class AdaLNDecoding(ViTDecoding):
-    """Modulation is a function of class and position, so it is a table over the batch's distinct classes.
+    """Cached decoding with a table of the modulation, which depends on class and position alone.
 
-    The table is made for a few positions at a time, whose rows then lie side by side: a step reads one piece of memory.
+    The table covers the distinct classes of the batch and a few positions at a time, whose rows are contiguous in memory.
     """
 
-    def __init__(self, model: AdaLNTransformer, classes: Tensor, rows: Tensor, order: Tensor | None) -> None:
-        super().__init__(model, classes, rows, order)
+    def __init__(self, model: AdaLNTransformer, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
+        super().__init__(model, classes, class_index, order)
         condition = model.condition(self.class_embedding, model.num_tokens + 1)
         self.condition = condition.transpose(0, 1).contiguous()  # [S, U, D]
         self.start = self.end = 0  # the positions that the tables hold
@@ -247,7 +250,7 @@ class AdaLNDecoding(ViTDecoding):
         return super().token(tokens, step)
 
     def _make_tables(self, start: int) -> None:
-        """Per block [s, U, 6 D], and [s, U, 2 D] for the last modulation, with 1 + scale in the place of scale."""
+        """Makes the tables: [s, U, 6 D] per block and [s, U, 2 D] for the final modulation, with 1 + scale in place of scale."""
         condition = self.condition[start : start + _TABLE_POSITIONS]
         self.start, self.end = start, start + len(condition)
         self.tables = [block.modulation(condition) for block in self.model.blocks]
@@ -258,9 +261,9 @@ class AdaLNDecoding(ViTDecoding):
         self.final_table.chunk(2, dim=-1)[0].add_(1)
 
     def _modulation(self, table: Tensor, position: int, count: int) -> Tensor:
-        """[R, count, ...] of the positions from `position` on."""
+        """The modulation, [R, count, ...], of the positions from `position` on."""
         first = position - self.start
-        return table[first : first + count].index_select(1, self.rows).transpose(0, 1)
+        return table[first : first + count].index_select(1, self.class_index).transpose(0, 1)
 
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
         modulation = self._modulation(self.tables[number], start, x.shape[1])

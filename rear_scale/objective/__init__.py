@@ -1,4 +1,4 @@
-"""What one micro-batch is trained on and how it is scored: pure functions, and the object that joins them."""
+"""The training objective: label dropout, noisy context, prediction order and loss terms of a micro-batch."""
 
 # B images, U distinct classes of a micro-batch, N tokens of an image, K codes
 
@@ -20,13 +20,14 @@ from rear_scale.objective.terms import Task, Term, features_of, terms_of
 
 __all__ = ["MicroBatch", "Objective", "Task", "shared_classes", "worth_sharing"]
 
-# A file of this folder may register a term: all of them are imported.
+# All files of this folder are imported, because each may register a term.
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 
-# Of the work of AdaLN for an image, the gather of its rows and the sum of their gradients cost about an eighth: both read and
-# write what the product has written. Above this share of distinct classes, one row per image is faster.
-_LARGEST_SHARE = 7 / 8
+# Largest number of distinct classes per image at which images share the AdaLN modulation of their class. Sharing saves matrix
+# products, but needs a gather in the forward pass and a sum over images in the backward pass, which cost about an eighth of the
+# AdaLN work of an image: both read and write as much memory as the product writes. Beyond it, one row per image is faster.
+_MOST_DISTINCT = 7 / 8
 
 
 @dataclass
@@ -34,10 +35,10 @@ class MicroBatch:
     """One rank's images of one micro-step."""
 
     tokens: Tensor  # int64 [B, N], clean
-    ids: Tensor  # int64 [B], sample ids: what randomness belongs to
+    ids: Tensor  # int64 [B], sample ids, of which all random numbers of the images are functions
     epochs: Tensor  # int64 [B]
     classes: Tensor  # int64 [U], after label dropout
-    rows: Tensor | None  # int64 [B], which of the classes belongs to each image; None = one per image, in order
+    class_index: Tensor | None  # int64 [B], index into classes of each image; None = one class per image, in order
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {
@@ -46,34 +47,35 @@ class MicroBatch:
         return MicroBatch(**moved)
 
     def pinned(self) -> MicroBatch:
-        """In page-locked memory, from where copies to a GPU do not wait."""
+        """The micro-batch in page-locked memory, from where copies to a GPU are asynchronous."""
         return MicroBatch(**{name: None if value is None else value.pin_memory() for name, value in vars(self).items()})
 
 
 def worth_sharing(distinct: float, images: float) -> bool:
-    """Whether images share the modulation of their class, by distinct classes and images of a micro-batch."""
-    return distinct <= _LARGEST_SHARE * images
+    """Whether to share modulation between images of a class, for these numbers of distinct classes and images."""
+    return distinct <= _MOST_DISTINCT * images
 
 
 def shared_classes(classes: Tensor, modulation: str) -> tuple[Tensor, Tensor | None]:
-    """Distinct classes int64 [U] and the row of each image int64 [B], of classes int64 [B]; or these as they are, and None.
+    """The distinct classes, int64 [U], of classes (int64 [B]) and the index of each image's class, int64 [B].
 
-    modulation: auto shares a class's modulation where that is less work (`worth_sharing`), per_class always, per_sample never.
+    modulation: per_class; auto does so where sharing modulation is less work (`worth_sharing`); per_sample and the other case
+    of auto return the classes unchanged, and None.
     """
     if modulation == "per_sample":
         return classes, None
-    distinct, rows = classes.unique(return_inverse=True)
+    distinct, class_index = classes.unique(return_inverse=True)
     if modulation == "auto" and not worth_sharing(len(distinct), len(classes)):
         return classes, None
-    return distinct, rows
+    return distinct, class_index
 
 
 class Objective:
-    """Next-token prediction under noisy context plus codebook embedding regularization (reAR Eq. 7), and own terms.
+    """Next-token prediction under noisy context plus codebook embedding regularization (reAR Eq. 7), and custom terms.
 
-    codebook: float32 [K, D] of the shards, the target of the heads; it is not trained. Every draw is a function of
-    (run.seed, sample id, epoch). `names` are those of the packed statistics that `loss` returns: the loss, the value of
-    each term, and what terms report beside it. Raises InputError as `terms_of` does.
+    codebook: float32 [K, D] of the shards, the target of the heads; it is not trained. All random numbers are functions of
+    (run.seed, sample id, epoch). `names` are the names of the packed statistics that `loss` returns: the loss, the value of
+    each term, and the additional metrics of terms. Raises InputError as `terms_of` does.
     """
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, codebook: Tensor, device: torch.device) -> None:
@@ -81,42 +83,45 @@ class Objective:
         self.terms = terms_of(cfg)
         reports = (name for term in self.terms for name in term.reports)
         self.names = ("loss", *(f"loss_{term.name}" for term in self.terms), *reports)
-        # Cosine distances need directions only: normalised once, not in every step.
+        # Cosine distances depend on directions alone, so the codebook is normalized once and not in every step.
         self.directions = F.normalize(codebook.float(), dim=1).to(device)
         order = cfg.objective.permutation
         self.fixed_order = permutation.fixed_order(order.order, cfg.tokenizer, device)
         self.fixed_prefix = permutation.fixed_prefix(order.prefix, cfg.tokenizer)
 
     def micro_batch(self, tokens: Tensor, labels: Tensor, ids: Tensor, epochs: Tensor) -> MicroBatch:
-        """Drops labels (int64 [B]) and finds the distinct classes. On the CPU, ahead of the step: no device waits for it."""
+        """The micro-batch of some samples, with labels (int64 [B]) dropped and distinct classes found.
+
+        Runs on the CPU ahead of the step, because finding the distinct classes would synchronize with a GPU.
+        """
         classes = self.classes(labels, ids, epochs)
-        classes, rows = shared_classes(classes, self.cfg.model.modulation)
-        return MicroBatch(tokens, ids, epochs, classes, rows)
+        classes, class_index = shared_classes(classes, self.cfg.model.modulation)
+        return MicroBatch(tokens, ids, epochs, classes, class_index)
 
     def classes(self, labels: Tensor, ids: Tensor, epochs: Tensor) -> Tensor:
-        """int64 [B]: what labels (int64 [B]) are after label dropout."""
+        """The class ids, int64 [B], of labels (int64 [B]) after label dropout."""
         bits = rng.random_bits(self.cfg.run.seed, rng.Purpose.LABEL_DROP, ids, epochs, 1)[:, 0]
         dropped = rng.as_uniform(bits) < self.cfg.objective.class_dropout
         return labels.where(~dropped, torch.tensor(self.cfg.model.num_classes))
 
     def noise_max(self, step: int) -> float:
-        """f(t) of Eq. 5 at a step (from 1)."""
+        """The largest noise rate f(t) of Eq. 5 at a step (from 1)."""
         noise_cfg = self.cfg.objective.noise
         if noise_cfg.schedule == "constant":
             return noise_cfg.max
-        return schedules.falling(step, noise_cfg.max, self.plan.noise_start_step, self.plan.noise_end_step)
+        return schedules.linear_decay(step, noise_cfg.max, self.plan.noise_start_step, self.plan.noise_end_step)
 
     def permutation_probability(self, step: int) -> float:
-        """r of RAR Eq. 5 at a step (from 1)."""
-        return schedules.falling(step, 1.0, self.plan.permutation_start_step, self.plan.permutation_end_step)
+        """The permutation probability r of RAR Eq. 5 at a step (from 1)."""
+        return schedules.linear_decay(step, 1.0, self.plan.permutation_start_step, self.plan.permutation_end_step)
 
     def task(self, batch: MicroBatch, step: int) -> Task:
-        """What the model is shown and asked at a step: noise belongs to a token's place, then the order is taken."""
+        """The context and targets of a step. Noise is applied in stored order, then the tokens are permuted."""
         cfg = self.cfg.objective
         limit = self.noise_max(step)
         context, replaced = batch.tokens, None
         if limit > 0:
-            context, replaced = noise.perturbed(
+            context, replaced = noise.replace_tokens(
                 batch.tokens,
                 batch.ids,
                 batch.epochs,
@@ -145,15 +150,15 @@ class Objective:
         """The loss (scalar, float32) of a forward pass against the clean tokens, and its statistics (detached, float32), one
         for each of `names`.
 
-        Those of a term whose features are not in the output are nan.
+        The statistics of a term whose features are not in the output are NaN.
         """
         total, values, reports = None, [], []
         for term in self.terms:
             if any(name not in output for name in term.reads):
                 value, *reported = (total.new_full((), torch.nan) for _ in ("value", *term.reports))
             else:
-                found = term(output, task, self.directions)
-                value, *reported = found if isinstance(found, tuple) else (found,)
+                result = term(output, task, self.directions)
+                value, *reported = result if isinstance(result, tuple) else (result,)
                 weighted = value if term.weight == 1 else term.weight * value
                 total = weighted if total is None else total + weighted
             values.append(value)
@@ -161,10 +166,10 @@ class Objective:
         return total, torch.stack((total, *values, *reports)).detach()
 
     def statistic(self, statistics: Tensor, name: str) -> Tensor:
-        """The scalar of a name in packed statistics."""
+        """The value of one name in packed statistics."""
         return statistics[self.names.index(name)]
 
     def trained_terms(self) -> list[Term]:
-        """The terms that the config's model has the features for."""
+        """The terms whose features the config's model has."""
         there = {feature.name for feature in features_of(self.cfg)}
         return [term for term in self.terms if there.issuperset(term.reads)]

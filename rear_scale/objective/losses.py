@@ -1,6 +1,6 @@
 """The terms of the training loss, in float32."""
 
-# B images, N tokens of an image, M positions that a head speaks for, K codes, D width of a code
+# B images, N tokens of an image, M positions of a head's output, K codes, D width of a code
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ROWS = 8192  # whose probabilities are there at one time
+_ROWS = 8192  # positions whose probabilities are in memory at one time
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (Eq. 5, per token) and share of correct argmax predictions, both scalar float32.
+    """Mean cross-entropy (Eq. 5, per token) and fraction of correct argmax predictions, both scalar float32.
 
     logits: [B, N, K], logits[:, t] predicts tokens[:, t]; tokens: int64 [B, N].
     """
@@ -30,24 +30,26 @@ def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy in float32 of logits [M, K] and targets int64 [M], which keeps the logits in their own precision and one
-    number per row: no copy in float32 and none of the probabilities, each 268 MB for 256 images of 256 tokens and 1,024 codes.
+    """F.cross_entropy in float32 of logits [M, K] and targets int64 [M], with less memory.
+
+    Saves the logits in their own precision and one number per row for the backward pass, but no float32 copy and no
+    probabilities, each 268 MB for 256 images of 256 tokens and 1,024 codes.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(_ROWS)])
+        normalizers = torch.cat([rows.float().logsumexp(1) for rows in logits.split(_ROWS)])
         ctx.save_for_backward(logits, targets, normalizers)
         return (normalizers - logits.gather(1, targets[:, None])[:, 0]).mean()
 
     @staticmethod
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, normalizers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        scale = arriving / len(logits)
-        parts = (tensor.split(_ROWS) for tensor in (gradient, logits, targets[:, None], normalizers[:, None]))
-        for out, part, target, normalizer in zip(*parts, strict=True):
-            probabilities = (part.float() - normalizer).exp_()
+        scale = output_gradient / len(logits)
+        chunks = (tensor.split(_ROWS) for tensor in (gradient, logits, targets[:, None], normalizers[:, None]))
+        for out, rows, target, normalizer in zip(*chunks, strict=True):
+            probabilities = (rows.float() - normalizer).exp_()
             probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
             out.copy_(probabilities.mul_(scale))
         return gradient, None
@@ -58,9 +60,9 @@ def embedding_distance(
 ) -> Tensor:
     """Summed cosine distance `offset` - cos of head outputs to code directions, per token of the batch (a term of Eq. 6).
 
-    features: [B, M, D]; directions: float32 [B, M, D], of unit length; num_tokens: B N. Eq. 6 sums M = N - 1 positions
-    and Eq. 5 sums N, so both are divided by N: their ratio stays as written. counted: bool [B, M], the positions that
-    the sum is over; the divisor stays B N, as in the released code.
+    features: [B, M, D]; directions: float32 [B, M, D], of unit length; num_tokens: B N. Eq. 6 sums over
+    M = N - 1 positions and Eq. 5 over N; both are divided by N, which keeps their ratio. counted: bool [B, M], the positions
+    that the sum includes; the divisor stays B N, as in the released code.
     """
     cosine = (F.normalize(features.float(), dim=-1) * directions).sum(-1)
     distance = offset - cosine

@@ -1,4 +1,4 @@
-"""The terms of the papers: next-token prediction, and the codebook embedding regularization of reAR (Eq. 6)."""
+"""The loss terms of the papers: next-token prediction, and the codebook embedding regularization of reAR (Eq. 6)."""
 
 # B images, N tokens of an image, Z width of a code
 
@@ -16,7 +16,7 @@ from rear_scale.objective.terms import Feature, Task, Term, register
 
 @register
 class NextToken(Term):
-    """Cross-entropy per token (Eq. 5), with weight 1, and the share of correct argmax predictions."""
+    """Cross-entropy per token (Eq. 5), with weight 1, and the fraction of correct argmax predictions."""
 
     name = "ar"
     reports = ("accuracy",)
@@ -30,7 +30,7 @@ class NextToken(Term):
 
 
 class _Alignment(Term):
-    """One term of Eq. 6, or what the released code makes of it where the other is missing."""
+    """One of the two terms of Eq. 6. heads.lone_term has the factor that the released code gives it without the other."""
 
     built_in = True
     other: ClassVar[str]
@@ -39,23 +39,23 @@ class _Alignment(Term):
         self.cfg, self.heads, self.weight = cfg, cfg.objective.heads, cfg.objective.heads.weight
 
     def features(self) -> list[Feature]:
-        found = alignment_features(self.heads, self.cfg.model.width, self.cfg.tokenizer.codebook_dim)
-        return [feature for feature in found if feature.name == self.name]
+        both = alignment_features(self.heads, self.cfg.model.width, self.cfg.tokenizer.codebook_dim)
+        return [feature for feature in both if feature.name == self.name]
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.name,)  # a tap of None has no feature, and the term's statistic is nan
+        return (self.name,)  # with a tap of None there is no such feature, and the statistic is NaN
 
     def __call__(self, output: Mapping[str, Tensor], task: Task, directions: Tensor) -> Tensor:
         # Clean targets under noisy context: "the embedding of the ground truth token as well" (section 3.2).
         targets, replaced = task.tokens, task.replaced
         if self.heads.positions == "eq6":
-            part = slice(0, -1) if self.name == "encode" else slice(1, None)
-            targets, replaced = targets[:, part], None if replaced is None else replaced[:, part]
-        unperturbed = ~replaced if self.heads.encode_counts == "clean" and replaced is not None else None
-        counted = [unperturbed if self.name == "encode" else None]
+            inner = slice(0, -1) if self.name == "encode" else slice(1, None)
+            targets, replaced = targets[:, inner], None if replaced is None else replaced[:, inner]
+        clean = ~replaced if self.heads.encode_counts == "clean" and replaced is not None else None
+        counted = [clean if self.name == "encode" else None]
         if self.heads.lone_term == "twice" and self.other not in output:
-            counted = [unperturbed, None]
+            counted = [clean, None]
         offset = 1.0 if self.heads.distance == "one_minus_cosine" else 0.0
         of_targets = directions[targets]
         return sum(
@@ -66,7 +66,7 @@ class _Alignment(Term):
 
 @register
 class Encode(_Alignment):
-    """The current token's embedding is recovered."""
+    """The encode head, which predicts the codebook embedding of the current token."""
 
     name = "encode"
     other = "decode"
@@ -74,14 +74,14 @@ class Encode(_Alignment):
 
 @register
 class Decode(_Alignment):
-    """The next token's embedding is predicted."""
+    """The decode head, which predicts the codebook embedding of the next token."""
 
     name = "decode"
     other = "encode"
 
 
 def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> list[Feature]:
-    """What the reAR heads make of the features at their taps: [B, N-1, Z] with heads.positions=eq6, [B, N, Z] with all."""
+    """The features that the reAR heads read; a head's output is [B, N-1, Z] with heads.positions=eq6, [B, N, Z] with all."""
 
     def make_head() -> nn.Sequential:
         return alignment_head(width, heads.hidden, codebook_dim, heads.form)
@@ -103,8 +103,7 @@ def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> lis
 
 
 def alignment_head(width: int, hidden: int, codebook_dim: int, form: str) -> nn.Sequential:
-    """The paper's head: two linear layers with a GELU between them (section 4.1, appendix A). The released code's: three
-    with SiLU."""
+    """A head. paper: two linear layers with a GELU between them (section 4.1, appendix A); released: three with SiLU."""
     if form == "released":
         return nn.Sequential(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, codebook_dim)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 
-def falling(step: int, maximum: float, start_step: int, end_step: int) -> float:
-    """`maximum` until `start_step` updates are done, then linearly to 0 at `end_step`.
+def linear_decay(step: int, maximum: float, start_step: int, end_step: int) -> float:
+    """The value at a step: `maximum` until `start_step` updates are done, then decreasing linearly to 0 at `end_step`.
 
-    The largest noise rate f(t): with start 0 and end 3/4 of the run it is reAR's max(0, 1 - 4t/3) (section 4.3). The
-    probability of a permuted row: RAR Eq. 5. Before update `step`, t counts the step - 1 updates that are done.
+    For the largest noise rate f(t) with start 0 and end 3/4 of the run this is reAR's max(0, 1 - 4t/3) (section 4.3); for the
+    probability of a permutation it is RAR Eq. 5. At update `step`, t is the step - 1 updates before it.
     """
     done = step - 1
     if done <= start_step and done < end_step:

@@ -1,1 +1,1 @@
-"""What follows the gradients: rules, schedules, backends."""
+"""Optimizers: update rules per parameter, learning-rate schedules and implementations of AdamW."""

@@ -1,4 +1,4 @@
-"""AdamW by several hands: torch's own (fused or foreach), DeepSpeed's and NVIDIA apex's. The same updates within rounding."""
+"""Implementations of AdamW: torch's (fused or foreach), DeepSpeed's and NVIDIA apex's. Their updates agree up to rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 def adamw_rule(name: str, weight: Tensor, cfg: ExperimentConfig) -> Rule:
-    """optim.name=adamw: AdamW for every parameter, in the two published groups, with weight decay and without."""
+    """The rule of a parameter for optim.name=adamw: AdamW in the two published groups, with and without weight decay."""
     optim = cfg.optim
     if decays(name, weight, optim.decay_parameters):
         return Rule("adamw", make_adamw, STATES, weight_decay=optim.weight_decay, set_step=set_step)
@@ -23,7 +23,7 @@ def adamw_rule(name: str, weight: Tensor, cfg: ExperimentConfig) -> Rule:
 
 
 def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of optim.backend over parameter groups that bring their own weight decay. Its learning rate is set later.
+    """The optimizer of optim.backend over parameter groups with their own weight decay. The learning rate is set later.
 
     Raises InputError when the backend is not installed, cannot be compiled, or does not work on this device.
     """
@@ -38,10 +38,10 @@ def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torc
 
 
 def set_step(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> None:
-    """Says that a weight has had `step` updates, in the place where this kind of optimizer keeps it."""
+    """Sets the number of updates that a weight has had, where this type of optimizer stores it."""
     state = optimizer.state[weight]
     if isinstance(optimizer, torch.optim.AdamW):
-        # The fused kernel wants its count on the device.
+        # The fused kernel needs the count on the device.
         state["step"] = torch.tensor(float(step), device=weight.device if optimizer.defaults["fused"] else "cpu")
         return
     state["step"] = step  # DeepSpeed
@@ -73,8 +73,8 @@ def _apex_adam(device: torch.device) -> Any:
             import apex.optimizers  # noqa: F401
         except ImportError:
             raise InputError(
-                f"optim.backend=apex: the package apex in {getattr(apex, '__path__', ['?'])[0]} is not NVIDIA's but another one "
-                "of that name, as PyPI has it. Uninstall it and build NVIDIA's (see docs/training.md), or use optim.backend=auto"
+                f"optim.backend=apex: the package apex in {getattr(apex, '__path__', ['?'])[0]} is not NVIDIA's but another "
+                "package of that name on PyPI. Uninstall it and build NVIDIA's (see docs/training.md), or use optim.backend=auto"
             ) from None
     if device.type != "cuda":
         raise InputError("optim.backend=apex works on CUDA devices only. Use optim.backend=auto")

@@ -1,6 +1,6 @@
-"""Operators that an engine compiles when they are first used: once per machine, in a process of its own, within a time.
+"""Builds JIT-compiled C++ and CUDA operators once per machine, in a subprocess with a timeout.
 
-Left to torch, ranks wait without end for a lock file that a killed build has left behind.
+Otherwise torch builds them in every rank, and all ranks wait forever for the lock file of a killed build.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from rear_scale.locks import locked
 from rear_scale.progress import say
 from rear_scale.world import end_with_parent
 
-# A compiler takes two minutes; nine were measured on two busy cores.
+# Compiling takes two minutes; nine minutes were measured on two busy cores.
 BUILD_TIMEOUT_S = 1800.0
 
 
 @contextmanager
 def built(name: str, code: str, wanted_by: str, timeout_s: float = BUILD_TIMEOUT_S) -> Iterator[None]:
-    """Around the loading of an operator, which finds it compiled: by `code` in another process, unless it is there.
+    """A context manager in which an operator can be loaded: it is compiled first, by `code` in a subprocess, if needed.
 
-    One process of a machine is inside at a time. Raises InputError that begins with `wanted_by` when the code fails or
-    takes longer than timeout_s.
+    One process of a machine is inside at a time. Raises InputError that begins with `wanted_by` when the code fails or takes
+    longer than timeout_s.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    # Ours alone: whoever holds the lock of this folder knows that nobody else is building in it.
+    # A folder of this project alone, so that the holder of its lock is the only one who builds in it.
     folder = root / "rear_scale" / f"python{platform.python_version()}_torch{torch.__version__}"
     before = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "PATH")}
     with locked(folder / ".building"):
         (folder / name / "lock").unlink(missing_ok=True)
-        # ninja is beside python, where an environment that is not activated hides it.
+        # ninja is installed beside python, which is not in PATH unless the environment is activated.
         programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         os.environ.update(TORCH_EXTENSIONS_DIR=str(folder), PATH=programs)
         try:
@@ -69,13 +69,13 @@ def _run(code: str, problem: str, timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         raise InputError(f"{problem} within {timeout_s:.0f} s. Use optim.backend=auto") from None
     finally:
-        # And the compilers that it has started.
+        # The whole process group, which includes the compilers that it started.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode:
         last = (output.strip().splitlines() or ["no output"])[-1]
         raise InputError(
-            f"{problem} ({last}). It needs a C++ compiler, and on GPUs the CUDA toolkit of torch's version; or use "
+            f"{problem} ({last}). It needs a C++ compiler, and on GPUs the CUDA toolkit of torch's version. Install them, or use "
             "optim.backend=auto"
         )

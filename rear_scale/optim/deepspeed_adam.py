@@ -1,4 +1,4 @@
-"""The package deepspeed, imported with the settings that it reads at import, and its fused Adam."""
+"""Import of the package deepspeed with the settings that it reads at import, and its fused Adam."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.op_builder import FusedAdamBuilder
 
-# On CPUs, DeepSpeed compiles a shared-memory all-reduce when it starts, and stops where there is no C++ compiler.
-# Gloo alone is as fast here.
+# On CPUs, DeepSpeed compiles a shared-memory all-reduce at its start, and fails without a C++ compiler. Turned off, because
+# gloo alone is as fast here.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# It reports every setting of every start; warnings are what a user can act on.
+# DeepSpeed logs every setting at every start. Only warnings are of use to a user.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-# Its calls of older torch.distributed names are its own affair.
+# DeepSpeed calls deprecated functions of torch.distributed; a user cannot act on that warning.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def fused_adam() -> type[torch.optim.Optimizer]:
-    """The optimizer of optim.backend=deepspeed, with its operator loaded: compiled on first use unless DeepSpeed was
-    installed with it. Raises InputError when it cannot be compiled here."""
+    """The optimizer class of optim.backend=deepspeed, with its operator loaded.
+
+    Compiles the operator on its first use, unless DeepSpeed was installed with it. Raises InputError when that fails.
+    """
     builder = FusedAdamBuilder()
     if installed_ops.get(builder.name, False):
         return FusedAdam

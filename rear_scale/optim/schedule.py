@@ -8,10 +8,10 @@ import math
 def learning_rate(
     step: int, *, peak: float, end: float, warmup_steps: int, total_steps: int, form: str = "paper"
 ) -> float:
-    """Linear warm-up to `peak`, then a cosine to `end`.
+    """The learning rate at a step: linear warm-up to `peak`, then a cosine to `end`.
 
-    paper: `peak` at step `warmup_steps`, `end` at the last step and from there on. released: one step behind, so that the
-    first update has rate 0; after the last step the cosine turns up again.
+    paper: `peak` at step `warmup_steps`, `end` at the last step and after it. released: one step behind, so that the first
+    update has rate 0; after the last step the cosine rises again.
     """
     done = step - 1 if form == "released" else step
     if done <= warmup_steps and warmup_steps > 0:

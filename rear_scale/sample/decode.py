@@ -74,7 +74,7 @@ class Decoder:
     def _draw_steps(self, batch: Batch, steps: range) -> None:
         """Samples the tokens of these steps of a batch. Must not synchronize with the GPU (CUDA graphs record it)."""
         if steps.start == 0:
-            batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.rows)))
+            batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.class_index)))
             batch.near_ties.zero_()
             batch.within_rounding.zero_()
         for step, noise in self._with_noise(batch.ids, steps):
@@ -161,8 +161,8 @@ class CachedDecoding:
     """
 
     def __init__(self, model: Generator, batch: Batch, caches: list[Cache] | None = None) -> None:
-        self.model, self.rows = model, len(batch.rows)
-        self.tables = model.decoding(batch.classes, batch.rows, batch.order)
+        self.model, self.rows = model, len(batch.class_index)
+        self.tables = model.decoding(batch.classes, batch.class_index, batch.order)
         self.caches = caches or new_caches(model, self.rows)
         for cache in self.caches:
             cache.length = 0

@@ -124,5 +124,5 @@ class GraphedSteps:
 
 def _padded(batch: Batch) -> int:
     """The number of classes rounded up to a power of two, plus one for the null class under guidance."""
-    null_classes = int(len(batch.rows) > len(batch.ids))
+    null_classes = int(len(batch.class_index) > len(batch.ids))
     return (1 << max(0, len(batch.classes) - null_classes - 1).bit_length()) + null_classes

@@ -1,1 +1,1 @@
-"""Token sequences <-> tar shards, and image shards in."""
+"""Reading and writing of token shards, and reading of image folders and image shards."""

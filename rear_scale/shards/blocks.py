@@ -1,4 +1,4 @@
-"""Blocks of token sequences out of tar shards: one by one or in a row, checked, errors with file and byte."""
+"""Readers of blocks of token sequences in tar shards, checked, with file and byte in every error."""
 
 # n samples of a block, N tokens of an image
 
@@ -29,31 +29,31 @@ Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
 
 
 class BlockFiles(ABC):
-    """The blocks of a set by (number of the shard, number of the block in it)."""
+    """The blocks of a set of shards, by index of the shard and index of the block in it."""
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
 
     @abstractmethod
     def read(self, shard: int, block: int) -> Block:
-        """One block. Raises InputError, naming file and byte, when it is missing or damaged."""
+        """Tokens and labels of one block. Raises InputError, with file and byte, for a missing or damaged block."""
 
     def check_rest(self, shard: int) -> None:
-        """What is left to check of a shard all of whose blocks are intact. Raises InputError."""
+        """Checks a shard beyond its blocks, once all of them were read intact. Raises InputError."""
         return
 
     def count(self, shard: int) -> int:
-        """Blocks of a shard."""
+        """The number of blocks of a shard."""
         return math.ceil(self.manifest.shards[shard].samples / self.manifest.block_samples)
 
     def length(self, shard: int, block: int) -> int:
-        """Samples of a block."""
+        """The number of samples of a block."""
         size = self.manifest.block_samples
         return min(size, self.manifest.shards[shard].samples - block * size)
 
 
 def open_blocks(folder: str | Path, manifest: Manifest, index: Path | None = None) -> BlockFiles:
-    """index: where the offsets of plain shards lie."""
+    """The reader for the layout of a folder. index: the folder with the offsets of plain shards."""
     if manifest.layout == "plain":
         assert index is not None
         return PlainFiles(folder, manifest, index)
@@ -61,17 +61,18 @@ def open_blocks(folder: str | Path, manifest: Manifest, index: Path | None = Non
 
 
 class PackedFiles(BlockFiles):
-    """Our own shards in a local folder."""
+    """Shards of this project in a local folder, read by offset."""
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest)
         self.folder = Path(folder)
-        self.places: dict[int, list[dict[str, tuple[int, int]]]] = {}  # of the shards that were opened, by block
+        # By shard that was opened, then by block: offset and size in bytes of each member.
+        self.offsets: dict[int, list[dict[str, tuple[int, int]]]] = {}
 
     def read(self, shard: int, block: int) -> Block:
         entry = self.manifest.shards[shard]
         path = self.folder / entry.file
-        members = self._places(shard, entry, path)[block]
+        members = self._offsets(shard, entry, path)[block]
         try:
             with open(path, "rb") as file:
                 content = {}
@@ -93,8 +94,8 @@ class PackedFiles(BlockFiles):
                 "shards again"
             )
 
-    def _places(self, shard: int, entry: TarShard, path: Path) -> list[dict[str, tuple[int, int]]]:
-        if shard not in self.places:
+    def _offsets(self, shard: int, entry: TarShard, path: Path) -> list[dict[str, tuple[int, int]]]:
+        if shard not in self.offsets:
             if not path.is_file():
                 raise InputError(
                     f"not found: {path}, which {self.folder / 'index.json'} lists. Copy the shard folder again"
@@ -105,30 +106,33 @@ class PackedFiles(BlockFiles):
                     f"{path} is truncated or altered at byte {min(size, entry.size)}: it has {size} bytes, but index.json "
                     f"says {entry.size}. Copy it again"
                 )
-            places = [sample.members for sample in scan(path)]
-            if len(places) != self.count(shard):
+            offsets = [sample.members for sample in scan(path)]
+            if len(offsets) != self.count(shard):
                 raise InputError(
-                    f"{path} holds {len(places)} blocks, but index.json says {entry.samples} samples in blocks of "
+                    f"{path} holds {len(offsets)} blocks, but index.json says {entry.samples} samples in blocks of "
                     f"{self.manifest.block_samples}. Copy it again, or make the shards again"
                 )
-            self.places[shard] = places
-        return self.places[shard]
+            self.offsets[shard] = offsets
+        return self.offsets[shard]
 
 
 class RemoteFiles(BlockFiles):
-    """Our own shards behind webdataset's openers: read from the front, so a stream is kept open for the next block."""
+    """Shards of this project that webdataset opens at a URL or through a command.
+
+    They can only be read from the front, so the stream of a shard is kept open for its next block.
+    """
 
     def __init__(self, folder: str, manifest: Manifest, streams: int = 64) -> None:
         super().__init__(folder, manifest)
         self.folder, self.most = folder, streams
-        # (shard, next block) -> the rest of that shard; the one used longest ago is closed first
+        # (shard, next block) -> the open stream of that shard, least recently used first, which is closed first
         self.open: OrderedDict[tuple[int, int], tuple[Any, Iterator[dict[str, Any]]]] = OrderedDict()
 
     def read(self, shard: int, block: int) -> Block:
         waiting = [key for key in self.open if key[0] == shard and key[1] <= block]
         if waiting:
             key = max(waiting)
-            # A server may have given up on a stream that waited for long: then the shard is read from its front.
+            # A server may have closed a stream that was idle for long; the shard is then read from its front again.
             with contextlib.suppress(InputError):
                 return self._advance(shard, key[1], block, *self.open.pop(key))
         stream = _Counted(open_remote(self.folder, self.manifest.shards[shard].file))
@@ -137,13 +141,13 @@ class RemoteFiles(BlockFiles):
     def _advance(
         self, shard: int, position: int, block: int, stream: _Counted, samples: Iterator[dict[str, Any]]
     ) -> Block:
-        """The block from a stream whose next block is `position`. Keeps what is left of it."""
+        """Tokens and labels of a block, from a stream whose next block is `position`. Keeps the stream open for later blocks."""
         url = address(self.folder, self.manifest.shards[shard].file)
         try:
             for _ in range(position, block):
                 next(samples)
             sample = next(samples)
-            found = unpack(sample["tokens.npy"], sample["label.npy"], self.manifest, shard, block)
+            arrays = unpack(sample["tokens.npy"], sample["label.npy"], self.manifest, shard, block)
         except StopIteration:
             stream.close()
             raise InputError(
@@ -154,20 +158,20 @@ class RemoteFiles(BlockFiles):
             raise _damage(url, f"block {block} before byte {stream.byte}", error) from error
         if block + 1 == self.count(shard):
             stream.close()
-            return found
+            return arrays
         self.open[shard, block + 1] = stream, samples
         while len(self.open) > self.most:
             self.open.popitem(last=False)[1][0].close()
-        return found
+        return arrays
 
 
 class PlainFiles(BlockFiles):
-    """Ordinary WebDataset shards, one sample per key, through the offsets that plain.py wrote."""
+    """Ordinary WebDataset shards, one sample per key, read by the offsets that plain.py wrote."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, index: Path) -> None:
         super().__init__(folder, manifest)
         self.folder, self.index = Path(folder), index
-        self.checked: set[int] = set()  # the shards whose offsets were looked through
+        self.checked: set[int] = set()  # the shards whose offsets were checked
 
     def read(self, shard: int, block: int) -> Block:
         path = self.folder / self.manifest.shards[shard].file
@@ -183,52 +187,53 @@ class PlainFiles(BlockFiles):
         except (ValueError, OSError) as error:
             raise _damage(path, f"block {block}", error) from error
         tokens = np.empty((len(rows), self.manifest.num_tokens), np.uint16)
-        for row, (offset, length, kind, _) in enumerate(rows.tolist()):
+        for row, (offset, length, extension, _) in enumerate(rows.tolist()):
             try:
                 content = data[offset - first : offset - first + length]
-                tokens[row] = decode_plain(content, kind, self.manifest.num_tokens, self.manifest.codebook_size)
+                tokens[row] = decode_plain(content, extension, self.manifest.num_tokens, self.manifest.codebook_size)
             except (ValueError, EOFError) as error:
                 raise _damage(path, f"the sample at byte {offset}", error) from error
         return tokens, rows[:, 3].astype(np.uint16)
 
     def _rows(self, shard: int, name: str) -> np.ndarray:
-        """int64 [n, 4] of the samples of a shard, mapped. Raises ValueError for offsets that are none."""
+        """The offsets of the samples of a shard, int64 [n, 4], memory-mapped. Raises ValueError for impossible ones."""
         entry = self.manifest.shards[shard]
         path = self.index / f"{name}.offsets.npy"
         with open(path, "rb") as file:
             shape, by_columns, dtype = npy_header(file)
         if shape != (entry.samples, 4) or by_columns or dtype != np.int64:
             raise ValueError(f"{path} holds {dtype} {list(shape)}, not int64 [{entry.samples}, 4]")
-        # Opened for as long as a block is read: what is mapped counts as memory of the process.
+        # Mapped only while a block is read: mapped pages count towards the memory of the process.
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if shard not in self.checked:
             ends, classes = rows[:, 0] + rows[:, 1], len(self.manifest.label_counts)
-            inside = (rows >= 0).all(1) & (ends > 0) & (ends <= entry.size) & (rows[:, 2] < len(PLAIN_KINDS))
+            inside = (rows >= 0).all(1) & (ends > 0) & (ends <= entry.size) & (rows[:, 2] < len(TOKEN_EXTENSIONS))
             if not (inside & (rows[:, 3] < classes)).all() or (np.diff(rows[:, 0]) < 0).any():
-                raise ValueError(f"{path} has samples that do not lie in the shard, or beyond its {classes} classes")
+                raise ValueError(f"{path} has samples outside of the shard, or class ids beyond its {classes} classes")
             self.checked.add(shard)
         return rows
 
 
-PLAIN_KINDS = ("tokens.npy", "npy", "tokens.bin", "bin", "tokens.json", "json")
+TOKEN_EXTENSIONS = ("tokens.npy", "npy", "tokens.bin", "bin", "tokens.json", "json")
 
 
-def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int) -> np.ndarray:
-    """Integers [N] of one member. npy: any integers; json: a list; bin: little-endian integers of 2, 4 or 8 bytes.
+def decode_plain(content: bytes, extension: int, num_tokens: int, codebook_size: int) -> np.ndarray:
+    """The token ids, integers [N], of one member. npy: any integers; json: a list; bin: little-endian, 2, 4 or 8 bytes each.
 
-    kind: the place of its extension in PLAIN_KINDS. Raises ValueError for another length or an id out of range.
+    extension: the index of the member's extension in TOKEN_EXTENSIONS. Raises ValueError for another length or an id out of
+    range.
     """
-    extension = PLAIN_KINDS[kind].rpartition(".")[2]
-    if extension in ("npy", "json"):
+    form = TOKEN_EXTENSIONS[extension].rpartition(".")[2]
+    if form in ("npy", "json"):
         try:
-            tokens = npy_array(content, "iu") if extension == "npy" else np.asarray(json.loads(content))
-        except Exception as error:  # whatever damaged bytes lead the readers to
+            tokens = npy_array(content, "iu") if form == "npy" else np.asarray(json.loads(content))
+        except Exception as error:  # damaged bytes make the readers raise all kinds of exceptions
             raise ValueError(reason(error)) from error
     else:
-        width, rest = divmod(len(content), num_tokens)
-        if rest or width not in (2, 4, 8):
+        itemsize, rest = divmod(len(content), num_tokens)
+        if rest or itemsize not in (2, 4, 8):
             raise ValueError(f"{len(content)} bytes are not {num_tokens} integers")
-        tokens = np.frombuffer(content, f"<u{width}")
+        tokens = np.frombuffer(content, f"<u{itemsize}")
     if tokens.size != num_tokens or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"{tokens.dtype} of shape {tokens.shape} is not {num_tokens} integers")
     if tokens.min() < 0 or tokens.max() >= codebook_size:
@@ -237,14 +242,14 @@ def decode_plain(content: bytes, kind: int, num_tokens: int, codebook_size: int)
 
 
 def unpack(packed: bytes, classes: bytes, manifest: Manifest, shard: int, block: int) -> Block:
-    """The arrays of a block's two members. Raises ValueError when they are not those of the manifest."""
+    """Tokens and labels of a block from the bytes of its two members. Raises ValueError where the manifest says otherwise."""
     checksums = manifest.shards[shard].block_crc32
     if checksums and block_checksum(packed, classes) != checksums[block]:
         raise ValueError("its checksum is not the one in index.json")
     tokens, labels = npy_array(packed), npy_array(classes)
     length = min(manifest.block_samples, manifest.shards[shard].samples - block * manifest.block_samples)
-    found = (tokens.dtype, tokens.shape, labels.dtype, labels.shape)
-    if found != (np.uint16, (length, manifest.num_tokens), np.uint16, (length,)):
+    form = (tokens.dtype, tokens.shape, labels.dtype, labels.shape)
+    if form != (np.uint16, (length, manifest.num_tokens), np.uint16, (length,)):
         raise ValueError(
             f"it holds tokens {tokens.dtype} {tokens.shape} and labels {labels.dtype} {labels.shape}, not uint16 [{length}]"
         )
@@ -265,7 +270,7 @@ class _Counted:
         return data
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a command that is cut short says so with its exit code
+        with contextlib.suppress(OSError):  # a command whose output is cut short exits with an error
             self.stream.close()
 
 

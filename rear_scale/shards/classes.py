@@ -1,4 +1,4 @@
-"""Class ids: read from a map or from the order of folders, and compared between sets that must agree on them."""
+"""Class ids, from a class map or from the order of class folders, and their comparison between two data sets."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from rear_scale.config import InputError
 from rear_scale.shards.walk import Listing, is_utf8, shown
 
 NUM_IDS = 65_536
-_NAMED = 12  # names that a line lists
+_NAMED = 12  # at most, in one message
 
 
 def class_id(text: str) -> int | None:
-    """The id that a text is, as in a cls member of a tar, or None for any other text."""
+    """The class id that a text holds, as in a cls member of a tar; None for any other text."""
     text = text.strip()
     return int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) < NUM_IDS else None
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
-    """Class ids by name, of a JSON object {name: id} or of lines in one of four forms, the same in the whole file.
+    """The class ids by name in a file: a JSON object {name: id}, or lines in one of four forms, the same in the whole file.
 
     `name id`, with a description or without; `id name`, likewise; `name` alone, whose id is the position of its line (0
     for the first); `name description`, likewise. Raises InputError for a file that is missing, or that has a name twice, an
-    id that is no whole number below 65,536, lines of different forms, or numbers in both places that may each be the id.
+    id that is not a whole number below 65,536, lines of different forms, or numbers in both columns, either of which may be
+    the id.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -40,7 +41,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         ids = dict(pairs)
         if len(ids) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"{twice} comes twice")
+            raise ValueError(f"the name {twice} occurs twice")
         if not ids:
             raise ValueError("it has no class")
         if broken := [name for name in ids if not is_utf8(name)]:
@@ -71,9 +72,9 @@ def _line_pairs(text: str) -> list[tuple[str, int]]:
             raise ValueError('both columns are numbers, so either may be the id; JSON says which: {"name": id}')
         return pairs
     for (number, _), word in zip(lines, second, strict=True):
-        # "4x4" may be a description, but "-1", "1.5" and "2," would be ids that got lost.
+        # "4x4" may be a description, but "-1", "1.5" and "2," are mistyped ids, which must not pass as descriptions.
         if word[:1].isdecimal() or re.match(r"[+-][0-9]", word):
-            raise ValueError(f"line {number} has {word[:30]!r} behind its name, and not all lines have an id there")
+            raise ValueError(f"line {number} has {word[:30]!r} after its name, but not all lines have an id there")
     if all(ids_first) and all(second):
         return [(words[1], _number(number, words[0])) for number, words in lines]
     if any(second) and any(ids_first) and not all(ids_first):
@@ -81,7 +82,7 @@ def _line_pairs(text: str) -> list[tuple[str, int]]:
         raise ValueError(f"line {number} begins with a number and others do not, so it may be an id or a name")
     if any(second) and all(ids_first):
         raise ValueError(
-            f"line {lines[second.index('')][0]} is a number alone, and other lines have a name behind theirs"
+            f"line {lines[second.index('')][0]} is a number alone, but other lines have a name after theirs"
         )
     return [(words[0], position) for position, (_, words) in enumerate(lines)]
 
@@ -94,32 +95,31 @@ def _number(line: int, text: str) -> int:
 
 
 def names_by_id(ids: Mapping[str, int]) -> list[str]:
-    """The name of each class id, up to the largest; where several share an id, the first in the map."""
+    """The class names by id, up to the largest id. Of several names with one id, the first in the map."""
     names = {number: name for name, number in reversed(ids.items())}
     return [names.get(number, str(number)) for number in range(max(names) + 1)]
 
 
 def folder_ids(listing: Listing, counts: Mapping[str, int], ids: Mapping[str, int] | None) -> dict[str, int]:
-    """The id of each class folder: its position among their sorted names, or that of a class map.
+    """The class id of each class folder by name: its index among the sorted names, or its id in a class map.
 
-    counts: files of each folder. Raises InputError for a folder that the map lacks, for one without files where no map
-    fixes the ids (another set of the same classes would number the others differently), and for a name that is not UTF-8.
+    counts: the number of files of each folder. Raises InputError for a folder that the map lacks, for an empty folder without
+    a map (another set of the same classes would number the others differently), and for a name that is not UTF-8.
     """
     folder, classes = listing.folder, listing.folders
     for name in classes:
         if shown(name) != name:
             raise InputError(
-                f"{folder}: the class folder {shown(name)} has bytes in its name that are not UTF-8 text, and class names are "
-                "text. Rename it"
+                f"{folder}: the class folder {shown(name)} has a name that is not UTF-8, but class names must be text. Rename it"
             )
     if ids is None:
         empty = [name for name in classes if not counts.get(name)]
         if empty and len(empty) < len(classes):
             left_out = listing.left_out.line()
             raise InputError(
-                f"{folder}: {len(empty)} of {len(classes)} class folders hold no files that are read, {empty[0]} among them"
-                f"{f' ({left_out})' if left_out else ''}, and class ids are positions among the folders. Remove the empty ones, "
-                "or give a class map, which fixes the ids"
+                f"{folder}: {len(empty)} of {len(classes)} class folders hold no readable files, {empty[0]} among them"
+                f"{f' ({left_out})' if left_out else ''}, but class ids are the indices of the folders. Remove the empty ones, "
+                "or use a class map, which fixes the ids"
             )
         return {name: position for position, name in enumerate(classes)}
     if unknown := [name for name in classes if name not in ids]:
@@ -131,7 +131,7 @@ def folder_ids(listing: Listing, counts: Mapping[str, int], ids: Mapping[str, in
 
 
 def id_notes(classes: Sequence[str], counts: Mapping[str, int], ids: Mapping[str, int], mapped: bool) -> list[str]:
-    """What a user may take the ids for and they are not: numbers as names, and ids of a map without an image."""
+    """Notes for the user on class ids: ids that differ from the folders' numbers, and mapped classes without images."""
     if mapped:
         without = [name for name in ids if not counts.get(name)]
         if not without:
@@ -143,23 +143,24 @@ def id_notes(classes: Sequence[str], counts: Mapping[str, int], ids: Mapping[str
     listed = ", ".join(f"folder {name} = id {ids[name]}" for name in moved[:_NAMED])
     more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
     return [
-        f"class folders are numbered in the order of their names as text: {listed}{more}. A class map gives them other ids"
+        f"class folders are numbered in the order of their names as text: {listed}{more}. Use a class map for other ids"
     ]
 
 
 def check_same_classes(one: str, names: Sequence[str], other: str, others: Sequence[str]) -> str | None:
-    """Raises InputError, naming the first class, when two sets that must agree give an id to different classes.
+    """Raises InputError, naming the first class, when two sets give one class id to different classes.
 
-    one, other: what the sets are, for the message. Names that are the ids themselves (of sets whose source names no
-    classes) agree with any number of such; whether they agree with a set that has names, nobody can tell: that comes back
-    as a line for the user, else None.
+    one, other: what the sets are, for the message. Returns a note for the user where one set has names and the other only
+    ids (because its source names no classes), which cannot be compared; else None.
     """
     plain, others_plain = (list(part) == [str(number) for number in range(len(part))] for part in (names, others))
     if plain and others_plain:
         return None
     if plain != others_plain and not all(name.isdecimal() for name in (others if plain else names)):
         named, bare = (other, one) if plain else (one, other)
-        return f"note: {named} names its classes, {bare} has class ids alone: they are taken for the same"
+        return (
+            f"note: {named} names its classes, but {bare} has class ids alone: they are assumed to be the same classes"
+        )
     if list(names) == list(others):
         return None
     pairs: list[tuple[Any, Any]] = [
@@ -168,7 +169,7 @@ def check_same_classes(one: str, names: Sequence[str], other: str, others: Seque
     ]
     number, (first, second) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
     said = [
-        f"is {name} in {what}" if name is not None else f"is none of {what}"
+        f"is {name} in {what}" if name is not None else f"does not exist in {what}"
         for name, what in ((first, one), (second, other))
     ]
     raise InputError(

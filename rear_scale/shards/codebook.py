@@ -1,4 +1,4 @@
-"""What a config and its token shards must agree on, and the codebook that both name."""
+"""The checks of a config against its token shards, and the codebook of both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_packed(folder: str | None) -> bool:
 
 
 def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
-    """float32 [K, D], of the shards or, where they come without, of the tokenizer."""
+    """The codebook, float32 [K, D], of the shards or, where they have none, of the tokenizer."""
     if manifest.codebook_sha256 is not None:
         return torch.from_numpy(read_codebook(cfg.data.train, manifest))
     if cfg.tokenizer.weights is None:
@@ -39,8 +39,10 @@ def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
 
 
 def read_both(cfg: ExperimentConfig, is_main: bool) -> tuple[Manifest, Manifest | None]:
-    """The manifests of data.train and, where it is set, data.val. Raises InputError when one does not fit the config, or
-    the two do not agree on tokens and classes."""
+    """The manifests of data.train and, where it is set, data.val.
+
+    Raises InputError when one does not fit the config, or the two do not agree on tokens and classes.
+    """
     manifests: list[Manifest] = []
     folders = [cfg.data.train] if cfg.data.val is None else [cfg.data.train, cfg.data.val]
     all_checks(*(partial(_read_into, manifests, cfg, folder) for folder in folders))
@@ -59,7 +61,7 @@ def _read_into(manifests: list[Manifest], cfg: ExperimentConfig, folder: str) ->
 
 
 def read_checked(cfg: ExperimentConfig, folder: str) -> Manifest:
-    """The manifest of a folder of token shards that fits the config's tokenizer and classes."""
+    """The manifest of a folder of token shards. Raises InputError when it does not fit the config's tokenizer and classes."""
     manifest = open_manifest(folder, cfg.tokenizer, cfg.data)
     tokenizer = cfg.tokenizer
     check_fits(
@@ -74,10 +76,10 @@ def read_checked(cfg: ExperimentConfig, folder: str) -> Manifest:
 
 
 def classes_of_shards(cfg: ExperimentConfig, given: Collection[str]) -> tuple[ExperimentConfig, str | None]:
-    """The config with as many classes as the shards of data.train have, and the line of `with_num_classes`.
+    """The config with the number of classes of the shards in data.train, and the line of `with_num_classes`.
 
-    The config itself where the user has set model.num_classes, where the shards cannot be read (other checks say why), and
-    under train.init_from, whose weights are of the config's model. given: dotted keys that the user has set.
+    Returns the config itself where the user has set model.num_classes, where the shards cannot be read (other checks report
+    that), and with train.init_from, whose weights fit the config. given: the dotted keys that the user has set.
     """
     if CLASSES_KEY in given or cfg.train.init_from is not None or cfg.data.train is None:
         return cfg, None
@@ -89,13 +91,14 @@ def classes_of_shards(cfg: ExperimentConfig, given: Collection[str]) -> tuple[Ex
 
 
 def with_num_classes(cfg: ExperimentConfig, classes: int, source: str) -> tuple[ExperimentConfig, str | None]:
-    """The config with this model.num_classes (0: as it is), and a line for the user where that is another number than the
-    config's, else None. source: where it comes from. Raises InputError for sample.labels beyond it."""
+    """The config with this model.num_classes (0: unchanged), and a line for the user where it differs from the config's, else
+    None. source: the origin of the number. Raises InputError for sample.labels beyond it.
+    """
     if classes in (0, cfg.model.num_classes):
         return cfg, None
-    found = replace(cfg, model=replace(cfg.model, num_classes=classes))
-    validate(found)
-    return found, (
+    changed = replace(cfg, model=replace(cfg.model, num_classes=classes))
+    validate(changed)
+    return changed, (
         f"{CLASSES_KEY}={classes}, {source}, not the config's default {cfg.model.num_classes}; set {CLASSES_KEY} for another one"
     )
 

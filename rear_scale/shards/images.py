@@ -1,4 +1,4 @@
-"""Image shards: plain WebDataset tars of `%08d.png` (or jpg, webp) and `%08d.cls` with a manifest that counts them.
+"""Image shards: plain WebDataset tars of `%08d.png` (or jpg, webp) and `%08d.cls` files, with a manifest.
 
 shard-000000.tar     members 00000000.png (or jpg, jpeg, webp) and 00000000.cls (the class id as text) per image
 index.json           shards with their counts, image size, class names
@@ -30,7 +30,7 @@ from rear_scale.shards.record import (
     write_tar,
     wrong_classes,
 )
-from rear_scale.shards.tar_index import TarSample, read_place, scan
+from rear_scale.shards.tar_index import TarSample, read_at, scan
 from rear_scale.untrusted import is_count, read_json, shown
 
 FORMAT = "rear_scale image shards 1"
@@ -40,7 +40,7 @@ _LARGEST_IMAGE = 65_536  # pixels of a side
 
 @dataclass(frozen=True)
 class ImageShards:
-    """A folder of image shards."""
+    """The images of a folder of image shards."""
 
     folder: Path
     image_size: int  # pixels, square
@@ -52,7 +52,7 @@ class ImageShards:
         return sum(shard.samples for shard in self.shards)
 
     def read(self, start: int = 0, end: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields (uint8 [S, S, 3], class id) of the images start .. end - 1, opening only the shards they lie in.
+        """Yields (uint8 [S, S, 3], class id) of the images start .. end - 1, opening only the shards that hold them.
 
         Raises InputError, naming the file, for a missing or truncated shard and for an image that cannot be read.
         """
@@ -108,11 +108,11 @@ class ImageShards:
         extension = next((name for name in EXTENSIONS if name in sample.members), None)
         if extension is None or "cls" not in sample.members:
             raise ValueError(f"sample {sample.key} has no {', '.join(EXTENSIONS)}, or no cls")
-        text = read_place(file, sample.members["cls"]).decode(errors="replace")
+        text = read_at(file, sample.members["cls"]).decode(errors="replace")
         label = class_id(text)
         if label is None:
-            raise ValueError(f"sample {sample.key} has cls {text[:40]!r}, which is no class id")
-        pixels = np.asarray(decode_image(read_place(file, sample.members[extension]), deep=False))
+            raise ValueError(f"sample {sample.key} has cls {text[:40]!r}, which is not a class id")
+        pixels = np.asarray(decode_image(read_at(file, sample.members[extension]), deep=False))
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"sample {sample.key} is {pixels.shape[1]}x{pixels.shape[0]}, not {self.image_size} squared"
@@ -121,11 +121,11 @@ class ImageShards:
 
 
 def open_images(folder: str | Path) -> ImageShards:
-    """Raises InputError when the folder has no manifest of image shards, or holds images of different sizes."""
+    """The image shards of a folder. Raises InputError without their manifest, and for images of different sizes."""
     values = read_image_index(folder)
     if values["image_size"] is None:
         raise InputError(
-            f"{folder} holds images of different sizes, but images of one size are wanted. "
+            f"{folder} holds images of different sizes, but all must have one size. "
             "Prepare them with a size: python data/prepare_imagefolder.py --size 256"
         )
     names = ("image_size", "class_names", "label_counts", "shards")
@@ -133,18 +133,18 @@ def open_images(folder: str | Path) -> ImageShards:
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether a folder says that it holds image shards."""
+    """Whether the manifest of a folder is one of image shards."""
     try:
         values = read_json(folder / "index.json")
     except (OSError, ValueError):
-        return False  # which the reader of a manifest then explains
+        return False  # read_index reports the reason
     return isinstance(values, dict) and values.get("format") == FORMAT
 
 
 def read_image_index(folder: str | Path) -> dict[str, Any]:
     """The values of the manifest of image shards: image_size, class_names, label_counts, and shards as TarShard.
 
-    Raises InputError when there is none, when it lacks a field, and for values that cannot be.
+    Raises InputError for a missing manifest or field, and for impossible values.
     """
     values, source = read_index(folder, FORMAT), index_path(folder)
     lacking = [name for name in ("image_size", "class_names", "label_counts", "shards") if name not in values]
@@ -153,7 +153,7 @@ def read_image_index(folder: str | Path) -> dict[str, Any]:
     size = values["image_size"]
     wrong = wrong_classes(values["label_counts"], values["class_names"])
     if size is not None and not (is_count(size) and 0 < size <= _LARGEST_IMAGE):
-        wrong = f"image_size={shown(size)} is no number of pixels"
+        wrong = f"image_size={shown(size)} is not a number of pixels"
     shards = shards_from(values["shards"], source)
     counted, total = sum(values["label_counts"]) if not wrong else 0, sum(shard.samples for shard in shards)
     if not wrong and counted != total:
@@ -170,7 +170,7 @@ def write_images(
     class_names: list[str],
     inputs: Inputs | None = None,
 ) -> ImageShards:
-    """Writes square images of one size and their class ids as PNG shards, the manifest last. Bytes depend on the images alone.
+    """Writes square images of one size and their class ids as PNG shards. The bytes depend on the images alone.
 
     inputs: what the images were made from, for the manifest.
     """
@@ -204,7 +204,10 @@ def write_image_manifest(
     shards: list[TarShard],
     inputs: Inputs | None = None,
 ) -> None:
-    """image_size: pixels of the side of every image, or None where they differ. inputs: what the images were made from."""
+    """Writes the manifest of image shards.
+
+    image_size: side of every image in pixels, or None where they differ. inputs: what the images were made from.
+    """
     write_index(
         folder,
         {
@@ -219,7 +222,7 @@ def write_image_manifest(
 
 
 def png(image: Image.Image, image_size: int) -> bytes:
-    """The PNG file of a square image."""
+    """The bytes of a PNG file of a square image."""
     assert image.size == (image_size, image_size), (image.size, image_size)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

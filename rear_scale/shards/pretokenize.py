@@ -1,4 +1,4 @@
-"""Images -> token shards, split over ranks. The bytes do not depend on the number of ranks or on interruptions."""
+"""Making of token shards from images, split over ranks. Their bytes depend neither on the number of ranks nor on restarts."""
 
 # B crops of an encode batch, S side in pixels, N tokens of an image
 
@@ -31,12 +31,14 @@ from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.weight_file import find_weights
 from rear_scale.world import World, discover
 
-# One image decoded: its crops (uint8 [n, S, S, 3]), or why there are none.
+# One image: its crops (uint8 [n, S, S, 3]), or the reason why it cannot be decoded.
 Prepared = tuple[SourceImage, np.ndarray | str]
 
 
 def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
-    """Raises InputError when the job has no images, no output folder, or images of another size than the tokenizer's."""
+    """The images of a job. Raises InputError without images or output folder, and for images of another size than the
+    tokenizer's.
+    """
     all_checks(
         *(partial(_check_set, cfg, name) for name in ("images", "out")),
         lambda: _check_images(cfg.pretokenize.images),
@@ -60,17 +62,17 @@ def _check_images(folder: str | None) -> None:
 
 
 def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> None:
-    """Writes the token shards of a set of images; finished shards of an earlier, killed run are kept.
+    """Writes the token shards of a set of images. Keeps finished shards of an earlier, killed run.
 
     All ranks must call this. Rank r encodes shards r, r + W, ...; batches are fixed by sample index inside a shard.
     Images that cannot be decoded are skipped, counted and listed in skipped.txt. Raises InputError when they are more than
-    pretokenize.max_bad_fraction, and when the folder holds tokens of something else.
+    pretokenize.max_bad_fraction, and when the folder holds tokens made from other inputs.
     """
     job, out = cfg.pretokenize, Path(cfg.pretokenize.out)
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
     weights_sha256 = file_sha256(find_weights(cfg.tokenizer.weights))
     made_from = _made_from(cfg, source, weights_sha256)
-    # Times may differ between copies on several nodes: those of rank 0 count.
+    # The times of files may differ between copies on several nodes, so those that rank 0 sees are recorded.
     inputs: Inputs = world.from_main(_inputs(cfg, source, weights_sha256))
     if len(set(world.gather(made_from))) > 1:
         raise InputError(
@@ -79,7 +81,7 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
         )
     if _is_done(out, made_from, inputs):
         if world.is_main:
-            writer.remove_records(out)  # a kill may have come between
+            writer.remove_records(out)  # left by a kill after the manifest was written
             say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -90,16 +92,16 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     total = sum(end - start for _, start, end in mine)
     with progress(f"pretokenize {out}", total, "image", show=world.is_main) as bar:
         for index, start, end in mine:
-            found = writer.finished_shard(out, index, source=fingerprint(inputs))
-            if found is None:
+            shard = writer.finished_shard(out, index, source=fingerprint(inputs))
+            if shard is None:
                 images = _prepared(source, start, end, cfg.tokenizer.image_size, job)
                 made = fingerprint(inputs)
-                found = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made, bar.update)
+                shard = _make_shard(out, index, images, encode, tokenizer.num_tokens, job, made, bar.update)
             else:
-                bar.total -= end - start  # an earlier run's work is no measure of this one's rate
-            finished[index] = found
-    everything = {index: item for part in world.gather(finished) for index, item in part.items()}
-    shards = [everything[index] for index, _, _ in ranges]
+                bar.total -= end - start  # so that the bar shows the rate of this run alone
+            finished[index] = shard
+    by_index = {index: shard for of_rank in world.gather(finished) for index, shard in of_rank.items()}
+    shards = [by_index[index] for index, _, _ in ranges]
     skipped = [entry for shard in shards for entry in shard.skipped]
     if world.is_main:
         writer.write_skipped(out, skipped)
@@ -151,18 +153,18 @@ def _make_shard(
 
 
 def _encoder(tokenizer: Tokenizer, job: PretokenizeConfig, world: World) -> Callable[[np.ndarray], np.ndarray]:
-    """Token ids int64 [n, N] of at most B crops (uint8 [n, S, S, 3])."""
+    """The function from at most B crops (uint8 [n, S, S, 3]) to their token ids, int64 [n, N]."""
     encode: Callable[[Tensor], Tensor] = torch.compile(tokenizer.encode) if job.compile else tokenizer.encode
     if job.precision == "fp32":
-        # cuDNN rounds convolutions to TensorFloat-32 unless told not to, and codes change with it.
+        # By default cuDNN computes convolutions in TensorFloat-32, whose error changes codes.
         torch.backends.cudnn.allow_tf32 = False
-    half = job.precision == "bf16"
+    in_bf16 = job.precision == "bf16"
 
     def run(crops: np.ndarray) -> np.ndarray:
-        # A short batch is filled up: other shapes may take other kernels and round differently.
+        # Pad a short batch: another shape may select other kernels, which round differently.
         filled = np.concatenate([crops, np.zeros((job.batch_size - len(crops), *crops.shape[1:]), np.uint8)])
         images = to_unit_range(torch.from_numpy(filled).to(world.device)).contiguous()
-        precision = torch.autocast(world.device.type, torch.bfloat16) if half else nullcontext()
+        precision = torch.autocast(world.device.type, torch.bfloat16) if in_bf16 else nullcontext()
         with torch.inference_mode(), precision:
             return encode(images)[: len(crops)].cpu().numpy()
 
@@ -170,7 +172,7 @@ def _encoder(tokenizer: Tokenizer, job: PretokenizeConfig, world: World) -> Call
 
 
 def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: PretokenizeConfig) -> Iterator[Prepared]:
-    """Decodes and cuts images start .. end - 1 in threads, ahead of the encoder, and yields them in order."""
+    """Yields images start .. end - 1 in order with their crops, decoded in threads ahead of the encoder."""
 
     def prepare(image: SourceImage) -> np.ndarray | str:
         try:
@@ -179,7 +181,7 @@ def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: P
             return str(error)
 
     threads = max(1, min(8, len(os.sched_getaffinity(0))))
-    # The next batch is cut while the encoder works on this one.
+    # Enough images in advance for the next batch, while the encoder works on this one.
     most = max(4 * threads, 2 * job.batch_size // CROPS[job.crops])
     ahead: deque[tuple[SourceImage, Future[np.ndarray | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -194,16 +196,16 @@ def _prepared(source: ImageSource, start: int, end: int, image_size: int, job: P
 
 
 def _made_from(cfg: ExperimentConfig, source: ImageSource, weights_sha256: str) -> str:
-    """A hash of what the tokens depend on, the same wherever the images lie."""
+    """A hash of the images, weights and settings that the tokens depend on, whatever the folder of the images."""
     job = cfg.pretokenize
     settings = [job.crops, job.precision, job.compile, job.batch_size, job.samples_per_shard, cfg.tokenizer.image_size]
-    exif = [] if job.exif == "ignore" else [job.exif]  # without, it is the hash of versions that had no such setting
+    exif = [] if job.exif == "ignore" else [job.exif]  # the default keeps the hash of versions without this setting
     text = json.dumps([source.fingerprint, weights_sha256, cfg.tokenizer.name, *settings, *exif])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _inputs(cfg: ExperimentConfig, source: ImageSource, weights_sha256: str) -> Inputs:
-    """What a finished output must have been made from to be left as it is."""
+    """The inputs of the job, for the comparison with those of a finished output."""
     names = ("crops", "precision", "compile", "batch_size", "samples_per_shard", "exif")
     return {
         **source.inputs,
@@ -218,7 +220,7 @@ def _is_done(out: Path, made_from: str, inputs: Inputs) -> bool:
     if not (out / "index.json").exists():
         return False
     manifest = read_manifest(out)
-    # Earlier versions recorded a hash of names and sizes alone.
+    # Manifests of earlier versions have only a hash of names and sizes.
     if manifest.inputs is not None or manifest.made_from != made_from:
         check_same_inputs(manifest.inputs, inputs, out, "pretokenize.out")
     return True

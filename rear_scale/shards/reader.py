@@ -1,8 +1,8 @@
-"""Tar shards -> samples by id, in two modes of one contract: unpacked once per node, or read while training.
+"""Access to the samples of token shards by id, in the two modes of data.mode.
 
-resident: the set is unpacked into one memory map (12.8 million sequences of 256 tokens are 6.6 GB); a batch is a gather of
-rows, and its order an exact global permutation per epoch. stream: blocks are read as they are needed and kept while lanes
-pass through them. In both, any step of any epoch is reached in constant time, whatever the ranks.
+mmap: the set is unpacked once per node into one memory map (12.8 million sequences of 256 tokens are 6.6 GB); a batch is a
+gather of rows, and an epoch an exact global permutation. stream: blocks are read when they are needed and cached while
+streams pass through them. In both modes any step of any epoch is reached in constant time, for any number of ranks.
 """
 
 # b images of one rank, N tokens of an image
@@ -28,7 +28,7 @@ from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
 from rear_scale.locks import locked, remove_unheld
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
 from rear_scale.shards.classes import check_same_classes
-from rear_scale.shards.order import BatchOrder, GroupedOrder, LaneOrder
+from rear_scale.shards.order import BatchOrder, GroupedOrder, StreamOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
 from rear_scale.shards.record import Manifest, read_manifest
 from rear_scale.shards.storage import is_remote
@@ -36,8 +36,8 @@ from rear_scale.shards.storage import is_remote
 __all__ = [
     "BatchOrder",
     "GroupedOrder",
-    "LaneOrder",
-    "ResidentSet",
+    "StreamOrder",
+    "MappedSet",
     "StreamSet",
     "TokenSet",
     "check_agree",
@@ -65,20 +65,20 @@ class TokenSet(ABC):
 
     @abstractmethod
     def order(self, global_batch_size: int, seed: int) -> BatchOrder:
-        """Which samples each step of a run trains on."""
+        """The order in which a run of this batch size and seed trains on the samples."""
 
     @abstractmethod
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 tokens [b, N] and labels [b] of the sample ids (int64 [b]), on the CPU."""
+        """The int64 tokens [b, N] and labels [b] of sample ids (int64 [b]), on the CPU."""
 
     @abstractmethod
     def labels_of(self, ids: Tensor) -> Tensor:
-        """int64 labels [B] of the sample ids (int64 [B]) of a global batch, on the CPU."""
+        """The int64 labels [B] of the sample ids (int64 [B]) of a global batch, on the CPU."""
 
 
 @dataclass(frozen=True)
-class ResidentSet(TokenSet):
-    """All samples, memory-mapped."""
+class MappedSet(TokenSet):
+    """A set that is memory-mapped as a whole."""
 
     manifest: Manifest
     tokens: np.ndarray  # uint16 [samples, N]
@@ -96,66 +96,66 @@ class ResidentSet(TokenSet):
 
 
 class StreamSet(TokenSet):
-    """Samples that are read block by block when they are asked for."""
+    """A set whose blocks are read when their samples are asked for, with a cache of blocks."""
 
     def __init__(self, files: BlockFiles, data: DataConfig, world_size: int, say: Say) -> None:
         self.files, self.manifest, self.data, self.say = files, files.manifest, data, say
         sizes = [shard.samples for shard in self.manifest.shards]
         self.firsts = np.concatenate([[0], np.cumsum(sizes)])
-        self.kept: OrderedDict[tuple[int, int], Block] = OrderedDict()  # the block used longest ago comes first
+        self.cached: OrderedDict[tuple[int, int], Block] = OrderedDict()  # least recently used first
         self.lost: set[tuple[int, int]] = set()
-        self.capacity = self._samples_of_lanes(-(-data.shuffle_streams // world_size))
+        self.capacity = self._samples_of_streams(-(-data.shuffle_streams // world_size))
 
-    def _samples_of_lanes(self, lanes: int) -> int:
-        """Samples of the blocks that the buffers of so many lanes may touch."""
+    def _samples_of_streams(self, streams: int) -> int:
+        """The number of samples in all blocks that the shuffle buffers of this many streams may overlap."""
         size = self.manifest.block_samples
-        return (lanes + 1) * size * (-(-self.data.buffer_samples // size) + 1)
+        return (streams + 1) * size * (-(-self.data.buffer_samples // size) + 1)
 
-    def order(self, global_batch_size: int, seed: int) -> LaneOrder:
-        return LaneOrder(
+    def order(self, global_batch_size: int, seed: int) -> StreamOrder:
+        return StreamOrder(
             len(self),
             global_batch_size,
             seed,
             shard_samples=tuple(shard.samples for shard in self.manifest.shards),
-            lanes=self.data.shuffle_streams,
+            streams=self.data.shuffle_streams,
             buffer_samples=self.data.buffer_samples,
         )
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As every set's.
+        """As TokenSet.rows.
 
-        Raises InputError, with file and byte, for a damaged block, or when data.on_error=skip has lost too much.
+        Raises InputError, with file and byte, for a damaged block, or when data.on_error=skip has left out too many samples.
         """
         index = ids.numpy()
         shards = np.searchsorted(self.firsts, index, side="right") - 1
-        blocks, places = np.divmod(index - self.firsts[shards], self.manifest.block_samples)
+        blocks, offsets = np.divmod(index - self.firsts[shards], self.manifest.block_samples)
         tokens = np.empty((len(index), self.manifest.num_tokens), np.uint16)
         labels = np.empty(len(index), np.uint16)
         by_block = np.lexsort((blocks, shards))
         ends = np.flatnonzero(np.diff(shards[by_block]) | np.diff(blocks[by_block])) + 1
         for group in np.split(by_block, ends):
-            found = self._block(int(shards[group[0]]), int(blocks[group[0]]))
-            rows = places[group] % len(found[1])  # a substitute for a lost block may be shorter than it
-            tokens[group], labels[group] = found[0][rows], found[1][rows]
+            block_tokens, block_labels = self._block(int(shards[group[0]]), int(blocks[group[0]]))
+            rows = offsets[group] % len(block_labels)  # the block that replaces a damaged one may be shorter
+            tokens[group], labels[group] = block_tokens[rows], block_labels[rows]
         return _as_int64(tokens, labels)
 
     def labels_of(self, ids: Tensor) -> Tensor:
-        # Labels lie in the blocks: a rank that asks for those of a whole batch reads every lane.
-        self.capacity = self._samples_of_lanes(self.data.shuffle_streams)
+        # Labels are stored in the blocks, so a rank that needs those of a whole batch reads every stream.
+        self.capacity = self._samples_of_streams(self.data.shuffle_streams)
         return self.rows(ids)[1]
 
     def _block(self, shard: int, block: int) -> Block:
         key = shard, block
-        if key not in self.kept:
-            self.kept[key] = self._read(shard, block)
-            total = sum(len(labels) for _, labels in self.kept.values())
-            while total > self.capacity and len(self.kept) > 1:
-                total -= len(self.kept.popitem(last=False)[1][1])
-        self.kept.move_to_end(key)
-        return self.kept[key]
+        if key not in self.cached:
+            self.cached[key] = self._read(shard, block)
+            total = sum(len(labels) for _, labels in self.cached.values())
+            while total > self.capacity and len(self.cached) > 1:
+                total -= len(self.cached.popitem(last=False)[1][1])
+        self.cached.move_to_end(key)
+        return self.cached[key]
 
     def _read(self, shard: int, block: int) -> Block:
-        """The block, or with data.on_error=skip the next one that is intact."""
+        """The block; where it is damaged and data.on_error=skip, the next intact block."""
         try:
             return self.files.read(shard, block)
         except InputError as error:
@@ -179,28 +179,28 @@ def _as_int64(tokens: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> TokenSet:
-    """The training set in the mode of the config. Raises InputError as the two modes do."""
+    """The training set in the mode of data.mode. Raises InputError as open_stream and open_tokens do."""
     if data.mode == "stream":
         return open_stream(data, manifest, world_size, say)
     return open_tokens(data.train, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
 
 
 def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:
-    """The training set, read from its shards while training."""
+    """The training set, read from its shards while training. Raises InputError for shards that cannot be opened."""
     index = index_folder(data.train, _cache_root(data.cache_dir)) if manifest.layout == "plain" else None
     return StreamSet(open_blocks(data.train, manifest, index), data, world_size, say)
 
 
 def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> Manifest:
-    """The manifest of a folder of packed shards, or of ordinary WebDataset shards (which are indexed at first).
+    """The manifest of a folder of packed shards, or of ordinary WebDataset shards, which are indexed at their first use.
 
-    Raises InputError when there is neither.
+    Raises InputError for a folder without shards.
     """
     if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
         return read_manifest(folder)
-    place = index_folder(folder, _cache_root(data.cache_dir))
+    index = index_folder(folder, _cache_root(data.cache_dir))
     limits = {"on_error": data.on_error, "max_skipped_fraction": data.max_skipped_fraction}
-    return index_plain(folder, tokenizer, place, **limits)
+    return index_plain(folder, tokenizer, index, **limits)
 
 
 def open_tokens(
@@ -210,32 +210,32 @@ def open_tokens(
     manifest: Manifest | None = None,
     on_error: str = "raise",
     max_skipped_fraction: float = 0.0,
-) -> ResidentSet:
-    """Unpacks the shards of `folder` on this node unless that is done already, and maps them.
+) -> MappedSet:
+    """The memory-mapped set of the shards in `folder`, which are unpacked on this node first if they are not yet.
 
-    Any number of processes of a node may call it at once: one unpacks, the others wait for it.
-    manifest: what `open_manifest` gave; null = that of packed shards. on_error="skip": the samples of a damaged block are
-    replaced by others, up to a share of max_skipped_fraction.
+    Any number of processes of a node may call it at once: one unpacks, the others wait for it. manifest: the result of
+    `open_manifest`; None = the index.json of packed shards. on_error="skip": the samples of a damaged block are replaced by
+    others, up to a fraction of max_skipped_fraction.
     Raises InputError for a missing, truncated or altered shard (naming file and byte), and for too little disk space.
     """
     manifest = read_manifest(folder) if manifest is None else manifest
     root = _cache_root(cache_dir)
     whole = root / manifest.fingerprint[:32]
-    places = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
+    folders = [whole] if on_error == "raise" else [whole, root / f"{whole.name}-skipped"]
     lock = root / f"{whole.name}.lock"
-    unpacked = _complete(places, manifest)
+    unpacked = _complete(folders, manifest)
     if unpacked is not None:
         remove_unheld(lock)
     else:
         with locked(lock):
-            unpacked = _complete(places, manifest)
+            unpacked = _complete(folders, manifest)
             if unpacked is None:
                 index = index_folder(folder, root) if manifest.layout == "plain" else None
                 files = open_blocks(folder, manifest, index)
                 unpacked = _unpack(files, whole, progress, None if on_error == "raise" else max_skipped_fraction)
     for line in _lost_lines(unpacked):
         progress(line)
-    return ResidentSet(
+    return MappedSet(
         manifest,
         _mapped(unpacked / "tokens.u16", (manifest.num_samples, manifest.num_tokens)),
         _mapped(unpacked / "labels.u16", (manifest.num_samples,)),
@@ -243,33 +243,33 @@ def open_tokens(
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """uint16 of a file that is not copied into memory. An empty file cannot be mapped."""
+    """A memory-mapped file of uint16. An empty array for an empty file, which cannot be mapped."""
     return np.memmap(path, np.uint16, "r", shape=shape) if shape[0] else np.empty(shape, np.uint16)
 
 
 def _cache_root(cache_dir: str | None) -> Path:
     if cache_dir:
         return Path(cache_dir)
-    # /tmp is shared, and a file that somebody else may write is not to be trusted.
+    # The temporary folder is shared, and a folder of another user could hold manipulated data.
     root = Path(tempfile.gettempdir()) / f"rear_scale-{os.getuid()}"
     if root.exists() and root.lstat().st_uid != os.getuid():
         raise InputError(
-            f"{root} belongs to another user, who could change what is read. Set data.cache_dir to a folder of your own"
+            f"{root} belongs to another user, who could change the data. Set data.cache_dir to a folder of your own"
         )
     return root
 
 
-def _complete(places: list[Path], manifest: Manifest) -> Path | None:
+def _complete(folders: list[Path], manifest: Manifest) -> Path | None:
     sizes = {"tokens.u16": 2 * manifest.num_samples * manifest.num_tokens, "labels.u16": 2 * manifest.num_samples}
 
-    def is_complete(place: Path) -> bool:
-        return all((place / name).is_file() and (place / name).stat().st_size == size for name, size in sizes.items())
+    def is_complete(folder: Path) -> bool:
+        return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
-    return next((place for place in places if is_complete(place)), None)
+    return next((folder for folder in folders if is_complete(folder)), None)
 
 
 def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_fraction: float | None) -> Path:
-    """Writes the memory maps and returns their folder. max_skipped_fraction: null = any damage is an error."""
+    """Writes the memory maps and returns their folder. max_skipped_fraction: None = any damage is an error."""
     manifest = files.manifest
     remove_leftovers(whole.parent, whole.name)
     needed = 2 * manifest.num_samples * (manifest.num_tokens + 1)
@@ -293,7 +293,7 @@ def _unpack(files: BlockFiles, whole: Path, say: Say, max_skipped_fraction: floa
 def _write_maps(
     files: BlockFiles, folder: Path, say: Say, max_skipped_fraction: float | None
 ) -> tuple[list[tuple[int, int]], list[str]]:
-    """Writes all tokens and labels. Returns first sample and end of every block that could not be read, and the errors."""
+    """Writes all tokens and labels. Returns (first sample, end) of every unreadable block, and their errors."""
     manifest = files.manifest
     lost: list[tuple[int, int]] = []
     errors: list[str] = []
@@ -311,7 +311,7 @@ def _write_maps(
                     tokens, labels = np.zeros((length, manifest.num_tokens), np.uint16), np.zeros(length, np.uint16)
                     lost.append((written, written + length))
                     errors.append(str(error))
-                # Not tofile: of a full disk it says how many items it wrote, and not that there is no room.
+                # write, not tofile, whose error on a full disk does not mention the disk.
                 tokens_file.write(np.ascontiguousarray(tokens).data)
                 labels_file.write(np.ascontiguousarray(labels).data)
                 written += length
@@ -322,11 +322,11 @@ def _write_maps(
     return lost, errors
 
 
-def _replace_lost(part: Path, manifest: Manifest, lost: list[tuple[int, int]]) -> None:
-    """Puts intact samples, spread over the set, in the place of lost ones, so that ids and order stay as they are."""
+def _replace_lost(folder: Path, manifest: Manifest, lost: list[tuple[int, int]]) -> None:
+    """Replaces lost samples by intact ones, spread over the set, so that ids and order stay the same."""
     size = manifest.num_samples
-    tokens = np.memmap(part / "tokens.u16", np.uint16, "r+", shape=(size, manifest.num_tokens))
-    labels = np.memmap(part / "labels.u16", np.uint16, "r+", shape=(size,))
+    tokens = np.memmap(folder / "tokens.u16", np.uint16, "r+", shape=(size, manifest.num_tokens))
+    labels = np.memmap(folder / "labels.u16", np.uint16, "r+", shape=(size,))
     is_lost = np.zeros(size, bool)
     for first, end in lost:
         is_lost[first:end] = True
@@ -339,7 +339,7 @@ def _replace_lost(part: Path, manifest: Manifest, lost: list[tuple[int, int]]) -
 
 
 def _lost_lines(unpacked: Path) -> list[str]:
-    """What an earlier unpacking skipped, to be said at every start."""
+    """A line for each block that was skipped when the set was unpacked, reported at every start."""
     record = unpacked / "skipped.json"
     return [f"skipped a block: {error}" for error in json.loads(record.read_text())] if record.exists() else []
 
@@ -353,8 +353,9 @@ def _check_lost(lost: int, total: int, max_skipped_fraction: float | None, first
 
 
 def check_agree(train: Manifest, val: Manifest, data: DataConfig) -> str | None:
-    """Raises InputError, naming both values, when data.val was made by another tokenizer than data.train, or gives an id to
-    another class. A line for the user where one of the two cannot be compared, else None."""
+    """Raises InputError, naming both values, when data.val was made by another tokenizer than data.train, or gives a class id
+    to another class. Returns a note for the user where the class names cannot be compared, else None.
+    """
     one, other = f"data.train={data.train}", f"data.val={data.val}"
     way_out = "Make both with the same tokenizer and weights"
     if train.tokenizer != val.tokenizer:
@@ -363,10 +364,10 @@ def check_agree(train: Manifest, val: Manifest, data: DataConfig) -> str | None:
         ("tokenizer weights", train.tokenizer_sha256, val.tokenizer_sha256),
         ("a codebook", train.codebook_sha256, val.codebook_sha256),
     ):
-        # Empty or zero where the maker is not known.
+        # Empty or all zeros where it is not known.
         if first and second and first.strip("0") and second.strip("0") and first != second:
             raise InputError(
-                f"{one} has {what} of sha256 {first[:12]}, but {other} of {second[:12]}: equal tokens stand for other images. "
+                f"{one} has {what} with sha256 {first[:12]}, but {other} with {second[:12]}: the same tokens mean other images. "
                 f"{way_out}"
             )
     return check_same_classes(one, train.class_names, other, val.class_names)
@@ -378,15 +379,15 @@ def check_fits(
     """Raises InputError, naming both values, when shards were made for another tokenizer or other classes, or are empty."""
     if manifest.num_samples == 0:
         raise InputError(f"{folder} holds no samples. Make the shards again, or name another folder")
-    for field, found, wanted in (
+    for field, present, wanted in (
         ("tokenizer.codebook_size", manifest.codebook_size, codebook_size),
         ("tokenizer.num_tokens", manifest.num_tokens, num_tokens),
         ("tokenizer.codebook_dim", manifest.codebook_dim, codebook_dim),
     ):
-        if found != wanted:
+        if present != wanted:
             raise InputError(
-                f"{field}={wanted}, but the shards in {folder} have {found} (tokenizer {manifest.tokenizer}). "
-                f"Set {field}={found}, or use other shards"
+                f"{field}={wanted}, but the shards in {folder} have {present} (tokenizer {manifest.tokenizer}). "
+                f"Set {field}={present}, or use other shards"
             )
     if len(manifest.label_counts) > num_classes:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The layout of a shard folder: tar shards of packed blocks, one manifest, one codebook. data/README.md describes it.
+"""The file layout of a folder of token shards: tars of packed blocks, a manifest and a codebook. See data/README.md.
 
 shard-000000.tar     members 00000000.tokens.npy (uint16 [n, N]) and 00000000.label.npy (uint16 [n]) per block
 index.json           the manifest: what the tokens are, how many, and a checksum for every shard
@@ -37,10 +37,10 @@ BLOCKS_PER_SHARD = 8
 SHARD_SAMPLES = BLOCK_SAMPLES * BLOCKS_PER_SHARD
 FORMAT = "rear_scale token shards 1"
 
-_MOST_CLASSES = 65_536  # labels have 16 bits, and so have tokens
+_MOST_CLASSES = 65_536  # labels and tokens have 16 bits
 _MOST_SAMPLES = 2**40
 _NPY_HEAD = 4096  # bytes, more than the head of such an array has
-# Field of a manifest -> the least and the most that it can be.
+# Field of a manifest -> its smallest and largest value.
 _COUNTS = {
     "codebook_size": (1, 65_536),
     "codebook_dim": (1, 65_536),
@@ -61,7 +61,7 @@ class TarShard:
     samples: int
     size: int  # bytes
     sha256: str
-    block_crc32: list[int] = field(default_factory=list)  # of each block's tokens and labels; image shards have none
+    block_crc32: list[int] = field(default_factory=list)  # of each block's tokens and labels; empty for image shards
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "block_crc32" or value}
@@ -69,7 +69,7 @@ class TarShard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """index.json of a folder of token shards."""
+    """The content of index.json in a folder of token shards."""
 
     tokenizer: str  # name
     tokenizer_sha256: str  # of the weight file that made the tokens
@@ -80,27 +80,27 @@ class Manifest:
     crops_per_image: int  # sequences of one image; an epoch is counted in images
     label_counts: list[int]  # samples of each class, by class id
     class_names: list[str]
-    codebook_sha256: str | None  # null = the folder has no codebook.npy
+    codebook_sha256: str | None  # None = the folder has no codebook.npy
     shards: list[TarShard]
-    crops: str = "center"  # center | flip | ten; the crops of one image follow one another
-    samples_per_shard: int = SHARD_SAMPLES  # at most; the last shard and one with skipped images hold fewer
+    crops: str = "center"  # center | flip | ten; the crops of one image are consecutive
+    samples_per_shard: int = SHARD_SAMPLES  # at most: the last shard and shards with skipped images hold fewer
     block_samples: int = BLOCK_SAMPLES  # at most, of one block
     num_skipped: int = 0  # images that could not be read; skipped.txt names them
-    made_from: str = ""  # a hash of images, weights and settings: what the tokens depend on
+    made_from: str = ""  # a hash of the images, weights and settings that the tokens depend on
     inputs: dict[str, Any] | None = (
-        None  # images, weights and settings in words, with times; None before they were recorded
+        None  # images, weights and settings in words, with times; None in manifests of earlier versions
     )
     layout: str = "packed"  # packed: blocks; plain: one sample per key, as webdataset writes them
     format: str = FORMAT
 
     @property
     def num_images(self) -> int:
-        """Images of one epoch."""
+        """The number of images of one epoch."""
         return self.num_samples // self.crops_per_image
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content: shards, order and codebook, wherever the folder lies."""
+        """A hash of the content: shards, their order and the codebook, whatever the folder."""
         content = {name: value for name, value in self.as_dict().items() if name != "inputs"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -127,7 +127,7 @@ def block_key(index: int) -> str:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises InputError when the folder (local or remote) has no manifest, or one that is not ours."""
+    """The manifest of a folder, local or remote. Raises InputError without one, and for one of another format."""
     source = index_path(folder)
     manifest = manifest_from(read_index(folder, FORMAT), source)
     if manifest.layout != "packed":
@@ -136,64 +136,64 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def index_path(folder: str | Path) -> str:
-    """The manifest of a folder, local or remote, as errors name it."""
+    """The name of the manifest of a folder, local or remote, for errors."""
     return f"{folder} (index.json)" if is_remote(folder) else str(Path(folder) / "index.json")
 
 
 def _wrong_count(manifest: Manifest) -> str | None:
-    """What in the counts of a manifest cannot be, or None."""
+    """An error for the first impossible value of a manifest, or None."""
     for name, (least, most) in _COUNTS.items():
         value = getattr(manifest, name)
         if not is_count(value) or not least <= value <= most:
             return f"{name}={shown(value)} is not a whole number of at least {least} and at most {most:,}"
     for name in ("tokenizer", "tokenizer_sha256", "crops", "made_from", "layout"):
         if not isinstance(getattr(manifest, name), str):
-            return f"{name}={shown(getattr(manifest, name))} is no text"
+            return f"{name}={shown(getattr(manifest, name))} is not a text"
     if manifest.codebook_sha256 is not None and not is_sha256(manifest.codebook_sha256):
-        return f"codebook_sha256={shown(manifest.codebook_sha256)} is no checksum"
+        return f"codebook_sha256={shown(manifest.codebook_sha256)} is not a checksum"
     if wrong := wrong_classes(manifest.label_counts, manifest.class_names):
         return wrong
     for shard in manifest.shards:
         blocks = -(-shard.samples // manifest.block_samples)
         if len(shard.block_crc32) not in (0, blocks):
-            return f"{shard.file} has {len(shard.block_crc32)} checksums of blocks, but {blocks} blocks"
+            return f"{shard.file} has {len(shard.block_crc32)} block checksums, but {blocks} blocks"
     total = sum(shard.samples for shard in manifest.shards)
     if total != manifest.num_samples:
         return f"num_samples={manifest.num_samples}, but its {len(manifest.shards)} shards hold {total}"
-    # All zero: not counted.
+    # All zero means that they were not counted.
     if sum(manifest.label_counts) not in (0, manifest.num_samples):
         return f"num_samples={manifest.num_samples}, but label_counts sum to {sum(manifest.label_counts)}"
     return None
 
 
 def wrong_classes(label_counts: Any, class_names: Any) -> str | None:
-    """What in the classes of a manifest cannot be, or None."""
+    """An error for impossible classes of a manifest, or None."""
     if not isinstance(label_counts, list) or not all(map(is_count, label_counts)):
         return f"label_counts={shown(label_counts)} is not a list, or its values are not whole numbers"
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         return f"class_names={shown(class_names)} is not a list of texts"
     if max(len(label_counts), len(class_names)) > _MOST_CLASSES:
-        return f"it has {max(len(label_counts), len(class_names)):,} classes, more than the labels of 16 bits"
+        return f"it has {max(len(label_counts), len(class_names)):,} classes, more than labels of 16 bits can number"
     return None
 
 
 def manifest_from(values: dict[str, Any], source: str | Path) -> Manifest:
-    """Of the values that `as_dict` gives; `source` is the file they stand in.
+    """The manifest of the values that `as_dict` returns; `source` is the file that holds them, for errors.
 
-    Raises InputError for other fields, and for values that cannot be.
+    Raises InputError for missing or unknown fields, and for impossible values.
     """
     wrong = _other_fields(values, Manifest) if isinstance(values, dict) else shown(values)
     if wrong:
-        raise InputError(f"{source} lacks or adds a field ({wrong}). Make the shards again")
+        raise InputError(f"{source} has a missing or unknown field ({wrong}). Make the shards again")
     manifest = Manifest(**{**values, "shards": shards_from(values["shards"], source)})
     if wrong := _wrong_count(manifest):
         raise InputError(f"{source}: {wrong}. Copy the folder again, or make the shards again")
     return manifest
 
 
-def _other_fields(values: dict[str, Any], kind: type) -> str:
-    """The field that values lack or add to those of a dataclass; empty when there is none."""
-    known = {one.name: one for one in fields(kind)}
+def _other_fields(values: dict[str, Any], dataclass_type: type) -> str:
+    """The name of a field that is missing in values, or unknown to a dataclass; empty when there is none."""
+    known = {one.name: one for one in fields(dataclass_type)}
     lacking = [
         name
         for name, one in known.items()
@@ -203,18 +203,18 @@ def _other_fields(values: dict[str, Any], kind: type) -> str:
 
 
 def shards_from(entries: Any, source: str | Path) -> list[TarShard]:
-    """The tar shards that a manifest lists. Raises InputError for names that lead out of the folder, a shard that is listed
-    twice, and sizes, counts and checksums that are none."""
+    """The tar shards that a manifest lists. Raises InputError for names outside of the folder, for a shard that is listed
+    twice, and for impossible sizes, counts and checksums."""
     if not isinstance(entries, list):
         raise InputError(f"{source}: shards={shown(entries)} is not a list. Make the shards again")
-    found: dict[str, TarShard] = {}
+    by_name: dict[str, TarShard] = {}
     for entry in entries:
         wrong = _other_fields(entry, TarShard) if isinstance(entry, dict) else shown(entry)
         if wrong:
-            raise InputError(f"{source}: a shard lacks or adds a field ({wrong}). Make the shards again")
+            raise InputError(f"{source}: a shard has a missing or unknown field ({wrong}). Make the shards again")
         shard = TarShard(**entry)
         checked_name(shard.file, source, "file")
-        if shard.file in found:
+        if shard.file in by_name:
             raise InputError(f"{source} lists {shard.file} twice. Copy the folder again, or make the shards again")
         counts = [shard.samples, shard.size, *(shard.block_crc32 if isinstance(shard.block_crc32, list) else [None])]
         if not all(map(is_count, counts)) or shard.samples > _MOST_SAMPLES or not is_sha256(shard.sha256):
@@ -222,8 +222,8 @@ def shards_from(entries: Any, source: str | Path) -> list[TarShard]:
                 f"{source}: the samples, size or checksums of {shard.file} are not whole numbers and a sha256 "
                 f"({shown([shard.samples, shard.size, shard.sha256])}). Copy the folder again, or make the shards again"
             )
-        found[shard.file] = shard
-    return list(found.values())
+        by_name[shard.file] = shard
+    return list(by_name.values())
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
@@ -232,33 +232,33 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
 
 
 def read_index(folder: str | Path, expected_format: str) -> dict[str, Any]:
-    """The values of a folder's index.json. Raises InputError when there is none, or of another format."""
+    """The values of a folder's index.json. Raises InputError when it is missing or has another format."""
     path = index_path(folder)
     try:
         values = parse_json(read_remote(str(folder), "index.json")) if is_remote(folder) else read_json(path)
     except FileNotFoundError:
         raise InputError(
-            f"not found: {path}. Shards are complete when their manifest is written; make or copy them first"
+            f"not found: {path}. It is written when the shards are complete: make or copy them first"
         ) from None
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Make the shards again") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != expected_format:
+    format_name = values.get("format") if isinstance(values, dict) else None
+    if format_name != expected_format:
         raise InputError(
-            f"{path} has format {shown(found)}, but {expected_format!r} is wanted. Is this the right folder?"
+            f"{path} has format {shown(format_name)}, but {expected_format!r} is needed. Is this the right folder?"
         )
     return values
 
 
 def write_index(folder: str | Path, values: dict[str, Any]) -> None:
-    """Written last and in one piece: a folder with a manifest is complete."""
+    """Writes index.json atomically. Call it last: a folder with a manifest counts as complete."""
     write_text_atomically(Path(folder) / "index.json", json.dumps(values, indent=1) + "\n")
 
 
 def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
-    """float32 [K, D]. Raises InputError when the file is missing or not the one of the manifest."""
+    """The codebook, float32 [K, D]. Raises InputError when the file is missing or does not match the manifest."""
     assert manifest.codebook_sha256 is not None, "the manifest has no codebook"
     shape = (manifest.codebook_size, manifest.codebook_dim)
     most = shape[0] * shape[1] * 8 + _NPY_HEAD
@@ -286,12 +286,16 @@ def read_codebook(folder: str | Path, manifest: Manifest) -> np.ndarray:
 
 
 def codebook_from(data: bytes, shape: tuple[int, int], path: str) -> np.ndarray:
-    """float32 [K, D] of the bytes of an .npy file. Raises InputError for another shape, numbers that are no floats of 32 or
-    64 bits, and values that are not finite."""
+    """The codebook, float32 [K, D], from the bytes of an .npy file.
+
+    Raises InputError for another shape, for other types than floats of 32 or 64 bits, and for values that are not finite.
+    """
     try:
         codes = npy_array(data, "f", shape)
     except ValueError as error:
-        raise InputError(f"{path} is not the codebook of its manifest: {error}. Copy the shard folder again") from error
+        raise InputError(
+            f"{path} does not hold the codebook of its manifest: {error}. Copy the shard folder again"
+        ) from error
     with np.errstate(over="ignore"):
         codes = codes.astype(np.float32)
     if not np.isfinite(codes).all():
@@ -300,18 +304,18 @@ def codebook_from(data: bytes, shape: tuple[int, int], path: str) -> np.ndarray:
 
 
 def block_checksum(tokens: bytes, labels: bytes) -> int:
-    """CRC-32 of the two members of a block."""
+    """The CRC-32 of the two members of a block."""
     return zlib.crc32(labels, zlib.crc32(tokens))
 
 
 def write_tar(folder: Path, index: int, samples: Iterable[dict[str, str | bytes]], count: int) -> TarShard:
-    """Writes WebDataset samples (`__key__` and bytes per extension) as one tar shard that stands for `count` items.
+    """Writes WebDataset samples (`__key__` and bytes per extension) as one tar shard of `count` items.
 
-    The shard appears when it is complete; its bytes depend on the samples alone.
+    Written atomically; the bytes depend on the samples alone.
     """
     path = folder / shard_name(index)
     with (
-        # A stream, because TarWriter expands URLs in a name.
+        # TarWriter gets a stream, because it would interpret a name as a URL.
         atomic_open(path) as stream,
         webdataset.TarWriter(stream, mtime=0, user="root", group="root", mode=0o444) as tar,
     ):

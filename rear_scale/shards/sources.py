@@ -1,4 +1,4 @@
-"""Where images come from: a folder of class folders, or WebDataset tar shards of jpg, png or webp with cls."""
+"""Readers of images with class ids: class folders, or WebDataset tar shards of jpg, png or webp with cls."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rear_scale.shards.classes import class_id, folder_ids, id_notes, names_by_i
 from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
 from rear_scale.shards.images import read_image_index
 from rear_scale.shards.inputs import Inputs, listing_hash
-from rear_scale.shards.tar_index import TarSample, read_place, scan, tar_shards
+from rear_scale.shards.tar_index import TarSample, read_at, scan, tar_shards
 from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, OUTSIDE, LeftOut, is_utf8, reason, shown, walk
 
-_LONGEST_CLASS = 4096  # bytes that are read of a cls member
+_LONGEST_CLASS = 4096  # bytes of a cls member; the rest is not read
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image of a source, not decoded yet."""
+    """One image file with its class id, not decoded."""
 
     name: str  # the file, or shard and key, as text
     data: bytes  # of the image file; empty where it cannot be read
@@ -38,7 +38,7 @@ class SourceImage:
     problem: str | None = None  # why it cannot be read
 
     def decode(self, exif: str = "ignore") -> Image.Image:
-        """As `decode_image`."""
+        """The RGB image, as `decode_image` returns it. Raises BadImage with the problem of an unreadable file."""
         if self.problem is not None:
             raise BadImage(self.problem)
         return decode_image(self.data, exif=exif)
@@ -50,42 +50,43 @@ class ImageSource(ABC):
     folder: Path
     image_size: int | None = None  # pixels where all are square and of one size, else None
     class_names: list[str] | None = None  # by class id; None where the source does not name its classes
-    fingerprint: str  # of what is in it and in which order, wherever it lies
-    inputs: Inputs  # the same with times of change: what a finished output is compared by
+    fingerprint: str  # a hash of the content and its order, whatever the folder
+    inputs: Inputs  # the content in words, with modification times, for the comparison with a finished output
     left_out: LeftOut
-    notes: list[str]  # what the user should know of its class ids
+    notes: list[str]  # notes for the user on the class ids
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, start: int, end: int) -> Iterator[SourceImage]:
-        """Yields the images start .. end - 1, those that cannot be read with their problem; nothing is decoded here.
+        """Yields the images start .. end - 1 without decoding them; an unreadable one with its problem.
 
-        Raises InputError for a damaged tar file, and for a class that the class map lacks."""
+        Raises InputError for a damaged tar file, and for a class that is not in the class map.
+        """
 
     def say_notes(self) -> None:
-        """Tells the user, once in a process, what is left out and how classes are numbered."""
+        """Prints, once per process, which files are ignored and how classes are numbered."""
         self.left_out.say(self.folder)
         for note in self.notes:
             say_once(f"note: {shown(self.folder)}: {note}")
 
 
 def open_source(folder: str | Path, class_map: str | None = None) -> ImageSource:
-    """Class folders or tar shards, whichever `folder` holds. Raises InputError for neither.
+    """The images of a folder of class folders or of tar shards. Raises InputError for any other folder.
 
-    class_map: a file that gives class ids by name, in place of the position among the sorted names.
+    class_map: a file of class ids by name; without it the id of a class folder is its index among the sorted names.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"not found: {folder}. It is a folder of class folders, or of tar shards")
+        raise InputError(f"not found: {folder}. Name a folder of class folders, or of tar shards")
     ids = read_class_map(class_map) if class_map else None
     tars = tar_shards(folder)
     return TarSource(folder, tars, ids) if tars else FolderSource(folder, ids)
 
 
 def check_size(source: ImageSource, image_size: int) -> None:
-    """Raises InputError when a source was prepared at another size than the tokenizer's (pixels)."""
+    """Raises InputError for images that were prepared at another size than the tokenizer's (pixels)."""
     if source.image_size not in (None, image_size):
         raise InputError(
             f"tokenizer.image_size={image_size}, but the images in {source.folder} have {source.image_size} pixels. "
@@ -94,7 +95,7 @@ def check_size(source: ImageSource, image_size: int) -> None:
 
 
 def load_crops(source: ImageSource, image_size: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Centre crops uint8 [n, S, S, 3] of all images, and name and reason of those that cannot be decoded.
+    """The centre crops, uint8 [n, S, S, 3], of all images, and (name, reason) of those that cannot be decoded.
 
     Raises InputError when they do not fit in memory, or none can be decoded.
     """
@@ -108,8 +109,8 @@ def load_labelled(source: ImageSource, image_size: int) -> tuple[np.ndarray, np.
     needed, free = len(source) * image_size**2 * 3, psutil.virtual_memory().available
     if needed > 0.5 * free:
         raise InputError(
-            f"{len(source):,} images of {image_size} pixels take {needed / 2**30:.1f} GiB of memory, but {source.folder} may "
-            f"take half of the {free / 2**30:.1f} GiB that are free. Use fewer images or smaller ones"
+            f"{len(source):,} images of {image_size} pixels take {needed / 2**30:.1f} GiB of memory, but at "
+            f"most half of the free {free / 2**30:.1f} GiB are used for {source.folder}. Use fewer images or smaller ones"
         )
     crops: list[np.ndarray] = []
     labels: list[int] = []
@@ -137,7 +138,7 @@ class Split:
     val_fraction: float
 
     def val_count(self, images: int) -> int:
-        """How many of a class's images are in val."""
+        """The number of a class's images in val."""
         return min(max(1, round(self.val_fraction * images)), images - 1)
 
     def members(self, files: Sequence[tuple[str, str]]) -> list[bool]:
@@ -164,31 +165,31 @@ class Split:
 
 
 class FolderSource(ImageSource):
-    """FOLDER/CLASS/**/FILE: classes and files by sorted name."""
+    """The images FOLDER/CLASS/**/FILE, with classes and files sorted by name."""
 
     def __init__(self, folder: Path, ids: dict[str, int] | None, split: Split | None = None) -> None:
         """split: the part of the images that is read; None = all. Class ids are those of the whole folder."""
         self.folder = folder
-        found = walk(folder, EXTENSIONS)
-        self.left_out = found.left_out
-        if found.dangling:
+        listing = walk(folder, EXTENSIONS)
+        self.left_out = listing.left_out
+        if listing.dangling:
             raise InputError(
-                f"{shown(folder / found.dangling[0])} is a link that leads nowhere, and may be a class. Remove it, or bring its "
-                "folder back"
+                f"{shown(folder / listing.dangling[0])} is a broken link that may be a class. Remove it, or restore its "
+                "folder"
             )
-        if not found.folders:
+        if not listing.folders:
             raise InputError(f"{folder} holds neither class folders nor tar shards. Give each class a folder of images")
-        self.files = [file for file in found.files if "/" in file.name]
-        for file in found.files:
+        self.files = [file for file in listing.files if "/" in file.name]
+        for file in listing.files:
             if "/" not in file.name:
                 self.left_out.add(OUTSIDE, file.name)
         classes = [file.name.partition("/")[0] for file in self.files]
         counts = Counter(classes)
-        self.ids = folder_ids(found, counts, ids)
+        self.ids = folder_ids(listing, counts, ids)
         self.class_names = names_by_id(self.ids)
         if not self.files:
             raise InputError(
-                f"{folder} holds class folders without a {', '.join(EXTENSIONS)} file "
+                f"{folder} holds class folders, but none with a {', '.join(EXTENSIONS)} file "
                 f"({self.left_out.line() or 'they are empty'}). Is it the right one?"
             )
         if split is not None:
@@ -196,11 +197,11 @@ class FolderSource(ImageSource):
             self.files = list(compress(self.files, members))
             classes = list(compress(classes, members))
         self.labels = [self.ids[name] for name in classes]
-        self.notes = id_notes(found.folders, counts, self.ids, mapped=ids is not None)
-        listing = "\n".join(
+        self.notes = id_notes(listing.folders, counts, self.ids, mapped=ids is not None)
+        lines = "\n".join(
             f"{file.name}\t{label}\t{file.size}" for file, label in zip(self.files, self.labels, strict=True)
         )
-        self.fingerprint = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+        self.fingerprint = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
         stamps = ((file.name, file.size, file.mtime_ns) for file in self.files)
         self.inputs = {
             "images": f"{len(self.files)} files ({listing_hash(stamps)})",
@@ -223,7 +224,7 @@ class FolderSource(ImageSource):
 
 
 class TarSource(ImageSource):
-    """Tar shards, ours or anybody's: one image and its cls (a number, or a name of the class map) per key."""
+    """The images of WebDataset tar shards with one image and its cls (a number, or a name of the class map) per key."""
 
     def __init__(self, folder: Path, tars: list[Path], ids: dict[str, int] | None) -> None:
         self.folder, self.ids = folder, ids
@@ -275,24 +276,24 @@ class TarSource(ImageSource):
         images = [extension for extension in EXTENSIONS if extension in sample.members]
         if len(images) != 1 or "cls" not in sample.members:
             has = ", ".join(map(shown, sample.members))
-            return SourceImage(
-                name, b"", 0, f"it has {has}, but one image ({', '.join(EXTENSIONS)}) and cls are wanted"
-            )
+            return SourceImage(name, b"", 0, f"it has {has}, but needs one image ({', '.join(EXTENSIONS)}) and cls")
         offset, size = sample.members["cls"]
-        text = read_place(file, (offset, min(size, _LONGEST_CLASS))).decode(errors="replace").strip()
+        text = read_at(file, (offset, min(size, _LONGEST_CLASS))).decode(errors="replace").strip()
         label = self._label(text)
         if label is None:
             where = f"{tar}, byte {sample.members['cls'][0]}: cls is {shown(text[:40])!r}, which is"
             if self.ids is not None:
-                # As a folder that the map lacks: its images must not be missing unnoticed.
+                # An error, as for a class folder that is not in the map: skipping would silently lose its images.
                 raise InputError(f"{where} not in the class map. Add it")
-            return SourceImage(name, b"", 0, f"{where.partition(': ')[2]} no class id. Name a class map that lists it")
+            return SourceImage(
+                name, b"", 0, f"{where.partition(': ')[2]} not a class id. Use a class map that lists it"
+            )
         if not is_utf8(sample.key):
             return SourceImage(name, b"", label, NOT_UTF8)
-        place = sample.members[images[0]]
+        location = sample.members[images[0]]
         try:
-            check_bytes(place[1])
-            return SourceImage(name, read_place(file, place), label)
+            check_bytes(location[1])
+            return SourceImage(name, read_at(file, location), label)
         except (OSError, MemoryError, BadImage) as error:
             return SourceImage(name, b"", label, getattr(error, "strerror", None) or reason(error))
 
@@ -300,13 +301,14 @@ class TarSource(ImageSource):
         number = class_id(text)
         if self.ids is None:
             return number
-        # Where a manifest names the classes, the map speaks of those names.
+        # In shards whose manifest names the classes, the class map maps these names, and the number is only an index.
         if self.own_names and number is not None and number < len(self.own_names):
             text = self.own_names[number]
         return self.ids.get(text)
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
+    """The name, size in bytes and modification time in ns of a file."""
     try:
         status = path.stat()
     except OSError as error:

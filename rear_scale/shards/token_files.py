@@ -1,4 +1,4 @@
-"""Token sets of the wider field, in and out, a shard at a time: the released jsonl, and AliTok's cache of npz files.
+"""Import and export of token sets of other projects, one shard at a time: the released jsonl, and AliTok's cache of npz files.
 
 jsonl        one line {"class_id": int, "tokens": [int, ...]} per sequence
 AliTok       CACHE/CLASS/IMAGE.npz with `codes` (integers [n, N]): the n crops of one image
@@ -37,68 +37,66 @@ _LONGEST_LINE = 1 << 20  # bytes of a jsonl line
 _MOST_CROPS = 1024  # of one image
 _NPY_HEAD = 4096  # bytes, more than the head of such an array has
 
-Sequence = tuple[str, int, np.ndarray]  # where it stands, class id, tokens: integers [N]
+Sequence = tuple[str, int, np.ndarray]  # file and line for errors, class id, tokens: integers [N]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """How the sequences of one image follow one another in a file."""
+    """The crops of one image, whose sequences are consecutive in a file."""
 
-    name: str  # center | flip | ten, or another word for an order that is none of these
+    name: str  # center | flip | ten, or another name for any other order
     count: int
 
 
 def import_jsonl(path: Path, out: Path, tokenizer: TokenizerConfig, crops: Crops) -> None:
-    """Writes token shards of a jsonl file, in its order, with one shard in memory at a time.
+    """Writes token shards from a jsonl file, in its order, with one shard in memory at a time.
 
-    The codebook comes along if tokenizer.weights is set. A killed import continues with the same call. Raises InputError,
-    naming the line, for one that is no such object, has another number of tokens, or ids beyond the codebook.
+    Writes the codebook too if tokenizer.weights is set. A killed import continues with the same call. Raises InputError, with
+    the line, for a line that is no such object, has another number of tokens, or ids beyond the codebook.
     """
     if not path.is_file():
-        raise InputError(f"not found: {path}. Name a file with a line of class_id and tokens per sequence")
+        raise InputError(f"not found: {path}. Name a file that has one line with class_id and tokens per sequence")
     source = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
     _import(_JsonlFile(path), out, tokenizer, crops, source, {"tokens": source}, [])
 
 
 def import_alitok(cache: Path, out: Path, tokenizer: TokenizerConfig, class_map: Path | None = None) -> None:
-    """Writes token shards of an AliTok cache; files and class ids as for class folders. As `import_jsonl` otherwise."""
+    """Writes token shards from an AliTok cache, with class ids as for class folders. Otherwise as `import_jsonl`."""
     if not cache.is_dir():
         raise InputError(f"not found: {cache}. Name a folder of class folders with an .npz per image")
-    listed = walk(cache, ("npz",))
-    found = [file for file in listed.files if "/" in file.name]
-    if not found:
-        raise InputError(
-            f"{cache} holds no class folders with .npz files. Is it the folder that the codes were cached in?"
-        )
-    if bad := next((file for file in found if file.problem), None):
+    listing = walk(cache, ("npz",))
+    files = [file for file in listing.files if "/" in file.name]
+    if not files:
+        raise InputError(f"{cache} holds no class folders with .npz files. Is it the folder of AliTok's cache?")
+    if bad := next((file for file in files if file.problem), None):
         raise InputError(f"{shown(cache / bad.name)} cannot be read: {bad.problem}. Make, rename or remove it")
-    counts = Counter(file.name.partition("/")[0] for file in found)
-    ids = folder_ids(listed, counts, read_class_map(class_map) if class_map else None)
-    listed.left_out.say(cache)
-    for note in id_notes(listed.folders, counts, ids, mapped=class_map is not None):
+    counts = Counter(file.name.partition("/")[0] for file in files)
+    ids = folder_ids(listing, counts, read_class_map(class_map) if class_map else None)
+    listing.left_out.say(cache)
+    for note in id_notes(listing.folders, counts, ids, mapped=class_map is not None):
         say(f"note: {cache}: {note}")
-    files = [(cache / file.name, file.name.partition("/")[0]) for file in found]
-    first = _alitok_codes(files[0][0], tokenizer.num_tokens, None)
+    paths = [(cache / file.name, file.name.partition("/")[0]) for file in files]
+    first = _alitok_codes(paths[0][0], tokenizer.num_tokens, None)
     count = len(first)
     if count > 1 and count % 2 == 0 and np.array_equal(first[::2], first[1::2]):
         say(
-            f"note: in {files[0][0]} every second row repeats the one before: with --flip_flag the released script stores the "
+            f"note: in {paths[0][0]} every second row repeats the one before: with --flip_flag the released script stores the "
             "codes of the plain crops twice and those of the mirrored ones not at all"
         )
-    listing = "\n".join(f"{file.name} {file.size}" for file in found)
-    source = hashlib.sha256(f"{listing} {sorted(ids.items())}".encode()).hexdigest()
+    lines = "\n".join(f"{file.name} {file.size}" for file in files)
+    source = hashlib.sha256(f"{lines} {sorted(ids.items())}".encode()).hexdigest()
     crops = Crops({1: "center", 10: "ten"}.get(count, "alitok"), count)
-    sequences = _AlitokCache([(path, ids[name]) for path, name in files], tokenizer.num_tokens, count)
-    stamps = ((file.name, file.size, file.mtime_ns) for file in found)
+    sequences = _AlitokCache([(path, ids[name]) for path, name in paths], tokenizer.num_tokens, count)
+    stamps = ((file.name, file.size, file.mtime_ns) for file in files)
     inputs: Inputs = {
-        "tokens": f"{len(found)} files ({listing_hash(stamps)})",
+        "tokens": f"{len(files)} files ({listing_hash(stamps)})",
         "classes": f"{len(ids)} ({listing_hash(sorted(ids.items()))})",
     }
     _import(sequences, out, tokenizer, crops, source, inputs, names_by_id(ids))
 
 
 def export_jsonl(folder: Path, path: Path) -> None:
-    """Writes the sequences of packed shards as jsonl, a block in memory at a time. Raises InputError for damaged shards."""
+    """Writes the sequences of packed shards as jsonl, one block in memory at a time. Raises InputError for damaged shards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path, "w") as lines:
         for _, label, tokens in _sequences(folder):
@@ -106,24 +104,26 @@ def export_jsonl(folder: Path, path: Path) -> None:
 
 
 def export_alitok(folder: Path, cache: Path) -> None:
-    """Writes an AliTok cache of packed shards: CACHE/CLASS/NUMBER.npz with all crops of an image, int64 [n, N].
+    """Writes packed shards as an AliTok cache: CACHE/CLASS/NUMBER.npz with all crops of an image, int64 [n, N].
 
-    Raises InputError for damaged shards, and for class names that are no names of folders.
+    Raises InputError for damaged shards, and for class names that cannot be folder names.
     """
     manifest, source = read_manifest(folder), index_path(folder)
-    # All of them, before anything is written.
-    places = [inside(cache, name, source, f"class_names[{label}]") for label, name in enumerate(manifest.class_names)]
-    if len(set(places)) < len(places) or len(places) < len(manifest.label_counts):
+    # All folders are checked before anything is written.
+    class_folders = [
+        inside(cache, name, source, f"class_names[{label}]") for label, name in enumerate(manifest.class_names)
+    ]
+    if len(set(class_folders)) < len(class_folders) or len(class_folders) < len(manifest.label_counts):
         raise InputError(
-            f"{source}: its {len(manifest.label_counts)} classes have {len(set(places))} different names in class_names, but "
-            "each class is a folder of its own. Give every class a name"
+            f"{source}: its {len(manifest.label_counts)} classes have {len(set(class_folders))} different names in class_names, "
+            "but every class needs a folder of its own. Give every class a name"
         )
     sequences = _sequences(folder)
     for number in range(manifest.num_images):
         crops = list(islice(sequences, manifest.crops_per_image))
-        place = places[crops[0][1]]
-        place.mkdir(parents=True, exist_ok=True)
-        with atomic_open(place / f"{number:08d}.npz") as file:
+        class_folder = class_folders[crops[0][1]]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        with atomic_open(class_folder / f"{number:08d}.npz") as file:
             np.savez(file, codes=np.stack([tokens for *_, tokens in crops]).astype(np.int64))
 
 
@@ -139,21 +139,21 @@ def _sequences(folder: Path) -> Iterator[Sequence]:
 
 
 class _JsonlFile:
-    """Sequences from any line on. Skipping lines needs no parsing, so a resumed import catches up quickly."""
+    """The sequences of a jsonl file, from any line on. A resumed import skips lines without parsing them, which is fast."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self, start: int) -> Iterator[Sequence]:
         with open(self.path, "rb") as lines:
-            # A line at most, however long the file says that one is.
+            # Bounded, because a file without line ends would be read into memory as a whole.
             read = iter(lambda: lines.readline(_LONGEST_LINE + 1), b"")
             for number, line in enumerate(islice(read, start, None), start=start + 1):
                 where = f"{self.path}, line {number}"
                 try:
                     if len(line) > _LONGEST_LINE:
                         raise ValueError(f"more than {_LONGEST_LINE:,} bytes")
-                    # Not the strict reader, which would call a function for every token.
+                    # json, not the strict reader of untrusted.py, which calls a function per token.
                     entry = json.loads(line)
                     label, tokens = entry["class_id"], np.asarray(entry["tokens"])
                     if type(label) is not int:
@@ -166,6 +166,8 @@ class _JsonlFile:
 
 
 class _AlitokCache:
+    """The sequences of an AliTok cache, from any one on."""
+
     def __init__(self, files: list[tuple[Path, int]], num_tokens: int, crops: int) -> None:
         self.files, self.num_tokens, self.crops = files, num_tokens, crops
 
@@ -177,7 +179,7 @@ class _AlitokCache:
 
 
 def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
-    """Integers [n, N] of one image. Raises InputError for a file of another kind, shape or number of crops."""
+    """The codes, integers [n, N], of one image. Raises InputError for another format, shape or number of crops."""
     try:
         check_file(path)
         with zipfile.ZipFile(path) as archive, archive.open("codes.npy") as member:
@@ -186,7 +188,7 @@ def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
             if size > _MOST_CROPS * num_tokens * 8 + _NPY_HEAD:
                 raise ValueError(f"{size:,} bytes are more than the crops of one image")
             codes = npy_array(member.read(size), "iu")
-    except Exception as error:  # whatever damaged bytes lead zipfile and numpy to
+    except Exception as error:  # damaged bytes make zipfile and numpy raise all kinds of exceptions
         raise InputError(f"{path} holds no array `codes` ({reason(error)}). Make it again") from error
     if codes.ndim == 2 and codes.shape[1] == 2 * num_tokens:
         raise InputError(
@@ -196,7 +198,7 @@ def _alitok_codes(path: Path, num_tokens: int, crops: int | None) -> np.ndarray:
     if codes.ndim != 2 or codes.shape[1] != num_tokens or len(codes) != (crops or len(codes)):
         wanted = f"[{crops or 'crops'}, {num_tokens}]"
         raise InputError(
-            f"{path}: codes are {list(codes.shape)}, but {wanted} is wanted. Is the tokenizer the right one?"
+            f"{path}: codes are {list(codes.shape)}, but {wanted} is needed. Is the tokenizer the right one?"
         )
     return codes
 
@@ -220,36 +222,36 @@ def _import(
     made_from = hashlib.sha256(source.encode()).hexdigest()
     if (out / "index.json").exists():
         check_same_inputs(read_manifest(out).inputs, inputs, out, "OUT")
-        writer.remove_records(out)  # a kill may have come between
+        writer.remove_records(out)  # left by a kill after the manifest was written
         say(f"{out} is complete")
         return
     out.mkdir(parents=True, exist_ok=True)
-    # Whole images to a shard, so that an image's crops stay together.
+    # Shards of whole images, so that the crops of an image stay together.
     per_shard = SHARD_SAMPLES // crops.count * crops.count
     finished: list[writer.FinishedShard] = []
-    while (found := writer.finished_shard(out, len(finished), fingerprint(inputs))) is not None:
-        finished.append(found)
+    while (earlier := writer.finished_shard(out, len(finished), fingerprint(inputs))) is not None:
+        finished.append(earlier)
     lines = _checked(sequences.read(sum(shard.shard.samples for shard in finished)), tokenizer)
     with progress(f"import {out}", 0, "sequence") as bar:
         bar.total = None  # counting the lines would read the file twice
-        while part := list(islice(lines, per_shard)):
-            tokens = np.stack([row for _, row in part])
-            labels = np.array([label for label, _ in part], dtype=np.int64)
+        while chunk := list(islice(lines, per_shard)):
+            tokens = np.stack([row for _, row in chunk])
+            labels = np.array([label for label, _ in chunk], dtype=np.int64)
             shard = writer.write_shard(
                 out, len(finished), tokens, labels, fingerprint(inputs), samples_per_shard=per_shard
             )
             finished.append(writer.FinishedShard(shard, np.bincount(labels), []))
-            bar.update(len(part))
+            bar.update(len(chunk))
     _finish(out, tokenizer, crops, made_from, inputs, weights_sha256, finished, per_shard, class_names)
 
 
 def _checked(sequences: Iterable[Sequence], tokenizer: TokenizerConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """Class ids and tokens as uint16 [N], or an InputError for a sequence that the tokenizer cannot have made."""
+    """Yields class ids and tokens, uint16 [N]. Raises InputError for a sequence that the tokenizer cannot have made."""
     for where, label, tokens in sequences:
         if tokens.shape != (tokenizer.num_tokens,) or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(
                 f"{where}: {tokens.dtype} of shape {list(tokens.shape)}, but tokenizer.num_tokens={tokenizer.num_tokens} "
-                "integers are wanted. Name the tokenizer that made them"
+                "integers are needed. Name the tokenizer that made them"
             )
         if tokens.min() < 0 or tokens.max() >= tokenizer.codebook_size or not 0 <= label < 65_536:
             raise InputError(
@@ -273,7 +275,7 @@ def _finish(
     samples = sum(shard.shard.samples for shard in finished)
     if samples == 0 or samples % crops.count:
         raise InputError(
-            f"{samples} sequences are no whole number of images with {crops.count} crops each. Name the right number of crops"
+            f"{samples} sequences are not a whole number of images with {crops.count} crops each. Name the right number of crops"
         )
     counts = np.zeros(max(len(class_names), *(len(shard.label_counts) for shard in finished)), dtype=np.int64)
     for shard in finished:

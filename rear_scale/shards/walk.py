@@ -1,4 +1,4 @@
-"""The files below a folder, by one set of rules for all commands: which are read, which are not, and why."""
+"""Listing of the files below a folder by one set of rules for all commands, with the reasons for files that are left out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import NamedTuple
 from rear_scale.config import InputError
 from rear_scale.progress import say_once
 
-# Folders that operating systems and file servers keep for themselves; their spelling varies in case.
+# Folders that operating systems and file servers create for their own use; the letter case varies.
 _SYSTEM = frozenset(("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information"))
-_LONGEST = 200  # characters of an error of a library
-_EXTENSIONS_NAMED = 5  # of the formats that are not read
+_LONGEST = 200  # characters of a library's error message
+_EXTENSIONS_NAMED = 5  # other extensions that a message lists at most
 
 HIDDEN = "hidden or system names"
 OTHER_FORMATS = "files of other formats"
 LEADS_BACK = "links to folders that are read already"
-LEADS_NOWHERE = "links that lead nowhere"
+LEADS_NOWHERE = "broken links"
 OUTSIDE = "images outside of class folders"
 BESIDE_TARS = "images beside tar shards"
 
@@ -30,38 +30,38 @@ NOT_UTF8 = "its name is not UTF-8"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a single name is left out everywhere: hidden files and folders, AppleDouble copies, folders of the system."""
+    """Whether a file or folder of this name is always left out: hidden ones, AppleDouble copies, folders of the system."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name from the file system, whose other bytes Python keeps as lone surrogates, is text."""
+    """Whether a name from the file system is valid UTF-8. Python keeps other bytes as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def shown(name: str | Path) -> str:
-    """A name for a line of text: control characters and bytes that are not UTF-8 as \\xNN."""
+    """A name as messages show it: control characters and bytes that are not UTF-8 as \\xNN."""
     try:
         text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # other lone surrogates, as JSON may have
+    except UnicodeEncodeError:  # other lone surrogates, which JSON may contain
         text = str(name).encode("utf-8", "backslashreplace").decode()
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line of bounded length: libraries quote the damaged bytes."""
+    """The message of an error on one line of bounded length, because libraries quote the damaged bytes."""
     text = re.sub(r"0x[0-9a-f]{6,}", "0x...", shown(" ".join(str(error).split())))
     name = type(error).__name__
     return name if not text else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def in_parts(name: str) -> list[str]:
-    """The key that files are sorted by: folder by folder, so that the files of one stay together."""
+    """The sort key of a path: its parts, so that the files of one folder stay together."""
     return name.split("/")
 
 
 class LeftOut:
-    """What was not read: how often each reason applied, and its first example."""
+    """The names that were left out: the count and a first example per reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -73,7 +73,7 @@ class LeftOut:
         self._first.setdefault(reason, name)
 
     def add_format(self, name: str) -> None:
-        """A file whose extension is none of those that are read."""
+        """Adds a file of another format, counted by its extension."""
         stem, dot, extension = name.rpartition("/")[2].rpartition(".")
         self.formats[f".{extension.lower()}" if dot and stem else "without extension"] += 1
         self.add(OTHER_FORMATS, name)
@@ -92,7 +92,7 @@ class LeftOut:
         return f"left out: {'; '.join(parts)}" if parts else None
 
     def say(self, source: str | Path) -> None:
-        """Tells the user, once in a process."""
+        """Prints the line, once per process."""
         if line := self.line():
             say_once(f"note: {shown(source)}: {line}")
 
@@ -103,19 +103,17 @@ class File(NamedTuple):
     name: str  # path below the folder
     size: int  # bytes; -1 where it is not known
     mtime_ns: int
-    problem: str | None  # why it cannot be read, as far as its folder tells
+    problem: str | None  # why it cannot be read, as far as that is known without opening it
 
 
 @dataclass
 class Listing:
-    """What lies below a folder."""
+    """The files and folders below a folder."""
 
     folder: Path
     files: list[File] = field(default_factory=list)  # sorted by `in_parts`
     folders: list[str] = field(default_factory=list)  # names of the folders directly in it, sorted
-    dangling: list[str] = field(
-        default_factory=list
-    )  # links directly in it that lead nowhere and have no wanted extension
+    dangling: list[str] = field(default_factory=list)  # broken links directly in it without a wanted extension
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
@@ -123,21 +121,23 @@ def walk(folder: str | Path, extensions: Collection[str]) -> Listing:
     """The files below a folder whose extension, in lower case and without its dot, is one of `extensions`.
 
     Hidden names and folders of the system are left out at every depth. A link to a folder is followed unless that folder
-    is read already, lies above, or is `folder` itself: real folders come first, then links by name, so that the result
-    depends on the names alone. Files that cannot be read (links that lead nowhere, pipes, names that are not UTF-8) are
-    listed with their problem. Raises InputError for a folder that cannot be listed: its files would be missing unnoticed.
+    is read already, contains `folder`, or is `folder` itself. Real folders are read first, then links by name, so that the
+    result depends on the names alone. Unreadable files (broken links, pipes, names that are not UTF-8) are listed with their
+    problem. Raises InputError for a folder that cannot be listed, because its files would be missing silently.
     """
     return _Walk(Path(folder), extensions).run()
 
 
 class _Walk:
+    """One traversal of a folder."""
+
     def __init__(self, folder: Path, extensions: Collection[str]) -> None:
-        self.found, self.extensions = Listing(folder), frozenset(extensions)
+        self.listing, self.extensions = Listing(folder), frozenset(extensions)
         self.seen: set[tuple[int, int]] = set()  # device and inode of each folder
         self.links: list[str] = []  # to folders, not yet followed
 
     def run(self) -> Listing:
-        for parent in Path(os.path.realpath(self.found.folder)).parents:
+        for parent in Path(os.path.realpath(self.listing.folder)).parents:
             self._is_new(os.stat(parent))
         pending = [""]
         while pending:
@@ -146,60 +146,60 @@ class _Walk:
             if not pending and self.links:
                 self.links.sort(key=in_parts, reverse=True)
                 pending.append(self.links.pop())
-        self.found.files.sort(key=lambda file: in_parts(file.name))
-        self.found.folders.sort()
-        return self.found
+        self.listing.files.sort(key=lambda file: in_parts(file.name))
+        self.listing.folders.sort()
+        return self.listing
 
     def _path(self, name: str) -> str:
-        return os.path.join(self.found.folder, name) if name else str(self.found.folder)
+        return os.path.join(self.listing.folder, name) if name else str(self.listing.folder)
 
     def _is_new(self, status: os.stat_result) -> bool:
-        """Whether a folder was not met before; it is from now on."""
+        """Whether a folder was not visited before. Marks it as visited."""
         identity = status.st_dev, status.st_ino
         new = identity not in self.seen
         self.seen.add(identity)
         return new
 
     def _leads_up(self, link: str) -> bool:
-        """Whether a link leads to `folder` or a folder above it, and so cannot be one of its classes."""
-        target, root = Path(os.path.realpath(self._path(link))), Path(os.path.realpath(self.found.folder))
+        """Whether a link leads to `folder` or a folder that contains it, and so cannot be one of its classes."""
+        target, root = Path(os.path.realpath(self._path(link))), Path(os.path.realpath(self.listing.folder))
         return target == root or target in root.parents
 
     def _read(self, folder: str) -> list[str]:
-        """Takes up the entries of one folder, unless it is read already. The real folders among them, sorted."""
+        """Adds the entries of one folder, unless it was visited. Returns the folders among them that are no links, sorted."""
         real: list[str] = []
         try:
             if not self._is_new(os.stat(self._path(folder))):
-                self.found.left_out.add(LEADS_BACK, folder)
-                if folder in self.found.folders and self._leads_up(folder):
-                    self.found.folders.remove(folder)
+                self.listing.left_out.add(LEADS_BACK, folder)
+                if folder in self.listing.folders and self._leads_up(folder):
+                    self.listing.folders.remove(folder)
                 return real
             with os.scandir(self._path(folder)) as entries:
                 in_order = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(
-                f"{shown(self._path(folder))} cannot be listed ({error.strerror}), so its files would be missing. Allow "
-                "reading it, or move it away"
+                f"{shown(self._path(folder))} cannot be listed ({error.strerror}), so its files would be missing. Make "
+                "it readable, or move it away"
             ) from error
         for entry in in_order:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if is_hidden(entry.name):
-                self.found.left_out.add(HIDDEN, name)
+                self.listing.left_out.add(HIDDEN, name)
             elif self._is_folder(entry):
                 if not folder:
-                    self.found.folders.append(name)
+                    self.listing.folders.append(name)
                 if entry.is_symlink():
                     self.links.append(name)
                 else:
                     real.append(name)
             elif extension_of(entry.name) in self.extensions:
-                self.found.files.append(self._file(name))
+                self.listing.files.append(self._file(name))
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                self.found.left_out.add(LEADS_NOWHERE, name)
+                self.listing.left_out.add(LEADS_NOWHERE, name)
                 if not folder:
-                    self.found.dangling.append(name)
+                    self.listing.dangling.append(name)
             else:
-                self.found.left_out.add_format(name)
+                self.listing.left_out.add_format(name)
         return real
 
     @staticmethod
@@ -220,12 +220,12 @@ class _Walk:
 
 
 def extension_of(name: str) -> str:
-    """In lower case, without its dot; empty for a name without one."""
+    """The extension of a name in lower case without its dot; empty for a name without one."""
     stem, _, extension = name.rpartition(".")
     return extension.lower() if stem else ""
 
 
 def _why(error: OSError, path: str) -> str:
     if os.path.islink(path) and isinstance(error, FileNotFoundError):
-        return "a link that leads nowhere"
+        return "a broken link"
     return error.strerror or type(error).__name__

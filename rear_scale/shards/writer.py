@@ -1,4 +1,4 @@
-"""Token sequences -> tar shards: whole shards, each written under another name and renamed when it is complete."""
+"""Writing of token shards, each under a temporary name and renamed when it is complete."""
 
 # n samples of a block, N tokens of an image
 
@@ -29,11 +29,11 @@ from rear_scale.shards.walk import shown
 
 
 class FinishedShard(NamedTuple):
-    """One written shard with what the manifest counts."""
+    """A complete shard, before the manifest is written."""
 
     shard: TarShard
     label_counts: np.ndarray  # int64 [classes]
-    skipped: list[tuple[str, str]]  # name of an image and why it could not be read
+    skipped: list[tuple[str, str]]  # (name of an image, reason why it cannot be read)
 
 
 def write_shard(
@@ -46,10 +46,10 @@ def write_shard(
     samples_per_shard: int = SHARD_SAMPLES,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> TarShard:
-    """Writes one tar shard and, beside it, its record. The bytes of the shard depend on the arguments alone.
+    """Writes one tar shard and its record beside it. The bytes of the shard depend on the arguments alone.
 
     tokens: integers [samples, N]; labels: integers [samples]; both below 65,536; at most samples_per_shard samples.
-    source: what the tokens were made by; only a caller with the same source finds the shard finished.
+    source: a hash of what the tokens were made from; `finished_shard` returns the shard for the same source alone.
     """
     assert len(tokens) == len(labels) <= samples_per_shard, (tokens.shape, labels.shape, samples_per_shard)
     first = index * -(-samples_per_shard // BLOCK_SAMPLES)
@@ -69,13 +69,13 @@ def write_shard(
 def write_record(
     folder: Path, shard: TarShard, source: str, label_counts: np.ndarray, skipped: Sequence[tuple[str, str]]
 ) -> None:
-    """Says beside a shard, until the manifest is there, that it is finished and what it was made from."""
+    """Writes the record of a finished shard and its source, which is kept until the manifest is written."""
     record = {**shard.as_dict(), "source": source, "labels": label_counts.tolist(), "skipped": list(skipped)}
     write_text_atomically(_record_path(folder, shard.file), json.dumps(record))
 
 
 def finished_shard(folder: Path, index: int, source: str) -> FinishedShard | None:
-    """The shard if an earlier run of the same source completed it, else None."""
+    """The shard, if an earlier run with the same source completed it, else None."""
     try:
         record = json.loads(_record_path(folder, shard_name(index)).read_text())
         label_counts = np.asarray(record.pop("labels"), dtype=np.int64)
@@ -92,8 +92,8 @@ def finished_shard(folder: Path, index: int, source: str) -> FinishedShard | Non
 
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    """skipped.txt: a line with name and reason for each image that could not be read; no file when there is none."""
-    # One of an earlier, stopped run may be there.
+    """Writes skipped.txt, a line with name and reason per unreadable image; no file where all were readable."""
+    # Remove the file of an earlier run.
     (folder / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         lines = (f"{shown(name)}\t{shown(reason)}\n" for name, reason in skipped)
@@ -101,24 +101,24 @@ def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
 
 
 def check_skipped(skipped: Sequence[tuple[str, str]], total: int, limit: float, source: Path, listing: Path) -> None:
-    """Raises InputError when more than a share `limit` of `total` images could not be read, or all of them."""
+    """Raises InputError when more than the fraction `limit` of `total` images, or all of them, could not be read."""
     if len(skipped) > limit * total or len(skipped) == total:
         name, reason = skipped[0]
         raise InputError(
-            f"{len(skipped)} of {total} images in {source} cannot be read, more than the {limit:.1%} that are allowed; the "
+            f"{len(skipped)} of {total} images in {source} cannot be read, more than the allowed {limit:.1%}; the "
             f"first is {name} ({reason}), {listing} lists all. Repair or remove them, or allow more"
         )
 
 
 def remove_records(folder: Path) -> None:
-    """Once the manifest holds them, the records of single shards and leftovers of killed writers go."""
+    """Removes the records of single shards, which the manifest replaces, and temporary files of killed writers."""
     for path in folder.glob(".shard-*.json"):
         path.unlink(missing_ok=True)
     remove_leftovers(folder, "*")
 
 
 def shard_ranges(num_samples: int, per_shard: int = SHARD_SAMPLES) -> Iterator[tuple[int, int, int]]:
-    """(index, first sample, end) of every shard of a set."""
+    """Yields (index, first sample, end) of every shard of a set."""
     for index, start in enumerate(range(0, num_samples, per_shard)):
         yield index, start, min(start + per_shard, num_samples)
 

@@ -1,4 +1,4 @@
-"""AliTok: 17 prefix tokens and a raster grid of 256, made so that each follows from those before it.
+"""AliTok: 17 prefix tokens and a raster grid of 256 tokens, trained so that a token is predictable from those before it.
 
 Wu et al. 2025, arXiv:2506.05289; the released second-stage model with its bidirectional decoder. Parameter names are those
 of the published file.
@@ -21,12 +21,14 @@ from rear_scale.weight_file import load_published
 
 _IMAGE_SIZE, _PATCH = 256, 16
 _GRID = _IMAGE_SIZE // _PATCH
-_REGISTERS = 32  # learned tokens that lead the decoder's sequence
+_REGISTERS = 32  # learned tokens at the start of the decoder's sequence
 _ENCODER_DEPTH, _ENCODER_WIDTH, _ENCODER_HEADS = 12, 768, 12  # ViT-B
 _DECODER_DEPTH, _DECODER_WIDTH, _DECODER_HEADS = 24, 1024, 16  # ViT-L
 
 
 class Encoder(nn.Module):
+    """A vision transformer from image patches and learned queries to latents."""
+
     def __init__(self, num_tokens: int, codebook_dim: int) -> None:
         super().__init__()
         width = _ENCODER_WIDTH
@@ -39,7 +41,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, codebook_dim, 1)
 
     def forward(self, images: Tensor, queries: Tensor) -> Tensor:
-        """float [B, D, 1, N] of images (float [B, 3, S, S] in [0, 1]) and learned queries (float [N, width])."""
+        """The latents, float [B, D, 1, N], of images (float [B, 3, S, S] in [0, 1]); queries: float [N, width]."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.positional_embedding
         latents = (queries + self.latent_token_positional_embedding).expand(len(images), -1, -1)
         x = self.ln_pre(torch.cat([patches, latents], 1))
@@ -49,6 +51,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """A vision transformer from code embeddings to image patches."""
+
     def __init__(self, num_tokens: int, codebook_dim: int) -> None:
         super().__init__()
         width = _DECODER_WIDTH
@@ -62,13 +66,13 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(3, 3, 1)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Images float [B, 3, S, S] in (0, 1) of code embeddings (float [B, N, D])."""
+        """The images, float [B, 3, S, S] in (0, 1), of code embeddings (float [B, N, D])."""
         registers = self.class_embedding.expand(len(embeddings), -1, -1)
         x = torch.cat([registers, self.decoder_embed(embeddings)], 1) + self.latent_token_positional_embedding
         x = self.ln_pre(x)
         for block in self.transformer:
             x = block(x)
-        # The grid's tokens come last and paint a patch each; the prefix serves as context.
+        # The grid's tokens come last and give one patch each; the prefix is context.
         x = self.ln_post(x[:, -(_GRID**2) :])
         x = self.ffn(x.transpose(1, 2).unflatten(2, (_GRID, _GRID)))
         x = x.unflatten(1, (_PATCH, _PATCH, 3)).permute(0, 3, 4, 1, 5, 2)  # [B, 3, h, p, h, p]
@@ -76,7 +80,7 @@ class Decoder(nn.Module):
 
 
 class AliTok(PartwiseTokenizer):
-    """ids [B, 273]: the 17 prefix tokens first, then the grid in raster order."""
+    """The AliTok tokenizer. ids [B, 273]: the 17 prefix tokens first, then the grid in raster order."""
 
     name: ClassVar[str] = "alitok"
     published: ClassVar[str] = "AliTok.pth, linked from the README of ali-vilab/alitok on GitHub"
@@ -106,11 +110,11 @@ class AliTok(PartwiseTokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """float32 [K, D], rows as they are: codes are found by Euclidean distance."""
+        """The code embeddings, float32 [K, D], not normalized: codes are compared by Euclidean distance."""
         return self.quantize.embedding.weight
 
     def latents(self, images: Tensor) -> Tensor:
-        """float [B, D, 1, N] before quantisation, of images (float [B, 3, S, S] in [0, 1])."""
+        """The latents before quantization, float [B, D, 1, N], of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images, self.latent_tokens)
 
     def encode_part(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every tokenizer offers. The generator never sees pixels; the objective sees the codebook only."""
+"""The interface of tokenizers. The generator gets token ids alone, and the objective token ids and the codebook."""
 
 # B images, S side in pixels, N tokens of an image, K codes, D width of a code, L latents of a batch
 
@@ -14,25 +14,27 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from rear_scale.config import TokenizerConfig
 
-# Elements of one tensor: on a GPU far below the 2^31 at which kernels of convolutions, norms and interpolation change to
-# 64-bit indices or fail; on a CPU just below, so that batches which fit are rounded as one.
+# The most elements of one tensor: on a GPU far below 2^31, where kernels of convolutions, norms and interpolation switch to
+# 64-bit indices or fail; on a CPU just below it, so that whole batches are computed in one call and round alike.
 _MOST_ELEMENTS = {"cuda": 2**29, "cpu": 2**31 - 1}
-# Of a GPU's memory, for the tensors of one part: beside it, the next batch is drawn and features are extracted.
-_MEMORY_SHARE = 0.1
-_LARGEST_AT_ONCE = 6  # tensors of the largest size that are there at one time in a block of convolutions
+# The fraction of a GPU's memory for the tensors of one part. The rest is for sampling the next batch and extracting features.
+_MEMORY_FRACTION = 0.1
+_LARGEST_AT_ONCE = 6  # tensors of the largest size that a block of convolutions holds at one time
 
 
 class Tokenizer(nn.Module, ABC):
-    """A frozen pair of encoder and decoder around a codebook."""
+    """A frozen encoder and decoder with a codebook between them."""
 
     name: ClassVar[str]
-    published: ClassVar[str | None] = None  # name and place of the official weight file; null = weights of our own
+    published: ClassVar[str | None] = (
+        None  # name and source of the official weight file; None = trained by this project
+    )
     unit_codebook: ClassVar[bool] = False  # whether the rows of `codebook` have length 1
-    decoding: ClassVar[tuple[str, ...]] = ("decoder",)  # the modules that decode, which may run in bfloat16
+    decoding: ClassVar[tuple[str, ...]] = ("decoder",)  # the modules of the decoder, which may run in bfloat16
     image_size: int  # S
     num_tokens: int  # N
     grid: tuple[int, int] | None = (
-        None  # rows and columns of the tokens behind the prefix, in raster order; None = a sequence
+        None  # rows and columns of the tokens after the prefix, in raster order; None = a sequence
     )
     prefix_tokens: int = 0  # tokens before the grid
     codebook_size: int  # K
@@ -49,27 +51,27 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Token ids int64 [B, N] of images (float [B, 3, S, S] in [0, 1]). Codes are assigned in float32."""
+        """The token ids, int64 [B, N], of images (float [B, 3, S, S] in [0, 1]). Codes are assigned in float32."""
 
     @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
-        """Images float32 [B, 3, S, S] in [0, 1] of token ids (int64 [B, N])."""
+        """The images, float32 [B, 3, S, S] in [0, 1], of token ids (int64 [B, N])."""
 
     def decode_in_bfloat16(self) -> None:
-        """Rounds the weights of the decoder to bfloat16, in which it then computes. The codebook stays in float32."""
+        """Converts the weights of the decoder to bfloat16, so that it computes in bfloat16. The codebook stays in float32."""
         for name in self.decoding:
             getattr(self, name).bfloat16()
 
     @property
     @abstractmethod
     def codebook(self) -> Tensor:
-        """The embedding of each code as the reAR heads are taught it, float32 [K, D]."""
+        """The embedding of each code, float32 [K, D], in the form that the reAR heads are trained to predict."""
 
 
 class PartwiseTokenizer(Tokenizer):
     """A tokenizer that encodes and decodes a batch in parts that fit the memory of its device.
 
-    The size of a part depends on the kind of device and its whole memory alone, so that the same batch is always rounded
+    The size of a part depends only on the type of the device and its total memory, so that the same batch always rounds
     alike.
     """
 
@@ -81,15 +83,15 @@ class PartwiseTokenizer(Tokenizer):
 
     @abstractmethod
     def encode_part(self, images: Tensor) -> Tensor:
-        """As `encode`, at once."""
+        """As `encode`, for a part of a batch."""
 
     @abstractmethod
     def decode_part(self, ids: Tensor) -> Tensor:
-        """As `decode`, at once."""
+        """As `decode`, for a part of a batch."""
 
     @abstractmethod
     def largest_tensor(self, image_size: int) -> int:
-        """Elements of the largest tensor that encoding or decoding an image of that side makes."""
+        """The number of elements of the largest tensor in encoding or decoding one image of that side."""
 
     def _in_parts(self, function: Callable[[Tensor], Tensor], batch: Tensor, image_size: int) -> Tensor:
         count = -(-len(batch) // images_at_once(self.largest_tensor(image_size), batch.device))
@@ -99,24 +101,27 @@ class PartwiseTokenizer(Tokenizer):
 
 
 def images_at_once(largest_tensor: int, device: torch.device) -> int:
-    """Images of one part of a batch, of which each makes a tensor of so many elements; on a GPU a power of two."""
+    """The number of images in one part of a batch; on a GPU a power of two.
+
+    largest_tensor: elements of the largest tensor per image.
+    """
     most = max(1, _MOST_ELEMENTS.get(device.type, _MOST_ELEMENTS["cpu"]) // largest_tensor)
     if device.type != "cuda":
         return most
     memory = torch.cuda.get_device_properties(device).total_memory
-    most = min(most, int(_MEMORY_SHARE * memory) // (4 * _LARGEST_AT_ONCE * largest_tensor))
+    most = min(most, int(_MEMORY_FRACTION * memory) // (4 * _LARGEST_AT_ONCE * largest_tensor))
     return 1 << max(0, most.bit_length() - 1)
 
 
 def in_own_precision(module: nn.Module, x: Tensor) -> Tensor:
-    """float32 output of a module for x, computed in the precision of its weights."""
+    """The output of a module for x, as float32, computed in the precision of the module's weights."""
     return module(x.to(next(module.parameters()).dtype)).float()
 
 
 def nearest_code(latents: Tensor, codes: Tensor) -> Tensor:
-    """int64 [L]: the code (float [K, D]) at the smallest Euclidean distance of each latent (float [L, D]).
+    """The index of the nearest code (codes: float [K, D]) by Euclidean distance of each latent (float [L, D]), int64 [L].
 
-    In float32 whatever the encoder ran in: bfloat16 distances of a large codebook are full of ties.
+    Computed in float32 whatever the precision of the encoder, because distances in bfloat16 have many ties.
     """
     with torch.autocast(latents.device.type, enabled=False):
         latents, codes = latents.float(), codes.float()
@@ -125,5 +130,5 @@ def nearest_code(latents: Tensor, codes: Tensor) -> Tensor:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """float32 [B, 3, S, S] in [0, 1] of pixels (uint8 [B, S, S, 3])."""
+    """The images, float32 [B, 3, S, S] in [0, 1], of pixels (uint8 [B, S, S, 3])."""
     return pixels.permute(0, 3, 1, 2).float().div(255)

@@ -1,6 +1,6 @@
 """A compact convolutional VQ tokenizer for small images: two stride-2 levels, trained in seconds on a CPU.
 
-Codes are placed by k-means on continuous latents, follow them by moving averages, and move when they fall out of use
+Codes are initialized by k-means on continuous latents, trained by moving averages, and reset when they are no longer used
 (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Zeghidour et al. 2021, arXiv:2107.03312, section 3.3).
 """
 
@@ -19,11 +19,13 @@ from rear_scale.config import InputError, TokenizerConfig
 from rear_scale.tokenizer.base import PartwiseTokenizer, in_own_precision, nearest_code
 from rear_scale.weight_file import fill, read_weights, write_weights
 
-_KIND = "compact tokenizer"
+_FORMAT = "compact tokenizer"
 _STRIDE = 4  # pixels of one token's side
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions with a residual connection."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
@@ -36,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class CompactTokenizer(PartwiseTokenizer):
-    """ids [B, (S/4)^2] in raster order."""
+    """The compact tokenizer. ids [B, (S/4)^2] in raster order."""
 
     name: ClassVar[str] = "compact"
 
@@ -54,9 +56,9 @@ class CompactTokenizer(PartwiseTokenizer):
         self.side = image_size // _STRIDE
         self.num_tokens, self.grid = self.side**2, (self.side, self.side)
         half = channels // 2
-        # Shallow and without normalisation over the image, so that a token speaks for its own pixels and little around
-        # them: equal patches get equal tokens, which the generator can predict. (With residual blocks and GroupNorm here,
-        # the reconstruction was the same and the generator's accuracy on held-out digits fell from .41 to .32.)
+        # Shallow and without normalization over the image, so that a token depends on its own pixels and few around them:
+        # equal patches get equal tokens, which the generator can predict. (With residual blocks and GroupNorm here, the
+        # reconstruction was the same, but the generator's accuracy on held-out digits fell from .41 to .32.)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, half, 3, padding=1),
             nn.SiLU(),
@@ -92,28 +94,28 @@ class CompactTokenizer(PartwiseTokenizer):
         return self.channels // 2 * image_size**2
 
     def latents(self, images: Tensor) -> Tensor:
-        """Continuous latents float [B * N, D], in raster order."""
+        """The continuous latents, float [B * N, D], in raster order."""
         return self.encoder(images * 2 - 1).permute(0, 2, 3, 1).flatten(0, 2)
 
     def pixels(self, latents: Tensor, batch: int) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of latents [B * N, D]."""
+        """The images, float [B, 3, S, S], not clamped, of latents [B * N, D]."""
         grid = latents.view(batch, self.side, self.side, -1).permute(0, 3, 1, 2)
         return (in_own_precision(self.decoder, grid) + 1) / 2
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """int64 [L]: the code at the smallest Euclidean distance of each latent (float [L, D])."""
+        """The index of the nearest code by Euclidean distance of each latent (float [L, D]), int64 [L]."""
         return nearest_code(latents, self.codes)
 
     def save(self, path: Path, training: dict[str, Any] | None = None) -> None:
-        """Writes the weight file. training: the settings that it came from."""
+        """Writes the weight file. training: the settings of its training, stored in the header."""
         codebook_size, codebook_dim = self.codes.shape
         architecture = {"codebook_size": codebook_size, "codebook_dim": codebook_dim, "channels": self.channels}
-        write_weights(path, self, _KIND, {"image_size": self.image_size, **architecture}, training)
+        write_weights(path, self, _FORMAT, {"image_size": self.image_size, **architecture}, training)
 
     @classmethod
     def from_file(cls, path: str) -> Self:
         sizes = ("image_size", "codebook_size", "codebook_dim", "channels")
-        architecture, state = read_weights(path, _KIND, sizes, "tokenizer.weights")
+        architecture, state = read_weights(path, _FORMAT, sizes, "tokenizer.weights")
         with torch.device("meta"):
             tokenizer = cls(**architecture)
         return fill(tokenizer, state, path, "tokenizer.weights")
@@ -123,26 +125,26 @@ class CompactTokenizer(PartwiseTokenizer):
     def untrained(cls, cfg: TokenizerConfig) -> Self:
         channels = cfg.training.channels if cfg.training else 64
         tokenizer = cls(cfg.image_size, cfg.codebook_size, cfg.codebook_dim, channels)
-        # Codes lie among the latents of noise: anywhere else, all images would get the same few.
+        # Codes near the latents of noise images: with random codes, all images would be assigned the same few.
         latents = tokenizer.latents(torch.rand(-(-cfg.codebook_size // tokenizer.num_tokens), 3, *[cfg.image_size] * 2))
         tokenizer.codes.copy_(latents[: cfg.codebook_size])
         return tokenizer
 
 
 class CodeTracker:
-    """Keeps the codes where the latents are, by moving averages of each code's latents."""
+    """Trains the codes by moving averages of the latents that are assigned to them."""
 
     def __init__(self, tokenizer: CompactTokenizer, decay: float, restart_below: float) -> None:
         self.codes, self.decay, self.restart_below = tokenizer.codes, decay, restart_below
         self.counts = torch.ones(len(self.codes), device=self.codes.device)
         self.sums = self.codes.clone()
 
-    def place(self, latents: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
-        """k-means: codes start at random latents (float [L, D], at least one per code) and move to their means."""
+    def initialize(self, latents: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
+        """Initializes the codes by k-means, starting at random latents (float [L, D], at least one per code)."""
         if len(latents) < len(self.codes):
             raise InputError(
-                f"tokenizer.codebook_size={len(self.codes)}, but the training images give {len(latents)} latents to place "
-                "the codes. Use fewer codes or more images"
+                f"tokenizer.codebook_size={len(self.codes)}, but the training images give only {len(latents)} latents to "
+                "initialize them. Use fewer codes or more images"
             )
         self.codes.copy_(
             latents[torch.randperm(len(latents), generator=generator)[: len(self.codes)].to(latents.device)]
@@ -150,7 +152,7 @@ class CodeTracker:
         for _ in range(iterations):
             assignment = torch.cdist(latents, self.codes).argmin(1)
             counts, sums = self._totals(latents, assignment)
-            # A code without latents stays where it is.
+            # A code without latents keeps its value.
             self.codes.copy_(torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), self.codes))
         self.counts.fill_(1.0)
         self.sums.copy_(self.codes)
@@ -179,7 +181,7 @@ class CodeTracker:
 
 
 def build(cfg: TokenizerConfig) -> CompactTokenizer:
-    """An untrained tokenizer of the config. Raises InputError when its sizes do not fit together."""
+    """An untrained tokenizer with the config's sizes. Raises InputError when these are inconsistent."""
     assert cfg.training is not None
     tokenizer = CompactTokenizer(cfg.image_size, cfg.codebook_size, cfg.codebook_dim, cfg.training.channels)
     if tokenizer.num_tokens != cfg.num_tokens:

@@ -1,4 +1,4 @@
-"""Trains the compact tokenizer on images in memory. Killed at any point, the same call continues."""
+"""Training of the compact tokenizer on images in memory. A killed training continues with the same call."""
 
 # B images, S side in pixels
 
@@ -29,10 +29,11 @@ _SAVE_EVERY = 100  # steps
 
 
 def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device) -> CompactTokenizer:
-    """Trains on images (uint8 [n, S, S, 3]) and writes `cfg.weights`; progress lies beside it until it is complete.
+    """The tokenizer trained on images (uint8 [n, S, S, 3]), which is also written to `cfg.weights`.
 
-    Continuous autoencoder first, then k-means places the codes, then straight-through VQ with a commitment term.
-    Raises InputError for images of another size, and FloatingPointError, with nothing written, when the training diverges.
+    Trains a continuous autoencoder first, then initializes the codes by k-means, then trains straight-through VQ with a
+    commitment term. A progress file beside the weights is kept until they are complete. Raises InputError for images of
+    another size, and FloatingPointError, with no weights written, when the training diverges.
     """
     assert cfg.training is not None
     assert cfg.weights is not None
@@ -65,12 +66,12 @@ def train_compact(cfg: TokenizerConfig, images: np.ndarray, device: torch.device
 
 @torch.inference_mode()
 def quality(tokenizer: Tokenizer, images: np.ndarray, most: int = 512) -> str:
-    """PSNR and use of the codebook in words, on at most so many of the images (uint8 [n, S, S, 3]), evenly spaced."""
+    """A sentence with PSNR and codebook use on at most `most` of the images (uint8 [n, S, S, 3]), evenly spaced."""
     chosen = torch.from_numpy(images[np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))])
     ratios: list[float] = []
     used: set[int] = set()
-    for part in chosen.split(64):
-        originals = to_unit_range(part.to(tokenizer.codebook.device))
+    for pixels in chosen.split(64):
+        originals = to_unit_range(pixels.to(tokenizer.codebook.device))
         ids = tokenizer.encode(originals)
         errors = (tokenizer.decode(ids).float() - originals).square().flatten(1).mean(1)
         ratios += (-10 * errors.clamp(min=1e-10).log10()).tolist()
@@ -82,7 +83,7 @@ def quality(tokenizer: Tokenizer, images: np.ndarray, most: int = 512) -> str:
 
 
 def remove_progress(path: Path) -> None:
-    """Removes what lies beside a tokenizer's weights until they are complete. For the process that has locked them."""
+    """Removes the progress file and temporary files of a tokenizer's weights. The caller must have locked the weights."""
     _progress_file(path).unlink(missing_ok=True)
     remove_leftovers(path.parent, *(glob.escape(file.name) for file in (path, _progress_file(path))))
 
@@ -92,7 +93,7 @@ def _progress_file(path: Path) -> Path:
 
 
 def training_settings(cfg: TokenizerConfig, images: np.ndarray) -> dict[str, Any]:
-    """All that the weights depend on, by config key: settings, and a hash of the images (uint8 [n, S, S, 3])."""
+    """All that the weights depend on, by config key: the settings, and a hash of the images (uint8 [n, S, S, 3])."""
     settings = {f"tokenizer.{name}": value for name, value in leaves(asdict(cfg)).items()}
     for name in ("weights", "grid", "prefix_tokens"):  # the grid follows from the others
         settings.pop(f"tokenizer.{name}")
@@ -101,22 +102,22 @@ def training_settings(cfg: TokenizerConfig, images: np.ndarray) -> dict[str, Any
 
 
 def check_same_training(cfg: TokenizerConfig, images: np.ndarray) -> None:
-    """Raises InputError when the weights of a config are there but come from other settings or images.
+    """Raises InputError when the weight file of a config exists but was trained with other settings or images.
 
-    A file that does not say what it comes from is taken as it is.
+    A file without a record of its training is accepted.
     """
     before = read_training(cfg.weights)
     for key, value in training_settings(cfg, images).items():
         if key in before and before[key] != value:
-            what = "images of " if key.endswith(".images") else ""
+            prefix = "images of " if key.endswith(".images") else ""
             raise InputError(
-                f"{key}={value}, but {cfg.weights} was trained with {what}{key}={before[key]}. "
+                f"{key}={value}, but {cfg.weights} was trained with {prefix}{key}={before[key]}. "
                 "Set it back, name another tokenizer.weights, or remove the file to train anew"
             )
 
 
 class _TrainingRun:
-    """All state of the training: everything else is a function of the settings and the step."""
+    """The state of a training; everything else is a function of the settings and the step."""
 
     def __init__(
         self, cfg: TokenizerConfig, training: TokenizerTrainingConfig, device: torch.device, settings: dict[str, Any]
@@ -134,20 +135,20 @@ class _TrainingRun:
         training, tokenizer = self.training, self.tokenizer
         generator = torch.Generator().manual_seed(rng.fold(training.seed, rng.Purpose.TOKENIZER_BATCH, self.step))
         if self.step == training.continuous_steps:
-            self._place_codes(pixels, generator)
+            self._initialize_codes(pixels, generator)
         images = self._images(pixels, torch.randint(len(pixels), (training.batch_size,), generator=generator))
         latents = tokenizer.latents(images)
         commitment = torch.zeros((), device=self.device)
-        quantised = latents
+        quantized = latents
         if self.step >= training.continuous_steps:
             ids = tokenizer.nearest(latents.detach())
             codes = tokenizer.codes[ids]
             commitment = F.mse_loss(latents, codes)
-            quantised = latents + (codes - latents).detach()
+            quantized = latents + (codes - latents).detach()
             self.tracker.update(latents.detach(), ids, generator)
-        error = F.mse_loss(tokenizer.pixels(quantised, len(images)), images)
+        error = F.mse_loss(tokenizer.pixels(quantized, len(images)), images)
         for group in self.optimizer.param_groups:
-            # Down to a tenth of the rate over the run, so that the codes settle.
+            # The learning rate decays to a tenth over the run, so that the codes converge.
             group["lr"] = training.lr * (1 - 0.9 * self.step / training.steps)
         self.optimizer.zero_grad()
         (error + training.commitment * commitment).backward()
@@ -156,15 +157,15 @@ class _TrainingRun:
         return error.item()
 
     @torch.no_grad()
-    def _place_codes(self, pixels: Tensor, generator: torch.Generator) -> None:
+    def _initialize_codes(self, pixels: Tensor, generator: torch.Generator) -> None:
         chosen = torch.randint(len(pixels), (min(len(pixels), 512),), generator=generator)
-        self.tracker.place(self.tokenizer.latents(self._images(pixels, chosen)), generator)
+        self.tracker.initialize(self.tokenizer.latents(self._images(pixels, chosen)), generator)
 
     def _images(self, pixels: Tensor, chosen: Tensor) -> Tensor:
         return to_unit_range(pixels[chosen].to(self.device))
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError when a weight is not a number: the last update may be what ruined them."""
+        """Raises FloatingPointError for a weight that is not finite, which the loss before the last update does not show."""
         if not all(value.isfinite().all() for value in self.tokenizer.state_dict().values()):
             raise self.diverged("a weight is not finite")
 
@@ -187,7 +188,7 @@ class _TrainingRun:
             torch.save(state, file)
 
     def resume(self, path: Path) -> None:
-        """Takes up the progress of an earlier call with the same settings, if there is any."""
+        """Loads the progress of an earlier call with the same settings, if there is any."""
         if not path.exists():
             return
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)

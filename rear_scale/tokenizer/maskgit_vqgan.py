@@ -26,6 +26,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    """Two convolutions with group norms and a shortcut."""
+
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(channels_in)
@@ -37,12 +39,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        # Where the width changes, the shortcut runs on the block's output and the input is dropped: the weights were
-        # trained that way.
+        # Where the number of channels changes, the published code applies the shortcut to the block's output and drops the
+        # input. The weights were trained that way.
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 
 class DownLevel(nn.Module):
+    """The blocks of one resolution of the encoder, then a halving of the resolution if asked for."""
+
     def __init__(self, channels_in: int, channels: int, blocks: int, halve: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(channels if n else channels_in, channels) for n in range(blocks))
@@ -55,6 +59,8 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
+    """The blocks of one resolution of the decoder, then a doubling of the resolution if asked for."""
+
     def __init__(self, channels_in: int, channels: int, blocks: int, double: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(channels if n else channels_in, channels) for n in range(blocks))
@@ -67,6 +73,8 @@ class UpLevel(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The convolutional encoder."""
+
     def __init__(self, channels: int, multipliers: Sequence[int], blocks: int, codebook_dim: int) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
@@ -80,7 +88,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], codebook_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, D, h, h] of images (float [B, 3, S, S] in [0, 1])."""
+        """The latents, float [B, D, h, h], of images (float [B, 3, S, S] in [0, 1])."""
         x = self.conv_in(images)
         for layer in (*self.down, *self.mid):
             x = layer(x)
@@ -88,12 +96,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The convolutional decoder."""
+
     def __init__(self, channels: int, multipliers: Sequence[int], blocks: int, codebook_dim: int) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(codebook_dim, widths[-1], 3, padding=1)
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(blocks))
-        # Levels are numbered as in the encoder and run from the last to the first.
+        # Levels are numbered as in the encoder, and applied from the last to the first.
         self.up = nn.ModuleList(
             UpLevel(before, width, blocks, double=level > 0)
             for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
@@ -102,7 +112,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of code embeddings (float [B, D, h, h])."""
+        """The images, float [B, 3, S, S], not clamped, of code embeddings (float [B, D, h, h])."""
         x = self.conv_in(embeddings)
         for layer in (*self.mid, *reversed(self.up)):
             x = layer(x)
@@ -110,7 +120,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Holds the embedding under its published name."""
+    """The code embeddings under their published parameter name."""
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -118,7 +128,7 @@ class Codebook(nn.Module):
 
 
 class MaskgitVqgan(PartwiseTokenizer):
-    """ids [B, (S/16)^2] in raster order. Images of any side that is a multiple of 16 can be encoded."""
+    """The MaskGIT-VQGAN tokenizer. ids [B, (S/16)^2] in raster order, for images of any side that is a multiple of 16."""
 
     name: ClassVar[str] = "maskgit_vqgan"
     published: ClassVar[str] = "maskgit-vqgan-imagenet-f16-256.bin, on Hugging Face in fun-research/TiTok"
@@ -153,11 +163,11 @@ class MaskgitVqgan(PartwiseTokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """float32 [K, D], rows as they are: codes are found by Euclidean distance."""
+        """The code embeddings, float32 [K, D], not normalized: codes are compared by Euclidean distance."""
         return self.quantize.embedding.weight
 
     def latents(self, images: Tensor) -> Tensor:
-        """float [B, D, h, h] before quantisation, of images (float [B, 3, S, S] in [0, 1])."""
+        """The latents before quantization, float [B, D, h, h], of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images)
 
     def encode_part(self, images: Tensor) -> Tensor:
@@ -165,7 +175,7 @@ class MaskgitVqgan(PartwiseTokenizer):
         return nearest_code(latents.flatten(0, 2), self.codebook).view(len(images), -1)
 
     def pixels(self, ids: Tensor) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N]), a square grid as large as S / 16."""
+        """The images, float [B, 3, S, S], not clamped, of token ids (int64 [B, N]), a square grid of side S / 16."""
         side = next(side for side in range(1, ids.shape[1] + 1) if side * side >= ids.shape[1])
         return in_own_precision(self.decoder, self.codebook[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2))
 

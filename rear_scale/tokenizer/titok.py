@@ -1,7 +1,7 @@
 """TiTok-B64: an image as 64 tokens without a grid, from a vision transformer with learned queries.
 
-Yu et al. 2024, arXiv:2406.07550; the released two-stage model, whose decoder predicts MaskGIT-VQGAN codes softly and leaves
-the pixels to that VQGAN's decoder. Parameter names are those of the published file.
+Yu et al. 2024, arXiv:2406.07550; the released two-stage model, whose decoder predicts probabilities of MaskGIT-VQGAN codes,
+from which the decoder of that VQGAN makes the pixels. Parameter names are those of the published file.
 """
 
 # B images, S side in pixels, N tokens of an image, K codes, D width of a code, V codes of the pixel decoder,
@@ -24,10 +24,12 @@ from rear_scale.weight_file import load_published
 _IMAGE_SIZE, _PATCH = 256, 16
 _GRID = _IMAGE_SIZE // _PATCH
 _DEPTH, _WIDTH, _HEADS = 12, 768, 12  # ViT-B on both sides
-_PIXEL_CODES, _PIXEL_DIM = 1024, 256  # of the MaskGIT-VQGAN that paints
+_PIXEL_CODES, _PIXEL_DIM = 1024, 256  # of the MaskGIT-VQGAN that decodes to pixels
 
 
 class Encoder(nn.Module):
+    """A vision transformer from image patches and learned queries to latents."""
+
     def __init__(self, num_tokens: int, codebook_dim: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(1, _WIDTH))
@@ -40,7 +42,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(_WIDTH, codebook_dim, 1)
 
     def forward(self, images: Tensor, queries: Tensor) -> Tensor:
-        """float [B, D, 1, N] of images (float [B, 3, S, S] in [0, 1]) and learned queries (float [N, width])."""
+        """The latents, float [B, D, 1, N], of images (float [B, 3, S, S] in [0, 1]); queries: float [N, width]."""
         count = len(images)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(count, 1, -1), patches], 1) + self.positional_embedding
@@ -49,11 +51,14 @@ class Encoder(nn.Module):
         for block in self.transformer:
             x = block(x)
         latents = self.ln_post(x[:, -len(queries) :])
-        # Reshaped, not transposed: channels and tokens are mixed up, and the weights were trained that way.
+        # Reshaped, not transposed, which mixes channels and tokens: the published code does so, and the weights were trained
+        # that way.
         return self.conv_out(latents.reshape(count, _WIDTH, len(queries), 1)).reshape(count, -1, 1, len(queries))
 
 
 class Decoder1d(nn.Module):
+    """A vision transformer from code embeddings to probabilities of the pixel decoder's codes."""
+
     def __init__(self, num_tokens: int, codebook_dim: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(1, _WIDTH))
@@ -69,7 +74,7 @@ class Decoder1d(nn.Module):
         )  # fmt: skip
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Logits float [B, V, h, h] over the pixel decoder's codes, of code embeddings (float [B, N, D])."""
+        """The logits, float [B, V, h, h], over the pixel decoder's codes, of code embeddings (float [B, N, D])."""
         count = len(embeddings)
         masks = self.mask_token.expand(count, _GRID**2, -1)
         x = torch.cat([self.class_embedding.expand(count, 1, -1), masks], 1) + self.positional_embedding
@@ -82,7 +87,7 @@ class Decoder1d(nn.Module):
 
 
 class TiTok(PartwiseTokenizer):
-    """ids [B, 64], in an order without place in the image."""
+    """The TiTok-B64 tokenizer. ids [B, 64], which have no position in the image."""
 
     name: ClassVar[str] = "titok_b64"
     published: ClassVar[str] = (
@@ -119,11 +124,11 @@ class TiTok(PartwiseTokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """float32 [K, D], every row of length 1: latents and codes are compared and decoded on the unit sphere."""
+        """The code embeddings, float32 [K, D], each of length 1: latents and codes are compared on the unit sphere."""
         return F.normalize(self.quantize.embedding.weight, dim=1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """float [B, D, 1, N] before normalisation and quantisation, of images (float [B, 3, S, S] in [0, 1])."""
+        """The latents before normalization and quantization, float [B, D, 1, N], of images (float [B, 3, S, S] in [0, 1])."""
         return self.encoder(images, self.latent_tokens)
 
     def encode_part(self, images: Tensor) -> Tensor:
@@ -131,15 +136,15 @@ class TiTok(PartwiseTokenizer):
         return nearest_code(F.normalize(latents, dim=2).flatten(0, 1), self.codebook).view(len(images), -1)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """float [B, V, h, h] over the pixel decoder's codes, of token ids (int64 [B, N])."""
+        """The logits, float [B, V, h, h], over the pixel decoder's codes, of token ids (int64 [B, N])."""
         return in_own_precision(self.decoder, self.codebook[ids])
 
     def soft_embeddings(self, logits: Tensor) -> Tensor:
-        """float [B, 256, h, h]: the pixel decoder's codes, each mixed by its probability."""
+        """The mean code embeddings, float [B, 256, h, h], of the pixel decoder, weighted by probability."""
         return torch.einsum("bvhw,vd->bdhw", logits.softmax(1), self.pixel_quantize.embedding.weight)
 
     def pixels(self, ids: Tensor) -> Tensor:
-        """Images float [B, 3, S, S], not clamped, of token ids (int64 [B, N])."""
+        """The images, float [B, 3, S, S], not clamped, of token ids (int64 [B, N])."""
         return in_own_precision(self.pixel_decoder, self.soft_embeddings(self.logits(ids)))
 
     def decode_part(self, ids: Tensor) -> Tensor:
@@ -150,5 +155,5 @@ class TiTok(PartwiseTokenizer):
 
 
 def own_name(published: str) -> str:
-    """The parameter here of a published name, which has torch.nn.MultiheadAttention's for the attention's input."""
+    """The parameter name in this code of a published name, which uses torch.nn.MultiheadAttention's names."""
     return published.replace("attn.in_proj_", "attn.in_proj.")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Self-attention of a vision transformer."""
+    """Bidirectional self-attention."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -20,14 +20,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [B, L, D], every position attending to every other."""
+        """The output, float [B, L, D], for x [B, L, D]."""
         qkv = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, D / H]
         mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """A pre-norm block of a vision transformer."""
+    """A pre-norm transformer block."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -44,5 +44,5 @@ class Block(nn.Module):
 
 
 def blocks(depth: int, width: int, num_heads: int) -> nn.ModuleList:
-    """A stack of `Block`."""
+    """The blocks of a transformer."""
     return nn.ModuleList(Block(width, num_heads) for _ in range(depth))

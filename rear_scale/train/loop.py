@@ -370,7 +370,7 @@ class _Computation:
         batch = self.batch
         with self.clock("forward"):
             task = self.objective.task(batch, self.step)
-            output = forward(task.context, batch.classes, batch.rows, task.order)
+            output = forward(task.context, batch.classes, batch.class_index, task.order)
             return self.objective.loss(output, task)
 
 

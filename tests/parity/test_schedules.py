@@ -36,10 +36,10 @@ def test_learning_rates(case, compare) -> None:
 
 
 @pytest.mark.parametrize("family", ["rear_noise_ratio", "rar_permutation_ratio"])
-def test_falling_bounds(case, compare, family: str) -> None:
+def test_linear_decay_bounds(case, compare, family: str) -> None:
     for name, values in case.json.get(family, {}).items():
         steps = case.arrays[f"{family}/{name}/steps"].tolist()
-        found = [schedules.falling(done + 1, 1.0, values["anneal_start"], values["anneal_end"]) for done in steps]
+        found = [schedules.linear_decay(done + 1, 1.0, values["anneal_start"], values["anneal_end"]) for done in steps]
         compare(f"{family}/{name}", found, case.arrays[f"{family}/{name}/value_f64"], 1e-9)
 
 

@@ -20,7 +20,7 @@ from rear_scale.evaluate.images.npz import StoredArray, read_samples, read_sha25
 from rear_scale.shards.classes import class_id
 from rear_scale.shards.crops import EXTENSIONS, BadImage, center_crop, check_bytes, decode_image
 from rear_scale.shards.images import ImageShards, open_images
-from rear_scale.shards.tar_index import check_not_compressed, members, read_place, scan, tar_shards
+from rear_scale.shards.tar_index import check_not_compressed, members, read_at, scan, tar_shards
 from rear_scale.shards.walk import BESIDE_TARS, NOT_UTF8, File, LeftOut, extension_of, is_utf8, shown, walk
 from rear_scale.untrusted import read_json
 from rear_scale.world import World
@@ -179,7 +179,7 @@ class _File:
         with open(self.path, "rb") as file:
             if self.size is None:
                 return file.read()
-            return read_place(file, (self.offset, self.size))
+            return read_at(file, (self.offset, self.size))
 
 
 def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
@@ -199,7 +199,7 @@ def _in_tar(tar: Path, left_out: LeftOut) -> list[_File]:
             # their first dot.
             chosen = of_sample or [name for name in sample.members if extension_of(f"_.{name}") in EXTENSIONS]
             classes = {
-                name.removesuffix("cls"): _class_id(tar, sample.key, read_place(file, place))
+                name.removesuffix("cls"): _class_id(tar, sample.key, read_at(file, place))
                 for name, place in sample.members.items()
                 if name.rpartition(".")[2] == "cls"
             }
