@@ -10,7 +10,8 @@ SAMPLES.result.json without a checkpoint). The same command continues after a ki
 results. --part I/N computes one of N parts of the features, for parallel jobs on a shared file system; the job that finds all
 parts complete computes the scores. --reconstruct scores reconstructions of images by the tokenizer of --config.
 --write-statistics writes statistics of the images, to be used as a reference; image files are cropped to
-tokenizer.image_size. It needs no evaluate.reference; if one is set, the images are scored too.
+tokenizer.image_size. It needs no evaluate.reference; if one is set, the images are scored too. --json prints a line of JSON for
+each set of images instead of the table, and nothing else on stdout.
 """
 
 from rear_scale import cli

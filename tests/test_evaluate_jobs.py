@@ -340,8 +340,10 @@ def stand_in_weights(folder: Path) -> str:
     return f"evaluate.inception_weights={folder / 'inception'}"
 
 
-def test_statistics_are_a_reference_of_any_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of images of several sizes becomes a reference, without another one; it is used next."""
+def test_statistics_are_a_reference_of_any_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of images of several sizes becomes a reference, without another one; it is used next, with --json."""
     (tmp_path / "photographs").mkdir()
     for number in range(20):
         image = np.random.default_rng(number).integers(0, 256, (20 + number, 24, 3), np.uint8)
@@ -351,10 +353,17 @@ def test_statistics_are_a_reference_of_any_images(tmp_path: Path, monkeypatch: p
     evaluate_here(monkeypatch, "--samples", tmp_path / "photographs", "--write-statistics", statistics, *overrides)
     assert not (tmp_path / "photographs.result.json").exists()
     np.savez(tmp_path / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8))
+    capsys.readouterr()
     evaluate_here(
-        monkeypatch, "--samples", tmp_path / "samples.npz", f"evaluate.reference.own={statistics}", *overrides
+        monkeypatch, "--samples", tmp_path / "samples.npz", f"evaluate.reference.own={statistics}", *overrides, "--json"
     )
     found = json.loads((tmp_path / "samples.result.json").read_text())["images"]
+    (line,) = capsys.readouterr().out.splitlines()  # nothing but that
+    printed = json.loads(line)
+    assert (printed["name"], printed["result"]) == ("samples.npz", str(tmp_path / "samples.result.json"))
+    assert printed["scores"]["fid/own"] == found["inception"]["references"]["own"]["fid"]
+    assert printed["notes"] == {"own": found["inception"]["references"]["own"]["notes"]}
+    assert any("statistics alone" in note for note in printed["notes"]["own"])
     assert found["inception"]["references"]["own"]["fid"] > 0
     assert found["inception"]["references"]["own"]["fid_reference_images"] == 20
     assert found["reference_sets"]["own"]["size"] == [16, 16]

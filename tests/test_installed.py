@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import BIN, ROOT, environment, tiny_config_file
+from helpers import ROOT, environment, launch, tiny_config_file
+from packaging.requirements import Requirement
 
 import rear_scale
 from rear_scale import __main__ as commands
@@ -28,32 +31,53 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "launchers").glob("*.py"))
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to import from: the unpacked wheel of this checkout, and a DeepSpeed that cannot be imported."""
+    """A folder to import from: the unpacked wheel of this checkout."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("rear_scale", "configs", "launchers"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (source / "data").mkdir()  # of the checkout's own, which may hold data sets, the scripts alone
-    for path in (ROOT / "data").glob("*.py"):
+    (source / "data").mkdir()
+    for path in (ROOT / "data").glob("*.py"):  # a checkout's data/ may hold data sets too
         shutil.copy(path, source / "data")
     build = "from setuptools.build_meta import build_wheel; build_wheel('wheel')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, env=environment())
     (wheel,) = (source / "wheel").glob("rear_scale-*-py3-none-any.whl")
     zipfile.ZipFile(wheel).extractall(site)
-    (site / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
     return site
 
 
-def typed(site: Path, folder: Path, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`python -m rear_scale WORDS` in a folder, with the copy in `site`."""
-    start = [sys.executable]
-    if ranks > 1:
-        start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
+@pytest.fixture(scope="module")
+def python(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a clean environment: the wheel and the packages that it requires without extras, as links to this
+    environment's, so that no network is needed."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for path in site.iterdir():
+        (packages / path.name).symlink_to(path)
+    (found,) = importlib.metadata.distributions(name="rear_scale", path=[str(site)])
+    waiting, seen = list(found.requires or []), set()
+    while waiting:
+        wanted = Requirement(waiting.pop())
+        if wanted.name in seen or (wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(wanted.name)
+        package = importlib.metadata.distribution(wanted.name)
+        waiting += package.requires or []
+        for name in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            if not (packages / name).exists():
+                (packages / name).symlink_to(str(package.locate_file(name)))
+    return folder / "bin/python"
+
+
+def typed(python: Path, folder: Path, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`python -m rear_scale WORDS` in a folder; of several ranks, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.run(
-        [*start, "-m", "rear_scale", *map(str, words)],
+        [str(python), *torchrun, "-m", "rear_scale", *map(str, words)],
         cwd=folder,
-        env=environment(PYTHONPATH=str(site)),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -71,8 +95,8 @@ def test_a_wheel_holds_the_configs_scripts_and_templates(site: Path) -> None:
     assert {path.relative_to(site / "rear_scale").as_posix() for path in found} == expected
 
 
-def test_a_dry_run_in_an_empty_folder_names_the_engine_that_is_missing(site: Path, tmp_path: Path) -> None:
-    done = typed(site, tmp_path, "train", "--config", "rear_xl.yaml", "--dry-run")
+def test_a_dry_run_in_an_empty_folder_names_the_engine_that_is_missing(python: Path, tmp_path: Path) -> None:
+    done = typed(python, tmp_path, "train", "--config", "rear_xl.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "name: rear_xl" in done.stdout
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: strategy=zero2 needs")]
@@ -158,36 +182,33 @@ def test_without_a_checkout_the_version_takes_the_place_of_the_commit(
 
 
 @pytest.mark.long
-def test_the_commands_run_from_a_wheel(site: Path, tmp_path: Path, tokens: Path) -> None:
-    """Training by two ranks under torchrun, conversion, samples of the file, scores, a plan; then what ends in one line."""
+def test_the_commands_run_from_a_wheel(site: Path, python: Path, tmp_path: Path, tokens: Path) -> None:
+    """In a clean environment: training by two ranks under torchrun, conversion, samples of the file, scores, a plan; then
+    what ends in one line. With DeepSpeed: training by its launcher."""
     config = tiny_config_file(tmp_path, tokens)
     weights, inception, images = tmp_path / "tiny.safetensors", tmp_path / "inception.pth", tmp_path / "images.npz"
     torch.save(Inception().state_dict(), inception)
-    np.savez(images, arr_0=np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8))
+    np.savez(images, arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+    sample = ("sample", "--checkpoint", weights, "--out", "out.npz", "sample.num_images=4", "tokenizer.name=vqplus")
+    files = (f"evaluate.reference.r={images}", f"evaluate.inception_weights={inception}")
     outputs = {}
     for words, ranks in (
         (("train", "--config", config, "strategy=fsdp2", "train.total_steps=2"), 2),
         (("convert", tmp_path / "run", "--to", "consolidated", "--out", weights), 1),
-        (("sample", "--checkpoint", weights, "--out", "out.npz", "sample.num_images=4", "tokenizer.name=vqplus"), 1),
-        (
-            (
-                "evaluate",
-                "--samples",
-                images,
-                f"evaluate.reference.r={images}",
-                f"evaluate.inception_weights={inception}",
-            ),
-            1,
-        ),
+        (sample, 1),
+        (("evaluate", "--json", "--samples", images, *files), 1),
         (("plan", "--config", "rear_xl.yaml", "cluster.gpus=8"), 1),
         (("train", "--help"), 1),
     ):
-        done = typed(site, tmp_path, *words, ranks=ranks)
+        done = typed(python, tmp_path, *words, ranks=ranks)
         assert done.returncode == 0, done.stderr
         outputs[words[0]] = done.stdout
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
     assert list(tmp_path.glob("out*"))
     assert json.loads((tmp_path / "images.result.json").read_text())["provenance"]["commit"].startswith("version ")
+    scores = json.loads(outputs["evaluate"])["scores"]
+    assert scores["fid/r"] == 0.0
+    assert {"sfid/r", "inception_score", "precision_adm_fp16/r", "recall_adm_fp16/r"} <= scores.keys()
     assert "-m rear_scale train --config rear_xl.yaml" in outputs["plan"]
     assert "usage: python -m rear_scale train" in outputs["train"]
     for name in ("plan", "train"):
@@ -195,10 +216,27 @@ def test_the_commands_run_from_a_wheel(site: Path, tmp_path: Path, tokens: Path)
 
     for words, expected in (
         (("bench", "data"), "Run it in a checkout of the project"),
-        (("demo",), "error: the demo needs the package deepspeed"),
+        (("demo",), "error: the demo needs the package scikit-learn"),
         (("train", "--config", "demo.yaml"), "error: strategy=zero"),
         (("trian",), "error: trian is not a command; did you mean train?"),
     ):
-        done = typed(site, tmp_path, *words)
+        done = typed(python, tmp_path, *words)
         assert done.returncode == 2, done.stderr
         assert expected in done.stderr.splitlines()[-1]
+
+    shutil.rmtree(tmp_path / "run")
+    started = (
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--module",
+        "rear_scale",
+        "train",
+        "--config",
+        config,
+        "train.total_steps=2",
+    )
+    done = launch(*started, cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "done"

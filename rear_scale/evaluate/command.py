@@ -20,7 +20,7 @@ from rear_scale.evaluate.networks import rows_in_use, weight_fields
 from rear_scale.evaluate.networks.feature_cache import Part
 from rear_scale.evaluate.published import TableRow, our_rows, table, table_with_published, token_table
 from rear_scale.evaluate.reconstruction import score_reconstruction
-from rear_scale.evaluate.result import ImageScores, check_result, summary, write_result
+from rear_scale.evaluate.result import ImageScores, check_result, json_line, summary, write_result
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets, result_path_next_to
 from rear_scale.model import Generator
 from rear_scale.progress import say
@@ -48,6 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write statistics of the images, to be used as a reference",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
+    parser.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each set of images instead of the table"
+    )
 
 
 def _part(text: str) -> Part:
@@ -129,7 +132,7 @@ def _reconstruct(command: cli.Command, images: Path) -> None:
             say(f"{out}: written")
             name, size = f"{command.cfg.tokenizer.name} (reconstruction)", (originals.height, originals.width)
             rows = our_rows(name, scores, size)
-            print(table(rows, {}))
+            print(json_line(name, out, scores) if command.args.json else table(rows, {}))
             cli.end(out, f"PSNR {rows[0].cells['PSNR']} dB")
 
 
@@ -184,7 +187,7 @@ class _Job:
                     self._write_statistics(target)
         finally:
             # What is scored is shown, whatever a later target or damaged token shards bring.
-            if self.rows:
+            if self.rows and not self.args.json:
                 print(table_with_published(self.rows))
                 if predicted := token_table(self.predicted):
                     print(f"\n{predicted}")
@@ -222,6 +225,8 @@ class _Job:
         write(None)
         if self.world.is_main:
             self.rows += our_rows(target.name, images, (samples.height, samples.width))
+            if self.args.json:
+                print(json_line(target.name, target.output, images), flush=True)
         if target.checkpoint is not None:
             # Token predictions do not depend on sampling settings: compute them once per checkpoint.
             if target.checkpoint.path not in self.tokens:

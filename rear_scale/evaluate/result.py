@@ -303,3 +303,13 @@ def summary(images: ImageScores, setting: str) -> dict[str, float]:
     return {
         "/".join(filter(None, (number.name, number.reference, setting))): number.value for number in images.numbers()
     }
+
+
+def json_line(name: str, path: Path, images: ImageScores) -> str:
+    """One line of JSON: the name of the set of images, the path of its result, its scores under flat names
+    (METRIC/REFERENCE), and by reference the notes that a reader of the scores needs."""
+    notes: dict[str, list[str]] = {}
+    for network in images.networks.values():
+        for reference, values in network.references.items():
+            notes[reference] = list(dict.fromkeys([*notes.get(reference, []), *values.get("notes", [])]))
+    return json.dumps({"name": name, "result": str(path), "scores": summary(images, ""), "notes": notes})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
+from helpers import launch
 from seeded import images_of, inception_state, stored
 
 from rear_scale.evaluate.metrics.distances import codebook_use, frechet_distance
@@ -105,6 +107,26 @@ def test_inception_score_precision_and_recall(case, compare, extractor, found) -
             expected = stored(case.json, "exact", "from_torch_features", kind)
             if expected is not None and mode == "exact":
                 compare(f"{kind}, exact", share, expected, 1.5 / len(count))
+
+
+@pytest.mark.long
+def test_the_command_gives_the_scores_that_adm_prints(case, compare, tmp_path) -> None:
+    """`python -m rear_scale evaluate` on the files that ADM's evaluator gets, with nothing else."""
+    weights = tmp_path / "seeded.pth"
+    torch.save(inception_state(case, Inception()), weights)
+    for name, key in (("b", "ref_arr_0"), ("a", "smp_arr_0")):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images_of(case, case.json["sets"][key])[0])
+    done = launch(
+        "python", "-m", "rear_scale", "evaluate", "--samples", "a.npz", "--json",
+        "evaluate.reference.adm=b.npz", f"evaluate.inception_weights={weights}", cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores, expected = json.loads(done.stdout)["scores"], case.json["adm"]["plain"]
+    compare("FID", scores["fid/adm"], expected["FID"], 2e-4)
+    compare("sFID", scores["sfid/adm"], expected["sFID"], 1e-3)
+    compare("IS, relative", scores["inception_score"] / expected["Inception Score"], 1, 1e-6)
+    for kind, count in (("Precision", 48), ("Recall", 32)):
+        compare(kind, scores[f"{kind.lower()}_adm_fp16/adm"], expected[kind], 3.5 / count)
 
 
 def test_reconstructions_as_the_released_evaluator_scores_them(case, compare, extractor) -> None:
