@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="file, or folder for portable")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     args = cli.parse_source(parser)
-    convert(args.source, args.config, args.overrides, args.to, args.out, ema=args.ema, dry_run=args.dry_run)
+    convert(
+        args.source, args.config, args.overrides, args.to, args.out, ema=args.ema, dry_run=args.dry_run, full=args.full
+    )
     if not args.dry_run:
         # The merged form is for the released loaders alone.
         cli.end(args.out, args.to, "" if args.to == "merged" else cli.typed("sample", "--checkpoint", args.out))

@@ -116,7 +116,7 @@ def test_images_of_another_size_and_missing_settings_are_named(tmp_path: Path) -
     cfg = evaluation(tmp_path)
     check_evaluation(cfg)
     write_samples(tmp_path / "large.npz", iter([np.zeros((2, 24, 24, 3), np.uint8)]), 2, 24, np.zeros(2))
-    with pytest.raises(InputError, match="24x24, but evaluate.reference.(training|validation) of 12x12"):
+    with pytest.raises(InputError, match="24x24, but evaluate.reference.(training|validation) holds images of 12x12"):
         run_alone(_score, cfg, tmp_path / "large.npz", tmp_path / "cache")
     values = config.to_dict(cfg)
     values["evaluate"]["reference"] = {}

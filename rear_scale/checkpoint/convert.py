@@ -15,7 +15,7 @@ from rear_scale.checkpoint import released_trainer as accelerate
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import open_source, open_with_config
 from rear_scale.checkpoint.writer import write_consolidated, write_portable
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, to_yaml
 from rear_scale.files import remove_leftovers
 from rear_scale.locks import locked, remove_unheld
 from rear_scale.model import build_model
@@ -35,8 +35,12 @@ def convert(
     *,
     ema: bool = False,
     dry_run: bool = False,
+    full: bool = False,
 ) -> None:
-    """Writes `out` in a format. Raises InputError for an unreadable source, and for a format that it cannot have."""
+    """Writes `out` in a format. Raises InputError for an unreadable source, and for a format that it cannot have.
+
+    full: in a dry run, the config is printed too.
+    """
     _check_new(out)
     if form == "portable" and accelerate.is_released_checkpoint(source):
         if not dry_run:
@@ -57,6 +61,8 @@ def convert(
     if form in ("official", "merged"):
         weights = _official(cfg, weights, merge=form == "merged")
     if dry_run:
+        if full:
+            print(to_yaml(cfg))
         say(
             f"{checkpoint.path}, step {checkpoint.step}: {len(weights)} tensors, "
             f"{sum(w.numel() for w in weights.values()):,} values"

@@ -67,7 +67,8 @@ def _check_features(cfg: ExperimentConfig) -> None:
     if classifier is None and not rows_in_use(cfg.evaluate):
         raise InputError(
             "no feature network is set, so images cannot be compared. Set evaluate.inception_weights to the path of "
-            f"{INCEPTION.name}, published at {INCEPTION.source} (or evaluate.classifier, as configs/demo.yaml does)"
+            f"{INCEPTION.name}, published at {INCEPTION.source} (or for images unlike ImageNet's "
+            "evaluate.efficientnet_weights=package, or evaluate.classifier, as configs/demo.yaml has it)"
         )
     if classifier is not None and not Path(classifier.weights).exists() and not Path(classifier.images).exists():
         raise InputError(
