@@ -150,6 +150,18 @@ def test_the_config_for_own_images_is_one(tmp_path: Path) -> None:
     assert (plan.accumulation, cfg.tokenizer.training.images) == (1, "own/images/train")
 
 
+def test_the_messages_that_are_explained_are_those_of_the_program() -> None:
+    files = [*(ROOT / "rear_scale").rglob("*.py"), *(ROOT / "launchers").glob("*.py")]
+    # A message may be written in several strings, one below the other.
+    source = "".join(re.sub(r"\"\s*\n\s*f?\"", "", path.read_text()) for path in files)
+    table = (ROOT / "docs/training.md").read_text().split("## When something goes wrong")[1]
+    rows = re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", table, re.MULTILINE)
+    assert len(rows) > 10
+    for message in re.findall(r"`([^`]+)`", " ".join(rows)):
+        for words in message.split("..."):
+            assert words.strip(" ,:/") in source, message
+
+
 def test_the_changelog_lists_every_renamed_key() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     for old, new in renamed.KEYS.items():
