@@ -75,6 +75,7 @@ def tokenizer(arguments: argparse.Namespace) -> TokenizerConfig:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, AttributeError) as error:
         raise InputError(f"--tokenizer {path}: {str(error).splitlines()[0]}. Repair the file") from error
+    assert isinstance(cfg, TokenizerConfig), type(cfg)
     cfg.weights = arguments.weights
     return cfg
 

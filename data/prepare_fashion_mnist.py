@@ -28,7 +28,7 @@ from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.progress import progress
 from rear_scale.shards.images import read_image_index, write_images
-from rear_scale.shards.inputs import check_same_inputs
+from rear_scale.shards.inputs import Inputs, check_same_inputs
 
 IMAGE_SIZE = 32  # pixels, of which the outer two are the border
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -112,7 +112,7 @@ def evenly(part: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray,
 
 def write_split(out: Path, pixels: np.ndarray, classes: np.ndarray) -> None:
     """Writes the image shards of one split, unless they exist. Raises InputError for existing shards of other images."""
-    inputs = {"images": hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}
+    inputs: Inputs = {"images": hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}
     if (out / "index.json").exists():
         check_same_inputs(read_image_index(out).get("inputs"), inputs, out, "--out")
         print(f"{out} is complete")

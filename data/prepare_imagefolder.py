@@ -87,10 +87,10 @@ def prepare(
     if part is not None:
         inputs = {**inputs, "--split": part.name, "--val-fraction": part.val_fraction}
     if (out / "index.json").exists():
-        index = read_image_index(out)
-        check_same_inputs(index.get("inputs"), inputs, out, "--out")
+        before = read_image_index(out)
+        check_same_inputs(before.get("inputs"), inputs, out, "--out")
         writer.remove_records(out)  # left by a kill after the manifest was written
-        print(f"{shown(out)} is complete: {sum(shard.samples for shard in index['shards'])} images")
+        print(f"{shown(out)} is complete: {sum(shard.samples for shard in before['shards'])} images")
         return
     out.mkdir(parents=True, exist_ok=True)
     made_from = fingerprint(inputs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def token_summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def image_summary(index: dict) -> str:
+def image_summary(index: dict[str, Any]) -> str:
     """The content of image shards in three lines."""
     counts = np.array(index["label_counts"] or [0])
     size = f"{index['image_size']} pixels squared" if index["image_size"] else "of various sizes"

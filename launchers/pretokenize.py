@@ -10,6 +10,7 @@ number of ranks; the same command continues after a kill.
 from pathlib import Path
 
 from rear_scale import cli
+from rear_scale.config import required_path
 from rear_scale.shards.pretokenize import check_pretokenize, pretokenize
 from rear_scale.shards.record import read_manifest
 from rear_scale.shards.storage import is_remote
@@ -27,18 +28,18 @@ def main() -> None:
     images = check_pretokenize(command.cfg)
     with joined(command.ranks, same_for_any_world=True, timeout_s=_LONGEST_WAIT_S) as world:
         pretokenize(command.cfg, images, world)
-    out = command.cfg.pretokenize.out
-    cli.end(out, read_manifest(out).in_a_line(), _following(command))
+    out = required_path(command.cfg.pretokenize.out, "pretokenize.out")
+    cli.end(out, read_manifest(out).in_a_line(), _following(command, Path(out)))
 
 
-def _following(command: cli.Command) -> str:
+def _following(command: cli.Command, out: Path) -> str:
     """Tokenizing the validation images where their shards are missing, else training."""
     cfg, own = command.cfg, ["--config", command.args.config]
     given = [text for text in command.args.overrides if not text.startswith("pretokenize.")]
     kept = [text for text in command.args.overrides if text not in given and not text.startswith(_OF_ONE_SET)]
-    val, out = cfg.data.val, Path(cfg.pretokenize.out)
+    val = cfg.data.val
     if val is not None and not is_remote(val) and not Path(val).exists() and Path(val) != out:
-        images = Path(cfg.pretokenize.images).with_name("val")
+        images = Path(required_path(cfg.pretokenize.images, "pretokenize.images")).with_name("val")
         kept += [f"pretokenize.images={images if images.is_dir() else 'IMAGES'}", f"pretokenize.out={val}"]
         return cli.typed("pretokenize", *own, *given, *kept)
     if cfg.data.train is None or (not Path(cfg.data.train).exists() and val != str(out)):

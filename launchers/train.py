@@ -9,6 +9,9 @@ exit code 75; a second Ctrl-C ends at once. --check only checks whether all node
 all-reduce.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.training_scores import check_training_scores, training_hooks
@@ -57,8 +60,12 @@ def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
     timeout_s = _LONGEST_SUSPENSION_S if cfg.guard.hang_timeout_s else _COLLECTIVE_S
     with joined(ranks, timeout_s=timeout_s) as world:
         tokens, codebook = data.open(world)
-        beside = [*grid_hooks(cfg, world), *training_hooks(cfg, world)]
-        hooks = Hooks(on_checkpoint=[*beside], on_resume=[hook.make_missing for hook in beside])
+        grids, scores = grid_hooks(cfg, world), training_hooks(cfg, world)
+        missing: list[Callable[[int, Path], None]] = [
+            *(hook.make_missing for hook in grids),
+            *(hook.make_missing for hook in scores),
+        ]
+        hooks = Hooks(on_checkpoint=[*grids, *scores], on_resume=missing)
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
         train(cfg, data.plan, world, tokens, codebook, hooks)

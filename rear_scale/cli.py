@@ -285,7 +285,7 @@ def show_paths(
     if command.args.full:
         print(config.to_yaml(command.cfg))
     for name in (*inputs, *outputs):
-        value = command.cfg
+        value: Any = command.cfg
         for part in name.split("."):
             value = getattr(value, part, None)
         if value is None:

@@ -34,7 +34,7 @@ class Peers:
     def __init__(self, store: dist.Store, rank: int, size: int, machine: str) -> None:
         self.rank, self.size, self.machine = rank, size, machine
         # A separate connection: the process group's connection may be blocked waiting for a key.
-        self.store = dist.PrefixStore("rear_scale/peers", store.clone())
+        self.store = dist.PrefixStore("rear_scale/peers", store.clone())  # type: ignore[attr-defined]  # absent from torch's stub
         self.store.set(f"machine/{rank}", machine)
         self.first_machine = self.store.get("machine/0").decode()
         self.told = False

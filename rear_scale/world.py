@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from rear_scale.locks import locked
 from rear_scale.peers import Peers
 from rear_scale.progress import say
 
+_T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RENDEZVOUS_S = 1800.0  # within this time the last rank must have started
 _NAME_S = 20  # for this long the lookup of a host name is tried again
@@ -226,7 +228,7 @@ class World:
         dist.all_gather(rows, mine)
         return torch.stack(rows).cpu()
 
-    def gather(self, item: Any) -> list[Any]:
+    def gather(self, item: _T) -> list[_T]:
         """The items of all ranks in rank order, on every rank. Meant for small Python objects."""
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
@@ -236,27 +238,28 @@ class World:
         """The new value of a counter in the store, which starts at 0. An atomic increment, not a collective."""
         return dist.distributed_c10d._get_default_store().add(f"rear_scale/{counter}", amount)
 
-    def from_main(self, item: Any) -> Any:
+    def from_main(self, item: _T) -> _T:
         """The item of rank 0, on every rank. Meant for small Python objects."""
         box = [item]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def on_main(self, job: Callable[[], Any]) -> Any:
+    def on_main(self, job: Callable[[], _T]) -> _T:
         """The return value of `job` on every rank; it runs on rank 0 alone. Its InputError or OSError is raised on every rank.
 
         If rank 0 alone raised, the other ranks would fail in a collective and their errors would bury its message.
         """
-        done, error = None, None
+        outcome: tuple[_T] | InputError | OSError | None = None
         if self.is_main:
             try:
-                done = job()
+                outcome = (job(),)
             except (InputError, OSError) as raised:
-                error = raised
-        done, error = self.from_main((done, error))
-        if error is not None:
-            raise error
-        return done
+                outcome = raised
+        outcome = self.from_main(outcome)
+        assert outcome is not None, "rank 0 has one"
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome[0]
 
     @contextmanager
     def alone(self, lock: Path, refusal: str) -> Iterator[None]:
@@ -284,14 +287,14 @@ class SingleProcess(World):
         parts = [part.detach().reshape(1).double().cpu() for part in computed]
         return torch.cat([torch.tensor(values, dtype=torch.float64), *parts])[None]
 
-    def gather(self, item: Any) -> list[Any]:
+    def gather(self, item: _T) -> list[_T]:
         return [item]
 
     def add(self, counter: str, amount: int = 1) -> int:
         self.counters[counter] = self.counters.get(counter, 0) + amount
         return self.counters[counter]
 
-    def from_main(self, item: Any) -> Any:
+    def from_main(self, item: _T) -> _T:
         return item
 
 
@@ -314,22 +317,24 @@ def joined(ranks: Ranks, *, same_for_any_world: bool = False, timeout_s: float =
         torch.set_num_threads(1)
     elif own_device.type == "cpu":
         torch.set_num_threads(_threads(ranks))
-    common = {
-        "backend": "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo",
-        "timeout": timedelta(seconds=timeout_s),
+    timeout = timedelta(seconds=timeout_s)
+    join = partial(
+        dist.init_process_group,
+        backend="cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo",
+        timeout=timeout,
         # With device_id, every later group is created by splitting this one, which is faster than connecting anew. In a world
         # of one DeepSpeed fails on such groups (DeepSpeed issue 8248).
-        "device_id": own_device if own_device.type == "cuda" and ranks.world_size > 1 else None,
-    }
+        device_id=own_device if own_device.type == "cuda" and ranks.world_size > 1 else None,
+    )
     # DeepSpeed reads these variables, and srun does not set them.
     os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
     if ranks.master_addr is None or ranks.master_port is None:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
+        join(store=dist.HashStore(), rank=0, world_size=1)
     else:
         os.environ.update(MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port))
         store = dist.PrefixStore("default_pg", _meet(ranks, min(timeout_s, _RENDEZVOUS_S)))
-        store.set_timeout(common["timeout"])
-        dist.init_process_group(store=store, rank=ranks.rank, world_size=ranks.world_size, **common)
+        store.set_timeout(timeout)
+        join(store=store, rank=ranks.rank, world_size=ranks.world_size)
     peers = None
     if ranks.world_size > 1:
         peers = Peers(dist.distributed_c10d._get_default_store(), ranks.rank, ranks.world_size, node_name())

@@ -6,14 +6,14 @@ B.1 and C.1, Figure 8a)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rear_scale.config import ExperimentConfig
+from rear_scale.config import ExperimentConfig, required_path
 from rear_scale.objective import permutation
 from rear_scale.objective.prediction import (
     Replacement,
@@ -64,9 +64,8 @@ def predict_tokens(
     prediction of each sample; None = as tokens are stored.
     """
     rows = [torch.zeros(0, 2, dtype=torch.float64)]
-    replacements = [
-        Replacement(replace_rate, _DRAW_SEED, draw, tokens.manifest.codebook_size) for draw in range(draws)
-    ] or [None]
+    noisy = [Replacement(replace_rate, _DRAW_SEED, draw, tokens.manifest.codebook_size) for draw in range(draws)]
+    replacements: Sequence[Replacement | None] = noisy or [None]
     batches = batches_of_rank(len(tokens), batch_size, world.rank, world.size)
     mine = [ids for ids, counted in batches if counted]
     training = model.training
@@ -82,8 +81,8 @@ def predict_tokens(
                 rows.append(sequence_scores(logits, task.tokens).cpu())
                 bar.update(len(ids))
     model.train(training)
-    sums = exact_sums(world.gather(torch.cat(rows)))
-    ctr, loss = ratio_and_loss(*sums, len(replacements) * len(tokens) * tokens.manifest.num_tokens)
+    loss_sum, correct = exact_sums(world.gather(torch.cat(rows)))
+    ctr, loss = ratio_and_loss(loss_sum, correct, len(replacements) * len(tokens) * tokens.manifest.num_tokens)
     return TokenPrediction(ctr, math.exp(loss), len(tokens), draws)
 
 
@@ -102,15 +101,11 @@ def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[
             opened[name] = (
                 open_set(cfg.data, manifest, world.size)
                 if name == "train"
-                else open_tokens(cfg.data.val, cfg.data.cache_dir, manifest=manifest)
+                else open_tokens(required_path(cfg.data.val, "data.val"), cfg.data.cache_dir, manifest=manifest)
             )
     orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer)
-    noisy = {"replace_rate": evaluate.replace_rate, "draws": evaluate.replace_draws}
-    scores = {}
-    for name, tokens in opened.items():
-        scores[f"{name}_clean"] = predict_tokens(model, tokens, world, batch_size=evaluate.batch_size, orders=orders)
+    predict = partial(predict_tokens, model, world=world, batch_size=evaluate.batch_size, orders=orders)
+    scores = {f"{name}_clean": predict(tokens) for name, tokens in opened.items()}
     if "val" in opened:
-        scores["val_noisy"] = predict_tokens(
-            model, opened["val"], world, batch_size=evaluate.batch_size, orders=orders, **noisy
-        )
+        scores["val_noisy"] = predict(opened["val"], replace_rate=evaluate.replace_rate, draws=evaluate.replace_draws)
     return {name: asdict(score) for name, score in scores.items()}

@@ -28,7 +28,7 @@ from rear_scale.files import file_sha256, write_text_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
 from rear_scale.shards.reader import TokenSet, open_set
-from rear_scale.shards.record import Manifest, read_manifest, write_manifest
+from rear_scale.shards.record import Manifest, TarShard, read_manifest, write_manifest
 
 _TOKENS, _CODES, _CLASSES = 256, 1024, 1000
 _BATCH = 256  # samples
@@ -252,7 +252,7 @@ def _write_sets(folder: Path, samples: int, shards: int) -> None:
     say(f"sets of {samples:,} samples are in {folder}")
 
 
-def _manifest(folder: Path, shards: list, samples: int, per_shard: int) -> Manifest:
+def _manifest(folder: Path, shards: list[TarShard], samples: int, per_shard: int) -> Manifest:
     return Manifest(
         tokenizer="random",
         tokenizer_sha256=hashlib.sha256(b"").hexdigest(),

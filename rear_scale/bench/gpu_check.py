@@ -122,7 +122,8 @@ def _engines(out: Path, small: bool) -> list[Part]:
         Part("tokens", "data of the runs below", 60, None, judge=partial(gpu_runs.write_tokens, out, sizes)),
     ]
     for run in gpu_runs.RUNS:
-        name, others = f"trajectory_{run.name}", {gpu_runs.REFERENCE, run.goes_on} - {None, run.name}
+        name = f"trajectory_{run.name}"
+        others = {other for other in (gpu_runs.REFERENCE, run.goes_on) if other is not None and other != run.name}
         engine_parts.append(
             Part(
                 name,
@@ -178,7 +179,8 @@ def _scaling(out: Path, strategy: str) -> Part:
 
 def run(chosen: Sequence[Part], out: Path, minutes: float, gpus: int, clock: Callable[[], float]) -> dict[str, Answer]:
     """The answers by name of the part: earlier answers for this commit, and as many new ones as the time allows."""
-    deadline, answers = clock() + 60 * minutes, {}
+    deadline = clock() + 60 * minutes
+    answers: dict[str, Answer] = {}
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for part in chosen:
         answers[part.name] = _earlier(part, out) or _answer(part, out, deadline - clock(), gpus, answers)

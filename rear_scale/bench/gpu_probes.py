@@ -75,7 +75,7 @@ def decoding_images(device: torch.device, small: bool) -> str:
         exact = tokenizer.decode(ids)
         for name in ("fp32", "channels last", "bf16"):
             if name == "channels last":
-                tokenizer.to(memory_format=torch.channels_last)
+                tokenizer.use_channels_last()
             if name == "bf16":
                 tokenizer.decode_in_bfloat16()
             ms = 1e3 * _seconds(device, lambda: tokenizer.decode(ids), 2) / images

@@ -213,7 +213,7 @@ def _plain(
 ) -> Tensor:
     generators, sampling = reference.load("generators"), reference.load("sampling")
 
-    def forward(w: dict[str, Tensor], tokens: Tensor, condition: Tensor, cache: list | None) -> Tensor:
+    def forward(w: dict[str, Tensor], tokens: Tensor, condition: Tensor, cache: list[Any] | None) -> Tensor:
         return generators.rar_forward(w, tokens, condition, cfg.model.num_heads, cache=cache)[0]
 
     def draw(logits: Tensor, step: int) -> Tensor:

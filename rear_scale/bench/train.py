@@ -195,7 +195,8 @@ class _PlainStep:
         optim = cfg.optim
         groups = self.training.parameter_groups(weights, optim.weight_decay)
         fused = self.condition.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=tuple(optim.betas), fused=fused)
+        first, second = optim.betas
+        self.optimizer = torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=(first, second), fused=fused)
 
     def __call__(self) -> float:
         cfg, task, weights, device = self.cfg, self.task, self.weights, self.condition.device

@@ -83,7 +83,7 @@ def newest_intact(root: Path, world: World, report: Callable[[str], None]) -> Ch
     A damaged one is skipped: renamed to step_XXXXXXXX.damaged and reported through `report` on rank 0. All ranks must call
     this, with the run locked.
     """
-    for path in reversed(world.from_main(folders(root) if world.is_main else None)):
+    for path in reversed(world.on_main(lambda: folders(root))):
         # Each rank checks some of the files, and all get the results of all.
         results = world.gather(fault(path, part=slice(world.rank, None, world.size)))
         faults = [reason for reason in results if reason]

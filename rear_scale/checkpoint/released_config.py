@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,9 +17,7 @@ __all__ = ["config_of_weights", "config_of_yaml", "is_released_yaml"]
 _TITOK_TOKENS = 64
 
 
-def config_of_weights(
-    weights: Mapping[str, Tensor], source: str, overrides: list[str] | tuple[str, ...] = ()
-) -> ExperimentConfig:
+def config_of_weights(weights: Mapping[str, Tensor], source: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The published config that fits a weight file best, with the shape of the file, and overrides applied last.
 
     Raises InputError for a file of any other model.

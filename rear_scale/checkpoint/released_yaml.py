@@ -210,14 +210,14 @@ class _Yaml:
         """The value of a key. Raises InputError for another type than value_type, null included."""
         if key not in self.values:
             return default
-        value = self.values[key]
+        value: Any = self.values[key]
         if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
             raise InputError(f"{self.path}: {key} is a number of more than {MOST_DIGITS} digits. Write a smaller one")
         if value_type is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 5e4 is a number of steps
         if value_type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value) is not value_type or (value_type is str and ("${" in value or not value.strip())):
+        if type(value) is not value_type or (isinstance(value, str) and ("${" in value or not value.strip())):
             raise self.refusal(key, f"takes {_NAMES[value_type]}. Write one")
         return value
 
@@ -250,7 +250,8 @@ def _flat(path: Path, values: DictConfig) -> dict[str, Any]:
             elif value is not None or section:  # empty top-level sections are ignored
                 flat[key] = value
 
-    add("", OmegaConf.to_container(values, resolve=False))
+    container: Any = OmegaConf.to_container(values, resolve=False)
+    add("", container)
     texts = {key: value for key, value in flat.items() if isinstance(value, str) and "${" in value}
     check_references(texts.values(), str(path))
     for key, text in texts.items():

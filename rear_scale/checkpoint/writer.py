@@ -98,7 +98,9 @@ class Writer:
         if self.world.is_main:
             try:
                 if problem is None:
-                    self._publish(final, [part for _, part in written])
+                    parts = [part for _, part in written if part is not None]
+                    assert len(parts) == len(written), "a rank has neither a part nor an error"
+                    self._publish(final, parts)
             except Exception as error:  # training goes on after any error
                 problem = f"rank 0: {reason(error)}"
             if problem is not None:

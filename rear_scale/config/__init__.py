@@ -9,7 +9,7 @@ A broken rule raises InputError: one line with the field, its value, the rule an
 from rear_scale.config.arrived import found_from, is_remote
 from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
-from rear_scale.config.errors import InputError, UnknownLength, all_checks, first_line
+from rear_scale.config.errors import InputError, UnknownLength, all_checks, first_line, required_path
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, given_keys, load, override_keys
 from rear_scale.config.overrides import CONFIG_DIR, check_override, combinations, in_quotes, shown
 from rear_scale.config.schema import (
@@ -68,6 +68,7 @@ __all__ = [
     "is_remote",
     "load",
     "override_keys",
+    "required_path",
     "settled",
     "shown",
     "to_dict",

@@ -47,13 +47,10 @@ def taken(values: Any, source: str) -> dict[str, Any]:
         name = run.get("name")
         run["dir"] = f"runs/{name if _is_name(name) else RunConfig.name}"
     evaluate = allowed.get("evaluate")
-    classifier = evaluate.get("classifier") if isinstance(evaluate, dict) else None
-    if (
-        isinstance(classifier, dict)
-        and not _is_inside(classifier.get("weights"))
-        and not _is_file(classifier.get("weights"))
-    ):
-        evaluate["classifier"] = None  # a missing classifier would be trained and written to that path
+    if isinstance(evaluate, dict) and isinstance(classifier := evaluate.get("classifier"), dict):
+        weights = classifier.get("weights")
+        if not _is_inside(weights) and not _is_file(weights):
+            evaluate["classifier"] = None  # a missing classifier would be trained and written to that path
     if isinstance(wandb, dict) and "mode" in wandb:
         wandb["mode"] = "disabled"
     return allowed
@@ -81,7 +78,7 @@ def found_from(cfg: ExperimentConfig, folder: Path, given: Collection[str]) -> l
             if label in given or not isinstance(text, str) or (base := _base_of(text, bases)) is None:
                 continue
             by_base.setdefault(base, []).append(f"{label}={text}")
-            if labels:
+            if isinstance(value, dict):
                 value[entry] = str(base / text)
             else:
                 setattr(section, name, str(base / text))

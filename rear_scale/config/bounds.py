@@ -64,6 +64,7 @@ def _check_events(events: Iterator[yaml.Event], source: str) -> None:
                 raise InputError(
                     f"{source}: the alias *{event.anchor} is inside the value that it refers to. Write the value out"
                 )
+            assert event.anchor is not None, "an alias has a name"
             values, levels = anchored.get(event.anchor, (1, 0))
             aliased += values
             if aliased > MOST_ALIASED:

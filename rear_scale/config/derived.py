@@ -48,6 +48,7 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
             "Make the shards first, or set data.assumed_images or train.total_steps"
         )
     else:
+        assert train.epochs is not None, "validate requires it where there is no total_steps"
         total_steps = max(1, round(train.epochs * images_per_epoch / train.global_batch_size))
     noise, permutation = cfg.objective.noise, cfg.objective.permutation
     return Plan(

@@ -25,6 +25,13 @@ def all_checks(*checks: Callable[[], object]) -> None:
         raise InputError(". ".join(text.rstrip(".") for text in messages))
 
 
+def required_path(path: str | None, name: str) -> str:
+    """A path of the config that the work at hand needs. Raises InputError, with the name of its field, where it is None."""
+    if path is None:
+        raise InputError(f"{name} is not set. Set it to a path: {name}=PATH")
+    return path
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, at most 300 characters; the name of its type if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

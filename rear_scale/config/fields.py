@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypedDict, TypeVar, Unpack, get_args, get_type_hints, overload
 
 from rear_scale.config.errors import InputError
 from rear_scale.config.renamed import refusal_of_value
@@ -70,29 +70,45 @@ class Declaration:
                 raise InputError(f"{name}={value} {rule.says}. {rule.way_out.format(name=name)}")
 
 
-def setting(default: Any, doc: str, **traits: Any) -> Any:
-    """A field without a rule of its own. traits here and below: rules, may_change, by_weights, reads."""
+class Traits(TypedDict, total=False):
+    """What a declaration of any kind may say beside its own arguments; meanings as in Declaration."""
+
+    may_change: bool
+    by_weights: bool
+    reads: bool
+
+
+# The functions below are used as dataclasses.field is: what they return is no value of the field, but typed as its default,
+# so that type checkers compare it with the field's annotation.
+_Value = TypeVar("_Value")
+_Number = TypeVar("_Number", bound=float | None)
+
+
+def setting(default: _Value, doc: str, *, rules: tuple[Rule, ...] = (), **traits: Unpack[Traits]) -> _Value:
+    """A field without a kind of its own."""
+    return _field(default, Declaration(doc, rules, **traits))
+
+
+def path(default: str | None, doc: str, **traits: Unpack[Traits]) -> Any:
+    """A file or folder. A resumed run may have another path, because the location of a file changes no result."""
+    traits.setdefault("may_change", True)
+    traits.setdefault("reads", True)
     return _field(default, Declaration(doc, **traits))
 
 
-def path(default: str | None, doc: str, **traits: Any) -> Any:
-    """A file or folder. A resumed run may have another path, because the location of a file changes no result."""
-    return _field(default, Declaration(doc, **{"may_change": True, "reads": True, **traits}))
-
-
-def choice(default: Any, doc: str, *, among: Choices, **traits: Any) -> Any:
+def choice(default: _Value, doc: str, *, among: Choices, **traits: Unpack[Traits]) -> _Value:
     """A field with a fixed set of values."""
     return _field(default, Declaration(doc, among=among, **traits))
 
 
-def choices(default: list[str], doc: str, *, among: Choices, **traits: Any) -> Any:
+def choices(default: list[str], doc: str, *, among: Choices, **traits: Unpack[Traits]) -> list[str]:
     """A list of one or more values out of a fixed set."""
     way_out = f"Use [{','.join(default)}]"
     return _field(default, Declaration(doc, (Rule(bool, "is empty", way_out, "one or more"),), among, True, **traits))
 
 
 def number(
-    default: float | None,
+    default: _Number,
     doc: str,
     *,
     above: float | None = None,
@@ -103,8 +119,8 @@ def number(
     way_out: str | None = None,
     too_large: str | None = None,
     rules: tuple[Rule, ...] = (),
-    **traits: Any,
-) -> Any:
+    **traits: Unpack[Traits],
+) -> _Number:
     """A finite number within bounds: above and below are exclusive, least and most inclusive.
 
     says, way_out: the two parts of the error of a value out of bounds; too_large: the whole error of a value above `most`,
@@ -112,7 +128,7 @@ def number(
     """
     if most is not None and most > 1:
         rule, _, smaller = (too_large or f"is above {most:,}. Use a smaller one").partition(". ")
-        rules += (Rule(lambda value, most=most: not value > most, rule, smaller, f"≤ {most:,}"),)
+        rules += (Rule(_at_most(most), rule, smaller, f"≤ {most:,}"),)
         most = None
     if (above, least, below, most) != (None,) * 4:
         rule, short, usual = _in_words(above, least, below, most)
@@ -120,19 +136,19 @@ def number(
     return _field(default, Declaration(doc, rules, **traits))
 
 
-def fraction(default: float, doc: str, **traits: Any) -> Any:
+def fraction(default: float, doc: str, **traits: Unpack[Traits]) -> float:
     """A number from 0 to 1."""
     return number(default, doc, least=0, most=1, **traits)
 
 
-def seed(default: int, doc: str, **traits: Any) -> Any:
+def seed(default: int, doc: str, **traits: Unpack[Traits]) -> int:
     """A seed of random numbers, at most 63 bits: generators use 64 bits of it, so a larger number would repeat a smaller one."""
     says, short = "must lie between 0 and 2^63 - 1", "0 .. 2^63 - 1"
     rule = Rule(lambda value: 0 <= value <= _LARGEST_SEED, says, "Set {name}=0", short)
     return _field(default, Declaration(doc, (rule,), **traits))
 
 
-def time_of_run(default: float, doc: str, **traits: Any) -> Any:
+def time_of_run(default: float, doc: str, **traits: Unpack[Traits]) -> float:
     """A time in a run: up to 1 a fraction of its length, above 1 a step."""
     rule = Rule(
         lambda value: 0 <= value < math.inf and (value <= 1 or value == int(value)),
@@ -143,7 +159,11 @@ def time_of_run(default: float, doc: str, **traits: Any) -> Any:
     return _field(default, Declaration(doc, (rule,), **traits))
 
 
-def section(config_class: type | None, doc: str = "", **traits: Any) -> Any:
+@overload
+def section(config_class: type[_Value], doc: str = "", **traits: Unpack[Traits]) -> _Value: ...
+@overload
+def section(config_class: None, doc: str = "", **traits: Unpack[Traits]) -> None: ...
+def section(config_class: type | None, doc: str = "", **traits: Unpack[Traits]) -> Any:
     """A section of the config; config_class=None for one that may be absent.
 
     may_change and by_weights are inherited by its fields that do not set them.
@@ -159,6 +179,10 @@ def _field(default: Any, declaration: Declaration) -> Any:
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _at_most(most: float) -> Callable[[float], bool]:
+    return lambda value: not value > most
 
 
 def _inside(
@@ -226,7 +250,7 @@ def _declared(config_class: type, prefix: str, around: Declaration) -> Iterator[
         own = dataclasses.replace(own, **inherited)
         yield prefix + field.name, own
         for inner in (hints[field.name], *get_args(hints[field.name])):
-            if dataclasses.is_dataclass(inner):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 yield from _declared(inner, f"{prefix}{field.name}.", own)
 
 
@@ -244,7 +268,8 @@ def declaration(config_class: type, name: str) -> Declaration | None:
 
 def check_fields(cfg: Any) -> None:
     """Raises InputError for the first field of a config whose value breaks the rule of its own declaration."""
-    for name, own in declarations(type(cfg)).items():
+    config_class: type = type(cfg)
+    for name, own in declarations(config_class).items():
         if own.among is None and not own.rules:
             continue
         value = cfg

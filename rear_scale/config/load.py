@@ -46,7 +46,7 @@ OmegaConf.register_new_resolver(
 )
 
 
-def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+def load(config: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The validated config of a file in `configs/` (or any path) with Hydra-style overrides applied in order.
 
     Raises InputError for an unknown file, key or group, a wrong type, and every rule of `validate`.
@@ -61,7 +61,7 @@ def load(config: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment
     return cfg
 
 
-def given_keys(config: str, overrides: list[str] | tuple[str, ...] = ()) -> frozenset[str]:
+def given_keys(config: str, overrides: Sequence[str] = ()) -> frozenset[str]:
     """The dotted keys that the user sets: on the command line, and in files outside configs/ or the named one of configs/.
 
     Not those of the files of configs/ that it is composed of. Raises InputError for an unknown file and a wrong override.
@@ -97,7 +97,7 @@ def figure_overrides(name: str) -> list[str]:
     return [f"{key}={value}" for key, value in leaves({"sample": own["sample"]}).items()]
 
 
-def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+def from_dict(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The validated config of nested plain values, as `to_dict` returns them, with overrides applied in order.
 
     `source` is named in errors. Raises InputError as `load` does.
@@ -106,7 +106,7 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | tuple[
     return _typed(_overridden(OmegaConf.create(values), parsed, set()), parsed, source)
 
 
-def from_file(values: Any, source: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+def from_file(values: Any, source: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The validated config of values that come from a weight file or checkpoint (see arrived.py), with the user's overrides.
 
     `source` is the file. Raises InputError as `load` does, and for values that no such config may hold.
@@ -184,12 +184,21 @@ def _composed(
             ) from None
         except yaml.MarkedYAMLError as error:
             place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise InputError(f"{path} is not valid YAML ({place}{_one_line(error.problem)}). Correct it") from error
+            raise InputError(
+                f"{path} is not valid YAML ({place}{_one_line(error.problem or error)}). Correct it"
+            ) from error
         except Exception as error:
             # Hydra does not check the types in a defaults list, so a wrong one raises any kind of error.
             raise InputError(f"{path} cannot be read as a config: {_one_line(error)}") from error
         else:
-            return OmegaConf.to_container(values, resolve=False), tuple(listed)
+            return _plain(values), tuple(listed)
+
+
+def _plain(values: DictConfig) -> dict[str, Any]:
+    """The values as dicts and lists, with references (${KEY}) as they are written."""
+    plain: Any = OmegaConf.to_container(values, resolve=False)
+    assert isinstance(plain, dict), type(plain)
+    return plain
 
 
 def _not_a_mapping(text: str) -> str | None:
@@ -239,7 +248,7 @@ def _overridden(values: DictConfig, overrides: list[Override], composed: set[str
                 f"{key}={shown(str(value))} cannot be set: {_one_line(error)}. References to other keys are written as "
                 "${run.name}"
             ) from None
-    return OmegaConf.to_container(values, resolve=False)
+    return _plain(values)
 
 
 def _remove(values: DictConfig, key: str) -> None:
@@ -264,7 +273,7 @@ def _without_nulls(values: Any, kind: Any) -> Any:
         entry = get_args(plain)[1]
         kept = values if entry is Any else {name: one for name, one in values.items() if one is not None}
         return {name: _without_nulls(one, entry) for name, one in kept.items()}
-    if not dataclasses.is_dataclass(plain):
+    if not (isinstance(plain, type) and dataclasses.is_dataclass(plain)):
         return values
     return {name: _without_nulls(one, hints(plain).get(name, Any)) for name, one in values.items()}
 
@@ -284,6 +293,7 @@ def _typed(
         cfg = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise InputError(_wrong_value(error, values, source)) from None
+    assert isinstance(cfg, ExperimentConfig), type(cfg)
     geometry.complete(cfg.tokenizer, values.get("tokenizer", {}), own | overridden)
     for key, value in leaves(to_dict(cfg)).items():
         # Saved and read again, it would be a reference to another key.

@@ -305,7 +305,7 @@ def entry_type(kind: Any, name: str, section: str, key: str = "") -> Any:
         if not _NAME.fullmatch(name) or not name.isprintable():
             raise InputError(f"{wrong}: a name has no spaces, dots, colons or brackets. Use {section}.NAME=VALUE")
         return get_args(kind)[1]
-    if not dataclasses.is_dataclass(kind):
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         section = shown(section)
         raise InputError(f"{wrong}: {section} is a single value and has no field {shown(name)}. Use {section}=VALUE")
     fields = hints(kind)
@@ -332,7 +332,7 @@ def type_name(kind: Any) -> str:
         many = {int: "whole numbers", float: "numbers", str: "texts"}
         text = f"a list of {many[get_args(plain)[0]]}"
     else:
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         words[bool | str] = "true, false or auto"
         text = words.get(plain, "a section")
     return text if plain is kind else f"{text} or null"

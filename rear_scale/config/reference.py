@@ -38,7 +38,11 @@ def _section(section: str) -> Iterator[str]:
     yield f"## {section}\n"
     known = {name: own for name, own in declarations(ExperimentConfig).items() if name.startswith(f"{section}.")}
     inner = {name: strip_optional(field_type(name)) for name in (section, *known)}
-    sections = {name: annotation for name, annotation in inner.items() if dataclasses.is_dataclass(annotation)}
+    sections = {
+        name: annotation
+        for name, annotation in inner.items()
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    }
     if is_group(section):
         files = ", ".join(f"`{path.stem}`" for path in sorted((CONFIG_DIR / section).glob("*.yaml")))
         yield f"Files: `{section}=` {files}.\n"

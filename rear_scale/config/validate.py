@@ -153,6 +153,7 @@ def _validate_permutation(cfg: ExperimentConfig) -> None:
         f"tokenizer.name={tokenizer.name} are a sequence",
         f"Use {name}=row_major, or set tokenizer.grid=[ROWS,COLUMNS]",
     )
+    assert tokenizer.grid is not None, "required above"
     rows, columns = tokenizer.grid
     _require(
         order != "subsample" or (rows == columns and rows & (rows - 1) == 0),

@@ -162,7 +162,7 @@ class Evaluation:
             if images is not None:
                 feature_sets.append(extract(images, self.networks, self.cache, batch_size, self.world, part))
         self.world.barrier()
-        return bool(self.world.from_main(all(map(is_complete, feature_sets)) if self.world.is_main else None))
+        return self.world.on_main(lambda: all(map(is_complete, feature_sets)))
 
     def remove_features(self, samples: ImageSet) -> None:
         """Removes the stored features of a set. Must be called by one rank, when no other rank reads them any more."""
@@ -188,7 +188,7 @@ class Evaluation:
                 f"{images.name} holds {images.count} image, which has no covariance. Use at least two, better many images"
             )
         feature_sets = extract(images, self.networks, self.cache, self.cfg.evaluate.batch_size, self.world, part)
-        complete = bool(self.world.from_main(is_complete(feature_sets) if self.world.is_main else None))
+        complete = self.world.on_main(lambda: is_complete(feature_sets))
         if self.world.is_main and complete:
             moments: dict[str, Moments] = {}
             identities: dict[str, str] = {}
@@ -227,16 +227,17 @@ class Evaluation:
 
     def _classifier_scores(self, samples: ImageSet, features: dict[str, FeatureBlocks]) -> ClassifierScores:
         """Scores of the samples by the config's own classifier, and those of the references against each other for comparison."""
+        settings = self.cfg.evaluate.classifier
         assert self.classifier is not None
+        assert settings is not None
         if self.small_features is None:
             extractors = self._small_extractors()
             self.small_features = {
                 name: self._feature_sets(name, self._extract(images, extractors))
                 for name, images in self.small_sets.items()
             }
-        weights = self.cfg.evaluate.classifier.weights
         return ClassifierScores(
-            f"penultimate layer of the classifier {weights} (sha256 {self.classifier.weights_sha256[:16]})",
+            f"penultimate layer of the classifier {settings.weights} (sha256 {self.classifier.weights_sha256[:16]})",
             self._small_scores(samples, self._feature_sets(samples.name, features)),
             {name: self._small_scores(images, self.small_features[name]) for name, images in self.small_sets.items()},
         )

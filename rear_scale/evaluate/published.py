@@ -75,7 +75,8 @@ def our_rows(name: str, scores: ImageScores, size: tuple[int, int] | None = None
         return []
     references = list(dict.fromkeys(other for parts in values.values() for other in parts if other is not None))
     rows = []
-    for reference in references or [None]:
+    without: list[str | None] = [None]
+    for reference in references or without:
         cells: dict[str, str] = {}
         for metric, parts in values.items():
             own = parts.get(reference if metric.against_references else None, {})

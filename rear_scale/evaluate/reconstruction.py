@@ -79,7 +79,7 @@ def score_reconstruction(
     if network is None and world.is_main:
         say("evaluate.inception_weights is not set: no rFID")
     pairs = rows_in_use(cfg.evaluate, of_pairs=True)
-    distances = {row.name: row.open(cfg.evaluate, world.device) for row in pairs}
+    distances = {row.name: row.open_distance(cfg.evaluate, world.device) for row in pairs}
     originals = open_image_set(images, world, tokenizer.image_size, cfg.evaluate.exif)
     if (originals.height, originals.width) != (tokenizer.image_size, tokenizer.image_size):
         raise InputError(
@@ -88,6 +88,8 @@ def score_reconstruction(
         )
     sha256 = world.on_main(lambda: weights_sha256(cfg.tokenizer))
     decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))
+    assert sha256 is not None, "a tokenizer that opens has weights"
+    assert decoder is not None
     extractor = ReconstructionFeatures(tokenizer, network, distances, cfg.sample.uint8_rounding, decoder)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
     references: list[Reference] = []

@@ -43,9 +43,13 @@ class NetworkScores:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         rest = dict(values)
-        about = [rest.pop(name) for name in ("weights_sha256", "weights_are_published", "samples")]
-        references = rest.pop("references")
-        return cls(*about, rest, references)
+        return cls(
+            weights_sha256=rest.pop("weights_sha256"),
+            weights_are_published=rest.pop("weights_are_published"),
+            samples=rest.pop("samples"),
+            references=rest.pop("references"),
+            of_samples=rest,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ class ImageScores:
         """The dicts that hold a metric's keys, by name of the reference (None: scores without a reference)."""
         if metric.network in self.networks:
             scores = self.networks[metric.network]
-            return dict(scores.references) if metric.against_references else {None: scores.of_samples}
+            if not metric.against_references:
+                return {None: scores.of_samples}
+            return dict(scores.references.items())
         if metric.network == "reconstruction" and self.reconstruction is not None:
             return {None: self.reconstruction.values}
         if metric.network not in OF_SMALL_IMAGES or self.classifier is None:

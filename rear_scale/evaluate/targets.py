@@ -35,6 +35,7 @@ class EvalTarget:
     def name(self) -> str:
         """The name of this target in tables."""
         if self.checkpoint is None:
+            assert self.samples is not None, "images are given or generated"
             return os.path.basename(os.path.abspath(self.samples))
         return f"{self.cfg.run.name} {self.output.stem.removeprefix('result').lstrip('_')}".strip()
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.model.generator import Generator
 
 # The sides of both factors must be multiples of this for the kernels.
 MULTIPLE = 16
@@ -40,7 +41,7 @@ def check_fp8(cfg: ExperimentConfig, device: torch.device) -> None:
         raise InputError(f"train.fp8=true cannot run: {'; '.join(lacking)}. Or use train.fp8=false")
 
 
-def use_fp8(model: nn.Module, *, emulate: bool = False) -> None:
+def use_fp8(model: Generator, *, emulate: bool = False) -> None:
     """Converts the qkv, projection and feed-forward layers of every block to fp8 products, in place.
 
     Layers with a side that is not a multiple of 16 are left out, and so are modulation and everything outside of blocks: output
@@ -57,5 +58,7 @@ def use_fp8(model: nn.Module, *, emulate: bool = False) -> None:
 
 
 def _converted(module: nn.Module, name: str) -> bool:
+    if not isinstance(module, nn.Linear):
+        return False
     fits = module.in_features % MULTIPLE == 0 == module.out_features % MULTIPLE
     return fits and "adaLN_modulation" not in name

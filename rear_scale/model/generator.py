@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.model.attention import Attend
-from rear_scale.objective.terms import Feature
+from rear_scale.objective.terms import Feature, Positions
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Generator(nn.Module, ABC):
     prefix: int  # P
     output_name: str  # of the output matrix
     blocks: nn.ModuleList
+    embeddings: nn.Embedding  # rows: codes, one mask token, classes, the null class
+    codebook: Tensor  # float [K, Z], of a tied model alone
+    codebook_proj: nn.Linear | None  # codes to width D; None = nothing is tied
 
     def __init__(self, shape: Shape, features: Sequence[Feature]) -> None:
         super().__init__()
@@ -81,11 +84,11 @@ class Generator(nn.Module, ABC):
             self.register_buffer("codebook", torch.empty(shape.codebook_size, shape.codebook_dim), persistent=False)
             self.codebook_proj = nn.Linear(shape.codebook_dim, shape.width, bias=False)
         for feature in self.features:
-            if feature.make_head is not None:
-                *folder, name = feature.head.split(".")
-                if folder and not hasattr(self, *folder):
-                    self.add_module(*folder, nn.Module())
-                parent = self.get_submodule(".".join(folder))
+            if feature.make_head is not None and feature.head is not None:
+                folder, _, name = feature.head.rpartition(".")
+                if folder and not hasattr(self, folder):
+                    self.add_module(folder, nn.Module())
+                parent = self.get_submodule(folder)
                 if not hasattr(parent, name):  # an earlier feature may have the same head
                     parent.add_module(name, feature.make_head())
 
@@ -141,7 +144,7 @@ class Generator(nn.Module, ABC):
         output["logits"] = self.logits(x[:, self.prefix - 1 :], class_embedding, class_index)
         return output
 
-    def _at(self, positions: str, x: Tensor) -> Tensor:
+    def _at(self, positions: Positions, x: Tensor) -> Tensor:
         """x [B, length, D] at the positions of a feature, [B, N or N-1, D]."""
         start = self.prefix - (positions == "predicting")
         return x[:, start : start + self.num_tokens - (positions == "inner")]
@@ -190,7 +193,10 @@ class Generator(nn.Module, ABC):
         return torch.cat((self._code_embeddings().to(mask.dtype), mask))
 
     def _code_embeddings(self) -> Tensor:
-        return self.codebook_proj(self.codebook) if self.fixed_codes is None else self.fixed_codes
+        if self.fixed_codes is not None:
+            return self.fixed_codes
+        assert self.codebook_proj is not None, "nothing is tied"
+        return self.codebook_proj(self.codebook)
 
     @torch.no_grad()
     def with_fixed_codes(self) -> Generator:

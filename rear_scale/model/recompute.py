@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rear_scale.config import ExperimentConfig
 from rear_scale.model.compiled import compiled_block, compiles_blocks
 from rear_scale.model.fp8 import use_fp8
+from rear_scale.model.generator import Generator
 
 _CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ _KEPT = {
 _KEPT_BY_NAME = ("flash_attn::_flash_attn_forward",)
 
 
-def prepare_blocks(model: nn.Module, cfg: ExperimentConfig, device: torch.device = _CPU) -> None:
+def prepare_blocks(model: Generator, cfg: ExperimentConfig, device: torch.device = _CPU) -> None:
     """Applies train.fp8, train.compile and train.activation_checkpointing to `model.blocks`.
 
     Call it before an engine wraps the model. device: where it will run, which decides train.compile=auto.

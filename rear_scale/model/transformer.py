@@ -8,8 +8,10 @@ the plain form, in which only the sequence contains the class.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +44,8 @@ class FeedForward(nn.Module):
         return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
-class PlainBlock(nn.Module):
-    """Attention and feed-forward on the residual stream, unconditioned."""
+class _Layers(nn.Module):
+    """The layers of a block, by the names of the released code."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -52,12 +54,16 @@ class PlainBlock(nn.Module):
         self.norm2 = _norm(shape.width)
         self.mlp = FeedForward(shape.width, shape.mlp_width, shape.dropout)
 
+
+class PlainBlock(_Layers):
+    """Attention and feed-forward on the residual stream, unconditioned."""
+
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
 
 
-class Block(PlainBlock):
+class Block(_Layers):
     """Attention and feed-forward, each shifted, scaled and gated as a function of class and position (AdaLN-zero)."""
 
     def __init__(self, shape: Shape) -> None:
@@ -121,6 +127,18 @@ class ViTGenerator(Generator):
         self._build_final()
         self.lm_head = output_matrix(shape)
         self._build_ends()
+
+    @abstractmethod
+    def _build_conditioning(self) -> None:
+        """Adds the weights by which the class enters beside the sequence; they stand before the blocks in a weight file."""
+
+    @abstractmethod
+    def _new_block(self) -> nn.Module:
+        """A block of the model's shape."""
+
+    @abstractmethod
+    def _build_final(self) -> None:
+        """Adds the last norm; it stands before the output matrix in a weight file."""
 
     def sequence(self, tokens: Tensor, class_embedding: Tensor, order: Tensor | None, length: int) -> Tensor:
         B = len(tokens)
@@ -201,8 +219,8 @@ class PlainTransformer(ViTGenerator):
     def logits(self, x: Tensor, class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
         return self.token_logits(self.norm(x))
 
-    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> ViTDecoding:
-        return ViTDecoding(self, classes, class_index, order)
+    def decoding(self, classes: Tensor, class_index: Tensor, order: Tensor | None) -> PlainDecoding:
+        return PlainDecoding(self, classes, class_index, order)
 
 
 class ViTDecoding(Decoding):
@@ -220,6 +238,10 @@ class ViTDecoding(Decoding):
     def token(self, tokens: Tensor, step: int) -> Tensor:
         return self.model.token_embedding(tokens)[:, None] + self.positions[:, 2 + step : 3 + step]
 
+
+class PlainDecoding(ViTDecoding):
+    model: PlainTransformer
+
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
         return self.model.blocks[number](x, attend)
 
@@ -233,8 +255,11 @@ class AdaLNDecoding(ViTDecoding):
     The table covers the distinct classes of the batch and a few positions at a time, whose rows are contiguous in memory.
     """
 
+    model: AdaLNTransformer
+
     def __init__(self, model: AdaLNTransformer, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
         super().__init__(model, classes, class_index, order)
+        self.blocks = cast("list[Block]", list(model.blocks))  # a ModuleList does not say what it holds
         condition = model.condition(self.class_embedding, model.num_tokens + 1)
         self.condition = condition.transpose(0, 1).contiguous()  # [S, U, D]
         self.start = self.end = 0  # the positions that the tables hold
@@ -253,7 +278,7 @@ class AdaLNDecoding(ViTDecoding):
         """Makes the tables: [s, U, 6 D] per block and [s, U, 2 D] for the final modulation, with 1 + scale in place of scale."""
         condition = self.condition[start : start + _TABLE_POSITIONS]
         self.start, self.end = start, start + len(condition)
-        self.tables = [block.modulation(condition) for block in self.model.blocks]
+        self.tables = [block.modulation(condition) for block in self.blocks]
         for table in self.tables:
             for scale in (1, 4):
                 table.chunk(6, dim=-1)[scale].add_(1)
@@ -268,7 +293,7 @@ class AdaLNDecoding(ViTDecoding):
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
         modulation = self._modulation(self.tables[number], start, x.shape[1])
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        block = self.model.blocks[number]
+        block = self.blocks[number]
         x = torch.addcmul(x, gate1, block.attn(torch.addcmul(shift1, block.norm1(x), scale1), attend))
         return torch.addcmul(x, gate2, block.mlp(torch.addcmul(shift2, block.norm2(x), scale2)))
 

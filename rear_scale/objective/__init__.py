@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +41,15 @@ class MicroBatch:
     class_index: Tensor | None  # int64 [B], index into classes of each image; None = one class per image, in order
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
-            name: None if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()
-        }
-        return MicroBatch(**moved)
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
         """The micro-batch in page-locked memory, from where copies to a GPU are asynchronous."""
-        return MicroBatch(**{name: None if value is None else value.pin_memory() for name, value in vars(self).items()})
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        class_index = None if self.class_index is None else change(self.class_index)
+        return MicroBatch(change(self.tokens), change(self.ids), change(self.epochs), change(self.classes), class_index)
 
 
 def worth_sharing(distinct: float, images: float) -> bool:
@@ -73,13 +74,14 @@ def shared_classes(classes: Tensor, modulation: str) -> tuple[Tensor, Tensor | N
 class Objective:
     """Next-token prediction under noisy context plus codebook embedding regularization (reAR Eq. 7), and custom terms.
 
-    codebook: float32 [K, D] of the shards, the target of the heads; it is not trained. All random numbers are functions of
-    (run.seed, sample id, epoch). `names` are the names of the packed statistics that `loss` returns: the loss, the value of
-    each term, and the additional metrics of terms. Raises InputError as `terms_of` does.
+    plan: None = without `task`, for the loss of held-out tokens. codebook: float32 [K, D] of the shards, the target of the
+    heads; it is not trained. All random numbers are functions of (run.seed, sample id, epoch). `names` are the names of the
+    packed statistics that `loss` returns: the loss, the value of each term, and the additional metrics of terms. Raises
+    InputError as `terms_of` does.
     """
 
-    def __init__(self, cfg: ExperimentConfig, plan: Plan, codebook: Tensor, device: torch.device) -> None:
-        self.cfg, self.plan = cfg, plan
+    def __init__(self, cfg: ExperimentConfig, plan: Plan | None, codebook: Tensor, device: torch.device) -> None:
+        self.cfg, self._plan = cfg, plan
         self.terms = terms_of(cfg)
         reports = (name for term in self.terms for name in term.reports)
         self.names = ("loss", *(f"loss_{term.name}" for term in self.terms), *reports)
@@ -103,6 +105,12 @@ class Objective:
         bits = rng.random_bits(self.cfg.run.seed, rng.Purpose.LABEL_DROP, ids, epochs, 1)[:, 0]
         dropped = rng.as_uniform(bits) < self.cfg.objective.class_dropout
         return labels.where(~dropped, torch.tensor(self.cfg.model.num_classes))
+
+    @property
+    def plan(self) -> Plan:
+        """The length of the run and its marks, which schedules are made of."""
+        assert self._plan is not None, "an objective for held-out tokens has no steps"
+        return self._plan
 
     def noise_max(self, step: int) -> float:
         """The largest noise rate f(t) of Eq. 5 at a step (from 1)."""
@@ -152,9 +160,12 @@ class Objective:
 
         The statistics of a term whose features are not in the output are NaN.
         """
-        total, values, reports = None, [], []
+        total: Tensor | None = None
+        values: list[Tensor] = []
+        reports: list[Tensor] = []
         for term in self.terms:
             if any(name not in output for name in term.reads):
+                assert total is not None, "the first term reads no features"
                 value, *reported = (total.new_full((), torch.nan) for _ in ("value", *term.reports))
             else:
                 result = term(output, task, self.directions)
@@ -163,6 +174,7 @@ class Objective:
                 total = weighted if total is None else total + weighted
             values.append(value)
             reports += reported
+        assert total is not None, "next-token prediction is part of every loss"
         return total, torch.stack((total, *values, *reports)).detach()
 
     def statistic(self, statistics: Tensor, name: str) -> Tensor:

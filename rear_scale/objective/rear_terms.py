@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, HeadsConfig
 from rear_scale.objective import losses
-from rear_scale.objective.terms import Feature, Task, Term, register
+from rear_scale.objective.terms import Feature, Positions, Task, Term, register
 
 
 @register
@@ -58,10 +58,11 @@ class _Alignment(Term):
             counted = [clean, None]
         offset = 1.0 if self.heads.distance == "one_minus_cosine" else 0.0
         of_targets = directions[targets]
-        return sum(
+        first, *others = (
             losses.embedding_distance(output[self.name], of_targets, task.tokens.numel(), counted=mask, offset=offset)
             for mask in counted
         )
+        return sum(others, start=first)
 
 
 @register
@@ -87,6 +88,10 @@ def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> lis
         return alignment_head(width, heads.hidden, codebook_dim, heads.form)
 
     every = heads.positions == "all"
+    taps: tuple[tuple[str, int | None, Positions], ...] = (
+        ("encode", heads.encode_tap, "own"),
+        ("decode", heads.decode_tap, "predicting"),
+    )
     products = heads.hidden * (width + codebook_dim + (heads.hidden if heads.form == "released" else 0))
     return [
         Feature(
@@ -97,7 +102,7 @@ def alignment_features(heads: HeadsConfig, width: int, codebook_dim: int) -> lis
             "align_mlp" if heads.shared else f"{name}_align_mlp",
             products,
         )
-        for name, tap, positions in (("encode", heads.encode_tap, "own"), ("decode", heads.decode_tap, "predicting"))
+        for name, tap, positions in taps
         if tap is not None
     ]
 

@@ -32,6 +32,8 @@ from rear_scale.config import ExperimentConfig, InputError, shown
 from rear_scale.config.fields import suggest
 from rear_scale.config.overrides import type_name
 
+Positions = Literal["predicting", "own", "inner"]
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -55,7 +57,7 @@ class Feature:
 
     name: str  # its key in the model's output
     tap: int  # number of blocks before it: 0 = the embeddings
-    positions: Literal["predicting", "own", "inner"] = "predicting"
+    positions: Positions = "predicting"
     make_head: Callable[[], nn.Module] | None = (
         None  # a module that is applied to the features and trained with the model
     )

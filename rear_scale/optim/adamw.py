@@ -27,7 +27,8 @@ def make_adamw(optim: OptimConfig, groups: Groups, device: torch.device) -> torc
 
     Raises InputError when the backend is not installed, cannot be compiled, or does not work on this device.
     """
-    common = {"lr": 0.0, "betas": tuple(optim.betas), "eps": 1e-8}
+    first, second = optim.betas
+    common: dict[str, Any] = {"lr": 0.0, "betas": (first, second), "eps": 1e-8}
     backend = optim.backend
     if backend == "auto":
         backend = "torch_fused" if device.type == "cuda" else "torch_foreach"

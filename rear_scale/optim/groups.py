@@ -143,7 +143,7 @@ class Composite(torch.optim.Optimizer):
         optimizer.state = self.state
         return optimizer
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no engine passes a closure
         for rule in {group["rule"].make: group["rule"] for group in self.param_groups if group["params"]}.values():
             self.of_rule(rule).step()
 

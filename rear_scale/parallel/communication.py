@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
 from rear_scale.model.activations import compute_itemsize
+from rear_scale.model.generator import Generator
 from rear_scale.parallel import facts
 from rear_scale.parallel.memory import Update
 
@@ -41,7 +40,7 @@ class Traffic:
 
 
 def traffic_per_update(
-    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: Generator | None = None
 ) -> Traffic:
     """The traffic of one update, by the formula of the strategy's engine. model: gives the shapes; None = built on meta."""
     if world_size == 1:

@@ -202,7 +202,7 @@ class DeepSpeedStrategy(Strategy):
 
     def _set_partition(self, weight: nn.Parameter, value: Tensor, state_name: StateName) -> None:
         # DeepSpeed's function that sets a full value fails where the value does not divide evenly among the ranks.
-        size = weight.ds_tensor.numel()
+        size = weight.ds_tensor.numel()  # type: ignore[attr-defined]  # the engine adds it at stage 3
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
         partition = padded.narrow(0, size * self.world.rank, size)
         if state_name == "param":

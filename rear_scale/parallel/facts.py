@@ -9,10 +9,14 @@ To add a strategy, write a subclass of Strategy (strategy.py) and register a row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from rear_scale.parallel.communication import Traffic
+    from rear_scale.parallel.memory import Memory, Update
+    from rear_scale.parallel.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -81,39 +85,65 @@ def names(having: Callable[[Facts], Any] = lambda row: True) -> tuple[str, ...]:
     return tuple(row.name for row in rows() if having(row))
 
 
-def engine_class(row: Facts) -> Any:
+class Formulas(Protocol):
+    """The module of an engine's formulas."""
+
+    def memory(self, update: Update) -> Memory:
+        """Bytes of the rank that holds most, without activations."""
+        ...
+
+    def traffic(self, update: Update) -> Traffic:
+        """Collectives of one update."""
+        ...
+
+
+def engine_class(row: Facts) -> type[Strategy]:
     """The Strategy subclass of a row, whose module is imported here."""
     module, _, name = row.engine.partition(":")
-    return getattr(import_module(module), name)
+    engine: type[Strategy] = getattr(import_module(module), name)
+    return engine
 
 
-def formulas(row: Facts) -> ModuleType:
+def formulas(row: Facts) -> Formulas:
     """The module with `memory` and `traffic` of the strategy, imported."""
-    return import_module(row.formulas)
+    return cast("Formulas", import_module(row.formulas))
 
 
 _DDP, _FSDP = "rear_scale.parallel.ddp", "rear_scale.parallel.fsdp"
-_TORCH_FSDP: dict[str, Any] = {
-    "engine": f"{_FSDP}:FSDPStrategy", "formulas": _FSDP, "title": "torch FSDP2",
-    "shards": (_OPTIMIZER, _GRADIENTS, _WEIGHTS), "defers": True, "defers_in_fp32": True, "reshards": True,
-    "dtensors": True, "simulated": True, "no_fp8": None,
-}  # fmt: skip
-_ZERO: dict[str, Any] = {
-    "engine": "rear_scale.parallel.deepspeed:DeepSpeedStrategy", "formulas": "rear_scale.parallel.zero",
-    "title": "DeepSpeed", "needs": "deepspeed", "offloads": True,
-    "no_fp8": "torchao's layers are verified with torch's own engines alone, and under ZeRO-3 they would keep their gathered "
+_FSDP2 = Facts(
+    "fsdp2",
+    f"{_FSDP}:FSDPStrategy",
+    _FSDP,
+    "torch FSDP2",
+    shards=(_OPTIMIZER, _GRADIENTS, _WEIGHTS),
+    defers=True,
+    defers_in_fp32=True,
+    reshards=True,
+    dtensors=True,
+    simulated=True,
+    no_fp8=None,
+)
+_ZERO1 = Facts(
+    "zero1",
+    "rear_scale.parallel.deepspeed:DeepSpeedStrategy",
+    "rear_scale.parallel.zero",
+    "DeepSpeed",
+    needs="deepspeed",
+    shards=(_OPTIMIZER,),
+    offloads=True,
+    no_fp8="torchao's layers are verified with torch's own engines alone, and under ZeRO-3 they would keep their gathered "
     "weights until the backward pass",
-}  # fmt: skip
+)
 _BUILT_IN = (
     Facts("single", f"{_DDP}:DDPStrategy", _DDP, "torch", alone=True, autocasts=True, simulated=True, no_fp8=None),
     Facts("ddp", f"{_DDP}:DDPStrategy", _DDP, "torch DistributedDataParallel", autocasts=True, no_fp8=None),
-    Facts("fsdp2", **_TORCH_FSDP),
-    Facts("hsdp", **_TORCH_FSDP, replicates=True, fewest_ranks=4),
-    Facts("zero1", **_ZERO, shards=(_OPTIMIZER,)),
-    Facts("zero2", **_ZERO, shards=(_OPTIMIZER, _GRADIENTS), defers=True),
-    Facts(
-        "zero3",
-        **_ZERO,
+    _FSDP2,
+    replace(_FSDP2, name="hsdp", replicates=True, fewest_ranks=4),
+    _ZERO1,
+    replace(_ZERO1, name="zero2", shards=(_OPTIMIZER, _GRADIENTS), defers=True),
+    replace(
+        _ZERO1,
+        name="zero3",
         shards=(_OPTIMIZER, _GRADIENTS, _WEIGHTS),
         defers=True,
         no_compile="whose hooks gather the weights of each layer and break every block's graph",

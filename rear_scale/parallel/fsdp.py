@@ -13,8 +13,9 @@ Differences between the engine and the usual formulas of memory.py and communica
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class FSDPStrategy(TorchStrategy):
     """
 
     def build(self, model: nn.Module) -> None:
-        self.model = wrap(model.to(self.world.device), self.mesh, self.cfg.train.precision, self._reshard)
-        self.engine = self.model
+        self.sharded = wrap(model.to(self.world.device), self.mesh, self.cfg.train.precision, self._reshard)
+        self.model = self.engine = model  # the same object
         self.prepare_optimizer()
 
     @property
@@ -86,13 +87,13 @@ class FSDPStrategy(TorchStrategy):
         last = micro_step == self.plan.accumulation - 1
         deferred = self.cfg.strategy.defer_reduction
         # With deferred reduction, gradients stay unsharded until the last micro-step and are reduced once per update.
-        self.model.set_requires_gradient_sync(last or not deferred)
+        self.sharded.set_requires_gradient_sync(last or not deferred)
         # Between replicas, gradients are all-reduced once per update in any case.
-        self.model.set_requires_all_reduce(last)
-        self.model.set_is_last_backward(last)
+        self.sharded.set_requires_all_reduce(last)
+        self.sharded.set_is_last_backward(last)
         if not self._reshard:
             # Keep the gathered weights until the last micro-step: they do not change before the update.
-            self.model.set_reshard_after_backward(last)
+            self.sharded.set_reshard_after_backward(last)
         loss, statistics = compute(self.model)
         (loss / self.plan.accumulation).backward()
         return statistics
@@ -103,18 +104,35 @@ def wrap(model: nn.Module, mesh: DeviceMesh, precision: str, reshard_after_forwa
     # cast_forward_inputs=False: activations are in bfloat16 already, and FSDP2 would also cast AliTok's rotary angles, with an
     # error of 1.9e-3.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    settings = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
     ranks = mesh.size(mesh.ndim - 1)
-    settings["shard_placement_fn"] = lambda weight: Shard(shard_dimension(weight, ranks))
+
+    def shard(module: nn.Module, reshard: bool) -> FSDPModule:
+        return fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy if precision == "bf16" else MixedPrecisionPolicy(),
+            shard_placement_fn=lambda weight: Shard(shard_dimension(weight, ranks)),
+            reshard_after_forward=reshard,
+        )
+
     for unit in units(model):
-        fully_shard(unit, **settings, reshard_after_forward=reshard_after_forward)
+        shard(unit, reshard_after_forward)
     # The root's parameters are not resharded after the forward pass, because the backward pass uses them first.
-    return fully_shard(model, **settings, reshard_after_forward=False)
+    return shard(model, False)
+
+
+class _Parts(Protocol):
+    """What a generator says of its parts."""
+
+    blocks: Iterable[nn.Module]
+
+    def separate_heads(self) -> list[nn.Module]: ...
 
 
 def units(model: nn.Module) -> list[nn.Module]:
     """The FSDP units (modules gathered together) except the root: each block, and each head that only one feature uses."""
-    return [*model.blocks, *model.separate_heads()]
+    parts = cast("_Parts", model)
+    return [*parts.blocks, *parts.separate_heads()]
 
 
 def memory(update: Update) -> Memory:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rear_scale.config import ExperimentConfig
 from rear_scale.model import meta_model
 from rear_scale.model.activations import activation_bytes, compute_itemsize, one_block_bytes
+from rear_scale.model.generator import Generator
 from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 
@@ -69,7 +70,7 @@ class Update:
     cfg: ExperimentConfig
     world_size: int
     accumulation: int  # micro-steps
-    model: nn.Module  # gives the shapes
+    model: Generator  # gives the shapes
     itemsize: int  # bytes of a number in matrix products
     block_activations: int = 0  # bytes that one block saves for its backward pass without activation checkpointing
 
@@ -79,7 +80,7 @@ class Update:
 
 
 def memory_per_rank(
-    cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module | None = None, device: str = "cpu"
+    cfg: ExperimentConfig, world_size: int, accumulation: int, model: Generator | None = None, device: str = "cpu"
 ) -> Memory:
     """Memory of one rank, by the formula of the strategy's engine.
 

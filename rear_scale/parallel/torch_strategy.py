@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from rear_scale.optim.groups import prepare_states, set_rates
 from rear_scale.parallel.strategy import Compute, StateName, Strategy
@@ -92,10 +92,10 @@ def _like(weight: nn.Parameter, value: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return value.to(weight.device)
     # DTensors are sharded as torch.chunk splits: the last ranks may have smaller shards, or none.
-    axis, placement = next((axis, found) for axis, found in enumerate(weight.placements) if found.is_shard())
+    axis, placement = next((axis, found) for axis, found in enumerate(weight.placements) if isinstance(found, Shard))
     chunks = value.chunk(weight.device_mesh.size(axis), placement.dim)
     place = weight.device_mesh.get_local_rank(axis)
     like = torch.zeros_like(weight)
     if place < len(chunks):
-        like.to_local().copy_(chunks[place])
+        _local(like).copy_(chunks[place])
     return like

@@ -23,13 +23,16 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """The git commit of this code, marked when files differ from it; the version where git does not have this code."""
-    here = Path(__file__)
     try:
-        ask = {"cwd": here.parent, "capture_output": True, "text": True, "check": True}
         # An installed copy may lie in an environment inside of a repository that is not ours.
-        subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **ask)
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout.strip()
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        head, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return f"version {rear_scale.__version__}"
     return f"{head}-changed" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    """The output of a git command in the folder of this code. Raises OSError or CalledProcessError where there is none."""
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rear_scale.checkpoint.folder import folders
 from rear_scale.config import ExperimentConfig, InputError, to_dict
@@ -26,8 +26,15 @@ from rear_scale.places import how_to_install
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 
-# Values of WANDB_MODE that wandb accepts, including old ones.
-_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+Mode = Literal["online", "offline", "disabled"]
+# Values of wandb.mode, and of WANDB_MODE that wandb accepts, including old ones.
+_MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 _LONGEST_NAME = 128  # of a project or run, by wandb's own check
 _NOT_IN_PROJECTS = "/\\#?%:"
 _MOST_WAITING = 10_000  # entries
@@ -48,7 +55,7 @@ class WandbSink:
     sending; unsent entries are counted. metrics.jsonl holds all entries.
     """
 
-    def __init__(self, cfg: ExperimentConfig, run: RunFolder, mode: str) -> None:
+    def __init__(self, cfg: ExperimentConfig, run: RunFolder, mode: Mode) -> None:
         self.cfg, self.run, self.mode = cfg, run, mode
         self.waiting: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_MOST_WAITING)
         self.unsent = 0
@@ -182,14 +189,14 @@ def show_images_on(sink: WandbSink | None) -> None:
     _training_sink = sink
 
 
-def _mode(cfg: ExperimentConfig) -> str:
+def _mode(cfg: ExperimentConfig) -> Mode:
     """The mode of wandb: disabled, offline or online. Raises InputError for another WANDB_MODE."""
     if cfg.wandb.mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
         return "disabled"
     # The environment overrides the config: the job script knows whether nodes have a network.
     given = os.environ.get("WANDB_MODE", "").strip()
     if not given:
-        return cfg.wandb.mode
+        return _MODES[cfg.wandb.mode]
     if given.lower() not in _MODES:
         raise InputError(f"WANDB_MODE={given} is not online, offline or disabled. Set one of them, or unset it")
     return _MODES[given.lower()]

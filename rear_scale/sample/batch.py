@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rear_scale.model import Generator
+
+
+class NextLogits(Protocol):
+    def next_logits(self, drawn: Tensor) -> Tensor:
+        """[R, K] of the token after those drawn, int64 [B, n]."""
+        ...
 
 
 class Batch:
@@ -29,7 +35,7 @@ class Batch:
         self.ids, self.order, self.num_tokens = ids, order, model.num_tokens
         self.tokens = torch.empty(len(labels), model.num_tokens, dtype=torch.int64, device=labels.device)
         self.near_ties, self.within_rounding = torch.zeros_like(ids), torch.zeros_like(ids)
-        self.state: Any = None  # the CachedDecoding of this batch: tables and caches
+        self.state: NextLogits | None = None  # the CachedDecoding of this batch: tables and caches
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -47,5 +53,5 @@ class Batch:
             (self.ids, other.ids),
         ):
             mine.copy_(theirs)
-        if self.order is not None:
+        if self.order is not None and other.order is not None:  # both or neither, in one shape
             self.order.copy_(other.order)

@@ -77,6 +77,7 @@ class Decoder:
             batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.class_index)))
             batch.near_ties.zero_()
             batch.within_rounding.zero_()
+        assert batch.state is not None, "the first step comes first"
         for step, noise in self._with_noise(batch.ids, steps):
             logits = batch.state.next_logits(batch.tokens[:, :step])
             best, codes = (self.guide(logits, step) - noise).topk(2)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from rear_scale.progress import say
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode_worker import wait_for_workers
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 _STEPS = 32  # steps per graph, as many as AdaLN's tables hold: long graphs take long to instantiate
 _SHAPES = 4  # the number of batch shapes whose graphs are kept; each has its own memory pool
@@ -36,7 +40,7 @@ class Graph(Protocol):
 class CudaGraph:
     """A CUDA graph. Graphs of one pool share memory for intermediate results, so they must be replayed in the order recorded."""
 
-    def __init__(self, pool: tuple[int, int]) -> None:
+    def __init__(self, pool: _POOL_HANDLE) -> None:
         self.graph, self.pool = torch.cuda.CUDAGraph(), pool
 
     def record(self, work: Callable[[], None]) -> None:
@@ -71,12 +75,11 @@ class CudaGraph:
 class GraphedSteps:
     """Samples batches with CUDA graphs from the second batch of each shape on; the first batch runs without a graph.
 
-    draw(batch, steps) samples some steps of a batch without synchronizing with the GPU.
+    draw(batch, steps) samples some steps of a batch without synchronizing with the GPU. new_graph(pool) makes an empty graph;
+    pool: the memory pool of a batch (torch.cuda.graph_pool_handle), or None for graphs that are no CudaGraph.
     """
 
-    def __init__(
-        self, draw: Callable[[Batch, range], None], new_graph: Callable[[tuple[int, int] | None], Graph]
-    ) -> None:
+    def __init__(self, draw: Callable[[Batch, range], None], new_graph: Callable[[Any], Graph]) -> None:
         self.draw, self.new_graph = draw, new_graph
         # by shape: the batch whose memory the graphs use, and the graphs; None after a first batch without a graph
         self.recorded: dict[tuple[object, ...], tuple[Batch, list[Graph]] | None] = {}
@@ -111,7 +114,7 @@ class GraphedSteps:
             for start in range(0, batch.num_tokens, _STEPS):
                 steps = range(start, min(start + _STEPS, batch.num_tokens))
                 graphs.append(self.new_graph(pool))
-                graphs[-1].record(lambda steps=steps: self.draw(batch, steps))
+                graphs[-1].record(partial(self.draw, batch, steps))
         except RuntimeError as error:
             self.usable = False
             graphs.clear()  # frees their memory for the next batch

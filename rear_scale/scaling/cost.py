@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from rear_scale.config import ExperimentConfig, wants_compile
 from rear_scale.model.activations import block_activation_bytes, compute_itemsize
 from rear_scale.model.flops import distinct_classes_per_image, recomputed_flops_per_image, train_flops_per_image
+from rear_scale.model.generator import Generator
 from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import Traffic, traffic_per_update
@@ -62,7 +61,7 @@ class StepTime:
 
 
 def step_time(
-    cfg: ExperimentConfig, cluster: Cluster, accumulation: int, model: nn.Module, slowness: float = 1.0
+    cfg: ExperimentConfig, cluster: Cluster, accumulation: int, model: Generator, slowness: float = 1.0
 ) -> StepTime:
     """The predicted time of one update of a strategy on a cluster. slowness: measured time of a step over its modelled time."""
     psi = elements(model)
@@ -93,7 +92,7 @@ def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
     flops = B * (train_flops_per_image(cfg, distinct) + recomputed_flops_per_image(cfg, distinct))
     bandwidth = MEMORY * device.memory_gb_per_s * 1e9
     kept, again = _kept_bytes(cfg)
-    passed = (_PASSES_FORWARD + _PASSES_BACKWARD) * kept + _PASSES_FORWARD * again
+    passed: float = (_PASSES_FORWARD + _PASSES_BACKWARD) * kept + _PASSES_FORWARD * again
     if wants_compile(cfg, "cuda"):
         passed *= _COMPILED
     # Weights are read forward and backward; gradients are written, and added to those of earlier micro-steps.

@@ -91,10 +91,7 @@ def measure(cfg: ExperimentConfig, cluster: Cluster) -> Measured:
 def _shortened(cfg: ExperimentConfig, device: str) -> ExperimentConfig:
     depth, images = min(cfg.model.depth, _BLOCKS[device]), min(cfg.train.global_batch_size, _IMAGES[device])
     heads = cfg.objective.heads
-    taps = {
-        name: None if tap is None else min(tap, depth)
-        for name, tap in (("encode_tap", heads.encode_tap), ("decode_tap", heads.decode_tap))
-    }
+    encode_tap, decode_tap = (None if tap is None else min(tap, depth) for tap in (heads.encode_tap, heads.decode_tap))
     terms = {
         term: {name: min(value, depth) if name.endswith("tap") else value for name, value in settings.items()}
         for term, settings in cfg.objective.terms.items()
@@ -103,7 +100,9 @@ def _shortened(cfg: ExperimentConfig, device: str) -> ExperimentConfig:
         cfg,
         # Modulation per image, because the modelled step assumes it too.
         model=replace(cfg.model, depth=depth, modulation="per_sample"),
-        objective=replace(cfg.objective, heads=replace(heads, **taps), terms=terms),
+        objective=replace(
+            cfg.objective, heads=replace(heads, encode_tap=encode_tap, decode_tap=decode_tap), terms=terms
+        ),
         strategy=replace(cfg.strategy, name="single", cpu_offload=False, reshard_after_forward=True),
         optim=replace(cfg.optim, backend="auto"),
         train=replace(cfg.train, global_batch_size=images, micro_batch_size=images),

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import yaml
-from torch import nn
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
 from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGY_KEY, StrategyConfig
 from rear_scale.config.validate import validate
 from rear_scale.model.activations import head_activation_bytes
+from rear_scale.model.generator import Generator
 from rear_scale.parallel import facts
 from rear_scale.parallel.facts import Facts
 from rear_scale.parallel.memory import elements, memory_per_rank
@@ -93,7 +93,7 @@ class Choice:
 def choices(
     cfg: ExperimentConfig,
     cluster: Cluster,
-    model: nn.Module,
+    model: Generator,
     fixed: frozenset[str] = frozenset(),
     slowness: float = 1.0,
 ) -> list[Choice]:
@@ -118,7 +118,7 @@ def choices(
 def recommend(
     cfg: ExperimentConfig,
     cluster: Cluster,
-    model: nn.Module,
+    model: Generator,
     candidates: list[Choice],
     fixed: frozenset[str] = frozenset(),
 ) -> Choice:
@@ -206,7 +206,7 @@ def _largest(
     asked: StrategyConfig,
     cluster: Cluster,
     fixed: frozenset[str],
-    model: nn.Module,
+    model: Generator,
     slowness: float,
 ) -> Choice:
     """The choice with the largest micro-batch size that divides a GPU's part of the batch and fits; the smallest if none fits."""
@@ -224,7 +224,7 @@ def _largest(
     return Choice(cfg, asked, plan, memory, fits, step_time(cfg, cluster, plan.accumulation, model, slowness))
 
 
-def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: nn.Module) -> dict[str, float]:
+def memory_gib(cfg: ExperimentConfig, world_size: int, accumulation: int, model: Generator) -> dict[str, float]:
     """PARTS, total and peak of memory_per_rank, in GiB.
 
     "optimizer" has moments and float32 master weights; "heads" all parts of the heads of loss terms; "buffers" those of
@@ -264,7 +264,7 @@ def _keeps(choice: Choice, cfg: ExperimentConfig, fixed: frozenset[str]) -> bool
 def _impossible(
     cfg: ExperimentConfig,
     cluster: Cluster,
-    model: nn.Module,
+    model: Generator,
     candidates: list[Choice],
     allowed: list[Choice],
     fixed: frozenset[str],
@@ -289,7 +289,7 @@ def _impossible(
     return f"{rule}. {_way_out(cfg, cluster, model, candidates, need)}"
 
 
-def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, candidates: list[Choice], need: float) -> str:
+def _way_out(cfg: ExperimentConfig, cluster: Cluster, model: Generator, candidates: list[Choice], need: float) -> str:
     other = min((one for one in candidates if one.fits), key=lambda one: one.time.total_s, default=None)
     if other is not None:
         return f"Use {' '.join(other.settings)}"

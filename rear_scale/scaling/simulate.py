@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -64,11 +65,15 @@ class Live(TorchDispatchMode):
     def __enter__(self) -> Live:
         self.resize = torch.UntypedStorage.resize_
         # FSDP frees and allocates gathered weights by resizing their storage.
-        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
-        return super().__enter__()
+        self.replaced = patch.object(
+            torch.UntypedStorage, "resize_", lambda storage, size: self._resized(storage, size)
+        )
+        self.replaced.start()
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self.resize
+        self.replaced.stop()
         super().__exit__(*error)
 
     def _resized(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -185,20 +190,20 @@ def fake_world(world_size: int) -> Iterator[World]:
 @contextmanager
 def _bool_masks() -> Iterator[None]:
     """A context in which dropout saves masks of one byte per element, as on a GPU. CPU kernels save masks as floats."""
-    ordinary = nn.functional.dropout
-    nn.functional.dropout = lambda x, p, training: torch.native_dropout(x, p, True)[0] if training and p else x
-    try:
+
+    def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and p else x
+
+    with patch.object(nn.functional, "dropout", dropout):
         yield
-    finally:
-        nn.functional.dropout = ordinary
 
 
 def _build(cfg: ExperimentConfig, strategy: TorchStrategy) -> None:
     model = build_model(cfg)
     prepare_blocks(model, cfg)
     # The model is on the device already, and fake weights cannot be moved.
-    model.to = lambda device: model
-    strategy.build(model)
+    with patch.object(model, "to", lambda device: model):
+        strategy.build(model)
 
 
 def _update(cfg: ExperimentConfig, plan: Plan, world: World, strategy: TorchStrategy, live: Live) -> Simulated:

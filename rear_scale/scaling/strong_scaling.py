@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.model.generator import Generator
 from rear_scale.scaling.devices import Cluster, cluster_of
 from rear_scale.scaling.planner import Choice, choices, recommend
 
@@ -34,7 +33,7 @@ class ScalingRow:
 
 
 def scaling_rows(
-    cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, fixed: frozenset[str], slowness: float
+    cfg: ExperimentConfig, cluster: Cluster, model: Generator, fixed: frozenset[str], slowness: float
 ) -> list[ScalingRow]:
     """One row for each number in GPUS. cluster: gives the model of the GPU."""
     rows: list[ScalingRow] = []
@@ -67,7 +66,7 @@ def last_that_pays(rows: list[ScalingRow]) -> int | None:
 
 
 def _best(
-    cfg: ExperimentConfig, cluster: Cluster, model: nn.Module, fixed: frozenset[str], slowness: float
+    cfg: ExperimentConfig, cluster: Cluster, model: Generator, fixed: frozenset[str], slowness: float
 ) -> Choice | None:
     try:
         return recommend(cfg, cluster, model, choices(cfg, cluster, model, fixed, slowness), fixed)
@@ -82,7 +81,7 @@ def _speed(choice: Choice | None) -> float:
 def _paying_batch(
     cfg: ExperimentConfig,
     cluster: Cluster,
-    model: nn.Module,
+    model: Generator,
     fixed: frozenset[str],
     slowness: float,
     base: float,

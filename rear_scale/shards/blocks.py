@@ -31,8 +31,10 @@ Block = tuple[np.ndarray, np.ndarray]  # tokens uint16 [n, N], labels uint16 [n]
 class BlockFiles(ABC):
     """The blocks of a set of shards, by index of the shard and index of the block in it."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    folder: str | Path  # of the shards
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
 
     @abstractmethod
     def read(self, shard: int, block: int) -> Block:
@@ -63,8 +65,10 @@ def open_blocks(folder: str | Path, manifest: Manifest, index: Path | None = Non
 class PackedFiles(BlockFiles):
     """Shards of this project in a local folder, read by offset."""
 
+    folder: Path
+
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
-        super().__init__(folder, manifest)
+        super().__init__(manifest)
         self.folder = Path(folder)
         # By shard that was opened, then by block: offset and size in bytes of each member.
         self.offsets: dict[int, list[dict[str, tuple[int, int]]]] = {}
@@ -122,8 +126,10 @@ class RemoteFiles(BlockFiles):
     They can only be read from the front, so the stream of a shard is kept open for its next block.
     """
 
+    folder: str
+
     def __init__(self, folder: str, manifest: Manifest, streams: int = 64) -> None:
-        super().__init__(folder, manifest)
+        super().__init__(manifest)
         self.folder, self.most = folder, streams
         # (shard, next block) -> the open stream of that shard, least recently used first, which is closed first
         self.open: OrderedDict[tuple[int, int], tuple[Any, Iterator[dict[str, Any]]]] = OrderedDict()
@@ -168,8 +174,10 @@ class RemoteFiles(BlockFiles):
 class PlainFiles(BlockFiles):
     """Ordinary WebDataset shards, one sample per key, read by the offsets that plain.py wrote."""
 
+    folder: Path
+
     def __init__(self, folder: str | Path, manifest: Manifest, index: Path) -> None:
-        super().__init__(folder, manifest)
+        super().__init__(manifest)
         self.folder, self.index = Path(folder), index
         self.checked: set[int] = set()  # the shards whose offsets were checked
 
@@ -249,7 +257,7 @@ def unpack(packed: bytes, classes: bytes, manifest: Manifest, shard: int, block:
     tokens, labels = npy_array(packed), npy_array(classes)
     length = min(manifest.block_samples, manifest.shards[shard].samples - block * manifest.block_samples)
     form = (tokens.dtype, tokens.shape, labels.dtype, labels.shape)
-    if form != (np.uint16, (length, manifest.num_tokens), np.uint16, (length,)):
+    if form != (np.dtype(np.uint16), (length, manifest.num_tokens), np.dtype(np.uint16), (length,)):
         raise ValueError(
             f"it holds tokens {tokens.dtype} {tokens.shape} and labels {labels.dtype} {labels.shape}, not uint16 [{length}]"
         )

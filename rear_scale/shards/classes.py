@@ -96,7 +96,7 @@ def _number(line: int, text: str) -> int:
 
 def names_by_id(ids: Mapping[str, int]) -> list[str]:
     """The class names by id, up to the largest id. Of several names with one id, the first in the map."""
-    names = {number: name for name, number in reversed(ids.items())}
+    names = {number: name for name, number in reversed(list(ids.items()))}
     return [names.get(number, str(number)) for number in range(max(names) + 1)]
 
 

@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, InputError, all_checks
+from rear_scale.config import ExperimentConfig, InputError, all_checks, required_path
 from rear_scale.config.validate import validate
 from rear_scale.progress import say_once
 from rear_scale.shards.reader import check_agree, check_fits, open_manifest
@@ -21,7 +22,7 @@ from rear_scale.tokenizer import open_tokenizer
 CLASSES_KEY = "model.num_classes"
 
 
-def is_packed(folder: str | None) -> bool:
+def is_packed(folder: str | None) -> TypeGuard[str]:
     """Whether a folder of token shards lies here and has a manifest of ours."""
     return folder is not None and not is_remote(folder) and (Path(folder) / "index.json").exists()
 
@@ -29,7 +30,7 @@ def is_packed(folder: str | None) -> bool:
 def codebook_of(cfg: ExperimentConfig, manifest: Manifest) -> Tensor:
     """The codebook, float32 [K, D], of the shards or, where they have none, of the tokenizer."""
     if manifest.codebook_sha256 is not None:
-        return torch.from_numpy(read_codebook(cfg.data.train, manifest))
+        return torch.from_numpy(read_codebook(required_path(cfg.data.train, "data.train"), manifest))
     if cfg.tokenizer.weights is None:
         raise InputError(
             f"{cfg.data.train} has no codebook.npy, and tokenizer.weights is not set. Set tokenizer.weights to the weights of "
@@ -44,7 +45,7 @@ def read_both(cfg: ExperimentConfig, is_main: bool) -> tuple[Manifest, Manifest 
     Raises InputError when one does not fit the config, or the two do not agree on tokens and classes.
     """
     manifests: list[Manifest] = []
-    folders = [cfg.data.train] if cfg.data.val is None else [cfg.data.train, cfg.data.val]
+    folders = [required_path(cfg.data.train, "data.train"), *([] if cfg.data.val is None else [cfg.data.val])]
     all_checks(*(partial(_read_into, manifests, cfg, folder) for folder in folders))
     train, *others = manifests
     if not others:

@@ -78,9 +78,7 @@ def decode_image(data: bytes, *, deep: bool = True, exif: str = "ignore") -> Ima
             # Pillow's conversion clips such values at 255, so that nearly every pixel is white. Keep the high byte, as Pillow
             # does for 16-bit colour.
             return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 @_bad_image_rule()

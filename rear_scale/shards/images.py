@@ -189,7 +189,7 @@ def write_images(
 def write_image_shard(folder: Path, index: int, files: list[tuple[str, bytes, int]]) -> TarShard:
     """Writes one tar shard of image files: (extension, bytes, class id) each."""
     first = index * IMAGES_PER_SHARD
-    samples = (
+    samples: Iterator[dict[str, str | bytes]] = (
         {"__key__": f"{first + offset:08d}", extension: data, "cls": str(label).encode()}
         for offset, (extension, data, label) in enumerate(files)
     )

@@ -42,10 +42,10 @@ class BatchOrder:
         """The ids and epochs of images first .. end - 1 of a step's global batch. Computes a window of steps and caches it."""
         count = end - first
         if self._window is None or self._window[0] != (first, end) or step not in self._window[1]:
-            steps = max(1, min(_WINDOW // count, self.num_samples // self.global_batch_size))
-            starts = torch.arange(step - 1, step - 1 + steps)[:, None] * self.global_batch_size
+            size = max(1, min(_WINDOW // count, self.num_samples // self.global_batch_size))
+            starts = torch.arange(step - 1, step - 1 + size)[:, None] * self.global_batch_size
             ids, epochs = self._samples((starts + torch.arange(first, end)).flatten())
-            self._window = (first, end), range(step, step + steps), ids, epochs
+            self._window = (first, end), range(step, step + size), ids, epochs
         _, steps, ids, epochs = self._window
         own = slice((step - steps.start) * count, (step - steps.start + 1) * count)
         return ids[own], epochs[own]

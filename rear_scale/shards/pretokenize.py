@@ -11,14 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig, all_checks
+from rear_scale.config import ExperimentConfig, InputError, PretokenizeConfig, all_checks, required_path
 from rear_scale.files import file_sha256, write_array_atomically
 from rear_scale.progress import progress, say
 from rear_scale.shards import writer
@@ -39,21 +38,18 @@ def check_pretokenize(cfg: ExperimentConfig) -> ImageSource:
     """The images of a job. Raises InputError without images or output folder, and for images of another size than the
     tokenizer's.
     """
+    images = cfg.pretokenize.images
     all_checks(
-        *(partial(_check_set, cfg, name) for name in ("images", "out")),
-        lambda: _check_images(cfg.pretokenize.images),
+        lambda: required_path(images, "pretokenize.images"),
+        lambda: required_path(cfg.pretokenize.out, "pretokenize.out"),
+        lambda: _check_images(images),
         lambda: check_weights(cfg.tokenizer),
     )
-    source = open_source(cfg.pretokenize.images, cfg.pretokenize.class_map)
+    source = open_source(required_path(images, "pretokenize.images"), cfg.pretokenize.class_map)
     if discover().rank == 0:
         source.say_notes()
     check_size(source, cfg.tokenizer.image_size)
     return source
-
-
-def _check_set(cfg: ExperimentConfig, name: str) -> None:
-    if getattr(cfg.pretokenize, name) is None:
-        raise InputError(f"pretokenize.{name} is not set. Set it to a folder: pretokenize.{name}=PATH")
 
 
 def _check_images(folder: str | None) -> None:
@@ -68,9 +64,9 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     Images that cannot be decoded are skipped, counted and listed in skipped.txt. Raises InputError when they are more than
     pretokenize.max_bad_fraction, and when the folder holds tokens made from other inputs.
     """
-    job, out = cfg.pretokenize, Path(cfg.pretokenize.out)
+    job, out = cfg.pretokenize, Path(required_path(cfg.pretokenize.out, "pretokenize.out"))
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
-    weights_sha256 = file_sha256(find_weights(cfg.tokenizer.weights))
+    weights_sha256 = file_sha256(find_weights(required_path(cfg.tokenizer.weights, "tokenizer.weights")))
     made_from = _made_from(cfg, source, weights_sha256)
     # The times of files may differ between copies on several nodes, so those that rank 0 sees are recorded.
     inputs: Inputs = world.from_main(_inputs(cfg, source, weights_sha256))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rear_scale.config import DataConfig, InputError, TokenizerConfig
+from rear_scale.config import DataConfig, InputError, TokenizerConfig, required_path
 from rear_scale.files import publish_folder, remove_leftovers, temporary_folder
 from rear_scale.locks import locked, remove_unheld
 from rear_scale.shards.blocks import Block, BlockFiles, open_blocks
@@ -182,13 +182,15 @@ def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _
     """The training set in the mode of data.mode. Raises InputError as open_stream and open_tokens do."""
     if data.mode == "stream":
         return open_stream(data, manifest, world_size, say)
-    return open_tokens(data.train, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
+    folder = required_path(data.train, "data.train")
+    return open_tokens(folder, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
 
 
 def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:
     """The training set, read from its shards while training. Raises InputError for shards that cannot be opened."""
-    index = index_folder(data.train, _cache_root(data.cache_dir)) if manifest.layout == "plain" else None
-    return StreamSet(open_blocks(data.train, manifest, index), data, world_size, say)
+    folder = required_path(data.train, "data.train")
+    index = index_folder(folder, _cache_root(data.cache_dir)) if manifest.layout == "plain" else None
+    return StreamSet(open_blocks(folder, manifest, index), data, world_size, say)
 
 
 def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> Manifest:
@@ -199,8 +201,7 @@ def open_manifest(folder: str, tokenizer: TokenizerConfig, data: DataConfig) -> 
     if is_remote(folder) or (Path(folder) / "index.json").exists() or not plain_tars(folder):
         return read_manifest(folder)
     index = index_folder(folder, _cache_root(data.cache_dir))
-    limits = {"on_error": data.on_error, "max_skipped_fraction": data.max_skipped_fraction}
-    return index_plain(folder, tokenizer, index, **limits)
+    return index_plain(folder, tokenizer, index, on_error=data.on_error, max_skipped_fraction=data.max_skipped_fraction)
 
 
 def open_tokens(

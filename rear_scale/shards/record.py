@@ -186,8 +186,8 @@ def manifest_from(values: dict[str, Any], source: str | Path) -> Manifest:
     if wrong:
         raise InputError(f"{source} has a missing or unknown field ({wrong}). Make the shards again")
     manifest = Manifest(**{**values, "shards": shards_from(values["shards"], source)})
-    if wrong := _wrong_count(manifest):
-        raise InputError(f"{source}: {wrong}. Copy the folder again, or make the shards again")
+    if miscounted := _wrong_count(manifest):
+        raise InputError(f"{source}: {miscounted}. Copy the folder again, or make the shards again")
     return manifest
 
 

@@ -167,6 +167,8 @@ class Split:
 class FolderSource(ImageSource):
     """The images FOLDER/CLASS/**/FILE, with classes and files sorted by name."""
 
+    class_names: list[str]
+
     def __init__(self, folder: Path, ids: dict[str, int] | None, split: Split | None = None) -> None:
         """split: the part of the images that is read; None = all. Class ids are those of the whole folder."""
         self.folder = folder
@@ -236,8 +238,8 @@ class TarSource(ImageSource):
             counts = [shard.samples for shard in index["shards"]]
             self.image_size = index["image_size"]
             self.class_names = self.own_names = index["class_names"]
-            described = {name: value for name, value in index.items() if name != "inputs"}
-            described["shards"] = [shard.as_dict() for shard in index["shards"]]
+            about = {name: value for name, value in index.items() if name != "inputs"}
+            described: object = {**about, "shards": [shard.as_dict() for shard in index["shards"]]}
         else:
             counts = [len(scan(tar, self.left_out)) for tar in tars]
             described = [(tar.name, tar.stat().st_size, count) for tar, count in zip(tars, counts, strict=True)]

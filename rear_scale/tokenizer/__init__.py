@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rear_scale.config import InputError, TokenizerConfig
+from rear_scale.config import InputError, TokenizerConfig, required_path
 from rear_scale.files import file_sha256
 from rear_scale.tokenizer.alitok import AliTok
 from rear_scale.tokenizer.base import Tokenizer
@@ -26,9 +26,11 @@ def weights_sha256(cfg: TokenizerConfig) -> str | None:
     """The sha256 of the weight file; None for a tokenizer of TOKENS_ONLY. Raises InputError as `open_tokenizer`."""
     if cfg.name in TOKENS_ONLY:
         return None
-    if cfg.weights is None or not find_weights(cfg.weights).is_file():
+    check_weights(cfg)
+    file = find_weights(required_path(cfg.weights, "tokenizer.weights"))
+    if not file.is_file():
         open_tokenizer(cfg, torch.device("cpu"))  # raises the error that explains it
-    return file_sha256(find_weights(cfg.weights))
+    return file_sha256(file)
 
 
 def decoder_identity(cfg: TokenizerConfig) -> str | None:
@@ -84,7 +86,7 @@ def open_tokenizer(cfg: TokenizerConfig, device: torch.device) -> Tokenizer:
     tokenizer = tokenizer.to(device).eval().requires_grad_(False)
     if device.type == "cuda":
         # Tensor cores convolve in this layout; otherwise cuDNN copies weights and images into it in every call.
-        tokenizer = tokenizer.to(memory_format=torch.channels_last)
+        tokenizer.use_channels_last()
     if cfg.precision == "bf16":
         tokenizer.decode_in_bfloat16()
     return tokenizer

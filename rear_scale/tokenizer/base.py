@@ -57,6 +57,10 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """The images, float32 [B, 3, S, S] in [0, 1], of token ids (int64 [B, N])."""
 
+    def use_channels_last(self) -> None:
+        """Stores the weights of convolutions with their channels last in memory."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this argument
+
     def decode_in_bfloat16(self) -> None:
         """Converts the weights of the decoder to bfloat16, so that it computes in bfloat16. The codebook stays in float32."""
         for name in self.decoding:

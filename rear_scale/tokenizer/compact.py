@@ -189,7 +189,7 @@ def build(cfg: TokenizerConfig) -> CompactTokenizer:
             f"tokenizer.num_tokens={cfg.num_tokens}, but an image of {cfg.image_size} pixels gives {tokenizer.num_tokens} "
             f"tokens. Set tokenizer.num_tokens={tokenizer.num_tokens}"
         )
-    if cfg.grid is not None and (cfg.grid != list(tokenizer.grid) or cfg.prefix_tokens != 0):
+    if cfg.grid is not None and (cfg.grid != [tokenizer.side, tokenizer.side] or cfg.prefix_tokens != 0):
         raise InputError(
             f"tokenizer.grid={cfg.grid} with tokenizer.prefix_tokens={cfg.prefix_tokens}, but the tokens of an image of "
             f"{cfg.image_size} pixels are a grid. Set tokenizer.grid=[{tokenizer.side},{tokenizer.side}] and "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rear_scale import rng
-from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig
+from rear_scale.config import InputError, TokenizerConfig, TokenizerTrainingConfig, required_path
 from rear_scale.config.values import leaves
 from rear_scale.files import atomic_open, remove_leftovers
 from rear_scale.progress import progress
@@ -106,7 +106,7 @@ def check_same_training(cfg: TokenizerConfig, images: np.ndarray) -> None:
 
     A file without a record of its training is accepted.
     """
-    before = read_training(cfg.weights)
+    before = read_training(required_path(cfg.weights, "tokenizer.weights"))
     for key, value in training_settings(cfg, images).items():
         if key in before and before[key] != value:
             prefix = "images of " if key.endswith(".images") else ""

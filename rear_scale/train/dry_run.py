@@ -78,7 +78,7 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images"
             f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
-    if len(found) == 2 and (note := check_agree(*found, cfg.data)):
+    if len(found) == 2 and (note := check_agree(found[0], found[1], cfg.data)):
         notes.append(note)
     lines += notes
     if cfg.train.init_from is not None and not Path(cfg.train.init_from).exists():
@@ -87,10 +87,11 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
 
 
 def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
-    if not is_packed(cfg.data.train):
+    folder = cfg.data.train
+    if not is_packed(folder):
         return None
     try:
-        return read_checked(cfg, cfg.data.train).num_images
+        return read_checked(cfg, folder).num_images
     except InputError:
         return None
 

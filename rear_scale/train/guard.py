@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from rear_scale.checkpoint.folder import last_step
 from rear_scale.config import ExperimentConfig
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
+from rear_scale.shards.record import TarShard
 from rear_scale.world import World
 
 EXIT_PREEMPTED = 75  # sysexits.h: try again later
@@ -40,6 +41,10 @@ class Preempted(SystemExit):
         super().__init__(EXIT_PREEMPTED)
 
 
+# As signal.signal takes and returns it; None = set by code that is no Python.
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
 class StopSignal:
     """Records SIGTERM, SIGUSR1, SIGHUP and SIGINT instead of ending the process. A second SIGINT (Ctrl-C) ends it at once.
 
@@ -50,7 +55,7 @@ class StopSignal:
     def __init__(self, run: RunFolder, world: World) -> None:
         self.run, self.world = run, world
         self.received: str | None = None
-        self.before: dict[int, Any] = {}
+        self.before: dict[int, _Handler] = {}
         self.pipe: tuple[int, int] | None = None
         self.wakeup_before = -1
 
@@ -209,7 +214,7 @@ class LossSpikeDetector:
         return False
 
 
-def shard_positions(ids: list[int], shards: list[Any], folder: str | Path) -> str:
+def shard_positions(ids: list[int], shards: Sequence[TarShard], folder: str | Path) -> str:
     """The shards and positions of samples, for messages: "shard-000003.tar: 17, 42; ..."."""
     by_shard: dict[str, list[int]] = {}
     first = 0

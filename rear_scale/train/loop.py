@@ -21,7 +21,7 @@ from rear_scale.checkpoint.folder import Checkpoint, clear, last_step
 from rear_scale.checkpoint.open import newest_intact
 from rear_scale.checkpoint.restore import check_states, load_weights, restore
 from rear_scale.checkpoint.writer import Unwritten, Writer
-from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, settled, to_dict
+from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, required_path, settled, to_dict
 from rear_scale.model import build_model, meta_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.recompute import prepare_blocks
@@ -75,9 +75,8 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         done = checkpoint.step if checkpoint else 0
         if checkpoint:
             _check_same_run(cfg, tokens, checkpoint)
-            checkpoint.meta.update(
-                world.from_main(run.rewind_to(done, checkpoint.meta.get("rewinds", 0)) if world.is_main else None)
-            )
+            rewinds = checkpoint.meta.get("rewinds", 0)
+            checkpoint.meta.update(world.on_main(lambda: run.rewind_to(done, rewinds)))
         if done >= plan.last_step:
             assert checkpoint is not None
             for on_resume in hooks.on_resume:
@@ -293,7 +292,8 @@ class _Run:
     def _stop_unless_skipped(self, step: int, consensus: StepConsensus, micro_batches: list[MicroBatch]) -> None:
         """Counts a non-finite update that is skipped. Raises FloatingPointError, on all ranks, where skipping is not allowed."""
         ids = torch.cat([batch.ids for batch in micro_batches]).tolist()
-        own_positions = shard_positions(ids, self.tokens.manifest.shards, self.cfg.data.train)
+        folder = required_path(self.cfg.data.train, "data.train")
+        own_positions = shard_positions(ids, self.tokens.manifest.shards, folder)
         positions = self.world.gather(own_positions)
         suspects = consensus.bad_ranks or list(range(self.world.size))
         named = "; ".join(f"rank {rank} trained on {positions[rank]}" for rank in suspects[:4])
@@ -406,12 +406,6 @@ def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, checkpoint: Checkpo
             f"({before[:12]}). Use those shards, start another run.dir, or allow it with resume.allow=[data.train]"
         )
     check_states(checkpoint, rules_of(meta_model(cfg), cfg), cfg)
-
-
-def _why_failed(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "ended by Ctrl-C"
-    return str(error) if isinstance(error, LostRanks) else f"{type(error).__name__}: {error}"
 
 
 def _why_failed(error: BaseException) -> str:

@@ -20,11 +20,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import ExperimentConfig, InputError, required_path
 from rear_scale.config.devices import Device, device_named
 from rear_scale.device import uses_cuda
 from rear_scale.progress import say
@@ -133,9 +134,10 @@ def _own_report(cfg: ExperimentConfig, ranks: Ranks) -> Report:
     try:
         data = setup.check_data(cfg, ranks)
         report.shards = data.manifest.fingerprint
-        if ranks.local_rank == 0 and not is_remote(cfg.data.train):
+        folder = required_path(cfg.data.train, "data.train")
+        if ranks.local_rank == 0 and not is_remote(folder):
             for shard in data.manifest.shards:
-                path = Path(cfg.data.train) / shard.file
+                path = Path(folder) / shard.file
                 size = path.stat().st_size if path.exists() else None
                 if size != shard.size:
                     problem = "is not there" if size is None else f"has {size:,} bytes instead of {shard.size:,}"
@@ -286,17 +288,22 @@ def _measure(world: World, store: dist.Store) -> dict[str, dict[str, float]]:
     nodes = world.gather(node_name())
     order = list(dict.fromkeys(nodes))
     members = {node: [rank for rank, name in enumerate(nodes) if name == node] for node in order}
-    groups = {(node,): dist.new_group(ranks) for node, ranks in members.items() if len(ranks) > 1}
+    groups: dict[tuple[str, ...], Any] = {
+        (node,): dist.new_group(ranks) for node, ranks in members.items() if len(ranks) > 1
+    }
     count = len(order)
-    pairs = [(order[index], order[(index + 1) % count]) for index in range(count if count > 2 else count - 1)]
+    pairs: list[tuple[str, ...]] = [
+        (order[index], order[(index + 1) % count]) for index in range(count if count > 2 else count - 1)
+    ]
     for pair in pairs:
         groups[pair] = dist.new_group([*members[pair[0]], *members[pair[1]]])
     mine: dict[str, float] = {}
     # Pairs of neighbours take turns, so that each node is in one measurement at a time. In a ring of an odd number of nodes
     # the last pair is measured alone.
-    turns = [[(node,) for node in order], pairs[0::2], pairs[1::2]]
+    alone: list[tuple[str, ...]] = [(node,) for node in order]
+    turns = [alone, pairs[0::2], pairs[1::2]]
     if count > 2 and count % 2:
-        turns = [turns[0], pairs[0:-1:2], pairs[1:-1:2], pairs[-1:]]
+        turns = [alone, pairs[0:-1:2], pairs[1:-1:2], pairs[-1:]]
     for turn in turns:
         for group in turn:
             if group in groups and nodes[world.rank] in group:
@@ -306,8 +313,8 @@ def _measure(world: World, store: dist.Store) -> dict[str, dict[str, float]]:
     store.set(f"measured/{world.rank}", "")
     slowest: dict[str, float] = {}
     for rates in world.gather(mine):
-        for group, rate in rates.items():
-            slowest[group] = min(rate, slowest.get(group, rate))
+        for among, rate in rates.items():
+            slowest[among] = min(rate, slowest.get(among, rate))
     return {
         node: {
             "within": slowest.get(node, 0.0),

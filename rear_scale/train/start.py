@@ -48,8 +48,8 @@ def take_over(cfg: ExperimentConfig, tokens: TokenSet, run: RunFolder, world: Wo
     Weights, moments and step continue from there; the order of data is that of rear_scale. All ranks must call this. Raises
     InputError when the folder does not fit the config's model.
     """
-    source = Path(cfg.train.init_from)
-    if not accelerate.is_released_checkpoint(source):
+    source = None if cfg.train.init_from is None else Path(cfg.train.init_from)
+    if source is None or not accelerate.is_released_checkpoint(source):
         return None
     world.on_main(lambda: _write_first(cfg, tokens, run, source, world))
     return newest_intact(run.checkpoints, world, report=say)

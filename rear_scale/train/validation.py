@@ -43,7 +43,7 @@ class Validation:
         names = [name for term in self.terms for name in (f"loss_{term.name}", *term.reports)]
         self.names = [name for name in names if name not in _DERIVED]
         rate, codes = cfg.evaluate.replace_rate, tokens.manifest.codebook_size
-        self.contexts = {"clean": None, "noisy": Replacement(rate, _DRAW_SEED, 0, codes)}
+        self.contexts: dict[str, Replacement | None] = {"clean": None, "noisy": Replacement(rate, _DRAW_SEED, 0, codes)}
 
     def __call__(self, step: int, strategy: Strategy) -> dict[str, float]:
         """The metrics of the current model. All ranks must call this."""
@@ -66,11 +66,13 @@ class Validation:
         clean, noisy = (exact_sums([rows[context] for rows in ranks]) for context in ("clean", "noisy"))
         tokens = sequences * self.cfg.tokenizer.num_tokens
         sums = dict(zip((*_SCORES, *self.names), clean, strict=True))
-        ctr, loss_ar = ratio_and_loss(*(sums.pop(name) for name in _SCORES), tokens)
+        loss_sum, correct = (sums.pop(name) for name in _SCORES)
+        ctr, loss_ar = ratio_and_loss(loss_sum, correct, tokens)
         means = {"loss_ar": loss_ar, **{name: total / sequences for name, total in sums.items()}}
         loss = sum(term.weight * means[f"loss_{term.name}"] for term in self.terms)
         named = {f"val_{name}": value for name, value in {"loss": loss, **means}.items()}
-        return {**named, "val_ctr": ctr, "val_ctr_noisy": ratio_and_loss(*noisy, tokens)[0]}
+        noisy_loss, noisy_correct = noisy
+        return {**named, "val_ctr": ctr, "val_ctr_noisy": ratio_and_loss(noisy_loss, noisy_correct, tokens)[0]}
 
 
 class _Scores:

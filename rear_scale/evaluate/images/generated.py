@@ -58,6 +58,7 @@ def generated_images(
 
 def _class_names(cfg: ExperimentConfig) -> list[str] | None:
     """The names of the class ids in data.train; None where the shards are not on this machine."""
-    if not (Path(cfg.data.train) / "index.json").is_file():
+    folder = cfg.data.train
+    if folder is None or not (Path(folder) / "index.json").is_file():
         return None
-    return read_manifest(cfg.data.train).class_names
+    return read_manifest(folder).class_names

@@ -20,6 +20,7 @@ import torch
 
 from rear_scale.config import EvaluateConfig
 from rear_scale.evaluate.metrics.moments import Moments, moments_of
+from rear_scale.evaluate.networks.base import Extractor
 from rear_scale.evaluate.networks.feature_cache import FeatureBlocks
 from rear_scale.world import World
 
@@ -90,7 +91,7 @@ class ReferenceSet(Protocol):
 class Inputs:
     """The inputs of one network's metrics."""
 
-    network: Any  # the opened network, a FeatureNetwork or Extractor
+    network: Extractor  # the opened network; of a published one, a FeatureNetwork
     samples: FeatureSet
     references: Sequence[ReferenceSet]
     cfg: EvaluateConfig
@@ -125,11 +126,13 @@ class Metric(ABC):
 
     name: str  # unique in the list; the key in result.json, unless `numbers` says otherwise
     network: str  # whose features it reads: a row of networks/__init__.py, `classifier`, `pixels` or `reconstruction`
-    against_references: bool  # False = a number of the scored images alone
+    against_references: ClassVar[bool]  # False = a number of the scored images alone
     columns: Sequence[Column] = ()  # in the printed table
     label: str = ""  # in reports, with {reference} in place of the name of a reference
     digits: int = 3  # decimal places in reports
-    resamples = False  # whether `resampled` is defined, for bootstrap intervals; such a metric has one number
+    resamples: ClassVar[bool] = (
+        False  # whether `resampled` is defined, for bootstrap intervals; such a metric has one number
+    )
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         """Computations that are distributed over ranks: each runs on one rank, and all ranks get its result."""
@@ -158,7 +161,7 @@ class Metric(ABC):
 class SampleMetric(Metric):
     """A metric of the scored images alone."""
 
-    against_references: ClassVar = False
+    against_references = False
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         return [partial(self._parts, inputs)]
@@ -167,14 +170,14 @@ class SampleMetric(Metric):
         return [Output({self.name: self.score(inputs)})]
 
     @abstractmethod
-    def score(self, inputs: Inputs) -> Any:
+    def score(self, inputs: Inputs) -> float | Mapping[str, Any] | None:
         """The value in result.json: a number, None or a dict, to which bootstrap intervals are added as `bootstrap`."""
 
 
 class ReferenceMetric(Metric):
     """A metric of the scored images against each reference."""
 
-    against_references: ClassVar = True
+    against_references = True
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
         return [partial(self._parts, inputs)]
@@ -183,5 +186,6 @@ class ReferenceMetric(Metric):
         return [Output({self.name: self.score(inputs, other)}, other.name) for other in inputs.references]
 
     @abstractmethod
-    def score(self, inputs: Inputs, reference: ReferenceSet) -> float | None:
-        """The value in result.json; None where the reference or the number of images does not allow one."""
+    def score(self, inputs: Inputs, reference: ReferenceSet) -> float | Mapping[str, Any] | None:
+        """The value in result.json, a number or several by key; None where the reference or the number of images does not
+        allow one."""

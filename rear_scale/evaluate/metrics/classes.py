@@ -19,6 +19,7 @@ class ClassAccuracy(SampleMetric):
 
     def score(self, inputs: Inputs) -> float | None:
         labels, classes = inputs.samples.column("label"), inputs.samples.column("classes")
+        assert classes is not None, "the classifier gives a class to each image"
         return None if labels is None else float((classes == labels).mean())
 
 

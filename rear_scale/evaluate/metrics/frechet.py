@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from rear_scale.evaluate.metrics.base import Column, Inputs, Metric, Output
 from rear_scale.evaluate.metrics.distances import frechet_distance
 from rear_scale.evaluate.metrics.moments import Moments, MomentSums
+from rear_scale.evaluate.networks.base import FeatureNetwork
 
 _EXTRAPOLATION_POINTS = 8
 SINGULAR = "singular covariance"  # in the notes of distances
@@ -23,7 +24,7 @@ class FrechetDistance(Metric):
     """The Fréchet distance on one feature, with its extrapolation to infinitely many images (evaluate.fid_infinity)."""
 
     against_references = True
-    resamples: ClassVar = True
+    resamples = True
 
     def __init__(
         self, name: str, network: str, feature: str, title: str | None = None, published: str | None = None
@@ -34,13 +35,14 @@ class FrechetDistance(Metric):
             self.columns = (Column(title, 3, lambda values: values.get(name), published),)
 
     def tasks(self, inputs: Inputs) -> list[Callable[[], list[Output]]]:
-        computations = [partial(self._distances, inputs)]
+        computations: list[Callable[[], list[Output]]] = [partial(self._distances, inputs)]
         if inputs.cfg.fid_infinity:
             computations.append(partial(self._extrapolated, inputs))
         return computations
 
     def _distances(self, inputs: Inputs) -> list[Output]:
-        own, size = inputs.samples.moments(self.feature), inputs.network.sizes[self.feature]
+        own = inputs.samples.moments(self.feature)
+        size = cast("FeatureNetwork", inputs.network).sizes[self.feature]
         parts = []
         for reference in inputs.references:
             other = reference.moments(self.feature)
@@ -49,7 +51,7 @@ class FrechetDistance(Metric):
                 f"{self.name}_reference_images": None if other is None else other.count,
             }
             notes = []
-            if other is not None and other.is_singular:
+            if other is not None and other.count is not None and other.is_singular:
                 notes.append(self._singular(other.count, len(other.mean), "reference"))
             parts.append(Output(values, reference.name, notes))
         if inputs.samples.count <= size:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class InceptionScoreMetric(SampleMetric):
     network = "inception"
     feature = "pool"
     columns = (Column("IS", 1, lambda values: values.get("inception_score", {}).get("value"), "inception_score", 1),)
-    resamples: ClassVar = True
+    resamples = True
 
     def score(self, inputs: Inputs) -> dict[str, Any]:
         inception_score = self._score(inputs)
@@ -115,7 +115,7 @@ class InceptionScoreMetric(SampleMetric):
             "std": None if len(inception_score.per_split) < 2 else inception_score.std,
             "split_images": SPLIT_IMAGES,
         }
-        warning = self._warning(inputs.samples, inputs.network)
+        warning = self._warning(inputs.samples, cast("_Classifies", inputs.network))
         return described if warning is None else {**described, "warning": warning}
 
     def resampled(self, inputs: Inputs, weights: np.ndarray) -> dict[str | None, float | None]:
@@ -129,7 +129,7 @@ class InceptionScoreMetric(SampleMetric):
 
     def _score(self, inputs: Inputs, weights: np.ndarray | None = None) -> InceptionScore:
         """The score of the samples. weights: int64 [n], how often each image counts; None = once."""
-        network: _Classifies = inputs.network
+        network = cast("_Classifies", inputs.network)
         sums = InceptionScoreSums(inputs.samples.count, len(network.classifier))
         for ids, features in inputs.samples.parts(self.feature):
             chosen = None if weights is None else torch.from_numpy(weights[ids]).double()

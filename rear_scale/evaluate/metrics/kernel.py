@@ -9,7 +9,7 @@ Bińkowski et al. 2018, arXiv:1801.01401: the unbiased estimate of the squared m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class KernelDistance(ReferenceMetric):
     Sets of at most 1,000 images are compared once, as they are. Holds the feature of both sets in memory.
     """
 
-    digits: ClassVar = 5
+    digits = 5
 
     def __init__(self, name: str, network: str, feature: str, title: str | None = None) -> None:
         """title: of its column in the printed table; None = it has none."""

@@ -187,6 +187,10 @@ def _own(tasks: Sequence[int], world: World | None) -> Sequence[int]:
 _NAMES = ("precision", "recall", "density", "coverage")
 
 
+def _column(name: str) -> Column:
+    return Column(name, 4, lambda values: _as_adm(values.get(name)), name)
+
+
 class NeighbourMetrics(Metric):
     """Precision, recall, density and coverage on one feature, each in the arithmetics of evaluate.precision_recall_arithmetic."""
 
@@ -196,10 +200,7 @@ class NeighbourMetrics(Metric):
         """prefix: precedes the names on dashboards, where several networks have the same metrics."""
         self.name, self.network, self.feature, self.prefix = f"{prefix}precision_recall", network, feature, prefix
         if in_table:
-            self.columns = tuple(
-                Column(name, 4, lambda values, name=name: _as_adm(values.get(name)), name)
-                for name in ("precision", "recall")
-            )
+            self.columns = tuple(map(_column, ("precision", "recall")))
 
     def together(self, inputs: Inputs) -> list[Output]:
         """The outputs of all references. All ranks work on one reference at a time, because its pairwise distances take long."""

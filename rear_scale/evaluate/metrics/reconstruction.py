@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol, cast
 
 import numpy as np
 
 from rear_scale.evaluate.metrics.base import Column, Inputs, Metric, Output, SampleMetric
 from rear_scale.evaluate.metrics.distances import codebook_use
+from rear_scale.tokenizer.base import Tokenizer
 
 
 class Psnr(Metric):
@@ -44,6 +46,10 @@ class Lpips(SampleMetric):
         return None if distances is None else float(distances.mean())
 
 
+class _Reconstructs(Protocol):
+    tokenizer: Tokenizer
+
+
 class TokenUse(Metric):
     """The fraction of the codes that occur, and the entropy of their distribution in bits."""
 
@@ -56,7 +62,7 @@ class TokenUse(Metric):
         return [partial(self._parts, inputs)]
 
     def _parts(self, inputs: Inputs) -> list[Output]:
-        counts = np.zeros(inputs.network.tokenizer.codebook_size, np.int64)
+        counts = np.zeros(cast("_Reconstructs", inputs.network).tokenizer.codebook_size, np.int64)
         for _, tokens in inputs.samples.parts("tokens"):
             counts += np.bincount(tokens.ravel(), minlength=len(counts))
         use = codebook_use(counts)

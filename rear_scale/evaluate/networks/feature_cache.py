@@ -112,7 +112,7 @@ def extract(
         for blocks, extractor in zip(feature_sets, extractors, strict=True):
             _write_manifest(blocks.folder, images, extractor, batch_size)
     # Rank 0 lists the missing blocks, because all ranks must distribute the same list.
-    missing = world.from_main(_missing(feature_sets, part) if world.is_main else None)
+    missing = world.on_main(lambda: _missing(feature_sets, part))
     description = f"features of {images.name}"
     total = sum(len(images.blocks[number]) for number in missing)
 
@@ -183,7 +183,7 @@ def _features(
 
 def _write_block(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with atomic_open(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub asks whether a name is allow_pickle
 
 
 def feature_folder(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> Path:

@@ -8,6 +8,8 @@ Differences to later Inception V3 networks: average pooling excludes the padding
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,10 +54,13 @@ def _source(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return before.long().to(like.device), (position - before).to(like.device)
 
 
+_Size = int | tuple[int, int]  # (rows, columns), or one number for both
+
+
 class _Conv(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, padding=0) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: _Size, stride: int = 1, padding: _Size = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
@@ -101,16 +106,16 @@ class _BlockB(nn.Module):
 class _BlockC(nn.Module):
     def __init__(self, inputs: int, middle: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        row, column = partial(_Conv, kernel=(1, 7), padding=(0, 3)), partial(_Conv, kernel=(7, 1), padding=(3, 0))
         self.branch1x1 = _Conv(inputs, 192, 1)
         self.branch7x7_1 = _Conv(inputs, middle, 1)
-        self.branch7x7_2 = _Conv(middle, middle, **row)
-        self.branch7x7_3 = _Conv(middle, 192, **column)
+        self.branch7x7_2 = row(middle, middle)
+        self.branch7x7_3 = column(middle, 192)
         self.branch7x7dbl_1 = _Conv(inputs, middle, 1)
-        self.branch7x7dbl_2 = _Conv(middle, middle, **column)
-        self.branch7x7dbl_3 = _Conv(middle, middle, **row)
-        self.branch7x7dbl_4 = _Conv(middle, middle, **column)
-        self.branch7x7dbl_5 = _Conv(middle, 192, **row)
+        self.branch7x7dbl_2 = column(middle, middle)
+        self.branch7x7dbl_3 = row(middle, middle)
+        self.branch7x7dbl_4 = column(middle, middle)
+        self.branch7x7dbl_5 = row(middle, 192)
         self.branch_pool = _Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,15 +144,15 @@ class _BlockE(nn.Module):
     def __init__(self, inputs: int, pool_by_maximum: bool) -> None:
         super().__init__()
         self.pool_by_maximum = pool_by_maximum
-        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+        row, column = partial(_Conv, kernel=(1, 3), padding=(0, 1)), partial(_Conv, kernel=(3, 1), padding=(1, 0))
         self.branch1x1 = _Conv(inputs, 320, 1)
         self.branch3x3_1 = _Conv(inputs, 384, 1)
-        self.branch3x3_2a = _Conv(384, 384, **row)
-        self.branch3x3_2b = _Conv(384, 384, **column)
+        self.branch3x3_2a = row(384, 384)
+        self.branch3x3_2b = column(384, 384)
         self.branch3x3dbl_1 = _Conv(inputs, 448, 1)
         self.branch3x3dbl_2 = _Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _Conv(384, 384, **row)
-        self.branch3x3dbl_3b = _Conv(384, 384, **column)
+        self.branch3x3dbl_3a = row(384, 384)
+        self.branch3x3dbl_3b = column(384, 384)
         self.branch_pool = _Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rear_scale.evaluate.networks.base import as_batch, exact_arithmetic
 from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
@@ -55,8 +54,8 @@ class Lpips(nn.Module):
                 a, b = (a - shift) / scale, (b - shift) / scale
             a, b = self.features[start:end](a), self.features[start:end](b)
             difference = (_unit(a) - _unit(b)).square()
-            weight = self.get_submodule(f"lin{number}.model.1").weight
-            distance = distance + F.conv2d(difference, weight).mean((1, 2, 3))
+            weigh = self.get_submodule(f"lin{number}.model.1")  # a convolution of one pixel without bias
+            distance = distance + weigh(difference).mean((1, 2, 3))
             start = end
         return distance
 
@@ -80,7 +79,7 @@ class LpipsDistance:
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Distances float [n] of pairs of images (uint8 [n, H, W, 3] each)."""
         # The network expects images in [-1, 1]; with [0, 1] its distances are far too small.
-        dtype = self.network.features[0].weight.dtype
+        dtype = next(self.network.parameters()).dtype
         pair = [as_batch(images, self.device).to(dtype) / 127.5 - 1 for images in (a, b)]
         with exact_arithmetic(), torch.inference_mode():
             return self.network(*pair).cpu().numpy()

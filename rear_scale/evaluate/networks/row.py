@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rear_scale.config import EvaluateConfig
+from rear_scale.evaluate.networks.base import FeatureNetwork, PairDistance
 from rear_scale.evaluate.networks.weights import PublishedFile, check_weight_file
 
 PACKAGED = "package"  # in place of a path: the weight file inside an installed Python package
@@ -32,7 +33,7 @@ class NetworkRow:
     # By field of `evaluate`, or `network_weights.NAME` for a network without its own field. The network is used if one of
     # them is set.
     weights: Mapping[str, PublishedFile]
-    make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or a distance for `of_pairs`
+    make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or PairDistance if `of_pairs`
     statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature, for features with moments
     of_pairs: bool = False  # whether it compares images with their reconstructions
     packaged: Callable[[], Path | None] | None = None  # finds the weight file that PACKAGED stands for
@@ -55,8 +56,12 @@ class NetworkRow:
         for (name, path), published in zip(self.paths(cfg).items(), self.weights.values(), strict=True):
             check_weight_file(path, name, published)
 
-    def open(self, cfg: EvaluateConfig, device: torch.device) -> Any:
+    def open(self, cfg: EvaluateConfig, device: torch.device) -> FeatureNetwork:
         """The network with its weights. Raises InputError for a missing or damaged weight file, or one of another network."""
+        return self.make(*self.paths(cfg).values(), device)
+
+    def open_distance(self, cfg: EvaluateConfig, device: torch.device) -> PairDistance:
+        """As `open`, where `of_pairs`."""
         return self.make(*self.paths(cfg).values(), device)
 
 
