@@ -198,9 +198,8 @@ class _Job:
         """The last lines: the result, its first number, and other settings of sampling to try."""
         target = self.targets[0]
         title, value = next(iter(row.cells.items()))
-        following = ""
-        if target.checkpoint is not None and target.samples is None and not self.args.sweep:
-            scale = target.cfg.sample.guidance.scale
+        following, scale = "", target.cfg.sample.guidance.scale
+        if target.checkpoint is not None and target.samples is None and not self.args.sweep and scale > 0:
             values = ",".join(f"{scale * factor:.3g}" for factor in (0.8, 1, 1.25))
             words = ["--checkpoint", self.args.checkpoint, *self.args.overrides]
             following = cli.typed("evaluate", *words, "--sweep", f"sample.guidance.scale={values}")
