@@ -67,7 +67,7 @@ class Findings:
 
 
 class Fuzzer:
-    """Makes inputs of every kind in a folder, and reads them."""
+    """Writes inputs of every type to a folder, and reads them."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random, self.mark = folder, random.Random(seed), folder / "ran"
@@ -204,7 +204,7 @@ class Fuzzer:
         return value.format(mark=self.mark) if isinstance(value, str) and "{" in value and "$" not in value else value
 
     def text(self, values: Any) -> bytes:
-        """JSON of changed values, whose text is spoilt now and then."""
+        """JSON of changed values, whose text is sometimes damaged."""
         if self.random.random() < 0.1:
             return self.bytes(json.dumps(values).encode())
         text = json.dumps(self.changed(values))
@@ -416,7 +416,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _npy_head(random_: random.Random) -> bytes:
-    """A head that says more than there is."""
+    """A header that claims more values than the file has."""
     shape = random_.choice(((2**40,), (2**32, 2**32), (6, 2**32, 2**32, 3), (-1, 4, 4, 3), (10**30,), (6, 4, 4, 3)))
     descr = random_.choice(("|u1", "<f8", "|O", "<U1000000", "[('a', 'u1')]", "x"))
     head = f"{{'descr': '{descr}', 'fortran_order': {random_.choice(('False', 'True', '3'))}, 'shape': {shape}, }}\n".encode()

@@ -1,4 +1,4 @@
-"""The jobs that tests/kills.py interrupts, what they read, and what must be the same in all that they make."""
+"""The jobs that tests/kills.py interrupts, their inputs, and the parts of their outputs that must be equal in every run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMES = {"time", "seconds", "wall_s", "images_per_second"}
 
 @dataclass(frozen=True)
 class Job:
-    """A command line that makes files below a folder, on one rank or several."""
+    """A command line that writes files below a folder, on one or several ranks."""
 
     name: str
     launcher: str
@@ -99,7 +99,7 @@ JOBS = {
 
 
 def make_inputs(inputs: Path) -> None:
-    """What the jobs read: token shards, a tokenizer, images."""
+    """The inputs of the jobs: token shards, a tokenizer, images."""
     import numpy as np
     import torch
     from helpers import write_token_shards
@@ -124,7 +124,7 @@ def make_inputs(inputs: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file and empty folder below, with a hash of what must be the same in every run."""
+    """All files and empty folders below a folder, with a hash of the parts that must be equal in every run."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -178,7 +178,7 @@ def logged_steps(path: Path) -> list[tuple[int, str]]:
 
 
 def wrong_lines(path: Path, right: list[tuple[int, str]], some: bool) -> list[str]:
-    """What differs from the steps of an unbroken run. some: steps may be missing, where nothing wrote them again."""
+    """Differences from the steps of an unbroken run. some: steps may be missing where nothing has written them again."""
     lines = logged_steps(path)
     steps = [step for step, _ in lines]
     wrong = [f"step {step}" for step, line in lines if (step, line) not in right or steps.count(step) > 1]
@@ -186,7 +186,7 @@ def wrong_lines(path: Path, right: list[tuple[int, str]], some: bool) -> list[st
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a visible checkpoint."""
+    """Errors of a visible checkpoint; empty when it is correct."""
     try:
         for item in json.loads((checkpoint / "meta.json").read_text())["files"]:
             if hashlib.sha256((checkpoint / item["file"]).read_bytes()).hexdigest() != item["sha256"]:

@@ -78,7 +78,7 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Left:
-    """What a kill leaves."""
+    """The files that a kill leaves behind."""
 
     folder: Path  # a copy
     call: str  # that was not made any more
@@ -87,7 +87,7 @@ class Left:
 
 @dataclass
 class Ended:
-    """One start of a job: exit codes (negative: the signal), what was said, and the file calls, by rank."""
+    """One start of a job: exit codes (negative: the signal), printed lines and file calls, by rank."""
 
     codes: list[int]
     said: list[str]
@@ -101,7 +101,7 @@ class Ended:
 
 @dataclass
 class Report:
-    """What a campaign found. The lists hold one line per finding."""
+    """The findings of a campaign, one line each."""
 
     job: str
     calls: list[int] = field(default_factory=list)  # of an unbroken run, by rank
@@ -124,7 +124,7 @@ class Report:
 
 
 class Harness:
-    """Starts jobs in forked children, below one folder."""
+    """Starts jobs in forked child processes, with all files below one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.inputs, self.case = folder, folder / "inputs", folder / "case"
@@ -227,7 +227,7 @@ class Harness:
                 os.kill(child, number)
 
     def _be(self, job: Job, rank: int, port: int | None, here: Interruption, mask: int, log: Path, said: Path) -> None:
-        """The forked child: this rank of the job, to its end."""
+        """Runs this rank of the job in the forked child, to its end."""
         try:
             out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
@@ -325,7 +325,7 @@ class Harness:
     def _kill(
         self, job: Job, interruption: Interruption, where: str, found: Report, *, fresh: bool = True
     ) -> tuple[str, int]:
-        """A real kill: where it was, and the newest checkpoint that was visible."""
+        """A real kill (SIGKILL): its place, and the newest checkpoint that was visible then."""
         if fresh:
             self._fresh_case()
         ended = self.start(job, interruption)
@@ -402,7 +402,7 @@ class Harness:
     def _check_error(
         self, job: Job, ended: Ended, interruption: Interruption, files: dict[str, str], where: str, found: Report
     ) -> None:
-        """What a start says and leaves when the disk fails: an exit code, one line, a state."""
+        """Checks the exit code, the message and the state of a start during which the disk fails."""
         first = next((code for code in ended.codes if code not in (-signal.SIGKILL, -signal.SIGTERM)), None)
         if ended.hung or first not in (0, 1, 2):
             found.failed.append(f"{where}{ended.codes}{' hung' * ended.hung}: {_last_lines(ended)}")
@@ -423,7 +423,7 @@ class Harness:
     def _check_trained(
         self, job: Job, ended: Ended, files: dict[str, str], where: str, done: bool, found: Report
     ) -> None:
-        """The end of a run that met an error: what was lost on the way is left out, what is there is right."""
+        """Checks the end of a run that met an error: lost lines may be missing, and all existing files are correct."""
         now = tree(self.case)
         if ended.hung or any(ended.codes) or "Traceback" in ended.text:
             found.failed.append(f"{where}the same command: {ended.codes}{' hung' * ended.hung}: {_last_lines(ended)}")
@@ -505,7 +505,7 @@ def _import_everything() -> None:
 
 
 def _remember() -> None:
-    """What takes a quarter of a start and writes nothing: the config, and the commit that git is asked for."""
+    """Caches the config and the git commit, which take a quarter of a start's time and write no files."""
     from rear_scale import cli
     from rear_scale.run import versions
 
@@ -590,7 +590,7 @@ def _campaign(
 
 
 def _serve(folder: Path) -> None:
-    """Answers one line for each line of stdin; what else is printed goes to stderr."""
+    """Answers each line of stdin with one line on stdout; all other output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     harness = Harness(folder)
@@ -601,7 +601,7 @@ def _serve(folder: Path) -> None:
 
 
 def _in_memory() -> str | None:
-    """Where files cost no waiting for a disk."""
+    """A folder in memory, where files need no disk access."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 

@@ -35,7 +35,7 @@ CELLS = [*itertools.product(TWO_RANKS, ("fp32", "bf16"), (1,)), *itertools.produ
 def config_of(
     folder: Path, tokens: Path, sizes: Iterable[str], strategy: str, precision: str, accumulation: int
 ) -> ExperimentConfig:
-    """Of two ranks; `sizes` sets the model and a global batch of 16."""
+    """The config of a run on two ranks; `sizes` sets the model and a global batch of 16."""
     return tiny_config(
         folder, tokens, *QUIET, *sizes, f"strategy={strategy}", f"train.precision={precision}",
         f"train.micro_batch_size={8 // accumulation}",
@@ -43,7 +43,7 @@ def config_of(
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Address and bytes of what the tensors lie in; of a DTensor, this rank's shard."""
+    """Address and bytes of the storage of each tensor; for a DTensor, of this rank's shard."""
     found: dict[int, int] = {}
     for tensor in tensors:
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
@@ -123,7 +123,7 @@ def _measure(world: World, folder: Path, tokens: Path, cell: tuple[str, str, int
 
 
 def measure_all(folder: Path, tokens: Path) -> dict[str, Any]:
-    """The whole file. A process of its own for each cell: engines leave something behind."""
+    """All measurements of the file. Each runs in its own process, because engines keep state."""
     cfg = config_of(folder, tokens, LARGE, *CELLS[0])
     figures = []
     for strategy, precision, accumulation in CELLS:

@@ -31,13 +31,13 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """The reason why a cluster cannot run on this machine; None where it can."""
     lacking = [name for name in _PROGRAMS if shutil.which(name, path=_SEARCH) is None]
     return f"{', '.join(lacking)} not found; launchers/test.sh --install-slurm installs SLURM" if lacking else None
 
 
 class Cluster:
-    """Starts with `with`; ends with all that it has started."""
+    """A context manager that starts the cluster, and at its end stops all processes that it has started."""
 
     def __init__(self) -> None:
         # Not below pytest's folder: the path of a socket has at most 108 characters.
@@ -76,7 +76,7 @@ class Cluster:
         self._start("slurmd", "-D", "-N", node, "-f", "slurm.conf", name=node)
 
     def kill_node(self, node: str) -> None:
-        """As a power cut would: slurmd, its steps and their processes, all at once."""
+        """Kills a node's slurmd, its steps and their processes all at once, like a power failure."""
         tasks = [
             process
             for process in psutil.process_iter()
@@ -107,11 +107,11 @@ class Cluster:
         )
 
     def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, NodeList, ..."""
+        """The fields that `scontrol show job` prints: JobState, Restarts, NodeList, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", str(number))))
 
     def wait(self, number: int, *states: str, timeout_s: float = 120) -> dict[str, str]:
-        """Until the job is in one of these states, or at an end."""
+        """Waits until the job is in one of these states or has ended."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", *states}
         self._until(lambda: self.job(number)["JobState"] in ends, f"job {number} to be {states}", timeout_s)
         return self.job(number)

@@ -314,7 +314,7 @@ def test_scores_in_training_that_cannot_be_made_are_refused_before_it(tmp_path: 
         tmp_path, tokens, "evaluate.training={num_images: 10}", f"evaluate.reference={reference(tmp_path)}", *files
     )
     check_training_scores(cfg, manifest)
-    with pytest.raises(InputError, match="tokens of a file with abababab"):
+    with pytest.raises(InputError, match="tokens of a file with sha256 abababab"):
         check_training_scores(cfg, replace(manifest, tokenizer_sha256="ab" * 32))
 
 
@@ -439,7 +439,7 @@ def test_images_of_foreign_tokens_are_not_scored(tmp_path: Path, tokens: Path) -
     def images(world: World) -> None:
         TargetOpener(world).images(EvalTarget(cfg, other, None, tmp_path / "result.json"))
 
-    with pytest.raises(InputError, match="tokens of a file with abababab"):
+    with pytest.raises(InputError, match="tokens of a file with sha256 abababab"):
         run_alone(images)
 
 

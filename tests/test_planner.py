@@ -302,7 +302,7 @@ def test_the_trainer_refuses_a_run_that_cannot_fit(
         (
             ["strategy=single", "train.global_batch_size=32"],
             37.0,
-            r"needs 37\.6 GiB .*activations go\), and .* has 37\.0",
+            r"needs 37\.6 GiB .*freed activations\), and .* has 37\.0",
         ),
         # They are there already where micro-steps add up, and where the engine keeps them from step to step.
         (["strategy=single", "train.global_batch_size=64"], 40.0, r"needs 41\.1 GiB .* buffers 1\.8\), and"),

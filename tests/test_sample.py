@@ -339,7 +339,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path: Path, tok
     given = file_sha256(tmp_path / "other")
     for source in (found, _as_one_file(tmp_path)):
         with pytest.raises(
-            InputError, match=f"has sha256 {given[:12]}, but .* trained on tokens of a file with {made[:12]}"
+            InputError, match=f"has sha256 {given[:12]}, but .* trained on tokens of a file with sha256 {made[:12]}"
         ):
             run_alone(_sample, cfg, source, tmp_path / "samples.npz")
     assert not list(tmp_path.glob("*samples*"))

@@ -502,7 +502,7 @@ def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:
         (None, b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
         (None, b'{"a": {"dtype": "a\\nb", "shape": [1], "data_offsets": [0, 4]}}', "has dtype"),
         (None, b'{"__metadata__": {"rear_scale": 3}}', "does not hold texts by name"),
-        (None, b'{"__metadata__": {"rear_scale": "[]"}}', r"it says \[\] of itself"),
+        (None, b'{"__metadata__": {"rear_scale": "[]"}}', r"its rear_scale metadata are \[\], not an object"),
         (None, b'{"__metadata__": {"rear_scale": "' + b"[" * 70_000 + b'"}}', "nesting"),
         (None, b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     ],
