@@ -42,13 +42,13 @@ def stages(recipe: Recipe, seeds: list[int], overrides: Sequence[str]) -> list[S
 
 @dataclass(frozen=True)
 class _Maker:
-    """Stages of one recipe."""
+    """The stages of one recipe."""
 
     recipe: Recipe
     overrides: tuple[str, ...]  # the user's
 
     def images(self) -> list[Stage]:
-        """The last of them writes the validation images."""
+        """The stages that write the images; the last of them writes the validation images."""
         stages: list[Stage] = []
         for split, (title, command) in self.recipe.prepare.items():
             inputs: Inputs = {stage.name: stage.key for stage in stages}
@@ -75,7 +75,7 @@ class _Maker:
         )  # fmt: skip
 
     def yardsticks(self, tokenizer: Stage) -> list[Stage]:
-        """Scores of what no generator can beat: the tokenizer's reconstructions, and real images."""
+        """The stages that score upper bounds for any generator: the tokenizer's reconstructions, and real images."""
         recipe, command = self.recipe, [*_torchrun(), "launchers/evaluate.py", *self._config("rear")]
         return [
             Stage(
@@ -142,7 +142,7 @@ def num_processes() -> int:
 
 
 def open_folder(recipe: Recipe, overrides: Sequence[str]) -> StageFolder:
-    """The demo's folder with its configs. One of other code or other overrides is renamed first, and not continued."""
+    """The demo's folder with its configs. A folder made by other code or other overrides is renamed first, and not continued."""
     folder = recipe.folder
     mark, fingerprint = folder / "stages/fingerprint", _fingerprint([*map(str, recipe.settings.items()), *overrides])
     if mark.exists() and mark.read_text() != fingerprint:

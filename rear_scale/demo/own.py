@@ -1,4 +1,4 @@
-"""The demo on a folder of one's own: class folders of images. Sizes are chosen from the images and the machine."""
+"""The demo on a user's folder of class folders of images. Model sizes are chosen by the images and the machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SIZES = {"s": Size(32, 4, 128), "m": Size(48, 6, 192), "l": Size(64, 6, 256)}
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder of class folders holds."""
+    """The contents of a folder of class folders."""
 
     path: Path
     counts: dict[str, int]  # images by class
@@ -100,14 +100,14 @@ def look_at(path: Path) -> Folder:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on a folder, and about how long it takes."""
+    """The plan of a demo on a folder: the recipe, and estimates of its duration."""
 
     recipe: Recipe
     size: str
     seconds: dict[str, float]  # by what the user reads
 
     def lines(self, folder: Folder) -> list[str]:
-        """What the user reads before anything starts."""
+        """The lines that are printed before anything starts."""
         size, settings = SIZES[self.size], self.recipe.settings
         seen = settings["train.total_steps"] * _BATCH
         total = sum(self.seconds.values())

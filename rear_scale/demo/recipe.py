@@ -1,4 +1,4 @@
-"""What a demo is made of: its images, its configs, and what it scores."""
+"""Recipes of demos: their images, configs and scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TITLES = {"ar": "vanilla AR", "rear": "reAR"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """One demo. Everything that it makes lies in `folder`, relative to the current directory."""
+    """One demo. All its files are in `folder`, relative to the current directory."""
 
     folder: Path
     what: str  # the images, as in "samples of handwritten digits"

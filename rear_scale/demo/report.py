@@ -1,4 +1,4 @@
-"""report.html of a demo."""
+"""The demo's report.html."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def _on_digits(recipe: Recipe) -> list[str]:
         f"""
 These are not FID figures: Inception says little about digits of {size} pixels. The Fréchet distance here is taken on
 {NUM_FEATURES} features of a small digit classifier that was trained on the same training images, and class accuracy is that
-classifier's agreement with the class that was asked for. Both compare inside this page only.""",
+classifier's agreement with the requested class. Both can be compared only within this page.""",
         """
 The distance to the nearest training image is a root mean square difference in grey levels (0 to 255), averaged over the
-samples. The last column gives it for real digits that were held out; values far below it would mean copies.""",
+samples. The last column gives it for held-out real digits; values far below that would indicate copies.""",
     ]
 
 
@@ -129,7 +129,7 @@ The correct token ratio is the share of right next-token predictions when the tr
 (reAR, appendix C.1), each context token is replaced with probability {summary["replace_rate"]:g} by a random one, over
 {draws} fixed draws that are the same for both models.""",
         f"""
-What a model has memorised shows in its ratio on training images against that on validation images: {"; ".join(ratios)}.""",
+Memorisation shows as a higher ratio on training images than on validation images: {"; ".join(ratios)}.""",
     ]
 
 

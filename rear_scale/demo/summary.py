@@ -57,7 +57,7 @@ def scores_of(recipe: Recipe) -> Scores:
 
 
 def _small_metrics(references: Mapping[str, str]) -> dict[str, tuple[Metric, str | None]]:
-    """By name in summary.json: the metrics of small images, each against each reference."""
+    """The metrics of small images with each reference, by name in summary.json."""
     metrics = [metric for metric in METRICS if metric.network in OF_SMALL_IMAGES]
     pairs = [
         (metric, reference)

@@ -15,7 +15,7 @@ from rear_scale.text_table import aligned
 ACCEPTED_FID_DIFFERENCE = 0.05
 PUBLISHED_SAMPLES = 50_000
 PUBLISHED_SIZE = (256, 256)  # height and width in pixels
-# What a note of a reference says, and the caveat of the table for it.
+# Words in a note of a reference -> the caveat in the table.
 _MARKED = {SINGULAR: SINGULAR, RESIZED: "the reference has another size"}
 
 
@@ -114,7 +114,7 @@ def _count(scores: ImageScores) -> int:
 
 
 def _caveats(scores: ImageScores, reference: str | None, size: tuple[int, int] | None) -> list[str]:
-    """Why the numbers of a row compare with few others."""
+    """The reasons why the numbers of a row cannot be compared with published ones."""
     found = []
     for name, network in scores.networks.items():
         columns = [column for metric in METRICS if metric.network == name for column in metric.columns]
@@ -151,7 +151,7 @@ def published_row(row: PublishedRow) -> TableRow:
 
 
 def table(ours: Sequence[TableRow], published: Mapping[str, PublishedRow]) -> str:
-    """Ours first, the published rows below, columns aligned; caveats in the last column, where there are any."""
+    """The text of the table: our rows first, then the published rows, with caveats in the last column, if there are any."""
     rows = [*ours, *map(published_row, published.values())]
     titles = [column.title for metric in METRICS for column in metric.columns]
     titles = [title for title in titles if any(title in row.cells for row in rows)]
@@ -165,7 +165,8 @@ def table(ours: Sequence[TableRow], published: Mapping[str, PublishedRow]) -> st
 
 
 def table_with_published(ours: Sequence[TableRow]) -> str:
-    """As `table`, with all published rows where one of ours may be compared with them, else a line that says why not."""
+    """The text of the table with all published rows, if one of our rows is comparable with them, else with a line that says
+    why not."""
     if any(row.comparable for row in ours):
         return table(ours, ROWS)
     text = table(ours, {})

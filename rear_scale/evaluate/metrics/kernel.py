@@ -33,7 +33,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [n, m]."""
+    """The kernel of each pair of rows, float64 [n, m]."""
     return ((a @ b.T).double() / a.shape[1] + 1).pow(3)
 
 
@@ -51,7 +51,7 @@ class KernelDistance(ReferenceMetric):
     digits = 5
 
     def __init__(self, name: str, network: str, feature: str, title: str | None = None) -> None:
-        """title: of its column in the printed table; None = it has none."""
+        """title: the title of its column in the printed table; None = no column."""
         self.name, self.network, self.feature = name, network, feature
         if title is not None:
             self.columns = (Column(title, self.digits, lambda values: (values.get(name) or {}).get("value")),)
@@ -81,5 +81,5 @@ class KernelDistance(ReferenceMetric):
 
 
 def _subset(rows: Tensor, generator: np.random.Generator) -> Tensor:
-    """float32 [at most 1,000, F], drawn without replacement."""
+    """A random subset of at most 1,000 rows, without replacement."""
     return rows[torch.from_numpy(generator.permutation(len(rows))[:_SUBSET_IMAGES])]

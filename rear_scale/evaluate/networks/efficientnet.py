@@ -93,7 +93,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network under the names of the weight file, whose classifier `_fc` it leaves out."""
+    """The network with the parameter names of the weight file, without its classifier `_fc`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = _norm(NUM_FEATURES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, 1280], averaged over positions, of images (uint8 [B, 3, H, W], RGB)."""
+        """Features float [B, 1280], averaged over positions, of images (uint8 [B, 3, H, W], RGB)."""
         assert images.dtype == torch.uint8, images.dtype
         pixels = images.to(self._conv_head.weight.dtype)
         if pixels.shape[2:] != (INPUT_SIZE, INPUT_SIZE):
@@ -150,7 +150,7 @@ class EfficientNetFeatures:
         )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """`average` float32 [n, 1280] of images (uint8 [n, H, W, 3])."""
+        """The feature `average` (float32 [n, 1280]) of images (uint8 [n, H, W, 3])."""
         with exact_arithmetic(), torch.inference_mode():
             features = self.network(as_batch(images, self.device))
         return {"average": checked("average", features)}
