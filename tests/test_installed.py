@@ -215,7 +215,7 @@ def test_the_commands_run_from_a_wheel(site: Path, python: Path, tmp_path: Path,
         assert "launchers/" not in outputs[name]
 
     for words, expected in (
-        (("bench", "data"), "Run it in a checkout of the project"),
+        (("bench", "data"), "a checkout of the project"),
         (("demo",), "error: the demo needs the package scikit-learn"),
         (("train", "--config", "demo.yaml"), "error: strategy=zero"),
         (("trian",), "error: trian is not a command; did you mean train?"),
