@@ -262,14 +262,14 @@ def _remove(values: DictConfig, key: str) -> None:
     del entries[name]
 
 
-def _without_nulls(values: Any, kind: Any) -> Any:
+def _without_nulls(values: Any, annotation: Any) -> Any:
     """The values without null entries of fields with named entries: null removes an entry that an earlier file sets."""
-    plain = strip_optional(kind)
-    if is_map(kind) and values is None and plain is kind:
+    plain = strip_optional(annotation)
+    if is_map(annotation) and values is None and plain is annotation:
         return {}
     if not isinstance(values, dict):
         return values
-    if is_map(kind):
+    if is_map(annotation):
         entry = get_args(plain)[1]
         kept = values if entry is Any else {name: one for name, one in values.items() if one is not None}
         return {name: _without_nulls(one, entry) for name, one in kept.items()}
@@ -311,22 +311,22 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(ExperimentConfig)
 
 
-def _check_values(values: dict[Any, Any], kind: Any, section: str, source: str) -> None:
+def _check_values(values: dict[Any, Any], annotation: Any, section: str, source: str) -> None:
     """Raises InputError for the first unknown key, and for a value that OmegaConf would silently convert."""
     for name, value in values.items():
-        if not isinstance(name, str) or ("." in name and dataclasses.is_dataclass(kind)):
+        if not isinstance(name, str) or ("." in name and dataclasses.is_dataclass(annotation)):
             raise InputError(
                 f"{shown(str(name))}{f' in {section}' if section else ''} of {source} is not a config key. Sections are nested, "
                 "one level of indentation each"
             )
-        _check_value(f"{section}.{name}" if section else name, value, entry_type(kind, name, section), source)
+        _check_value(f"{section}.{name}" if section else name, value, entry_type(annotation, name, section), source)
 
 
-def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
-    plain = strip_optional(kind)
+def _check_value(key: str, value: Any, annotation: Any, source: str) -> None:
+    plain = strip_optional(annotation)
     if isinstance(value, dict) and (dataclasses.is_dataclass(plain) or get_origin(plain) is dict):
         _check_values(value, plain, key, source)
-    elif dataclasses.is_dataclass(plain) and not (value is None and plain is not kind):
+    elif dataclasses.is_dataclass(plain) and not (value is None and plain is not annotation):
         raise InputError(
             f"{key}={'null' if value is None else shown(str(value))} in {source} is a single value, but {key} is a section. "
             f"Set its fields: {key}.FIELD=VALUE"
@@ -338,7 +338,7 @@ def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
         # OmegaConf does not check these.
         raise InputError(
             f"{key}={'null' if value is None else shown(str(value))} in {source} is of the wrong type: it takes "
-            f"{type_name(kind)}. Write one value"
+            f"{type_name(annotation)}. Write one value"
         )
     elif isinstance(value, str):
         if len(value) > LONGEST_TEXT or not value.isprintable():
@@ -351,7 +351,9 @@ def _check_value(key: str, value: Any, kind: Any, source: str) -> None:
             f"text. Put it in quotes there, as it is meant: {key.split('.')[-1]}: 'TEXT'"
         )
     elif plain in (int, float) and isinstance(value, bool):
-        raise InputError(f"{key}={value} in {source} is of the wrong type: it takes {type_name(kind)}. Write a number")
+        raise InputError(
+            f"{key}={value} in {source} is of the wrong type: it takes {type_name(annotation)}. Write a number"
+        )
     elif plain in (int, float) and isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
         raise InputError(f"{key} in {source} is a number of more than {MOST_DIGITS} digits. Write a smaller one")
 
@@ -366,10 +368,10 @@ def _wrong_value(error: OmegaConfBaseException, values: dict[str, Any], source: 
         value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else None
     if isinstance(error, InterpolationResolutionError):
         return f"{key}={value} refers to a key that does not exist ({_one_line(error)}). {way_out}"
-    kind = field_type(re.sub(r"\[.*?\]", "", key))
+    annotation = field_type(re.sub(r"\[.*?\]", "", key))
     if key.endswith("]"):
-        (kind,) = get_args(strip_optional(kind))
-    return f"{key}={value} is of the wrong type: it takes {type_name(kind)}. {way_out}"
+        (annotation,) = get_args(strip_optional(annotation))
+    return f"{key}={value} is of the wrong type: it takes {type_name(annotation)}. {way_out}"
 
 
 def find_config(config: str) -> Path:

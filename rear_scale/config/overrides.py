@@ -74,23 +74,23 @@ def _removal(text: str) -> Override:
     key = text.removeprefix("~")
     if "=" in key or key != key.strip() or not key:
         raise InputError(f"override {shown(text)}: what is removed has no value. The form is ~section.field.NAME")
-    kind = field_type(key)
+    annotation = field_type(key)
     section, _, _ = key.rpartition(".")
     if section and is_map(field_type(section)):
         return Override(key, None, removes=True)
-    if is_map(kind):
+    if is_map(annotation):
         return Override(key, {})
-    if strip_optional(kind) is not kind:
+    if strip_optional(annotation) is not annotation:
         return Override(key, None)
     raise InputError(
-        f"override {shown(text)}: {key} takes {type_name(kind)} and is not removed. Leave it out for the value of the config, or "
-        f"set another; {_FORM}"
+        f"override {shown(text)}: {key} takes {type_name(annotation)} and is not removed. Leave it out for the value of the "
+        f"config, or set another; {_FORM}"
     )
 
 
-def is_map(kind: Any) -> bool:
+def is_map(annotation: Any) -> bool:
     """Whether a type is that of a field with named entries, such as evaluate.reference."""
-    return get_origin(strip_optional(kind)) is dict
+    return get_origin(strip_optional(annotation)) is dict
 
 
 def is_group(key: str) -> bool:
@@ -110,19 +110,21 @@ def _choice(key: str, value: str) -> str:
     )
 
 
-def _read(text: str, kind: Any, key: str) -> Any:
-    """The value of a text for a field of type `kind`; `key` is its name in errors.
+def _read(text: str, annotation: Any, key: str) -> Any:
+    """The value of a text for a field of type `annotation`; `key` is its name in errors.
 
     A value of the wrong type (a word for a number) is returned as text, for the check against the schema to refuse. Raises
     InputError for an empty text, for several values of a sweep, and for a list or section that cannot be split.
     """
-    plain = strip_optional(kind)
-    if kind is Any:
+    plain = strip_optional(annotation)
+    if annotation is Any:
         return _read_any(text, key)
-    if _NULL.fullmatch(text.strip()) and (plain is not kind or is_map(kind) or is_entry(key)):
+    if _NULL.fullmatch(text.strip()) and (plain is not annotation or is_map(annotation) or is_entry(key)):
         return None
     if not text.strip():
-        raise InputError(f"{key}= is empty: it takes {type_name(kind)}. Leave it out to keep the value of the config")
+        raise InputError(
+            f"{key}= is empty: it takes {type_name(annotation)}. Leave it out to keep the value of the config"
+        )
     if plain is str:
         return _read_text(text, key)
     if get_origin(plain) is list:
@@ -156,7 +158,7 @@ def _read_any(text: str, key: str) -> Any:
     return _read_text(text, key) if isinstance(value, str) else value
 
 
-def _read_entries(text: str, kind: Any, key: str) -> dict[str, Any]:
+def _read_entries(text: str, annotation: Any, key: str) -> dict[str, Any]:
     """The values by name of the text `name: value, name: value`, for a section or a field with named entries."""
     values = {}
     for entry in split(text, key):
@@ -165,7 +167,7 @@ def _read_entries(text: str, kind: Any, key: str) -> dict[str, Any]:
         if not colon:
             raise InputError(f"{key}: {shown(entry)} has no value. The form is {key}={{name: value, name: value}}")
         inner = f"{key}.{name}"
-        values[name] = _read(value.strip(), entry_type(kind, name, key), inner)
+        values[name] = _read(value.strip(), entry_type(annotation, name, key), inner)
     return values
 
 
@@ -286,29 +288,29 @@ def shown(text: str) -> str:
 
 def field_type(key: str) -> Any:
     """The type of a field or section by its dotted name. Raises InputError for an unknown name."""
-    kind: Any = ExperimentConfig
+    annotation: Any = ExperimentConfig
     parts: list[str] = []
     for part in key.split("."):
-        kind = entry_type(strip_optional(kind), part, ".".join(parts), key)
+        annotation = entry_type(strip_optional(annotation), part, ".".join(parts), key)
         parts.append(part)
-    return kind
+    return annotation
 
 
-def entry_type(kind: Any, name: str, section: str, key: str = "") -> Any:
+def entry_type(annotation: Any, name: str, section: str, key: str = "") -> Any:
     """The type of one field of a section, or of one entry of a field with named entries.
 
     key: the whole key that it is a part of. Raises InputError for a name that the section does not have, and names the new
     one for a renamed field.
     """
     wrong = shown(f"{section}.{name}" if section else name)
-    if get_origin(kind) is dict:
+    if get_origin(annotation) is dict:
         if not _NAME.fullmatch(name) or not name.isprintable():
             raise InputError(f"{wrong}: a name has no spaces, dots, colons or brackets. Use {section}.NAME=VALUE")
-        return get_args(kind)[1]
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return get_args(annotation)[1]
+    if not (isinstance(annotation, type) and dataclasses.is_dataclass(annotation)):
         section = shown(section)
         raise InputError(f"{wrong}: {section} is a single value and has no field {shown(name)}. Use {section}=VALUE")
-    fields = hints(kind)
+    fields = hints(annotation)
     if name not in fields:
         if refusal := refusal_of_key(wrong):
             raise InputError(refusal)
@@ -319,15 +321,15 @@ def entry_type(kind: Any, name: str, section: str, key: str = "") -> Any:
     return fields[name]
 
 
-def strip_optional(kind: Any) -> Any:
+def strip_optional(annotation: Any) -> Any:
     """The type of a field without its None."""
-    options = [arg for arg in get_args(kind) if arg is not type(None)]
-    return options[0] if type(None) in get_args(kind) and len(options) == 1 else kind
+    options = [arg for arg in get_args(annotation) if arg is not type(None)]
+    return options[0] if type(None) in get_args(annotation) and len(options) == 1 else annotation
 
 
-def type_name(kind: Any) -> str:
+def type_name(annotation: Any) -> str:
     """The type of a field, or of an element of a list field, in words for messages."""
-    plain = strip_optional(kind)
+    plain = strip_optional(annotation)
     if get_origin(plain) is list:
         many = {int: "whole numbers", float: "numbers", str: "texts"}
         text = f"a list of {many[get_args(plain)[0]]}"
@@ -335,4 +337,4 @@ def type_name(kind: Any) -> str:
         words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         words[bool | str] = "true, false or auto"
         text = words.get(plain, "a section")
-    return text if plain is kind else f"{text} or null"
+    return text if plain is annotation else f"{text} or null"
