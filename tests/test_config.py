@@ -142,7 +142,7 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, text: bytes, expec
 
 def test_a_file_that_hides_the_one_it_builds_on_is_named(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("defaults: [demo, _self_]\n")
-    assert "since demo.yaml in" in error_of(str(tmp_path / "demo.yaml"))
+    assert "because demo.yaml in" in error_of(str(tmp_path / "demo.yaml"))
 
 
 def test_of_two_files_of_a_name_the_one_in_use_is_said(
