@@ -264,6 +264,6 @@ def test_a_stream_keeps_few_blocks_and_reads_each_once_per_pass(
     monkeypatch.setattr(tokens.files, "read", lambda *key: reads.append(key) or read(*key))
     for step in range(1, 500 // BATCH + 1):
         tokens.rows(order.global_batch(step)[0])
-        assert sum(len(labels) for _, labels in tokens.kept.values()) <= tokens.capacity
+        assert sum(len(labels) for _, labels in tokens.cached.values()) <= tokens.capacity
     # Ten blocks; the one in which a stream ends and the next begins is read by both, at different times.
     assert len(reads) <= 12
