@@ -43,6 +43,8 @@ fi
 if (($# == 0)); then
     # The whole suite, two files at a time: many tests wait for processes that they started. The longest files come first
     # (tests/conftest.py), so that none of them is left for the end, alone.
+    # One thread each: two would wait for one another on two cores.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -42,18 +42,27 @@ def hide_gpus() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # the deepspeed launcher replaces the other variable
 
 
-# Minutes each.
+# Half a minute and more each, the longest first. SLURM's tests mostly wait, which leaves the cores to the others.
 _LONGEST = (
     "test_slurm.py",
-    "test_demo.py",
-    "test_strategy_matrix.py",
+    "test_launchers.py",
     "test_guard.py",
     "test_resume.py",
-    "test_tokenizers.py",
+    "test_parallel.py",
     "test_eval_e2e.py",
+    "test_demo.py",
+    "test_strategy_matrix.py",
     "test_communication.py",
-    "test_launchers.py",
+    "test_tokenizer_conformance.py",
+    "test_planner.py",
+    "test_tokenizers.py",
+    "test_train.py",
+    "test_fake_world.py",
+    "test_memory.py",
     "test_config.py",
+    "test_bench.py",
+    "test_evaluate_jobs.py",
+    "test_kills.py",
 )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rear_scale.checkpoint.folder import Checkpoint, open_checkpoint
 from rear_scale.checkpoint.meta import FORMAT
@@ -135,10 +138,11 @@ def write_checkpoint(folder: Path, step: int) -> Path:
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> list[Any]:
     """function(world, *arguments) in processes joined by gloo; its results in rank order. `function` is a module's own.
 
-    Two ranks stay for the next call, because starting them takes longer than most tests; fresh: not these.
+    Two ranks stay for the next call, because starting them takes longer than most tests; fresh: not these, and none that is
+    forked from a process whose memory counts as its own.
     """
     keep = world_size == 2 and not fresh
-    ranks = (_waiting.pop() if keep and _waiting else None) or _Ranks(world_size)
+    ranks = (_waiting.pop() if keep and _waiting else None) or _Ranks(world_size, fresh=fresh)
     results = ranks.run(function, arguments)
     errors = [result for result in results if isinstance(result, BaseException)]
     if keep and not errors and ranks.resident_bytes() < _MOST_RESIDENT:
@@ -153,23 +157,23 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fr
 class _Ranks:
     """Processes that run one function after the other in one process group."""
 
-    def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
-        self.tasks = [context.SimpleQueue() for _ in range(world_size)]
-        self.results = context.SimpleQueue()
+    def __init__(self, world_size: int, *, fresh: bool) -> None:
+        start = subprocess.Popen if fresh else fork_server.Popen
         port = free_port()
-        self.processes = [
-            context.Process(target=_one_rank, args=(rank, world_size, port, self.tasks[rank], self.results))
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes, self.ends = [], []
+        for rank in range(world_size):
+            end, theirs = multiprocessing.Pipe()
+            code = f"import sys; sys.path[:] = {sys.path}; import helpers; helpers.be_rank(*map(int, sys.argv[1:]))"
+            words = [sys.executable, "-c", code, *map(str, (rank, world_size, port, theirs.fileno()))]
+            with theirs:
+                self.processes.append(start(words, env=environment(), pass_fds=[theirs.fileno()]))
+            self.ends.append(end)
 
     def run(self, function: Callable[..., Any], arguments: tuple) -> list[Any]:
-        for queue in self.tasks:
-            queue.put((function, arguments, dict(os.environ), os.getcwd()))
-        results = dict(self.results.get() for _ in self.processes)
-        return [results[rank] for rank in range(len(self.processes))]
+        task = pickle.dumps((function, arguments, dict(os.environ), os.getcwd()))
+        for end in self.ends:
+            end.send_bytes(task)
+        return [pickle.loads(end.recv_bytes()) for end in self.ends]
 
     def resident_bytes(self) -> int:
         """The most that any of them holds. What engines leave behind must not pile up."""
@@ -179,7 +183,9 @@ class _Ranks:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.join()
+            process.wait()
+        for end in self.ends:
+            end.close()
 
 
 _waiting: list[_Ranks] = []
@@ -203,13 +209,15 @@ def _end_waiting() -> None:
         ranks.end()
 
 
-def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+def be_rank(rank: int, world_size: int, port: int, end: int) -> None:
+    """One of _Ranks, with a descriptor of its end of the pipe."""
     end_with_parent(signal.SIGKILL)
+    tasks = multiprocessing.connection.Connection(end)
     ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
     with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
         placed = {name: os.environ[name] for name in _PLACE if name in os.environ}
         while True:
-            function, arguments, variables, folder = tasks.get()
+            function, arguments, variables, folder = pickle.loads(tasks.recv_bytes())
             os.environ.clear()
             os.environ.update(variables, **placed)
             os.chdir(folder)
@@ -222,7 +230,7 @@ def _one_rank(rank: int, world_size: int, port: int, tasks: Any, results: Any) -
             for module, names in ours.items():
                 vars(module).update(names)  # a constant or a function that the test has replaced
             gc.collect()
-            results.put((rank, result))
+            tasks.send_bytes(pickle.dumps(result))
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -238,17 +246,33 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def launch(
-    *command: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str
+    *command: str | Path, cwd: Path = ROOT, timeout: float = 240, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a launcher as a user would: `launch("torchrun", "--nproc-per-node", "2", "launchers/train.py", ...)`."""
-    return subprocess.run(
-        command_line(*command),
+    """Runs a launcher as a user would: `launch("torchrun", "--nproc-per-node", "2", "launchers/train.py", ...)`.
+
+    fresh: with imports of its own, which take seconds; see tests/fork_server.py for what the other kind does not show.
+    """
+    with start(
+        *command,
+        fresh=fresh,
         cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
         env=environment(**env),
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(*command: str | Path, fresh: bool = False, **options: Any) -> subprocess.Popen:
+    """As `launch`, without waiting for its end. The options are those of subprocess.Popen."""
+    return (subprocess.Popen if fresh else fork_server.Popen)(
+        command_line(*command), **{"env": environment(), **options}
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import command_line, environment, launch
+from helpers import environment, launch, start
 
 from rear_scale import config
 from rear_scale.bench import data, reference, sample, scaling
@@ -159,8 +159,8 @@ def test_a_training_step_is_timed_beside_the_plain_one() -> None:
 def test_srun_gives_weak_and_strong_scaling() -> None:
     port = free_port()
     tasks = [
-        subprocess.Popen(
-            command_line("python", "launchers/bench.py", "train", *SMALL, "strategy=ddp"),
+        start(
+            "python", "launchers/bench.py", "train", *SMALL, "strategy=ddp",
             env=environment(
                 SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
                 SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="127.0.0.1", MASTER_PORT=str(port),

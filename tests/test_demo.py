@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, command_line, environment, launch
+from helpers import ROOT, launch, start
 from notebook import execute
 
-from rear_scale.config import InputError
+from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.demo import report
 from rear_scale.demo.commands import open_folder, stages
 from rear_scale.demo.recipe import DIGITS
@@ -111,11 +111,13 @@ def test_a_second_demo_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list((here / "runs").iterdir())
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command_line("python", "launchers/demo.py", *arguments),
+def start_demo(folder: Path, *arguments: str, fresh: bool = False) -> subprocess.Popen[str]:
+    return start(
+        "python",
+        "launchers/demo.py",
+        *arguments,
+        fresh=fresh,
         cwd=folder,
-        env=environment(),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -162,9 +164,12 @@ def check_results(folder: Path, seeds: int) -> dict:
 
 def test_the_demo_survives_a_kill_and_does_nothing_twice(tmp_path: Path) -> None:
     demo = tmp_path / "runs/demo"
-    kill_when(start(tmp_path, *SHORT), demo / "ar_seed0/checkpoints/latest", delay=0)
+    # 400 steps of the tokenizer are two thirds of the time.
+    config = (CONFIG_DIR / "demo.yaml").read_text()
+    (tmp_path / "demo.yaml").write_text(f"{config}\ntokenizer: {{training: {{steps: 60, continuous_steps: 15}}}}\n")
+    kill_when(start_demo(tmp_path, *SHORT), demo / "ar_seed0/checkpoints/latest", delay=0)
     assert not (demo / "stages/train_ar_0.json").exists()
-    process = start(tmp_path, *SHORT)
+    process = start_demo(tmp_path, *SHORT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("finished before") == 4
@@ -181,7 +186,7 @@ def test_the_demo_survives_a_kill_and_does_nothing_twice(tmp_path: Path) -> None
 
     # Other settings are another demo: the first is kept, nothing of it is mixed in.
     aside = tmp_path / "runs/demo.old1"
-    kill_when(start(tmp_path, "train.total_steps=7"), aside / "summary.json", delay=0.5)
+    kill_when(start_demo(tmp_path, "train.total_steps=7"), aside / "summary.json", delay=0.5)
     assert json.loads((aside / "summary.json").read_text()) == summary
     assert not (demo / "summary.json").exists()
 
@@ -189,7 +194,7 @@ def test_the_demo_survives_a_kill_and_does_nothing_twice(tmp_path: Path) -> None
 def test_a_stage_that_fails_is_named_and_can_be_repeated(tmp_path: Path) -> None:
     (tmp_path / "runs/demo/images").mkdir(parents=True)
     (tmp_path / "runs/demo/images/train").write_text("in the way")
-    result = launch("python", "launchers/demo.py", cwd=tmp_path)
+    result = launch("python", "launchers/demo.py", fresh=True, cwd=tmp_path)
     assert result.returncode == 2
     assert "error: the stage 'digits as image shards' failed with exit code 2" in result.stderr
 
@@ -217,16 +222,16 @@ def test_a_kill_in_every_stage_changes_nothing(tmp_path: Path) -> None:
     for name in ("unbroken", "killed"):
         (tmp_path / name).mkdir()
     arguments = ["--seeds", "2", *SHORT]
-    process = start(tmp_path / "unbroken", *arguments)
+    process = start_demo(tmp_path / "unbroken", *arguments, fresh=True)
     process.communicate(timeout=900)
     assert process.returncode == 0
     kills = 0
     chance = random.Random(0)
     for stage in stages(DIGITS, [0, 1], SHORT):
         log = tmp_path / "killed/runs/demo/logs" / f"{stage.name}.log"
-        kill_when(start(tmp_path / "killed", *arguments), log, delay=chance.uniform(0, 6))
+        kill_when(start_demo(tmp_path / "killed", *arguments, fresh=True), log, delay=chance.uniform(0, 6))
         kills += 1
-    process = start(tmp_path / "killed", *arguments)
+    process = start_demo(tmp_path / "killed", *arguments, fresh=True)
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     print(f"{kills} kills survived")

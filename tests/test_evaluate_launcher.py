@@ -65,7 +65,7 @@ def test_the_same_numbers_on_one_two_and_three_ranks_and_after_a_kill(tmp_path: 
         command = ["torchrun", "--nproc-per-node", str(ranks), *evaluation(folder, weights)]
         if name == "killed":
             _kill_after_the_first_block(command, folder)
-        result = launch(*command, cwd=ROOT, timeout=1500)
+        result = launch(*command, fresh=True, cwd=ROOT, timeout=1500)
         assert result.returncode == 0, result.stderr[-3000:]
         found[name] = scores(folder)
         for reference in found[name]["reference_sets"].values():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, environment
+from helpers import ROOT, environment, launch
 
 from rear_scale import config
 from rear_scale.bench import gpu_check, gpu_evaluation, gpu_runs
@@ -90,10 +90,8 @@ def test_a_killed_check_takes_its_process_with_it(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_the_small_form_runs_on_this_machine(tmp_path: Path) -> None:
     names = ["probe_graphs", "tests", "train_s", "sample_s", "trajectory_fsdp2", "memory_single", "scaling_zero2"]
-    command = ["bash", "launchers/gpu_check.sh", "--small", "--minutes", "4", "--out", tmp_path, "--parts", *names]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
+    words = ["--small", "--minutes", "4", "--out", tmp_path, "--parts", *names]
+    done = launch("python", "-m", "rear_scale.bench.gpu_check", *words, timeout=280)
     assert done.returncode == 0, done.stderr
     states = {
         line.split(":")[0]: line.split(": ")[1].split(";")[0] for line in done.stderr.splitlines() if ": " in line
@@ -107,6 +105,12 @@ def test_the_small_form_runs_on_this_machine(tmp_path: Path) -> None:
     rows = (tmp_path / "readme_rows.md").read_text().splitlines()
     assert len(rows) == 2
     assert "launchers/bench.py train --config bench_cpu.yaml" in rows[0]
+
+
+def test_the_script_starts_it() -> None:
+    command = ["bash", "launchers/gpu_check.sh", "--small", "--parts", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("error: --parts nothing")) == (2, True), done.stderr
 
 
 def test_without_a_gpu_and_an_unknown_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

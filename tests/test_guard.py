@@ -21,6 +21,7 @@ from helpers import (
     launch,
     metrics,
     run_alone,
+    start,
     tiny_config,
     tiny_config_file,
     write_checkpoint,
@@ -162,8 +163,8 @@ def srun(config_file: Path, *overrides: str) -> list[subprocess.Popen]:
     """Two tasks as srun starts them: nobody else watches over them."""
     port = free_port()
     return [
-        subprocess.Popen(
-            command_line("python", "launchers/train.py", "--config", config_file, "train.total_steps=100000", *overrides),
+        start(
+            "python", "launchers/train.py", "--config", config_file, "train.total_steps=100000", *overrides,
             env=environment(
                 SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
                 SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="127.0.0.1", MASTER_PORT=str(port),

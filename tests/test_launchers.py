@@ -27,6 +27,7 @@ from helpers import (
     launch,
     metrics,
     run_alone,
+    start,
     tiny_config,
     tiny_config_file,
 )
@@ -48,7 +49,26 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder / "run")]
 
 
+def _without_compilers(folder: Path) -> dict[str, str]:
+    """The variables of a shell that finds no program but Python's own and those that DeepSpeed asks for."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name in ("python", "python3", "bash", "sh", "env", "hostname", "uname", "which", "git", "rm", "ldconfig"):
+        found = BIN / name if (BIN / name).exists() else shutil.which(name)
+        if found:
+            (programs / name).symlink_to(found)
+    return {
+        "PATH": str(programs),
+        "CC": "/nonexistent",
+        "CXX": "/nonexistent",
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+    }
+
+
 def test_every_way_to_start_prints_the_same_losses(tmp_path: Path, tokens: Path) -> None:
+    """DeepSpeed with only Python's own programs and a shell in PATH, where there is nothing that compiles."""
+    hidden = _without_compilers(tmp_path)
+    assert shutil.which("c++", path=hidden["PATH"]) is None
     quiet = ["model.dropout=0", "model.attn_dropout=0", "train.total_steps=3"]
     starts = {
         "python": ["python", TRAIN],
@@ -56,13 +76,15 @@ def test_every_way_to_start_prints_the_same_losses(tmp_path: Path, tokens: Path)
         "deepspeed": ["deepspeed", "--num_gpus", "2", TRAIN],
     }
     configs = {name: fresh_config(tmp_path, name, tokens) for name in (*starts, "srun")}
-    for name, start in starts.items():
-        result = launch(*start, "--config", configs[name], *quiet)
+    for name, words in starts.items():
+        result = launch(
+            *words, "--config", configs[name], *quiet, fresh=True, **(hidden if name == "deepspeed" else {})
+        )
         assert result.returncode == 0, result.stderr
     # srun starts its tasks at once and tells each of them its place.
     tasks = [
-        subprocess.Popen(
-            command_line("python", TRAIN, "--config", configs["srun"], *quiet),
+        start(
+            "python", TRAIN, "--config", configs["srun"], *quiet,
             env=environment(
                 SLURM_PROCID=str(rank),
                 SLURM_LOCALID=str(rank),
@@ -76,7 +98,7 @@ def test_every_way_to_start_prints_the_same_losses(tmp_path: Path, tokens: Path)
         )
         for port in [free_port()]
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     for task in tasks:
         assert task.wait(120) == 0, task.stderr.read()
     expected = losses(tmp_path / "python")
@@ -101,7 +123,7 @@ def test_a_kill_of_the_whole_group_is_survived(tmp_path: Path, tokens: Path) -> 
             "train.total_steps=80",
             "checkpoint.every_steps=20",
         ]
-    assert launch(*commands["unbroken"]).returncode == 0
+    assert launch(*commands["unbroken"], fresh=True).returncode == 0
     process = subprocess.Popen(
         command_line(*commands["killed"]),
         env=environment(),
@@ -120,7 +142,7 @@ def test_a_kill_of_the_whole_group_is_survived(tmp_path: Path, tokens: Path) -> 
     status = json.loads((tmp_path / "killed/run/status.json").read_text())
     assert status["state"] == "running"
     assert len(metrics_or_partial(tmp_path / "killed/run")) < 80
-    result = launch(*commands["killed"])
+    result = launch(*commands["killed"], fresh=True)
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stderr
     unbroken, killed = (
@@ -151,27 +173,6 @@ def test_a_checkpoint_becomes_one_file(tmp_path: Path, tokens: Path) -> None:
         weights = load_file(out)
         assert sorted(weights) == sorted(found.names())
         assert all(torch.equal(value, found.reader(kind)(name)) for name, value in weights.items())
-
-
-def test_deepspeed_needs_no_compiler(tmp_path: Path, tokens: Path) -> None:
-    """With only Python's own programs and a shell in PATH there is nothing that compiles."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("python", "python3", "bash", "sh", "env", "hostname", "uname", "which", "git", "rm", "ldconfig"):
-        found = BIN / name if (BIN / name).exists() else shutil.which(name)
-        if found:
-            (programs / name).symlink_to(found)
-    hidden = {
-        "PATH": str(programs),
-        "CC": "/nonexistent",
-        "CXX": "/nonexistent",
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
-    }
-    assert shutil.which("c++", path=hidden["PATH"]) is None
-    config = fresh_config(tmp_path, "run", tokens)
-    result = launch("deepspeed", "--num_gpus", "2", TRAIN, "--config", config, "train.total_steps=2", **hidden)
-    assert result.returncode == 0, result.stderr
-    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_dry_run_of_a_large_config_is_quick_and_small(tmp_path: Path) -> None:
@@ -269,14 +270,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
 
 
 def test_of_several_ranks_only_the_first_prints_the_error(tmp_path: Path) -> None:
-    result = launch("torchrun", "--nproc-per-node", "2", TRAIN, "--config", "demo.yaml", "optim.lr=-1", cwd=tmp_path)
+    command = ["torchrun", "--nproc-per-node", "2", TRAIN, "--config", "demo.yaml", "optim.lr=-1"]
+    result = launch(*command, fresh=True, cwd=tmp_path)
     assert result.returncode != 0
     assert result.stderr.count("error: optim.lr=-1.0 must be above 0") == 1
 
 
 @pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launchers").glob("*.py")))
 def test_every_launcher_explains_itself(launcher: str) -> None:
-    result = launch("python", f"launchers/{launcher}", "--help")
+    # Imports of their own, and in their own order: those of train.py and demo.py have other tests.
+    result = launch("python", f"launchers/{launcher}", "--help", fresh=launcher not in ("train.py", "demo.py"))
     assert result.returncode == 0
     assert "--dry-run" in result.stdout
     assert "usage:" in result.stdout

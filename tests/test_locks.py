@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from helpers import write_token_shards
+from helpers import start, write_token_shards
 
 from rear_scale import locks
 from rear_scale.checkpoint.convert import convert
@@ -131,7 +130,7 @@ with locked(Path(sys.argv[1]), "no"):
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_locks(monkeypatch)
     path = tmp_path / ".lock"
-    with subprocess.Popen([sys.executable, "-c", DYING, path], stdout=subprocess.PIPE, text=True) as process:
+    with start("python", "-c", DYING, path, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         with (

@@ -118,7 +118,7 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
             config_file,
             *arguments,
         ]
-    result = launch(*commands["unbroken"], timeout=3600)
+    result = launch(*commands["unbroken"], fresh=True, timeout=3600)
     assert result.returncode == 0, result.stderr
     draw = random.Random(seed)
     counts = {"rank": 0, "group": 0, "while writing": 0}
@@ -160,7 +160,7 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
             lost += sum((found.path / item["file"]).stat().st_size != item["size"] for item in found.meta["files"])
         if after and max(after) >= steps:
             break
-    result = launch(*commands["killed"], timeout=3600)
+    result = launch(*commands["killed"], fresh=True, timeout=3600)
     assert result.returncode == 0, result.stderr
     assert "damaged" not in result.stderr
     print(f"{counts['rank'] + counts['group']} kills: {counts}; torn or lost checkpoints: {lost}")

@@ -91,8 +91,10 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         if world.is_main:
             run.start(cfg, world)
             stack.callback(run.close)
+        # To the end, because a launcher that ends all ranks when one has failed must not keep this one from saying why.
+        stop = stack.enter_context(StopSignal(run, world))
         try:
-            with StopSignal(run, world) as stop, Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
+            with Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
                 guards = (LossSpikeDetector(cfg), stop, watchdog)
                 while checkpoint := _Run(cfg, plan, world, tokens, codebook, hooks, run, checkpoint, *guards).go():
                     pass

@@ -35,9 +35,18 @@ def extractor(case, tmp_path_factory) -> InceptionFeatures:
     return InceptionFeatures(str(path), torch.device("cpu"))
 
 
+_known: dict[tuple[int, bytes], dict[str, np.ndarray]] = {}
+
+
 def features_of(extractor: InceptionFeatures, images: np.ndarray) -> dict[str, np.ndarray]:
-    batches = [extractor(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    """Those of an image that was there before are not computed again."""
+    keys = [(id(extractor), hashlib.sha256(image.tobytes()).digest()) for image in images]
+    new = [index for index, key in enumerate(keys) if key not in _known]
+    for start in range(0, len(new), BATCH):
+        chosen = new[start : start + BATCH]
+        found = extractor(images[chosen])
+        _known.update({keys[index]: {name: found[name][n] for name in found} for n, index in enumerate(chosen)})
+    return {name: np.stack([_known[key][name] for key in keys]) for name in _known[keys[0]]}
 
 
 def score_of(extractor: InceptionFeatures, pool: np.ndarray) -> float:
