@@ -89,7 +89,7 @@ def test_ctrl_c_says_how_to_go_on(end) -> None:
 
 
 def test_the_same_error_of_many_ranks_is_said_once(end, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "_RANK_0_SPEAKS_FIRST_S", 0.0)
+    monkeypatch.setattr(cli, "_WAIT_FOR_RANK_0_S", 0.0)
     monkeypatch.setenv("REAR_LOGS", str(tmp_path))
 
     def said(error: str, *ranks: int) -> list[str]:

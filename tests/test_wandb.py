@@ -148,7 +148,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("project", ["team/rear", "a b%", "", "  ", "x" * 129, "what?", "a:b", "back\\slash"])
 def test_odd_projects_are_refused_in_either_mode(home: Path, project: str) -> None:
     for mode in ("offline", "online"):
-        with pytest.raises(InputError, match=r"^wandb\.project=.* is not a name that wandb takes"):
+        with pytest.raises(InputError, match=r"^wandb\.project=.* is not a name that wandb accepts"):
             check_wandb(settings(home, mode, project), 0)
     check_wandb(settings(home, "disabled", project), 0)
 

@@ -91,7 +91,8 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         if world.is_main:
             run.start(cfg, world)
             stack.callback(run.close)
-        # To the end, because a launcher that ends all ranks when one has failed must not keep this one from saying why.
+        # Held until the status is written: when one rank has failed, its launcher ends all ranks, and the signal must not stop
+        # rank 0 before it has recorded the reason.
         stop = stack.enter_context(StopSignal(run, world))
         try:
             with Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:

@@ -33,6 +33,7 @@ FAMILIES = {
     "inception": "test_inception",
     "eval_e2e": "test_eval_e2e",
     "lpips": "test_lpips",
+    "efficientnet_lite0": None,
     "index": None,
 }
 
