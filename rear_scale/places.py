@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-# configs/, launchers/ and data/ lie beside the package in a checkout. setup.py puts them inside of it when it builds a wheel.
+# configs/, launchers/ and data/ lie beside the package in a checkout, and inside of it in a wheel (package-dir in
+# pyproject.toml).
 IN_CHECKOUT = not (PACKAGE / "configs").is_dir()
 ROOT = PACKAGE.parent if IN_CHECKOUT else PACKAGE
 
