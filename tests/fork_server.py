@@ -51,7 +51,8 @@ _READ_WHEN_LOADED = (
 _READ_LATER = (
     "TORCHELASTIC_", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CPP_LOG_LEVEL", "CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR",
-    "DS_ACCELERATOR",  # set by the import of DeepSpeed's AdamW in this process; without GPUs it is the CPU in either case
+    # Set by imports of DeepSpeed, torch and scikit-learn in this process, as in the server.
+    "DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
 )  # fmt: skip
 # Neither a GPU nor threads: a process that has used either cannot be forked.
 _OF_SERVER = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
