@@ -24,7 +24,8 @@ _FEWEST_OF_CLASS = 10
 _MEASURED = 64  # images whose size is looked at
 _BATCH = 64
 _FEWEST_UPDATES, _MOST_UPDATES = 400, 2000
-# The training of the demo's models reaches about this fraction of the rate of a large product of matrices on a CPU.
+# The training of the demo's models reaches about this fraction of the rate of a large product of matrices. The values for a
+# GPU, here and below, are assumed: they have not been measured.
 _EFFICIENCY = {"cpu": 0.25, "cuda": 0.02}
 _FEATURES_PER_S = {"cpu": 60.0, "cuda": 1500.0}  # images through EfficientNet-Lite0, by all processes
 
