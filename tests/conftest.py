@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from _pytest.mark.expression import Expression
-from helpers import write_token_shards
+from helpers import PLACE, write_token_shards
 
 from rear_scale.device import gpus_of_the_machine
 
@@ -82,6 +83,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("long") and "long" not in (config.option.markexpr or ""):
             item.add_marker(long)
+
+
+@pytest.fixture(autouse=True)
+def variables_of_ranks() -> Iterator[None]:
+    """Joining a world sets RANK and its like in this process; the next test's world is not the one that a test joined."""
+    before = {name: os.environ.get(name) for name in PLACE}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

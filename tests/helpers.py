@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 # What tells a process its place among the ranks.
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # The tiny set: 16 tokens of 32 codes of width 8, 5 classes.
 NUM_TOKENS, CODEBOOK_SIZE, CODEBOOK_DIM, NUM_CLASSES = 16, 32, 8, 5
@@ -215,7 +215,7 @@ def be_rank(rank: int, world_size: int, port: int, end: int) -> None:
     tasks = multiprocessing.connection.Connection(end)
     ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
     with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
-        placed = {name: os.environ[name] for name in _PLACE if name in os.environ}
+        placed = {name: os.environ[name] for name in PLACE if name in os.environ}
         while True:
             function, arguments, variables, folder = pickle.loads(tasks.recv_bytes())
             os.environ.clear()
@@ -290,7 +290,7 @@ def command_line(*command: str | Path) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's, without what a launcher or an earlier test has set, one thread per process."""
-    clean = {name: value for name, value in os.environ.items() if name not in _PLACE and not name.startswith("SLURM_")}
+    clean = {name: value for name, value in os.environ.items() if name not in PLACE and not name.startswith("SLURM_")}
     return {**clean, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **extra}
 
 
