@@ -11,8 +11,8 @@ Its folders and files in their import order: each imports only those before it, 
 each. parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
     places, config, device, untrusted, progress, text_table, rng, files, locks, weight_file, peers, world
-        -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> scaling
-        -> sample -> evaluate -> analysis -> train -> report -> api
+        -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> sample
+        -> evaluate -> analysis -> scaling -> train -> report -> api
         -> bench, demo, __main__
 """
 
