@@ -54,6 +54,7 @@ from rear_scale.sample.decode import Decoder
 from rear_scale.sample.job import batches_of, check_tokenizer, decode_images, load_generator, make_tokens
 from rear_scale.shards.codebook import codebook_of, read_checked
 from rear_scale.shards.record import Manifest
+from rear_scale.shards.subset import images_of_share
 from rear_scale.tokenizer import find_tokenizer, open_tokenizer
 from rear_scale.tokenizer.base import Tokenizer, to_unit_range
 from rear_scale.world import SingleProcess
@@ -331,7 +332,8 @@ class Model:
         """The length of the run and its marks, which no number of ranks changes."""
         values = configs.to_dict(self.config)
         alone = configs.from_dict(values, str(self.path), ["strategy=single"])
-        return configs.derive(alone, 1, None if self._shards is None else self._shards.num_images)
+        shards, share = self._shards, self.config.data.use_share
+        return configs.derive(alone, 1, None if shards is None else images_of_share(shards, share))
 
     def _classes(self, classes: Ints) -> np.ndarray:
         """int64 [n]. Raises InputError for others than the model's."""

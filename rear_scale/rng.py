@@ -39,6 +39,7 @@ class Purpose(enum.IntEnum):
     SAMPLE_ORDER = 10
     SHARD_ORDER = 20
     STREAM_ORDER = 21
+    SUBSET = 30
 
 
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:

@@ -15,7 +15,16 @@ META = "meta.json"
 FORMAT = "rear_scale checkpoint 1"
 CONSOLIDATED = "generator"  # the `kind` in the header of a consolidated weight file
 LARGEST_STEP = 99_999_999  # names of folders have eight digits
-_COUNTS = ("step", "optimizer_step", "images_seen", "skipped_updates", "rewinds", "data_offset", "world_size")
+_COUNTS = (
+    "step",
+    "optimizer_step",
+    "images_seen",
+    "skipped_updates",
+    "rewinds",
+    "data_offset",
+    "unique_images",
+    "world_size",
+)
 _KEY = re.compile(r"[A-Za-z_]\w*/[\w.]+", re.ASCII)  # param, ema or a state of a rule in optim/
 _TEXTS = ("tokenizer_sha256", "data_fingerprint", "commit")
 

@@ -35,11 +35,14 @@ class Plan:
 
 
 def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None) -> Plan:
-    """The plan of a config on `world_size` ranks. Raises InputError for an indivisible batch or an unknown epoch length."""
+    """The plan of a config on `world_size` ranks. images_per_epoch: those of data.use_share; None = data.assumed_images.
+
+    Raises InputError for an indivisible batch or an unknown epoch length."""
     train = cfg.train
     _check_ranks(cfg.strategy, world_size)
     _check_batch(train, world_size)
-    images_per_epoch = images_per_epoch or cfg.data.assumed_images
+    if not images_per_epoch and cfg.data.assumed_images is not None:
+        images_per_epoch = max(1, round(cfg.data.assumed_images * cfg.data.use_share))
     if train.total_steps is not None:
         total_steps = train.total_steps
     elif images_per_epoch is None:

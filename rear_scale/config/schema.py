@@ -114,6 +114,9 @@ class DataConfig:
     train: str | None = path("???",
         "folder of token shards; null only in a checkpoint's config whose shards were remote, which is not followed")
     val: str | None = path(None, "folder of token shards")
+    use_share: float = number(1.0, above=0, most=1,
+        doc="fraction of the images of data.train that is trained on, the same fraction of each class; a smaller one is a part "
+            "of every larger one, whatever the seed; epochs count its images")
     mode: str = choice("mmap", "how shards are read",
         among={"mmap": "unpacked once per node into a memory map, shuffled globally",
                "stream": "read from the shards while training"})

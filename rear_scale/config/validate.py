@@ -175,6 +175,13 @@ def _validate_training(cfg: ExperimentConfig) -> None:
     )
     _validate_strategy(cfg)
     _require(
+        cfg.data.use_share == 1 or cfg.data.mode == "mmap",
+        "data.use_share",
+        cfg.data.use_share,
+        "chooses images by their class, which data.mode=stream does not know before it reads them",
+        "Use data.mode=mmap, or data.use_share=1",
+    )
+    _require(
         cfg.train.val_every is None or cfg.data.val is not None,
         "train.val_every",
         cfg.train.val_every,

@@ -22,11 +22,13 @@ class BatchOrder:
     num_samples: int
     global_batch_size: int  # B
     seed: int
+    chosen: Tensor | None = None  # int64 [num_samples]: the ids of the samples; None = 0 .. num_samples - 1
     _window: tuple[tuple[int, int], range, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def ids_at(self, epoch: int, positions: Tensor) -> Tensor:
         """The sample ids, int64 [I], at positions (int64 [I], 0 .. num_samples - 1) of an epoch."""
-        return rng.permuted(self.seed, rng.Purpose.DATA_ORDER, epoch, positions, self.num_samples)
+        order = rng.permuted(self.seed, rng.Purpose.DATA_ORDER, epoch, positions, self.num_samples)
+        return order if self.chosen is None else self.chosen[order]
 
     def global_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The sample ids and epochs (both int64 [B], epochs from 0) of a step (from 1). Each sample occurs once per epoch."""

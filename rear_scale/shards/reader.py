@@ -16,7 +16,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from rear_scale.shards.order import BatchOrder, GroupedOrder, StreamOrder
 from rear_scale.shards.plain import index_folder, index_plain, plain_tars
 from rear_scale.shards.record import Manifest, read_manifest
 from rear_scale.shards.storage import is_remote
+from rear_scale.shards.subset import samples_of_share
 
 __all__ = [
     "BatchOrder",
@@ -83,9 +84,13 @@ class MappedSet(TokenSet):
     manifest: Manifest
     tokens: np.ndarray  # uint16 [samples, N]
     labels: np.ndarray  # uint16 [samples]
+    share: float = 1.0  # the fraction of the images of each class that an order has
 
     def order(self, global_batch_size: int, seed: int) -> BatchOrder:
-        return BatchOrder(len(self), global_batch_size, seed)
+        if self.share == 1:
+            return BatchOrder(len(self), global_batch_size, seed)
+        chosen = samples_of_share(self.manifest, self.labels, self.share)
+        return BatchOrder(len(chosen), global_batch_size, seed, chosen)
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         index = ids.numpy()
@@ -183,7 +188,8 @@ def open_set(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _
     if data.mode == "stream":
         return open_stream(data, manifest, world_size, say)
     folder = required_path(data.train, "data.train")
-    return open_tokens(folder, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
+    whole = open_tokens(folder, data.cache_dir, say, manifest, data.on_error, data.max_skipped_fraction)
+    return replace(whole, share=data.use_share)
 
 
 def open_stream(data: DataConfig, manifest: Manifest, world_size: int, say: Say = _quiet) -> StreamSet:

@@ -20,6 +20,7 @@ from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.reader import check_agree
 from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
+from rear_scale.shards.subset import images_of_share
 from rear_scale.text_table import aligned
 from rear_scale.train import fit, setup
 from rear_scale.world import Ranks
@@ -78,6 +79,9 @@ def _data_lines(cfg: ExperimentConfig) -> list[str]:
             f"{name}: {len(manifest.shards)} tar shards, {manifest.num_samples:,} sequences of {manifest.num_images:,} images"
             f"{passes} of {len(manifest.label_counts)} classes, tokenizer {manifest.tokenizer}"
         )
+        if name == "data.train" and cfg.data.use_share < 1:
+            used = images_of_share(manifest, cfg.data.use_share)
+            lines.append(f"data.use_share={cfg.data.use_share}: {used:,} different images are trained on")
     if len(found) == 2 and (note := check_agree(found[0], found[1], cfg.data)):
         notes.append(note)
     lines += notes
@@ -91,7 +95,7 @@ def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
     if not is_packed(folder):
         return None
     try:
-        return read_checked(cfg, folder).num_images
+        return images_of_share(read_checked(cfg, folder), cfg.data.use_share)
     except InputError:
         return None
 

@@ -35,6 +35,7 @@ from rear_scale.progress import progress, say
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
+from rear_scale.shards.subset import images_of_share
 from rear_scale.train import start
 from rear_scale.train.garbage import CollectAtSteps
 from rear_scale.train.guard import LossSpikeDetector, Preempted, StopSignal, Watchdog, shard_positions
@@ -249,6 +250,7 @@ class _Run:
             "config": to_dict(self.cfg),
             "data_fingerprint": self.tokens.manifest.fingerprint,
             "tokenizer_sha256": self.tokens.manifest.tokenizer_sha256,
+            "unique_images": images_of_share(self.tokens.manifest, self.cfg.data.use_share),
             "world_size": self.world.size,
             "versions": versions(),
             "commit": commit(),

@@ -36,6 +36,7 @@ from rear_scale.shards.reader import (
     open_tokens,
 )
 from rear_scale.shards.record import Manifest
+from rear_scale.shards.subset import images_of_share
 from rear_scale.train import fit, start
 from rear_scale.untrusted import is_count
 from rear_scale.world import Ranks, World
@@ -82,7 +83,7 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     manifests: list[Manifest] = []
     all_checks(lambda: start.check(cfg), lambda: manifests.append(read_both(cfg, ranks.rank == 0)[0]))
     (manifest,) = manifests
-    plan = derive(cfg, ranks.world_size, manifest.num_images)
+    plan = derive(cfg, ranks.world_size, images_of_share(manifest, cfg.data.use_share))
     if ranks.rank == 0:
         for note in (class_note(cfg, manifest), warmup_note(cfg, plan)):
             if note is not None:
