@@ -20,6 +20,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -138,6 +139,12 @@ class DeepSpeedStrategy(Strategy):
             zero.scaled_global_norm = lambda: norm
         norm = torch.as_tensor(norm)
         return norm.where(norm >= 0, torch.inf)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.model.named_parameters():
+            gradient = safe_get_full_grad(weight)
+            if gradient is not None:
+                yield name, gradient
 
     def step(self, lr: float) -> None:
         set_rates(self.zero.optimizer, lr)

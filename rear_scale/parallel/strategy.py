@@ -58,6 +58,11 @@ class Strategy(ABC):
         """The global norm (scalar) of the mean gradient before clipping. Called after the last micro-step of an update."""
 
     @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, full mean gradient before clipping) of every parameter that has one, on every rank in the same order.
+        Called after `grad_norm`, before `step` or `skip`."""
+
+    @abstractmethod
     def step(self, lr: float) -> None:
         """Clips the gradients to optim.grad_clip and updates the weights, each parameter with `lr` times the multiplier of its
         rule. Called after `grad_norm`."""

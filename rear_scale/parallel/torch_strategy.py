@@ -28,6 +28,11 @@ class TorchStrategy(Strategy):
         self.norm = torch.nn.utils.get_total_norm(gradients)
         return _whole(self.norm)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.model.named_parameters():
+            if weight.grad is not None:
+                yield name, _whole(weight.grad)
+
     def step(self, lr: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.optim.grad_clip, self.norm)
         set_rates(self.optimizer, lr)

@@ -5,6 +5,7 @@ starts.jsonl     one line per start: command, versions, commit, host, ranks
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
 events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts
+fingerprints.json  hashes of the data, the first weights and the first batches, written when a run begins
 rewind.json      the latest rewind after a loss spike, until the next checkpoint records it in its meta.json
 """
 
@@ -30,8 +31,9 @@ from rear_scale.config import ExperimentConfig, InputError, to_yaml
 from rear_scale.files import DISK_ERRORS, atomic_open, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import say
+from rear_scale.run.fingerprints import NAME as FINGERPRINTS
 from rear_scale.run.line_log import LineLog
-from rear_scale.run.versions import commit, versions
+from rear_scale.run.versions import commit, source_sha256, versions
 from rear_scale.world import World
 
 
@@ -64,14 +66,22 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes temporary files of killed processes, except in the checkpoints. The caller must hold the lock."""
-        remove_leftovers(self.path, "config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl", "rewind.json")
+        names = ("config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl", "rewind.json", FINGERPRINTS)
+        remove_leftovers(self.path, *names)
         for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
             remove_leftovers(folder)
 
     def start(self, cfg: ExperimentConfig, world: World) -> None:
         with _said():
             write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
-        self._append("starts.jsonl", provenance(world))
+        # CPU kernels may round differently with another number of threads.
+        code = {"source_sha256": source_sha256(), "threads": torch.get_num_threads()}
+        self._append("starts.jsonl", {**provenance(world), **code})
+
+    def record_fingerprints(self, values: dict[str, Any]) -> None:
+        """Writes fingerprints.json: `values` as fingerprints.of_start returns them."""
+        with _said():
+            write_text_atomically(self.path / FINGERPRINTS, json.dumps(values, indent=1) + "\n")
 
     def set_status(self, state: str, step: int, reason: str) -> None:
         path = self.path / "status.json"

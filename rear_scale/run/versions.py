@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rear_scale
+from rear_scale.places import PACKAGE
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +33,15 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return f"version {rear_scale.__version__}"
     return f"{head}-changed" if changed else head
+
+
+@cache
+def source_sha256() -> str:
+    """A hash of the Python files of the package: that of the code that runs, also where git has other changes or none."""
+    content = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        content.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
+    return content.hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -22,7 +22,7 @@ from rear_scale.checkpoint.open import newest_intact
 from rear_scale.checkpoint.restore import check_states, load_weights, restore
 from rear_scale.checkpoint.writer import Unwritten, Writer
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, required_path, settled, to_dict
-from rear_scale.model import build_model, meta_model
+from rear_scale.model import Generator, build_model, meta_model
 from rear_scale.model.attention import choose_kernel, use_kernel
 from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import MicroBatch, Objective
@@ -32,6 +32,7 @@ from rear_scale.parallel import open_strategy
 from rear_scale.parallel.strategy import Strategy
 from rear_scale.peers import LostRanks
 from rear_scale.progress import progress, say
+from rear_scale.run import fingerprints
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
@@ -71,6 +72,7 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             run.clear()
         checkpoint = newest_intact(run.checkpoints, world, report=say)
         cfg = settled(cfg, checkpoint.meta["config"] if checkpoint else None)
+        fresh = checkpoint is None
         if checkpoint is None and cfg.train.init_from is not None:
             checkpoint = start.take_over(cfg, tokens, run, world)
         done = checkpoint.step if checkpoint else 0
@@ -98,8 +100,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
         try:
             with Watchdog(cfg.guard.hang_timeout_s, run, world) as watchdog:
                 guards = (LossSpikeDetector(cfg), stop, watchdog)
-                while checkpoint := _Run(cfg, plan, world, tokens, codebook, hooks, run, checkpoint, *guards).go():
-                    pass
+                parts = (cfg, plan, world, tokens, codebook, hooks, run)
+                while checkpoint := _Run(*parts, checkpoint, *guards, fresh=fresh).go():
+                    fresh = False
         except Preempted:
             world.barrier()
             raise
@@ -133,7 +136,10 @@ class _Run:
         spikes: LossSpikeDetector,
         stop: StopSignal,
         watchdog: Watchdog,
+        *,
+        fresh: bool,
     ) -> None:
+        """fresh: whether the run starts here, so that its fingerprints are recorded."""
         self.cfg, self.plan, self.world, self.tokens, self.hooks, self.run = cfg, plan, world, tokens, hooks, run
         self.spikes, self.stop, self.watchdog = spikes, stop, watchdog
         self.resumed, self.first = resumed, resumed.step + 1 if resumed else 1
@@ -146,7 +152,10 @@ class _Run:
         if world.is_main:
             run.cut_metrics(self.first - 1)
             run.set_status("running", self.first - 1, "")
-        self.strategy = _build(cfg, plan, world, codebook, resumed)
+        model = load_model(cfg, world, codebook, resumed)
+        if fresh and world.is_main:
+            run.record_fingerprints(fingerprints.of_start(cfg, tokens, codebook, model, self.first - 1))
+        self.strategy = build_strategy(cfg, plan, world, model, resumed)
         if world.is_main and resumed:
             say(f"resumed from {resumed.path}")
 
@@ -186,14 +195,7 @@ class _Run:
                     self._stop_unless_skipped(step, consensus, micro_batches)
                 elif self.spikes(consensus.loss) and (rewound := self._rewind(step, consensus.loss)) is not None:
                     return rewound
-                lr = schedule.learning_rate(
-                    step,
-                    peak=cfg.optim.lr,
-                    end=cfg.optim.end_lr,
-                    warmup_steps=cfg.optim.warmup_steps,
-                    total_steps=plan.total_steps,
-                    form=cfg.optim.schedule,
-                )
+                lr = learning_rate(cfg, plan, step)
                 self.watchdog.beat("update", step)
                 with clock("optimizer"):
                     if consensus.finite:
@@ -379,10 +381,8 @@ class _Computation:
             return self.objective.loss(output, task)
 
 
-def _build(
-    cfg: ExperimentConfig, plan: Plan, world: World, codebook: Tensor, checkpoint: Checkpoint | None
-) -> Strategy:
-    """The strategy, built around a model with its initial or its checkpoint's weights."""
+def load_model(cfg: ExperimentConfig, world: World, codebook: Tensor, checkpoint: Checkpoint | None) -> Generator:
+    """The model with its initial or its checkpoint's weights: float32, on the CPU, equal on all ranks."""
     model = build_model(cfg)
     kernel = choose_kernel(cfg.model.kernel, world.device, cfg.train.precision, say if world.is_main else None)
     use_kernel(model, kernel)
@@ -392,14 +392,33 @@ def _build(
     if checkpoint is None:
         start.first_weights(cfg, model, world)
     else:
-        # Load before wrapping: FSDP and ZeRO copy the weights when they wrap the model.
         load_weights(checkpoint, model)
+    return model
+
+
+def build_strategy(
+    cfg: ExperimentConfig, plan: Plan, world: World, model: Generator, checkpoint: Checkpoint | None
+) -> Strategy:
+    """The strategy around a model that `load_model` returned, with the optimizer states of its checkpoint."""
+    # The weights are loaded before wrapping: FSDP and ZeRO copy them when they wrap the model.
     prepare_blocks(model, cfg, world.device)
     strategy = open_strategy(cfg, plan, world)
     strategy.build(model)
     if checkpoint is not None:
         restore(checkpoint, strategy)
     return strategy
+
+
+def learning_rate(cfg: ExperimentConfig, plan: Plan, step: int) -> float:
+    """The learning rate of a step (from 1)."""
+    return schedule.learning_rate(
+        step,
+        peak=cfg.optim.lr,
+        end=cfg.optim.end_lr,
+        warmup_steps=cfg.optim.warmup_steps,
+        total_steps=plan.total_steps,
+        form=cfg.optim.schedule,
+    )
 
 
 def _check_same_run(cfg: ExperimentConfig, tokens: TokenSet, checkpoint: Checkpoint) -> None:
