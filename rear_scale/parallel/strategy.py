@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.optim.groups import Rule, make_optimizer, rules_of
 from rear_scale.world import World
 
@@ -57,10 +57,13 @@ class Strategy(ABC):
     def grad_norm(self) -> Tensor:
         """The global norm (scalar) of the mean gradient before clipping. Called after the last micro-step of an update."""
 
-    @abstractmethod
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, full mean gradient before clipping) of every parameter that has one, on every rank in the same order.
-        Called after `grad_norm`, before `step` or `skip`."""
+        Called after `grad_norm`, before `step` or `skip`, and only where a step is inspected. Raises InputError for an engine
+        that does not give its gradients away: training works without."""
+        raise InputError(
+            f"strategy.name={self.cfg.strategy.name} does not give its gradients away. Use another strategy, such as ddp"
+        )
 
     @abstractmethod
     def step(self, lr: float) -> None:
