@@ -86,9 +86,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    description: str, *, from_checkpoint: bool = False, config: str = "a file in configs/, or a path"
+    description: str,
+    *,
+    from_checkpoint: bool = False,
+    config: str = "a file in configs/, or a path",
+    first: tuple[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """A parser with --config, --checkpoint (if wanted), overrides and --dry-run; launchers add their own options."""
+    """A parser with --config, --checkpoint (if wanted), overrides and --dry-run; launchers add their own options.
+
+    first: name and help of an argument before the overrides.
+    """
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,6 +113,8 @@ def make_parser(
             "with a weight file: the config to use instead of the one that fits it; without --checkpoint: the config"
         )
     parser.add_argument("--config", metavar="NAME.yaml", help=config)
+    if first is not None:
+        parser.add_argument(first[0], metavar=first[0].upper(), help=first[1])
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument("--dry-run", action="store_true", help="print what follows from the config, and stop")
     parser.add_argument("--full", action="store_true", help="with --dry-run: print the resolved config too")

@@ -40,6 +40,7 @@ class Purpose(enum.IntEnum):
     SHARD_ORDER = 20
     STREAM_ORDER = 21
     SUBSET = 30
+    ANALYSIS = 40
 
 
 def random_bits(seed: int, purpose: Purpose, ids: Tensor, steps: Tensor | int, count: int) -> Tensor:

@@ -66,7 +66,7 @@ def test_validation_and_evaluation_agree_to_the_bit_on_every_number_of_ranks(
     tmp_path: Path, tokens: Path, val: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks of a world one after the other, in one process."""
-    monkeypatch.setattr(token_prediction, "_DRAW_SEED", validation._DRAW_SEED)
+    monkeypatch.setattr(token_prediction, "DRAW_SEED", validation._DRAW_SEED)
 
     def scores(world: World) -> None:
         cfg = tiny_config(tmp_path, tokens, "strategy=single", f"data.val={val}", *QUIET)

@@ -1,1 +1,1 @@
-"""The papers' consistency experiments, one file per figure family."""
+"""The papers' analyses of trained models, one file per family of figures; table.py lists them."""

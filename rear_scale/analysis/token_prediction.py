@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rear_scale.config import ExperimentConfig, required_path
+from rear_scale.analysis.token_sets import open_sets
+from rear_scale.config import ExperimentConfig
 from rear_scale.objective import permutation
 from rear_scale.objective.prediction import (
     Replacement,
@@ -24,15 +25,14 @@ from rear_scale.objective.prediction import (
     sequence_scores,
 )
 from rear_scale.progress import progress
-from rear_scale.shards.codebook import read_both
-from rear_scale.shards.reader import TokenSet, open_set, open_tokens
+from rear_scale.shards.reader import TokenSet
 from rear_scale.world import World
 
 # A function of sample ids (int64 [B]) to the order of prediction of their tokens (int64 [B or 1, N]; None = as stored).
 Orders = Callable[[Tensor], Tensor | None]
 
 # Seed of the replacements, which depend on it, the sample and the number of the draw, and so are the same for all models.
-_DRAW_SEED = 20_250_710
+DRAW_SEED = 20_250_710
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def predict_tokens(
     prediction of each sample; None = as tokens are stored.
     """
     rows = [torch.zeros(0, 2, dtype=torch.float64)]
-    noisy = [Replacement(replace_rate, _DRAW_SEED, draw, tokens.manifest.codebook_size) for draw in range(draws)]
+    noisy = [Replacement(replace_rate, DRAW_SEED, draw, tokens.manifest.codebook_size) for draw in range(draws)]
     replacements: Sequence[Replacement | None] = noisy or [None]
     batches = batches_of_rank(len(tokens), batch_size, world.rank, world.size)
     mine = [ids for ids, counted in batches if counted]
@@ -93,16 +93,7 @@ def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[
     All ranks must call this. Raises InputError for a set that does not fit the model or the other set.
     """
     evaluate = cfg.evaluate
-    opened: dict[str, TokenSet] = {}
-    train, val = read_both(cfg, world.is_main)
-    for name, manifest in (("val", val), ("train", train)):
-        if manifest is not None:
-            # A training set may be streamed, if it is larger than the node's disk; a validation set is always unpacked.
-            opened[name] = (
-                open_set(cfg.data, manifest, world.size)
-                if name == "train"
-                else open_tokens(required_path(cfg.data.val, "data.val"), cfg.data.cache_dir, manifest=manifest)
-            )
+    opened = open_sets(cfg, world)
     orders = partial(permutation.orders_of_model, cfg.objective.permutation, cfg.tokenizer)
     predict = partial(predict_tokens, model, world=world, batch_size=evaluate.batch_size, orders=orders)
     scores = {f"{name}_clean": predict(tokens) for name, tokens in opened.items()}

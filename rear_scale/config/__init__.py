@@ -13,6 +13,7 @@ from rear_scale.config.errors import InputError, UnknownLength, all_checks, firs
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, given_keys, load, override_keys
 from rear_scale.config.overrides import CONFIG_DIR, check_override, combinations, in_quotes, shown
 from rear_scale.config.schema import (
+    AnalyzeConfig,
     CheckpointConfig,
     ClassifierConfig,
     DataConfig,
@@ -32,6 +33,7 @@ from rear_scale.config.values import to_dict, to_yaml, with_home
 
 __all__ = [
     "CONFIG_DIR",
+    "AnalyzeConfig",
     "CheckpointConfig",
     "ClassifierConfig",
     "DataConfig",

