@@ -61,9 +61,7 @@ class Strategy(ABC):
         """Yields (name, full mean gradient before clipping) of every parameter that has one, on every rank in the same order.
         Called after `grad_norm`, before `step` or `skip`, and only where a step is inspected. Raises InputError for an engine
         that does not give its gradients away: training works without."""
-        raise InputError(
-            f"strategy.name={self.cfg.strategy.name} does not give its gradients away. Use another strategy, such as ddp"
-        )
+        raise InputError("this strategy does not give its gradients away. Use another one, such as strategy=ddp")
 
     @abstractmethod
     def step(self, lr: float) -> None:
