@@ -17,12 +17,13 @@ each set of images instead of the table, and nothing else on stdout.
 from rear_scale import cli
 from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.evaluate.command import add_options, evaluate
+from rear_scale.report.writing import update_report
 
 
 def main() -> None:
     parser = cli.make_parser(__doc__, from_checkpoint=True)
     add_options(parser)
-    evaluate(cli.parse_either(parser, "evaluate.yaml"), score_tokens)
+    evaluate(cli.parse_either(parser, "evaluate.yaml"), score_tokens, update_report)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rear_scale import cli
 from rear_scale.evaluate.job import missing_inputs
+from rear_scale.report.writing import update_report
 from rear_scale.sample.job import check_output, default_output, sample_images
 from rear_scale.tokenizer import TOKENS_ONLY
 from rear_scale.world import joined
@@ -32,6 +33,7 @@ def main() -> None:
     output = command.args.out or default_output(command.cfg, command.checkpoint)
     with joined(command.ranks, same_for_any_world=True) as world:
         sample_images(command.cfg, command.checkpoint, world, output)
+        update_report(command.checkpoint.run, world.is_main)
     if command.cfg.tokenizer.name in TOKENS_ONLY:
         cli.end(output.with_suffix(".tokens.npy"), f"{command.cfg.sample.num_images:,} sequences")
         return

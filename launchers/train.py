@@ -16,6 +16,7 @@ from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.training_scores import check_training_scores, training_hooks
 from rear_scale.progress import say
+from rear_scale.report.writing import RunReport
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import check_wandb
 from rear_scale.sample.sheets import check_grids, grid_hooks
@@ -65,10 +66,12 @@ def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
             *(hook.make_missing for hook in grids),
             *(hook.make_missing for hook in scores),
         ]
-        hooks = Hooks(on_checkpoint=[*grids, *scores], on_resume=missing)
+        report = RunReport(Path(cfg.run.dir), world)
+        hooks = Hooks(on_checkpoint=[*grids, *scores, report], on_resume=missing)
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
-        train(cfg, data.plan, world, tokens, codebook, hooks)
+        with report:
+            train(cfg, data.plan, world, tokens, codebook, hooks)
     weights = [] if cfg.tokenizer.weights else ["tokenizer.weights=WEIGHTS"]
     cli.end(
         cfg.run.dir, RunFolder(cfg.run.dir).in_a_number(), cli.typed("sample", "--checkpoint", cfg.run.dir, *weights)

@@ -60,10 +60,13 @@ def _part(text: str) -> Part:
     return Part(int(index), int(count))
 
 
-def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
+def evaluate(
+    command: cli.Command, score_tokens: ScoreTokens, on_result: Callable[[Path], None] = lambda run: None
+) -> None:
     """Runs the command: scores images or checkpoints, writes the results and prints the table.
 
-    score_tokens: computes the token predictions of a checkpoint (analysis.token_prediction). Raises InputError for
+    score_tokens: computes the token predictions of a checkpoint (analysis.token_prediction). on_result: called on rank 0 with
+    the folder of a run after a result of one of its checkpoints was written. Raises InputError for
     contradictory options, before any process group exists.
     """
     args = command.args
@@ -88,7 +91,7 @@ def evaluate(command: cli.Command, score_tokens: ScoreTokens) -> None:
             *(partial(check_weights, target.cfg.tokenizer) for target in targets if target.samples is None),
         )
         with joined(command.ranks, same_for_any_world=True) as world:
-            _Job(command, targets, score_tokens, world).run()
+            _Job(command, targets, score_tokens, world, on_result).run()
 
 
 def _show_paths(command: cli.Command) -> None:
@@ -169,6 +172,7 @@ class _Job:
     targets: list[EvalTarget]
     score_tokens: ScoreTokens
     world: World
+    on_result: Callable[[Path], None]
     tokens: dict[Path, TokenScores | None] = field(default_factory=dict)  # by checkpoint
     predicted: dict[str, TokenScores | None] = field(default_factory=dict)  # the same by name, for the table
     rows: list[TableRow] = field(default_factory=list)  # of the table, on rank 0 alone
@@ -241,6 +245,7 @@ class _Job:
         say(f"{target.output}: written")
         if target.run is not None:
             wandb.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting))
+            self.on_result(target.run)
 
     def _token_scores(self, target: EvalTarget) -> TokenScores | None:
         data = target.cfg.data

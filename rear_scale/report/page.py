@@ -1,26 +1,38 @@
-"""Self-contained HTML pages: text, tables and images in one file."""
+"""Self-contained HTML pages: text, tables, charts and images in one file, without anything from elsewhere.
+
+Every text that is shown is escaped by Jinja2. The page's own Content-Security-Policy names the one script that may run, by its
+checksum, and forbids to load anything.
+"""
 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rear_scale.files import write_text_atomically
+from rear_scale.report import charts as geometry
+from rear_scale.report.charts import Chart, Mark
+
+_MOST_MARKS = 400  # texts for the pointer
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its caption."""
+    """An image file with its caption."""
 
-    png: bytes
+    data: bytes
     caption: str
+    form: str = "png"
 
     @property
     def uri(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        return f"data:image/{self.form};base64,{base64.b64encode(self.data).decode()}"
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,15 @@ class Table:
 
     header: list[str]
     rows: list[list[str]]
+    words: frozenset[int] = frozenset()  # columns besides the first that hold words and not numbers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Several forms of the same charts, of which the reader sees one."""
+
+    name: str
+    options: list[tuple[str, list[Chart]]]
 
 
 @dataclass(frozen=True)
@@ -36,15 +57,51 @@ class Section:
     """A part of the page under one heading."""
 
     title: str
-    text: list[str] = field(default_factory=list)  # paragraphs
+    text: Sequence[str] = ()  # paragraphs
     table: Table | None = None
-    pictures: list[Picture] = field(default_factory=list)
+    charts: Sequence[Chart] = ()
+    choice: Choice | None = None
+    pictures: Sequence[Picture] = ()
+    rows_of_pictures: Sequence[tuple[str, Sequence[Picture | None]]] = ()  # title and pictures, one below each other's
     code: str = ""
+    folded: Sequence[tuple[str, str]] = ()  # (title, text) that is opened by a click
+    notes: Sequence[str] = ()  # paragraphs below all the rest
 
 
-def write_page(path: Path, title: str, sections: list[Section]) -> None:
+@dataclass(frozen=True)
+class Head:
+    """What stands above all sections."""
+
+    state: str = ""  # a word, shown as a badge; its style is that of the class of the same name
+    lines: Sequence[str] = ()
+    command: str = ""  # to be typed next
+    facts: Sequence[tuple[str, str]] = ()  # (name, value)
+    marks: Sequence[Mark] = ()  # of the charts over steps, for their texts under the pointer
+
+    @property
+    def mark_texts(self) -> list[tuple[float, str]]:
+        return [(mark.x, mark.text) for mark in self.marks[:_MOST_MARKS]]
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section], head: Head | None = None) -> None:
     """Writes one HTML file that needs no other."""
+    write_text_atomically(path, page_text(title, sections, head))
+
+
+def page_text(title: str, sections: Sequence[Section], head: Head | None = None) -> str:
+    """The HTML of a page."""
+    folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    write_text_atomically(path, environment.get_template("page.html").render(title=title, sections=sections))
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values: dict[str, Any] = {"title": title, "sections": sections, "head": head or Head(), "geometry": geometry}
+    html = environment.get_template("page.html").render(**values, checksum=checksum)
+    # Put in last, as it stands: nothing of the page's contents can become part of it, and its checksum is that of the file.
+    before, after = html.rsplit("<!--script-->", 1)
+    return f"{before}<script>{script}</script>{after}"

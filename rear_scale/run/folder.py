@@ -1,7 +1,7 @@
 """The folder of a run: config, starts, status, metrics and events.
 
 config.yaml      the resolved config            checkpoints/     see checkpoint/folder.py
-starts.jsonl     one line per start: command, versions, commit, host, ranks
+starts.jsonl     one line per start: command, versions, commit, hosts, ranks, the step it began after, the status before it
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
 events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts
@@ -19,7 +19,8 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,17 +67,27 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes temporary files of killed processes, except in the checkpoints. The caller must hold the lock."""
-        names = ("config.yaml", "status.json", "metrics.jsonl", "evaluations.jsonl", "rewind.json", FINGERPRINTS)
+        names = (
+            "config.yaml",
+            "status.json",
+            "metrics.jsonl",
+            "evaluations.jsonl",
+            "rewind.json",
+            "report.html",
+            FINGERPRINTS,
+        )
         remove_leftovers(self.path, *names)
         for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
             remove_leftovers(folder)
 
-    def start(self, cfg: ExperimentConfig, world: World) -> None:
+    def start(self, cfg: ExperimentConfig, world: World, step: int = 0, hosts: Sequence[str] = ()) -> None:
+        """Records a start. step: the last step of the checkpoint that it continues; hosts: the host of each rank."""
         with _said():
             write_text_atomically(self.path / "config.yaml", to_yaml(cfg))
         # CPU kernels may round differently with another number of threads.
         code = {"source_sha256": source_sha256(), "threads": torch.get_num_threads()}
-        self._append("starts.jsonl", {**provenance(world), **code})
+        about = {"step": step, "hosts": dict(Counter(hosts)), "folder": os.getcwd(), "after": self._status()}
+        self._append("starts.jsonl", {**provenance(world), **code, **about})
 
     def record_fingerprints(self, values: dict[str, Any]) -> None:
         """Writes fingerprints.json: `values` as fingerprints.of_start returns them."""
@@ -103,9 +114,15 @@ class RunFolder:
 
     def state(self) -> str | None:
         """The state in status.json; None when there is none."""
+        status = self._status()
+        return None if status is None else status["state"]
+
+    def _status(self) -> dict[str, Any] | None:
+        """The values of status.json; None when there is none."""
         try:
-            return json.loads((self.path / "status.json").read_text())["state"]
-        except (OSError, ValueError, KeyError, TypeError):
+            status = json.loads((self.path / "status.json").read_text())
+            return status if "state" in status and isinstance(status, dict) else None
+        except (OSError, ValueError, TypeError):
             return None
 
     def cut_metrics(self, step: int) -> None:

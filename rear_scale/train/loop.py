@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -91,8 +92,9 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
                     run.set_status("done", done, _why_done(plan))
                 say(f"{run.path} is complete: {done} of {plan.last_step} steps")
             return 0
+        hosts = world.gather(socket.gethostname())
         if world.is_main:
-            run.start(cfg, world)
+            run.start(cfg, world, done, hosts)
             stack.callback(run.close)
         # Held until the status is written: when one rank has failed, its launcher ends all ranks, and the signal must not stop
         # rank 0 before it has recorded the reason.

@@ -1,0 +1,38 @@
+"""The command of launchers/report.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rear_scale import cli
+from rear_scale.config import InputError
+from rear_scale.report.reading import is_run
+from rear_scale.report.run_page import write_report
+
+
+def report(description: str | None = None) -> None:
+    """Parses the command line and writes what it asks for. Raises InputError for a folder that is no run."""
+    parser = cli.Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    args = parser.parse_args()
+    for folder in args.runs:
+        check_run(folder)
+    for folder in args.runs:
+        print(write_report(folder))
+
+
+def check_run(folder: Path) -> None:
+    """Raises InputError for a folder that does not exist or is no run."""
+    if not folder.is_dir():
+        raise InputError(f"not found: {folder}, which should be a run folder such as runs/rear_xl")
+    if not is_run(folder):
+        inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+        runs = (
+            f" The runs in it are {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''}." if inside else ""
+        )
+        raise InputError(
+            f"{folder} is no run folder: it has neither starts.jsonl nor status.json nor metrics.jsonl.{runs}"
+        )
