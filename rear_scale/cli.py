@@ -123,10 +123,13 @@ def make_parser(
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> Command:
-    """The parsed command line, before any process group exists. Raises InputError for a config that is missing or wrong."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Command:
+    """The parsed command line, before any process group exists. Raises InputError for a config that is missing or wrong.
+
+    arguments: the words to parse; None = those of this process.
+    """
     # parse_intermixed_args: options may stand before, between and after overrides.
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     if args.config is None:
         raise InputError("--config is missing. Use --config NAME.yaml, for instance --config demo.yaml")
     cfg, given = _config_of(args.config, args.overrides), given_keys(args.config, args.overrides)

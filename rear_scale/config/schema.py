@@ -241,6 +241,13 @@ class OptimConfig:
     decay_parameters: str = choice("released", "parameters that weight decay applies to",
         among={"released": "all but biases, norms, embeddings and the final AdaLN",
                "matrices": "all with 2 or more dimensions"})
+    parametrization: str = choice("standard", "how initial weights, learning rates and weight decay depend on model.width",
+        among={"standard": "not at all, as in the papers",
+               "mup": "the maximal update parametrization, so that the best learning rate hardly depends on the width"})
+    base_width: int = number(1024, "optim.parametrization=mup: the width at which it is the same as standard (1024: L)", above=0,
+        most=131_072)
+    base_num_heads: int | None = number(None, above=0, most=131_072,
+        doc="optim.parametrization=mup: attention heads of the base width; null = model.num_heads, so that heads grow in width")
     grad_clip: float = number(1.0, "gradients are clipped to this global norm", above=0)
     backend: str = choice("auto", "implementation of AdamW; auto = fused on GPUs, foreach on CPUs", may_change=True,
         among=("auto", "torch_fused", "torch_foreach", "deepspeed", "apex"))

@@ -195,6 +195,13 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         f"must lie between 0 and optim.lr={optim.lr}",
         "The papers use 1e-5",
     )
+    _require(
+        optim.parametrization == "standard" or cfg.model.tie_codebook != "both",
+        "optim.parametrization",
+        optim.parametrization,
+        "does not work with model.tie_codebook=both, whose projection would need one scale at the input and one at the output",
+        "Use model.tie_codebook=input or output, or optim.parametrization=standard",
+    )
 
 
 def _validate_strategy(cfg: ExperimentConfig) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, OptimConfig
 from rear_scale.config.schema import OPTIMIZERS
+from rear_scale.optim.parametrization import scale_of
 
 Groups = list[dict[str, Any]]  # parameter groups, as torch.optim takes them
 
@@ -47,6 +48,10 @@ class Rule:
     states: tuple[str, ...]
     weight_decay: float = 0.0
     lr_multiplier: float = 1.0  # times the learning rate of the schedule
+    # Under optim.parametrization=mup, the learning rate of a matrix inside the model is divided by (width / base width) to this
+    # power: 1 where the entries of an update have a size that does not depend on the width (Adam), 0 where its spectral norm
+    # has, 1/2 where an orthogonal update is scaled to entries of such a size.
+    width_exponent: float = 1.0
     # Sets the number of updates that a weight has had, for an optimizer that stores it
     set_step: Callable[[torch.optim.Optimizer, Tensor, int], None] = _counts_no_steps
 
@@ -78,7 +83,20 @@ def rules_of(model: nn.Module, cfg: ExperimentConfig) -> dict[str, Rule]:
     if name not in _registered:
         import_module(OPTIMIZERS[name])
     choose = _registered[name]
-    return {key: choose(key, weight, cfg) for key, weight in model.named_parameters()}
+    return {key: _scaled(choose(key, weight, cfg), key, weight, cfg) for key, weight in model.named_parameters()}
+
+
+def _scaled(rule: Rule, name: str, weight: Tensor, cfg: ExperimentConfig) -> Rule:
+    """The rule with the factors of optim.parametrization. Learning rate times weight decay stays what it is."""
+    scale = scale_of(name, weight, cfg, rule.width_exponent)
+    if scale.rate == 1:
+        return rule
+    return replace(
+        rule,
+        name=f"{rule.name}_{scale.kind}",
+        lr_multiplier=rule.lr_multiplier * scale.rate,
+        weight_decay=rule.weight_decay / scale.rate,
+    )
 
 
 # Cached per model and optim section, because the planner calls it thousands of times.

@@ -14,6 +14,7 @@ from rear_scale.checkpoint.writer import write_portable
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.model import Generator, build_model
 from rear_scale.optim.groups import decays
+from rear_scale.optim.parametrization import scale_initial_weights
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
@@ -33,6 +34,7 @@ def check(cfg: ExperimentConfig) -> None:
 def first_weights(cfg: ExperimentConfig, model: Generator, world: World) -> None:
     """Initializes the weights of a new run at random, then loads those of train.init_from; heads that it lacks stay random."""
     model.init_weights(cfg.run.seed)
+    scale_initial_weights(model, cfg)
     if cfg.train.init_from is None:
         return
     weights = read_weights(Path(cfg.train.init_from), "train.init_from")
