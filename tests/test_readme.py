@@ -280,12 +280,14 @@ def test_a_strategy_is_named_by_its_section_and_read_as_its_row() -> None:
 
 
 def test_the_table_of_strategies_is_that_of_their_facts() -> None:
-    lines = ["| `strategy=` | engine | shards | ranks | compiles | fp8 | `cpu_offload` | `--simulate` |"]
+    lines = ["| `strategy=` | engine | shards | ranks | compiles | fp8 | Muon | `cpu_offload` | `--simulate` |"]
     default = config.load("rear_xl.yaml").strategy.name
     for row in facts.rows():
         shards = ", ".join(row.shards) + (", in each of `strategy.replicas` groups of ranks" if row.replicates else "")
         ranks = "1" if row.alone else "any number" if row.fewest_ranks == 1 else f"{row.fewest_ranks} and more"
-        features = (row.no_compile is None, row.no_fp8 is None, row.offloads, row.simulated)
+        features = (
+            row.no_compile is None, row.no_fp8 is None, row.no_whole_matrices is None, row.offloads, row.simulated
+        )  # fmt: skip
         marks = " | ".join("yes" if has else "-" for has in features)
         name = f"`{row.name}`{' (default)' if row.name == default else ''}"
         lines.append(f"| {name} | {row.title} | {shards or 'nothing'} | {ranks} | {marks} |")

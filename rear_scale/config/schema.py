@@ -13,7 +13,9 @@ from rear_scale.parallel import facts
 
 STRATEGY_KEY = "strategy.name"
 # By optim.name, the module that registers it (rear_scale/optim/groups.py).
-OPTIMIZERS = {"adamw": "rear_scale.optim.adamw"}
+OPTIMIZERS = {"adamw": "rear_scale.optim.adamw", "muon": "rear_scale.optim.muon"}
+# Those of them whose updates need whole matrices, so that some strategies refuse them (Facts.no_whole_matrices).
+WHOLE_MATRIX_OPTIMIZERS = {"muon"}
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE_POLICIES = {
     "none": "nothing",
@@ -226,8 +228,23 @@ class ObjectiveConfig:
 
 
 @dataclass
+class MuonConfig:
+    """optim.name=muon: the matrices of the blocks; everything else is trained by AdamW."""
+
+    lr_ratio: float = number(1.0, "learning rate of the matrices over optim.lr, before lr_adjust", above=0)
+    lr_adjust: str = choice("match_rms_adamw", "factor of the learning rate by a matrix's shape",
+        among={"match_rms_adamw": "0.2 sqrt(max(rows, columns)), as large an update as AdamW's, so that optim.lr and "
+                                  "optim.weight_decay of AdamW fit (arXiv 2502.16982)",
+               "original": "sqrt(max(1, rows / columns)), for rates of about 0.02 (Keller Jordan's)"})
+    momentum: float = number(0.95, "decay of the moving average of gradients", least=0, below=1, way_out="Use 0.95")
+    nesterov: bool = setting(True, "Nesterov momentum")
+    newton_schulz_steps: int = number(5, "iterations that orthogonalize an update", above=0, most=20)
+
+
+@dataclass
 class OptimConfig:
     name: str = choice("adamw", "optimizer", among=lambda: list(OPTIMIZERS))
+    muon: MuonConfig = section(MuonConfig)
     lr: float = number(4e-4, "peak learning rate, reached at the end of warm-up", above=0)
     end_lr: float = setting(1e-5, "learning rate at the last step")
     warmup_steps: int = number(62_500, "updates of warm-up; 0 = none", least=0, way_out="Use 0 for none")

@@ -6,14 +6,15 @@ The rules of single fields are in schema.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import check_fields
 from rear_scale.config.geometry import fits
-from rear_scale.config.schema import ExperimentConfig
+from rear_scale.config.schema import WHOLE_MATRIX_OPTIMIZERS, ExperimentConfig
 from rear_scale.parallel import facts
+from rear_scale.parallel.facts import Facts
 
 
 def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
@@ -234,6 +235,13 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
         f"cannot update the sharded tensors of strategy={row.name}",
         "Use optim.backend=auto",
     )
+    _require(
+        row.no_whole_matrices is None or cfg.optim.name not in WHOLE_MATRIX_OPTIMIZERS,
+        "optim.name",
+        cfg.optim.name,
+        f"is not offered with strategy={row.name}: {row.no_whole_matrices}",
+        f"Use strategy={_listed(_sharding_most(lambda row: row.no_whole_matrices is None), 'or')}, or optim.name=adamw",
+    )
     if cfg.train.fp8:
         _validate_fp8(cfg)
     if cfg.train.compile is True:
@@ -254,10 +262,14 @@ def _validate_strategy(cfg: ExperimentConfig) -> None:
         )
 
 
+def _sharding_most(having: Callable[[Facts], Any]) -> list[str]:
+    """The names of the strategies for which `having` is true; those that shard most come first."""
+    return sorted(facts.names(having), key=lambda name: -len(facts.named(name).shards))
+
+
 def _validate_fp8(cfg: ExperimentConfig) -> None:
     row = facts.of(cfg.strategy)
-    # The message names strategies that shard most first.
-    others = sorted(facts.names(lambda row: row.no_fp8 is None), key=lambda name: -len(facts.named(name).shards))
+    others = _sharding_most(lambda row: row.no_fp8 is None)
     _require(
         cfg.train.precision == "bf16",
         "train.fp8",

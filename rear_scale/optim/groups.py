@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, OptimConfig
-from rear_scale.config.schema import OPTIMIZERS
+from rear_scale.config.schema import OPTIMIZERS, WHOLE_MATRIX_OPTIMIZERS
 from rear_scale.optim.parametrization import scale_of
+from rear_scale.optim.whole_matrix import MatrixSize, WholeMatrix
 
 Groups = list[dict[str, Any]]  # parameter groups, as torch.optim takes them
 
@@ -37,7 +38,9 @@ def _counts_no_steps(optimizer: torch.optim.Optimizer, weight: Tensor, step: int
 class Rule:
     """The way in which some of the parameters are updated.
 
-    The update must be elementwise, because the optimizer gets flat partitions of many weights from ZeRO, and shards from FSDP2.
+    The update must be elementwise, because the optimizer gets flat partitions of many weights from ZeRO, and shards from FSDP2,
+    unless `whole_matrix` says otherwise: then `make` returns a WholeMatrixOptimizer, and strategies that cannot give it whole
+    matrices (Facts.no_whole_matrices) refuse the rule.
     A state is a tensor in `optimizer.state[weight]` of the weight's shape, float32, and zero before the first update;
     checkpoints store it as STATE/PARAMETER.
     """
@@ -54,6 +57,8 @@ class Rule:
     width_exponent: float = 1.0
     # Sets the number of updates that a weight has had, for an optimizer that stores it
     set_step: Callable[[torch.optim.Optimizer, Tensor, int], None] = _counts_no_steps
+    # The part of the update that needs whole matrices; None = the update is elementwise
+    whole_matrix: WholeMatrix | None = None
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -65,12 +70,15 @@ ChooseRule = Callable[[str, Tensor, ExperimentConfig], Rule]
 _registered: dict[str, ChooseRule] = {}
 
 
-def register(name: str, choose: ChooseRule) -> None:
+def register(name: str, choose: ChooseRule, *, whole_matrices: bool = False) -> None:
     """Registers optim.name=`name`: each parameter gets the rule that `choose` returns for it.
 
-    Every process that loads or uses such a config must have called this.
+    whole_matrices: whether there are rules with `whole_matrix`, so that validation refuses strategies that cannot give them
+    whole matrices. Every process that loads or uses such a config must have called this.
     """
     OPTIMIZERS.setdefault(name, choose.__module__)
+    if whole_matrices:
+        WHOLE_MATRIX_OPTIMIZERS.add(name)
     _registered[name] = choose
 
 
@@ -122,6 +130,26 @@ def states_per_weight(model: nn.Module, cfg: ExperimentConfig) -> float:
     return sum(len(rule.states) * size for rule, size in sizes.items()) / sum(sizes.values())
 
 
+_matrices: WeakKeyDictionary[nn.Module, dict[str, tuple[MatrixSize, ...]]] = WeakKeyDictionary()
+
+
+def whole_matrices(model: nn.Module, cfg: ExperimentConfig) -> tuple[MatrixSize, ...]:
+    """The sizes of the matrices that an update transforms as a whole. The model must not be sharded yet, as for rules_of."""
+    known = _matrices.setdefault(model, {})
+    key = repr((cfg.optim, cfg.train.precision))
+    if key not in known:
+        rules = rules_of(model, cfg)
+        sizes: list[MatrixSize] = []
+        for name, weight in model.named_parameters():
+            whole = rules[name].whole_matrix
+            if whole is not None:
+                rows, columns = whole.part_shape(weight.shape)
+                size = MatrixSize(rows * columns, whole.transform.flops(rows, columns), whole.transform.dtype.itemsize)
+                sizes += [size] * whole.parts
+        known[key] = tuple(sizes)
+    return known[key]
+
+
 def decays(name: str, weight: Tensor, which: str) -> bool:
     """Whether weight decay applies to a parameter. which: the value of optim.decay_parameters."""
     return weight.ndim >= 2 and (which == "matrices" or not any(fragment in name for fragment in _NO_DECAY))
@@ -164,6 +192,11 @@ class Composite(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no engine passes a closure
         for rule in {group["rule"].make: group["rule"] for group in self.param_groups if group["params"]}.values():
             self.of_rule(rule).step()
+
+
+def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that update weights: those of a Composite, or the one itself."""
+    return list(optimizer.optimizers.values()) if isinstance(optimizer, Composite) else [optimizer]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:

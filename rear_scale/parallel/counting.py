@@ -32,9 +32,9 @@ class Collectives(TorchDispatchMode):
                 # its pieces.
                 first = inputs[0] if isinstance(inputs[0], (list, tuple)) else [inputs[0]]
                 sides = [first, [t for t in tensors if not any(t is other for other in tree_leaves(first))]]
-                self.bytes[collective] += max(
-                    sum(t.nbytes for t in side if isinstance(t, torch.Tensor)) for side in sides
-                )
+                sizes = [sum(t.nbytes for t in side if isinstance(t, torch.Tensor)) for side in sides]
+                # In an exchange, a rank may send more than it receives, or less.
+                self.bytes[collective] += sum(sizes) // 2 if collective == "all_to_all" else max(sizes)
         return operation(*inputs, **(named or {}))
 
 
@@ -43,6 +43,7 @@ COLLECTIVES = {
     "reducescatter": "reduce_scatter",
     "allreduce": "all_reduce",
     "allgather": "all_gather",
+    "alltoall": "all_to_all",
     "broadcast": "broadcast",
     "reduce": "reduce",
 }

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rear_scale.optim.whole_matrix import Spread, alone
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements
 from rear_scale.parallel.strategy import Compute
 from rear_scale.parallel.torch_strategy import TorchStrategy
+from rear_scale.parallel.whole_matrices import Replicated, add_broadcasts
 
 _MIB = 2**20
 
@@ -38,6 +40,9 @@ class DDPStrategy(TorchStrategy):
             (loss / self.plan.accumulation).backward()
         return statistics
 
+    def spread(self) -> Spread:
+        return Replicated(self.world.rank, self.world.size) if self.world.size > 1 else alone
+
     def compute_precision(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16")
 
@@ -61,6 +66,7 @@ def traffic(update: Update) -> Traffic:
     sent = Traffic()
     for bucket in _buckets(update.model):
         sent.add("all_reduce", bucket, FP32)
+    add_broadcasts(sent, update)
     return sent
 
 

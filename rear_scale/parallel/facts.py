@@ -43,6 +43,8 @@ class Facts:
     simulated: bool = False  # can run on fake tensors (scaling/simulate.py)
     no_compile: str | None = None  # why train.compile does not work: a clause that follows "strategy=NAME,"
     no_fp8: str | None = "its engine has not been tried with torchao's layers"  # why train.fp8 is refused
+    # why optimizers whose updates need whole matrices are refused
+    no_whole_matrices: str | None = "its engine has not been tried with updates of whole matrices"
 
     def runs_on(self, ranks: int) -> bool:
         return self.fewest_ranks <= ranks and (ranks == 1 or not self.alone)
@@ -122,6 +124,7 @@ _FSDP2 = Facts(
     dtensors=True,
     simulated=True,
     no_fp8=None,
+    no_whole_matrices=None,
 )
 _ZERO1 = Facts(
     "zero1",
@@ -133,10 +136,29 @@ _ZERO1 = Facts(
     offloads=True,
     no_fp8="torchao's layers are verified with torch's own engines alone, and under ZeRO-3 they would keep their gathered "
     "weights until the backward pass",
+    no_whole_matrices="DeepSpeed hands its optimizer flat pieces of many weights, and this update needs each matrix as a whole",
 )
 _BUILT_IN = (
-    Facts("single", f"{_DDP}:DDPStrategy", _DDP, "torch", alone=True, autocasts=True, simulated=True, no_fp8=None),
-    Facts("ddp", f"{_DDP}:DDPStrategy", _DDP, "torch DistributedDataParallel", autocasts=True, no_fp8=None),
+    Facts(
+        "single",
+        f"{_DDP}:DDPStrategy",
+        _DDP,
+        "torch",
+        alone=True,
+        autocasts=True,
+        simulated=True,
+        no_fp8=None,
+        no_whole_matrices=None,
+    ),
+    Facts(
+        "ddp",
+        f"{_DDP}:DDPStrategy",
+        _DDP,
+        "torch DistributedDataParallel",
+        autocasts=True,
+        no_fp8=None,
+        no_whole_matrices=None,
+    ),
     _FSDP2,
     replace(_FSDP2, name="hsdp", replicates=True, fewest_ranks=4),
     _ZERO1,

@@ -23,11 +23,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from rear_scale.optim.whole_matrix import Spread
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements, elements_padded, shard_dimension
 from rear_scale.parallel.strategy import Compute, StateName
 from rear_scale.parallel.torch_strategy import TorchStrategy
+from rear_scale.parallel.whole_matrices import Sharded, add_exchanges
 
 # The output of a linear layer on [B, S, D] is a view. The warning is about changing it in place, which nothing here does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -48,6 +50,9 @@ class FSDPStrategy(TorchStrategy):
     @property
     def _reshard(self) -> bool:
         return self.cfg.strategy.reshard_after_forward
+
+    def spread(self) -> Spread:
+        return Sharded(self.mesh)
 
     def prepare(self) -> None:
         # Creating a mesh reads values of tensors, which fake tensors do not have; so it is created before `build` runs on them.
@@ -172,6 +177,7 @@ def traffic(update: Update) -> Traffic:
         sent.add("reduce_scatter", size, FP32, reductions)
         if ranks < update.world_size:
             sent.add("all_reduce", size / ranks, FP32)
+    add_exchanges(sent, update, ranks)
     return sent
 
 

@@ -76,7 +76,17 @@ class Update:
 
     def optimizer_bytes(self, weights: int) -> int:
         """Bytes of the float32 optimizer states of so many weights, and of their moving average where there is one."""
-        return round((states_per_weight(self.model, self.cfg) + bool(self.cfg.optim.ema_decay)) * 4 * weights)
+        return round(stored_states(self.model, self.cfg) * 4 * weights)
+
+
+def stored_states(model: nn.Module, cfg: ExperimentConfig) -> float:
+    """The mean number of float32 tensors that are kept and stored for each weight beside the weight itself."""
+    return states_per_weight(model, cfg) + bool(cfg.optim.ema_decay)
+
+
+def checkpoint_bytes(model: nn.Module, cfg: ExperimentConfig) -> int:
+    """The size of a checkpoint: weights, optimizer states and moving average in float32, under every strategy."""
+    return round((1 + stored_states(model, cfg)) * 4 * elements(model))
 
 
 def memory_per_rank(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.optim.groups import Rule, make_optimizer, rules_of
+from rear_scale.parallel import facts
 from rear_scale.world import World
 
 # A state of a parameter that checkpoints store, as one float32 tensor of the parameter's shape: "param" (the weight itself), an
@@ -86,6 +87,15 @@ class Strategy(ABC):
         """
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A new optimizer with one parameter group per rule; sets `rules`. Raises InputError as optim.groups.make_optimizer."""
+        """A new optimizer with one parameter group per rule; sets `rules`.
+
+        Raises InputError as optim.groups.make_optimizer, and for updates that this strategy cannot compute.
+        """
         self.rules = rules_of(model, self.cfg)
+        row = facts.of(self.cfg.strategy)
+        if row.no_whole_matrices is not None and any(rule.whole_matrix for rule in self.rules.values()):
+            raise InputError(
+                f"optim.name={self.cfg.optim.name} is not offered with strategy={row.name}: {row.no_whole_matrices}. Use "
+                f"strategy={', '.join(facts.names(lambda row: row.no_whole_matrices is None))}, or optim.name=adamw"
+            )
         return make_optimizer(model, self.rules, self.cfg.optim, self.world.device)

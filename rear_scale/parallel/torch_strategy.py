@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from rear_scale.optim.groups import prepare_states, set_rates
+from rear_scale.optim.groups import optimizers_in, prepare_states, set_rates
+from rear_scale.optim.whole_matrix import Spread, WholeMatrixOptimizer, alone
 from rear_scale.parallel.strategy import Compute, StateName, Strategy
 
 
@@ -19,6 +20,10 @@ class TorchStrategy(Strategy):
 
     engine: nn.Module  # the module to call: the model or its wrapper
     optimizer: torch.optim.Optimizer
+
+    def spread(self) -> Spread:
+        """How updates of whole matrices are computed: here, where every rank has all weights and no other rank is asked."""
+        return alone
 
     def prepare(self) -> None:
         """Creates what `build` needs from the process group. Called first where `build` runs on fake tensors."""
@@ -58,6 +63,9 @@ class TorchStrategy(Strategy):
     def prepare_optimizer(self) -> None:
         """Creates the optimizer with its states. The moving average is one more state, so that it is sharded and stored alike."""
         self.optimizer = self.make_optimizer(self.model)
+        for one in optimizers_in(self.optimizer):
+            if isinstance(one, WholeMatrixOptimizer):
+                one.spread = self.spread()
         for name, weight in self.model.named_parameters():
             prepare_states(self.optimizer, self.rules[name], weight, 0)
             if self.cfg.optim.ema_decay:

@@ -19,6 +19,7 @@ from rear_scale.optim.groups import states_per_weight
 from rear_scale.parallel import facts
 from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.parallel.memory import elements
+from rear_scale.parallel.whole_matrices import update_flops
 from rear_scale.scaling.devices import Cluster
 
 # Fractions of the data sheet's rates: large bf16 products, reads and writes of memory, rings over NVLink and network.
@@ -74,6 +75,7 @@ def step_time(
         # Gradients of every micro-step are sent to the host, which updates the weights and sends them back.
         moved = (4 * accumulation + compute_itemsize(cfg)) / _LINK_GB_PER_S + passed / _HOST_GB_PER_S
         update = psi / sharded * moved / 1e9
+    update += update_flops(cfg, model, cluster.gpus) / _product_rate(cfg, cluster)
     gradients, weights, late = _communication_times(
         cfg, cluster, traffic_per_update(cfg, cluster.gpus, accumulation, model)
     )
@@ -86,8 +88,6 @@ def step_time(
 def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
     """Predicted seconds of one micro-step on one GPU without communication. psi: the number of parameters of the whole model."""
     device, B, itemsize = cluster.device, cfg.train.micro_batch_size, compute_itemsize(cfg)
-    # In float32 without tensor cores, products almost reach the data sheet's rate, so there is no factor.
-    rate = (device.bf16_tflops * PRODUCTS if itemsize == 2 else device.fp32_tflops) * 1e12
     distinct = distinct_classes_per_image(cfg)
     flops = B * (train_flops_per_image(cfg, distinct) + recomputed_flops_per_image(cfg, distinct))
     bandwidth = MEMORY * device.memory_gb_per_s * 1e9
@@ -97,7 +97,14 @@ def compute_time(cfg: ExperimentConfig, cluster: Cluster, psi: int) -> float:
         passed *= _COMPILED
     # Weights are read forward and backward; gradients are written, and added to those of earlier micro-steps.
     passed += psi * (3 * itemsize + 2 * 4)
-    return max(flops / rate + passed / bandwidth, _LAUNCH_S_PER_BLOCK * cfg.model.depth)
+    return max(flops / _product_rate(cfg, cluster) + passed / bandwidth, _LAUNCH_S_PER_BLOCK * cfg.model.depth)
+
+
+def _product_rate(cfg: ExperimentConfig, cluster: Cluster) -> float:
+    """Floating-point operations per second of matrix products on one GPU."""
+    device = cluster.device
+    # In float32 without tensor cores, products almost reach the data sheet's rate, so there is no factor.
+    return (device.bf16_tflops * PRODUCTS if compute_itemsize(cfg) == 2 else device.fp32_tflops) * 1e12
 
 
 def _kept_bytes(cfg: ExperimentConfig) -> tuple[int, int]:
@@ -125,6 +132,9 @@ def _communication_times(cfg: ExperimentConfig, cluster: Cluster, traffic: Traff
     else:
         reduce += _ring(cluster, ranks, 2 * payload["all_reduce"], traffic.calls["all_reduce"])
     late = reduce * traffic.late_reductions + gather * traffic.late_gathers
+    # Updates of whole matrices are exchanged after the backward pass.
+    late += _ring(cluster, ranks, payload["all_to_all"], traffic.calls["all_to_all"])
+    late += _sent_once(cfg, cluster, payload["broadcast"], traffic.calls["broadcast"])
     return reduce * (not traffic.late_reductions), gather * (not traffic.late_gathers), late
 
 
@@ -142,10 +152,20 @@ def _ring(cluster: Cluster, ranks: int, payload: int, calls: int) -> float:
 
 def _between_replicas(cfg: ExperimentConfig, cluster: Cluster, payload: int, calls: int) -> float:
     """Seconds of all-reduces of a rank's shard with the ranks that hold the same shard in other replicas."""
-    replicas, device = cfg.strategy.replicas, cluster.device
-    far = cluster.nodes > 1
-    rate = NETWORK * device.network_gb_per_s if far else NVLINK * device.nvlink_gb_per_s
-    return 2 * payload * (replicas - 1) / replicas / (rate * 1e9) + calls * _latency(replicas)
+    replicas = cfg.strategy.replicas
+    return 2 * payload * (replicas - 1) / replicas / _farthest_rate(cluster) + calls * _latency(replicas)
+
+
+def _sent_once(cfg: ExperimentConfig, cluster: Cluster, payload: int, calls: int) -> float:
+    """Seconds of broadcasts from one rank to those that hold the same weights, passed on from rank to rank."""
+    holders = cfg.strategy.replicas if facts.of(cfg.strategy).replicates else cluster.gpus
+    return payload / _farthest_rate(cluster) + calls * _latency(holders)
+
+
+def _farthest_rate(cluster: Cluster) -> float:
+    """Bytes per second of a GPU to another machine, or to another GPU where there is only one machine."""
+    device = cluster.device
+    return (NETWORK * device.network_gb_per_s if cluster.nodes > 1 else NVLINK * device.nvlink_gb_per_s) * 1e9
 
 
 def _latency(ranks: int) -> float:

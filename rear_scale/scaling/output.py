@@ -9,7 +9,7 @@ from rear_scale.config import ExperimentConfig
 from rear_scale.model.flops import train_flops_per_image
 from rear_scale.scaling import cost, strong_scaling
 from rear_scale.scaling.devices import Cluster
-from rear_scale.scaling.planner import PARTS, USABLE, Choice
+from rear_scale.scaling.planner import PARTS, USABLE, Choice, refused
 from rear_scale.scaling.strong_scaling import ScalingRow
 from rear_scale.text_table import aligned
 
@@ -52,6 +52,7 @@ def as_dict(report: Report) -> dict[str, Any]:
             "overlap": cost.OVERLAP,
         },
         "strategies": [_row(one) for one in report.choices],
+        "refused": refused(report.cfg),
         "step_time_s": best.time.total_s,
         "days": best.run_s / 86_400,
         "gpu_hours": best.gpu_hours,
@@ -131,7 +132,18 @@ def _table(report: Report) -> str:
         rows.append([">" if _is_best(one, report.best) else "", one.name, one.checkpointing, *memory, *times])
     return (
         "memory per GPU in GiB, with the largest micro-batch that fits (peak: the most at one time, not the sum); > marks the "
-        "recommended row\n" + aligned(rows, left=(0, 1, 2))
+        "recommended row\n" + aligned(rows, left=(0, 1, 2)) + _refusals(report.cfg)
+    )
+
+
+def _refusals(cfg: ExperimentConfig) -> str:
+    """A line for each reason for which strategies are not in the table."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused(cfg).items():
+        names.setdefault(reason, []).append(name)
+    return "".join(
+        f"\nnot offered with optim.name={cfg.optim.name}: {', '.join(those)} ({reason})"
+        for reason, those in names.items()
     )
 
 

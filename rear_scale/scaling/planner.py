@@ -12,7 +12,7 @@ from functools import cache
 import yaml
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
-from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGY_KEY, StrategyConfig
+from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGY_KEY, WHOLE_MATRIX_OPTIMIZERS, StrategyConfig
 from rear_scale.config.validate import validate
 from rear_scale.model.activations import head_activation_bytes
 from rear_scale.model.generator import Generator
@@ -113,6 +113,13 @@ def choices(
             if variants:
                 best_by_policy.append(min(variants, key=lambda one: (not one.fits, one.time.total_s)))
     return best_by_policy
+
+
+def refused(cfg: ExperimentConfig) -> dict[str, str]:
+    """The strategies that cannot run the config's optimizer on any number of GPUs, with the reason, a clause."""
+    if cfg.optim.name not in WHOLE_MATRIX_OPTIMIZERS:
+        return {}
+    return {row.name: row.no_whole_matrices for row in facts.rows() if row.no_whole_matrices is not None}
 
 
 def recommend(

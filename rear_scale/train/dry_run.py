@@ -12,7 +12,7 @@ from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.parallel import facts
 from rear_scale.parallel.engine import missing_package
-from rear_scale.parallel.memory import memory_per_rank
+from rear_scale.parallel.memory import checkpoint_bytes, memory_per_rank
 from rear_scale.scaling.cost import step_time
 from rear_scale.scaling.devices import cluster_of
 from rear_scale.shards.codebook import class_note, is_packed, read_checked
@@ -104,12 +104,14 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     train = cfg.train
     images = plan.last_step * train.global_batch_size
     # device="cuda" also without a GPU: configs are sized for GPUs, and dry runs are often made on a login node.
-    memory = memory_per_rank(cfg, plan.world_size, plan.accumulation, device="cuda")
+    model = meta_model(cfg)
+    memory = memory_per_rank(cfg, plan.world_size, plan.accumulation, model, device="cuda")
     lines = [
         f"ranks: {plan.world_size}, strategy {facts.of(cfg.strategy).name}, {train.precision}",
         f"global batch: {train.global_batch_size:,} images = {train.micro_batch_size} per micro-step "
         f"x {plan.accumulation} micro-steps x {plan.world_size} ranks",
         f"memory per rank, by formula: {memory.peak / fit.GIB:.1f} GiB ({fit.in_words(memory)})",
+        f"a checkpoint, by formula: {checkpoint_bytes(model, cfg) / fit.GIB:.3g} GiB",
         f"epoch: {plan.images_per_epoch:,} images"
         if plan.images_per_epoch
         else "epoch: unknown until data.train is there",
