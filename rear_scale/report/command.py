@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rear_scale import cli
 from rear_scale.config import InputError
+from rear_scale.report.comparison import compare, write_comparison, write_csv
 from rear_scale.report.reading import is_run
 from rear_scale.report.run_page import write_report
 
@@ -17,11 +18,34 @@ def report(description: str | None = None) -> None:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="compare the runs in one page instead")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE.csv", help="one row for each run: totals, scores, settings that differ"
+    )
     args = parser.parse_args()
     for folder in args.runs:
         check_run(folder)
-    for folder in args.runs:
-        print(write_report(folder))
+    for option, path, ending in (("--out", args.out, ".html"), ("--csv", args.csv, ".csv")):
+        if path is not None:
+            _check_output(option, path, ending)
+    if args.out is None and args.csv is None:
+        for folder in args.runs:
+            print(write_report(folder))
+        return
+    runs = compare(args.runs)
+    if args.out is not None:
+        write_comparison(args.out, runs)
+        print(args.out)
+    if args.csv is not None:
+        write_csv(args.csv, runs)
+        print(args.csv)
+
+
+def _check_output(option: str, path: Path, ending: str) -> None:
+    if path.suffix != ending or path.is_dir():
+        raise InputError(
+            f"{option} {path} is no name of a file that ends in {ending}. Use {option} {path.with_suffix(ending)}"
+        )
 
 
 def check_run(folder: Path) -> None:

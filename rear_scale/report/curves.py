@@ -58,6 +58,11 @@ class Curves:
         return [name for name, values in self._metrics.items() if values[0].any()]
 
     @property
+    def most_in_a_column(self) -> int:
+        """The most logged steps that one column holds."""
+        return int(max((values[0].max() for values in self._metrics.values()), default=0))
+
+    @property
     def hours(self) -> float:
         """Hours of training up to the last line."""
         return self._seconds / 3600

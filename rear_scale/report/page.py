@@ -59,6 +59,7 @@ class Section:
     title: str
     text: Sequence[str] = ()  # paragraphs
     table: Table | None = None
+    tables: Sequence[tuple[str, Table]] = ()  # (title, table), after the others
     charts: Sequence[Chart] = ()
     choice: Choice | None = None
     pictures: Sequence[Picture] = ()

@@ -170,7 +170,8 @@ class RunFiles:
     @cached_property
     def samples(self) -> list[Path]:
         """The grids (.png) of sampling jobs, the newest first."""
-        grids = [Path(path) for path in _entries(self.folder / "samples") if path.name.endswith(".png")]
+        here = [path for path in _entries(self.folder) if path.name.startswith("samples")]
+        grids = [Path(path) for path in [*here, *_entries(self.folder / "samples")] if path.name.endswith(".png")]
         return sorted(grids, key=lambda path: (-path.stat().st_mtime, path.name))
 
     @cached_property

@@ -266,11 +266,11 @@ def _curves(files: RunFiles, marks: Sequence[Mark]) -> list[Section]:
 
 
 def _of_columns(files: RunFiles) -> str:
-    lines, width = files.curves.lines, files.curves.width
-    if width == 1:
+    lines, most = files.curves.lines, files.curves.most_in_a_column
+    if most <= 1:
         return f"{lines:,} logged steps."
     band = "the band reaches from the smallest to the largest value"
-    return f"{lines:,} logged steps. A point is the mean of {width:,} steps; {band}."
+    return f"{lines:,} logged steps. A point is the mean of up to {most:,} of them; {band}."
 
 
 def line_of(curve: Curve, x: Any, label: str, color: int) -> Line:
@@ -301,9 +301,7 @@ def _sheets(files: RunFiles) -> Section | None:
     chosen = evenly(files.sheets, _MOST_SHEETS)
     pictures = [picture for step, path in chosen if (picture := picture_of(path, f"step {step:,}", files.problems))]
     latest = [
-        picture
-        for path in files.samples[:1]
-        if (picture := picture_of(path, f"samples: {path.stem}", files.problems)) is not None
+        picture for path in files.samples[:1] if (picture := picture_of(path, path.name, files.problems)) is not None
     ]
     if not pictures and not latest:
         return None
@@ -467,7 +465,7 @@ def _starts(files: RunFiles) -> Section | None:
         ]
         for start in reversed(shown)
     ]
-    header = ["started", "after step", "ranks", "hosts", "device", "before: ", "commit"]
+    header = ["started", "after step", "ranks", "hosts", "device", "the start before", "commit"]
     last = files.starts[-1]
     commands = dict.fromkeys(str(start.get("command", "")) for start in files.starts)
     versions = last.get("versions")
