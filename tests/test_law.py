@@ -157,5 +157,5 @@ def test_cells_that_determine_no_law_are_refused(call, words: str) -> None:
 def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     columns = _design(POWER)
-    with pytest.raises(InputError, match="needs? the package scipy.*pip install"):
+    with pytest.raises(InputError, match="need the package scipy.*pip install"):
         fit(POWER, _observed(POWER, columns, 0), **columns)

@@ -393,7 +393,8 @@ def find_config(config: str) -> Path:
                 "a weight file is named with --checkpoint"
             )
     folders = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
-    known = sorted(p.relative_to(CONFIG_DIR).as_posix() for pattern in folders for p in CONFIG_DIR.glob(pattern))
+    found = (path for pattern in folders for path in CONFIG_DIR.glob(pattern) if path.name != "published.yaml")
+    known = sorted(path.relative_to(CONFIG_DIR).as_posix() for path in found)
     listed = [name for name in known if not name.startswith("ablation/")]
     raise InputError(
         f"--config {config}: no such file here or in {CONFIG_DIR}{suggest(config, known)} "

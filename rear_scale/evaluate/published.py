@@ -8,6 +8,7 @@ from typing import Any
 
 from rear_scale.evaluate.metrics import METRICS
 from rear_scale.evaluate.metrics.frechet import SINGULAR
+from rear_scale.evaluate.published_tables import printed, published_tables
 from rear_scale.evaluate.reference import RESIZED
 from rear_scale.evaluate.result import OF_SMALL_IMAGES, ImageScores
 from rear_scale.text_table import aligned
@@ -32,23 +33,27 @@ class PublishedRow:
     reference: str  # the reference set of the FID, as far as the source states it
 
 
-_RAR = "RAR, Yu et al. 2024, Table 4"
-_REAR = "reAR, He et al., Table 1"
-_REAR_TOKENIZERS = "reAR, He et al., Table 2"
-_ADM = "ADM's VIRTUAL_imagenet256_labeled.npz"
-# Appendix A of the paper and its released instructions differ.
-_VAL = "ImageNet validation images (appendix A) or ADM's npz (released instructions)"
-
-ROWS = {
-    "rar_b": PublishedRow("RAR-B", 1.95, 290.5, 0.82, 0.58, _RAR, _ADM),
-    "rar_l": PublishedRow("RAR-L", 1.70, 299.5, 0.81, 0.60, _RAR, _ADM),
-    "rar_xl": PublishedRow("RAR-XL", 1.50, 306.9, 0.80, 0.62, _RAR, _ADM),
-    "rar_xxl": PublishedRow("RAR-XXL", 1.48, 326.0, 0.80, 0.63, _RAR, _ADM),
-    "rear_s": PublishedRow("reAR-S", 2.00, 295.7, None, None, _REAR, _VAL),
-    "rear_b": PublishedRow("reAR-B", 1.91, 300.9, None, None, _REAR, _VAL),
-    "rear_l": PublishedRow("reAR-L (cfg 10.0)", 1.86, 316.9, None, None, _REAR, _VAL),
-    "alitok_b": PublishedRow("AR-AliTok-B", 1.50, None, None, None, _REAR_TOKENIZERS, _VAL),
+# Name of a published model -> its place in configs/published.yaml.
+_PLACES = {
+    "rar_b": "rar_table4/rar_b",
+    "rar_l": "rar_table4/rar_l",
+    "rar_xl": "rar_table4/rar_xl",
+    "rar_xxl": "rar_table4/rar_xxl",
+    "rear_s": "rear_table1/rear_s",
+    "rear_b": "rear_table1/rear_b",
+    "rear_l": "rear_table1/rear_l",
+    "alitok_b": "rear_table2/ar_alitok_b",
 }
+
+
+def _row(place: str) -> PublishedRow:
+    row, table = printed(place), published_tables()[place.partition("/")[0]]
+    assert row.fid is not None, place
+    scores = (row.fid, row.inception_score, row.precision, row.recall)
+    return PublishedRow(row.label, *scores, table.source, table.paper.reference)
+
+
+ROWS = {name: _row(place) for name, place in _PLACES.items()}
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,15 @@ those of Muennighoff et al.; their effective parameters (equation 6) are left ou
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from rear_scale.config import InputError
-from rear_scale.places import how_to_install
+from rear_scale.scaling.scipy_part import scipy_part
 
 HUBER = 1e-3  # of residuals in logarithms, as Hoffmann et al.
 _NARROWING = (10 * HUBER, 3 * HUBER, HUBER)  # far from the minimum, the narrow loss alone stops in the wrong place
@@ -274,7 +272,7 @@ def _derivatives(theta: np.ndarray, form: Form, arrays: Columns) -> np.ndarray:
 
 def _starts(form: Form, y: np.ndarray, arrays: Columns) -> list[np.ndarray]:
     """Logarithms of constants: for each choice of exponents, the scales that fit best."""
-    nnls = _scipy("optimize").nnls
+    nnls = scipy_part("optimize").nnls
     starts = []
     for exponents in itertools.product(_EXPONENTS, repeat=len(form.terms)):
         decaying = [arrays[name] ** -power for (_, _, name), power in zip(form.terms, exponents, strict=True)]
@@ -299,7 +297,7 @@ def _refined(form: Form, y: np.ndarray, arrays: Columns, starts: Sequence[np.nda
 
 def _minimum(form: Form, y: np.ndarray, arrays: Columns, start: np.ndarray) -> Any:
     """scipy's OptimizeResult of the local minimum that one start leads to."""
-    optimize = _scipy("optimize")
+    optimize = scipy_part("optimize")
     end, theta = None, start
     for width in _NARROWING:
         end = optimize.least_squares(
@@ -308,12 +306,3 @@ def _minimum(form: Form, y: np.ndarray, arrays: Columns, start: np.ndarray) -> A
         )  # fmt: skip
         theta = end.x
     return end
-
-
-def _scipy(part: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"scipy.{part}")
-    except ImportError as error:
-        raise InputError(
-            f"fits of laws need the package scipy, which is not installed. Install it: {how_to_install('scipy')}"
-        ) from error
