@@ -18,7 +18,7 @@ from rear_scale.evaluate.training_scores import check_training_scores, training_
 from rear_scale.progress import say
 from rear_scale.report.writing import RunReport
 from rear_scale.run.folder import RunFolder
-from rear_scale.run.wandb import check_wandb
+from rear_scale.run.sinks import check_sinks
 from rear_scale.sample.sheets import check_grids, grid_hooks
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
-    check_wandb(cfg, ranks.rank)
+    check_sinks(cfg, ranks.rank)
     data = setup.check_data(cfg, ranks)
     check_grids(cfg, data.manifest)
     check_training_scores(cfg, data.manifest)

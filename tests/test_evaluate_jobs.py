@@ -35,7 +35,7 @@ from rear_scale.evaluate.published import our_rows
 from rear_scale.evaluate.result import ImageScores
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets
 from rear_scale.evaluate.training_scores import TrainingScores, check_training_scores, is_due
-from rear_scale.run import wandb
+from rear_scale.run import sinks
 from rear_scale.sample import job as sample_job
 from rear_scale.sample.job import sample_images
 from rear_scale.shards.record import read_manifest
@@ -408,7 +408,7 @@ def test_tokens_are_scored_once_a_checkpoint_and_their_damage_costs_no_scores(
     asked, logged = [], {}
     predicted = {"train_clean": {"ctr": 0.25, "perplexity": 3.5, "sequences": 100, "draws": 0}}
     monkeypatch.setattr(token_prediction, "score_tokens", lambda cfg, model, world: asked.append(cfg) or predicted)
-    monkeypatch.setattr(wandb, "log_summary", lambda cfg, run, values: logged.update(values))
+    monkeypatch.setattr(sinks, "log_summary", lambda cfg, run, values, step: logged.update(values))
     evaluate_here(monkeypatch, *common, "--sweep", "sample.seed=1,2")
     assert len(asked) == 1
     for seed in (1, 2):

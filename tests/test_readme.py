@@ -310,6 +310,7 @@ def test_engines_are_imported_where_they_belong() -> None:
     for engine, homes in (
         ("deepspeed", ["optim/deepspeed_adam.py", "parallel/deepspeed.py"]),
         ("wandb", ["run/wandb.py"]),
+        ("torch.utils.tensorboard", ["run/tensorboard.py"]),
     ):
         importers = [
             str(path.relative_to(ROOT / "rear_scale"))

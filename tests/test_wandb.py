@@ -16,6 +16,7 @@ from helpers import metrics, run_alone, tiny_config
 from test_train import run
 
 from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.run import sink as sink_module
 from rear_scale.run import wandb as wandb_sink
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.wandb import WandbSink, check_wandb, open_sink
@@ -48,8 +49,8 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         init=lambda **settings: page.init(**settings), Settings=lambda **options: options, Image=lambda file: file
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(wandb_sink, "_FINISH_S", 0.3)
-    monkeypatch.setattr(wandb_sink, "_FINISH_AFTER_ERROR_S", 0.2)
+    monkeypatch.setattr(sink_module, "_FINISH_S", 0.3)
+    monkeypatch.setattr(sink_module, "_FINISH_AFTER_ERROR_S", 0.2)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return page
 
@@ -98,7 +99,7 @@ def test_a_sink_that_fails_or_hangs_costs_a_line(
 def test_a_sink_that_is_slow_drops_what_does_not_fit(
     stub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wandb_sink, "_MOST_WAITING", 5)
+    monkeypatch.setattr(sink_module, "_MOST_WAITING", 5)
     door = threading.Event()
     monkeypatch.setattr(stub, "init", lambda **settings: door.wait() and stub)
     opened = sink(tmp_path)

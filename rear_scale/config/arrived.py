@@ -36,7 +36,7 @@ def taken(values: Any, source: str) -> dict[str, Any]:
     """
     _check_values(values, "config", source, count=iter(range(_MOST_VALUES)))
     allowed = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
-    data, run, wandb, train = (allowed.get(name) for name in ("data", "run", "wandb", "train"))
+    data, run, train = (allowed.get(name) for name in ("data", "run", "train"))
     if isinstance(data, dict):
         remote = [name for name in _REMOTE_FIELDS if is_remote(data.get(name, ""))]
         data.update(dict.fromkeys(remote))
@@ -51,8 +51,9 @@ def taken(values: Any, source: str) -> dict[str, Any]:
         weights = classifier.get("weights")
         if not _is_inside(weights) and not _is_file(weights):
             evaluate["classifier"] = None  # a missing classifier would be trained and written to that path
-    if isinstance(wandb, dict) and "mode" in wandb:
-        wandb["mode"] = "disabled"
+    for sink in (allowed.get(name) for name in ("wandb", "tensorboard")):
+        if isinstance(sink, dict) and "mode" in sink:
+            sink["mode"] = "disabled"
     return allowed
 
 

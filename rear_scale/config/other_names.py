@@ -62,6 +62,7 @@ _NAMES = {
     "sample.guidance.power": "guidance_scale_pow scale_pow guidance_power",
     "evaluate.batch_size": "eval_batch_size per_device_eval_batch_size",
     "wandb.mode": "report_to use_wandb wandb_mode logger no_wandb",
+    "tensorboard.mode": "use_tensorboard tensorboard_mode enable_tensorboard",
     "wandb.project": "wandb_project project project_name",
 }
 _OURS = {other: ours for ours, others in _NAMES.items() for other in others.split()}

@@ -474,6 +474,12 @@ class WandbConfig:
 
 
 @dataclass
+class TensorboardConfig:
+    mode: str = choice("disabled", "whether metrics, sheets and scores are written for TensorBoard, to tensorboard/ in the run "
+        "folder", among=("disabled", "enabled"))
+
+
+@dataclass
 class ExperimentConfig:
     run: RunConfig = section(RunConfig)
     model: ModelConfig = section(ModelConfig, by_weights=True)
@@ -493,3 +499,4 @@ class ExperimentConfig:
     analyze: AnalyzeConfig = section(AnalyzeConfig, may_change=True)
     cluster: ClusterConfig = section(ClusterConfig, may_change=True)
     wandb: WandbConfig = section(WandbConfig, may_change=True)
+    tensorboard: TensorboardConfig = section(TensorboardConfig, may_change=True)

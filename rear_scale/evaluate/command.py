@@ -24,7 +24,7 @@ from rear_scale.evaluate.result import ImageScores, check_result, json_line, sum
 from rear_scale.evaluate.targets import EvalTarget, TargetOpener, eval_targets, result_path_next_to
 from rear_scale.model import Generator
 from rear_scale.progress import say
-from rear_scale.run import wandb
+from rear_scale.run import sinks
 from rear_scale.run.folder import RunFolder
 from rear_scale.tokenizer import check_weights
 from rear_scale.world import World, joined
@@ -244,7 +244,8 @@ class _Job:
     def _report(self, target: EvalTarget, images: ImageScores) -> None:
         say(f"{target.output}: written")
         if target.run is not None:
-            wandb.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting))
+            step = target.checkpoint.step if target.checkpoint is not None else 0
+            sinks.log_summary(target.cfg, RunFolder(target.run), summary(images, target.setting), step)
             self.on_result(target.run)
 
     def _token_scores(self, target: EvalTarget) -> TokenScores | None:

@@ -1,1 +1,1 @@
-"""Run folders, resumable stages, wandb, versions and requeueing."""
+"""Run folders, resumable stages, wandb and TensorBoard, versions and requeueing."""

@@ -6,16 +6,11 @@ import configparser
 import importlib.util
 import netrc
 import os
-import queue
 import secrets
-import signal
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +20,7 @@ from rear_scale.files import write_text_atomically
 from rear_scale.places import how_to_install
 from rear_scale.progress import say
 from rear_scale.run.folder import RunFolder
+from rear_scale.run.sink import Sink
 
 Mode = Literal["online", "offline", "disabled"]
 # Values of wandb.mode, and of WANDB_MODE that wandb accepts, including old ones.
@@ -37,39 +33,22 @@ _MODES: dict[str, Mode] = {
 }
 _LONGEST_NAME = 128  # of a project or run, by wandb's own check
 _NOT_IN_PROJECTS = "/\\#?%:"
-_MOST_WAITING = 10_000  # entries
-# Seconds that the end of a run waits for entries to be sent; fewer after a signal or an error, when a scheduler may kill the job.
-_FINISH_S, _FINISH_AFTER_ERROR_S = 120.0, 20.0
 _ANSWER_S = 10.0  # time limit for an answer of wandb's server before a start
-# Signals that the sink's thread blocks, so that they are delivered to the main thread.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-
-# The sink of the run that is training in this process.
-_training_sink: WandbSink | None = None
 
 
-class WandbSink:
-    """Sends entries to a wandb page from a background thread.
+class WandbSink(Sink):
+    """Sends entries to a wandb page."""
 
-    No method raises, and none blocks except `finish`, which waits for a limited time. The first problem is reported and stops
-    sending; unsent entries are counted. metrics.jsonl holds all entries.
-    """
+    title = "wandb"
 
     def __init__(self, cfg: ExperimentConfig, run: RunFolder, mode: Mode) -> None:
-        self.cfg, self.run, self.mode = cfg, run, mode
-        self.waiting: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_MOST_WAITING)
-        self.unsent = 0
-        self.problem: str | None = None
-        self.exit_code = 0
-        self.thread = threading.Thread(target=self._run, name="wandb", daemon=True)
-        self.thread.start()
+        self.mode = mode
+        super().__init__(cfg, run)
 
     def log(self, metrics: dict[str, Any]) -> None:
         self._put(lambda page: page.log(metrics))
 
     def image(self, step: int, name: str, file: Path) -> None:
-        """Adds an image file, which the thread reads later."""
-
         def send(page: Any) -> None:
             import wandb
 
@@ -77,61 +56,11 @@ class WandbSink:
 
         self._put(send)
 
-    def summary(self, values: dict[str, float]) -> None:
-        """Adds values to the summary of the page."""
+    def summary(self, values: dict[str, float], step: int) -> None:
         self._put(lambda page: page.summary.update(values))
 
-    def finish(self, exit_code: int) -> None:
-        """Sends the waiting entries, within a limited time, and reports the number of unsent ones."""
-        self.exit_code = exit_code
-        limit_s = _FINISH_AFTER_ERROR_S if exit_code else _FINISH_S
-        end = time.monotonic() + limit_s
-        with suppress(queue.Full):  # the thread is stuck; the join below reports it
-            self.waiting.put(None, timeout=limit_s)
-        self.thread.join(max(0.0, end - time.monotonic()))
-        if self.thread.is_alive():
-            self._give_up(f"sending did not finish within {limit_s:.0f} s")
-        self._drop_waiting()
-        if self.unsent:
-            say(f"wandb: {self.unsent} entries were not sent; {self.run.metrics} has them")
-
-    def _put(self, send: Callable[[Any], None]) -> None:
-        try:
-            if self.problem is None:
-                self.waiting.put_nowait(send)
-                return
-        except queue.Full:
-            pass
-        self.unsent += 1
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        doing = "start"
-        send: Callable[[Any], None] | None = None
-        try:
-            page = self._open()
-            doing = "sending"
-            while (send := self.waiting.get()) is not None:
-                send(page)
-            doing = "end"
-            page.finish(exit_code=self.exit_code)
-        except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt too
-            self.unsent += send is not None
-            self._give_up(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-    def _give_up(self, problem: str) -> None:
-        if self.problem is not None:
-            return
-        self.problem = problem
-        self._drop_waiting()
-        say(f"wandb: {problem}. The run continues without wandb")
-
-    def _drop_waiting(self) -> None:
-        while True:
-            try:
-                self.unsent += self.waiting.get_nowait() is not None
-            except queue.Empty:
-                return
+    def _close(self, page: Any) -> None:
+        page.finish(exit_code=self.exit_code)
 
     def _open(self) -> Any:
         import wandb
@@ -167,26 +96,6 @@ def open_sink(cfg: ExperimentConfig, run: RunFolder) -> WandbSink | None:
         say(f"wandb: {error}")
         return None
     return None if mode == "disabled" else WandbSink(cfg, run, mode)
-
-
-def log_summary(cfg: ExperimentConfig, run: RunFolder, values: dict[str, float]) -> None:
-    """Adds scores to the summary of the run's wandb page, unless wandb is disabled. Rank 0 only."""
-    sink = open_sink(cfg, run)
-    if sink is not None:
-        sink.summary(values)
-        sink.finish(exit_code=0)
-
-
-def log_image(step: int, name: str, file: Path) -> None:
-    """Adds an image to the wandb page of the run that is training in this process, if there is one. Rank 0 only."""
-    if _training_sink is not None:
-        _training_sink.image(step, name, file)
-
-
-def show_images_on(sink: WandbSink | None) -> None:
-    """Sets the page that `log_image` adds to: that of the run that is training in this process; None = no page."""
-    global _training_sink
-    _training_sink = sink
 
 
 def _mode(cfg: ExperimentConfig) -> Mode:

@@ -1,4 +1,5 @@
-"""Sample sheets during training: images with the same classes and seed each time, in the run folder and in wandb."""
+"""Sample sheets during training: images with the same classes and seed each time, in the run folder and in its sinks (wandb,
+TensorBoard)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from rear_scale.checkpoint.folder import open_checkpoint, step_name
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import DISK_ERRORS
 from rear_scale.progress import say
-from rear_scale.run.wandb import log_image
+from rear_scale.run.sinks import log_image
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.grid import write_sheet
 from rear_scale.sample.job import batches_of, check_trained_on, labels_of, load_generator, make_images

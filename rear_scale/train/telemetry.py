@@ -1,4 +1,4 @@
-"""Metrics of logged steps, written to metrics.jsonl and wandb; timing and profiling of steps."""
+"""Metrics of logged steps, written to metrics.jsonl and the sinks (wandb, TensorBoard); timing and profiling of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.config.devices import bf16_tflops
 from rear_scale.model.flops import distinct_classes_per_image, train_flops_per_image
 from rear_scale.run.folder import RunFolder
-from rear_scale.run.wandb import open_sink, show_images_on
+from rear_scale.run.sinks import open_sinks, show_images_on
 from rear_scale.world import World
 
 
@@ -98,7 +98,7 @@ class Telemetry:
         self.clock = Clock(world.device)
         self.steps = 0
         self.since = time.perf_counter()
-        self.wandb = open_sink(cfg, run) if world.is_main else None
+        self.sinks = open_sinks(cfg, run) if world.is_main else []
 
     def due(self, step: int) -> bool:
         return step % self.cfg.train.log_every == 0 or step in (1, self.plan.last_step)
@@ -159,21 +159,21 @@ class Telemetry:
         self.steps, self.since = 0, now
         if self.world.is_main:
             self.run.log(metrics)
-            if self.wandb is not None:
-                self.wandb.log(metrics)
+            for sink in self.sinks:
+                sink.log(metrics)
         return metrics
 
     def stepped(self) -> None:
         self.steps += 1
 
     def __enter__(self) -> Telemetry:
-        show_images_on(self.wandb)
+        show_images_on(self.sinks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        show_images_on(None)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        show_images_on([])
+        for sink in self.sinks:
+            sink.finish(exit_code=0 if kind is None else 1)
 
     def _mfu(self, images_per_s: float) -> float | None:
         """Model FLOPs utilization: FLOPs per second over the peak of all devices; None where the peak is not known."""
