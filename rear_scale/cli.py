@@ -89,12 +89,12 @@ def make_parser(
     description: str,
     *,
     from_checkpoint: bool = False,
-    config: str = "a file in configs/, or a path",
+    config: str | None = "a file in configs/, or a path",
     first: tuple[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """A parser with --config, --checkpoint (if wanted), overrides and --dry-run; launchers add their own options.
 
-    first: name and help of an argument before the overrides.
+    config: the help of --config; None = without it. first: name and help of an argument before the overrides.
     """
     parser = Parser(
         description=description,
@@ -112,7 +112,8 @@ def make_parser(
         config = (
             "with a weight file: the config to use instead of the one that fits it; without --checkpoint: the config"
         )
-    parser.add_argument("--config", metavar="NAME.yaml", help=config)
+    if config is not None:
+        parser.add_argument("--config", metavar="NAME.yaml", help=config)
     if first is not None:
         parser.add_argument(first[0], metavar=first[0].upper(), help=first[1])
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")

@@ -203,6 +203,28 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_fingerprints(run: Path) -> dict[str, Any]:
+    """The values of a run folder's fingerprints.json; empty where it has none, as those of runs before it was written."""
+    try:
+        values = json.loads((run / FINGERPRINTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file of a run folder; empty without the file. A line that is not complete is left out."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [values for values in found if isinstance(values, dict)]
+
+
 def provenance(world: World) -> dict[str, Any]:
     """The command, versions, commit and machine of this process, to be recorded with results."""
     on_gpu = world.device.type == "cuda"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rear_scale import rng
+from rear_scale import cli, rng
 from rear_scale.checkpoint.folder import Checkpoint, clear, last_step
 from rear_scale.checkpoint.open import newest_intact
 from rear_scale.checkpoint.restore import check_states, load_weights, restore
@@ -325,7 +325,8 @@ class _Run:
         )
         raise FloatingPointError(
             f"step {step}: {what}.{bound} The update was not applied and the last checkpoint is intact. {named}. "
-            "Lower optim.lr, use train.precision=fp32, or skip such updates with guard.on_nonfinite=skip"
+            "Lower optim.lr, use train.precision=fp32, or skip such updates with guard.on_nonfinite=skip. The module where it "
+            f"began: {cli.typed('replay', self.run.path, '--step', step, '--until-nonfinite')}"
         )
 
     def _rewind(self, step: int, loss: float) -> Checkpoint | None:
