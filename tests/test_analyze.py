@@ -8,52 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import launch, run_alone, tiny_config, write_token_shards
+from analyze_runs import rows_of, subject, write_runs
+from helpers import launch, run_alone
 
 from rear_scale.analysis import command
-from rear_scale.analysis.experiment import Subject
+from rear_scale.analysis.csv_tables import csv_text, over_seeds, read_csv
 from rear_scale.analysis.intervals import difference_interval, mean_interval, t_quantile
 from rear_scale.analysis.job import analyse
+from rear_scale.analysis.kinds import title_of
 from rear_scale.analysis.table import EXPERIMENTS
-from rear_scale.analysis.tables import csv_text, over_seeds, read_csv
 from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.analysis.token_sets import evenly, of_each_class, spread_over_classes
-from rear_scale.checkpoint.open import open_with_config
-from rear_scale.checkpoint.writer import write_portable
-from rear_scale.config import to_dict
-from rear_scale.model import build_model
 from rear_scale.sample.job import load_generator
 from rear_scale.world import World
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Path]:
-    """Checkpoints of random weights: reAR, and AR with the same data."""
-    root = tmp_path_factory.mktemp("runs")
-    val = write_token_shards(root / "val", 23, seed=5)
-    found = {}
-    for name, overrides in {"rear": [], "ar": ["objective=ar", "run.seed=1"]}.items():
-        folder = root / name
-        folder.mkdir()
-        cfg = tiny_config(folder, tokens, f"data.val={val}", f"run.name={name}", "model.num_heads=2", *overrides)
-        model = build_model(cfg)
-        model.init_weights(cfg.run.seed)
-        path = folder / "run/checkpoints/step_00000002"
-        path.parent.mkdir(parents=True)
-        write_portable(path, 2, {"param": dict(model.state_dict())}, {"optimizer_step": 2, "config": to_dict(cfg)})
-        found[name] = folder / "run"
-    return found
-
-
-def subject(run: Path, *overrides: str, model: str = "reAR") -> Subject:
-    checkpoint, cfg = open_with_config(run, None, list(overrides))
-    return Subject(cfg, checkpoint, model)
-
-
-def rows_of(world: World, name: str, run: Path, out: Path, *overrides: str) -> dict[str, list[dict]]:
-    experiment = EXPERIMENTS[name]
-    (found,) = analyse(experiment, [subject(run, *overrides)], world, out)
-    return dict(experiment.tables(found))
+    return write_runs(tmp_path_factory.mktemp("runs"), tokens)
 
 
 def test_images_are_spread_evenly_over_classes() -> None:
@@ -103,7 +75,7 @@ def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_kinds_of_models_name_them(runs: dict[str, Path]) -> None:
     rear, ar = (subject(runs[name]) for name in ("rear", "ar"))
-    titles = [command.title_of(one.cfg) for one in (rear, ar)]
+    titles = [title_of(one.cfg) for one in (rear, ar)]
     assert titles == ["reAR", "AR"]
     same = command._named([rear], [rear])
     assert [one.model for one in same] == ["reAR (--checkpoint)", "reAR (--versus)"]
@@ -149,7 +121,7 @@ def _killed(world: World, run: Path, out: Path) -> list[str]:
     with pytest.raises(KeyboardInterrupt):
         analyse(counted, subjects, world, out)
     again = analyse(counted, subjects, world, out)
-    assert not (out / "parts").exists() or not list((out / "parts").iterdir())
+    assert [path.name for path in out.iterdir()] == ["results"]
     before = len(computed)
     once_more = analyse(counted, subjects, world, out)
     assert len(computed) == before  # nothing is computed anew

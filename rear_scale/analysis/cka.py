@@ -116,7 +116,7 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
         values = arrays[target]
         for tap, value in enumerate(values):
             rows.append({**about, "target": target, "tap": tap, "depth": tap / depth, "cka": float(value),
-                         "tokens": int(arrays["count"])})  # fmt: skip
+                         "counted": int(arrays["count"])})  # fmt: skip
         peak = int(np.nanargmax(values)) if np.isfinite(values).any() else 0
         peaks.append({**about, "target": target, "peak_tap": peak, "peak_depth": peak / depth, "peak_cka": float(values[peak]),
                       "first_cka": float(values[0]), "last_cka": float(values[-1]),

@@ -5,24 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rear_scale import cli, config
+from rear_scale.analysis import claims, throughput
+from rear_scale.analysis.csv_tables import over_seeds, shown, write_csv
 from rear_scale.analysis.experiment import Analysed, Experiment, Row, Subject
 from rear_scale.analysis.job import analyse
+from rear_scale.analysis.kinds import scale_of, title_of
 from rear_scale.analysis.table import EXPERIMENTS
-from rear_scale.analysis.tables import over_seeds, shown, write_csv
 from rear_scale.checkpoint.open import open_with_config
-from rear_scale.config import ExperimentConfig, InputError
+from rear_scale.config import InputError
 from rear_scale.config.fields import suggest
 from rear_scale.evaluate.networks import weight_fields
 from rear_scale.files import atomic_open, write_text_atomically
+from rear_scale.progress import say
 from rear_scale.run.folder import provenance
 from rear_scale.text_table import aligned
 from rear_scale.world import World, discover, joined
+
+# Path, title, paragraphs, and the header and the rows of a table.
+WritePage = Callable[[Path, str, list[str], list[str], list[list[str]]], None]
 
 _OVERRIDE = re.compile(r"[~+]?[a-z_]+(\.\w+)*=.*|~[a-z_]+(\.\w+)+", re.DOTALL)
 _MOST_LINES = 40  # of a table in the terminal
@@ -52,10 +58,10 @@ class AnalyzeCommand:
     checkpoints: dict[str, list[str]] = field(default_factory=dict)  # by option
 
 
-def parse(parser: argparse.ArgumentParser, others: Sequence[str]) -> AnalyzeCommand:
-    """The parsed command line. others: names that are no experiments on checkpoints. Raises InputError for an unknown name."""
+def parse(parser: argparse.ArgumentParser) -> AnalyzeCommand:
+    """The parsed command line. Raises InputError for an unknown experiment."""
     args = parser.parse_intermixed_args()
-    known = [*EXPERIMENTS, *others]
+    known = [*EXPERIMENTS, *OF_RESULTS]
     if args.experiment not in known:
         raise InputError(
             f"{args.experiment} is not an experiment{suggest(args.experiment, known) or '.'} Use one of {', '.join(known)}"
@@ -72,6 +78,72 @@ def parse(parser: argparse.ArgumentParser, others: Sequence[str]) -> AnalyzeComm
 
 def _is_override(word: str) -> bool:
     return _OVERRIDE.fullmatch(word) is not None and not Path(word).exists()
+
+
+# Analyses of results that are there, which need neither checkpoints nor ranks.
+OF_RESULTS = {
+    "throughput": "FID against sampling speed, beside published points",
+    "claims": "the papers' claims and what the results say about them",
+}
+
+
+def analyze_results(command: AnalyzeCommand, write_page: WritePage) -> None:
+    """Runs `throughput` or `claims` on the results in the folders of the command line; on rank 0 alone.
+
+    write_page: writes an HTML page of a table (report/page.py). Raises InputError for checkpoints, and for missing folders.
+    """
+    if discover().rank != 0:
+        return
+    if command.checkpoints["checkpoint"] or command.checkpoints["versus"]:
+        raise InputError(f"{command.experiment} reads results of runs. Name folders of runs without --checkpoint")
+    folders = command.runs or [Path("runs")]
+    out = output_folder(command.overrides, Path("runs"), command.experiment)
+    if command.args.dry_run:
+        print(f"{command.experiment}: {OF_RESULTS[command.experiment]}")
+        for folder in folders:
+            print(f"{folder} (exists)" if folder.is_dir() else f"not found: {folder}")
+        print(f"output: {out}")
+    elif command.experiment == "throughput":
+        _throughput(folders, out)
+    else:
+        _claims(folders, out, write_page)
+
+
+def _throughput(folders: Sequence[Path], out: Path) -> None:
+    own, lines = throughput.own_rows(folders)
+    rows = [*throughput.published_rows(), *own]
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "throughput.csv", rows)
+    with atomic_open(out / "throughput.png") as file:
+        file.write(throughput.figure(rows))
+    columns = ["method", "type", "fid", "images_per_s", "device"]
+    print(aligned([columns, *([shown(row[name]) for name in columns] for row in rows)], left=(0, 1)))
+    for line in lines:
+        say(line)
+    cli.end(out, f"{len(own)} of our runs beside {len(rows) - len(own)} published points")
+
+
+def _claims(folders: Sequence[Path], out: Path, write_page: WritePage) -> None:
+    tables = claims.find_tables(folders)
+    known = claims.read_claims()
+    verdicts = [verdict for claim in known for verdict in claims.judge(claim, tables.get(claim.source, []))]
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "claims.csv", claims.csv_rows(verdicts))
+    command = cli.typed("analyze", "claims", *folders)
+    write_text_atomically(out / "claims.md", claims.markdown(verdicts, command))
+    write_page(
+        out / "claims.html",
+        "Claims of the papers",
+        [command, claims.counts(verdicts)],
+        claims.HEADER,
+        claims.table(verdicts),
+    )
+    tested = [row for row, one in zip(claims.table(verdicts), verdicts, strict=True) if one.verdict != claims.NOT_RUN]
+    columns = [
+        claims.HEADER.index(name) for name in ("claim", "measured on", "seeds", "measure", "difference", "verdict")
+    ]
+    print(aligned([[row[at] for at in columns] for row in (claims.HEADER, *tested)], left=range(6)))
+    cli.end(out / "claims.html", f"{len(known)} claims: {claims.counts(verdicts)}")
 
 
 def analyze(command: AnalyzeCommand) -> None:
@@ -109,15 +181,6 @@ def _open(command: AnalyzeCommand, path: str) -> Subject:
     return Subject(config.with_home(cfg), checkpoint, title_of(cfg))
 
 
-def title_of(cfg: ExperimentConfig) -> str:
-    """The name of a config's kind of model: reAR with its noise or heads, RAR with permutations, else AR."""
-    objective = cfg.objective
-    heads = objective.heads.encode_tap is not None or objective.heads.decode_tap is not None
-    if heads or objective.noise.max > 0:
-        return "reAR"
-    return "RAR" if objective.permutation.active else "AR"
-
-
 def _named(first: list[Subject], second: list[Subject]) -> list[Subject]:
     """The checkpoints with names of models: their kinds, or where both models are of one kind the names of their first runs."""
     groups = [group for group in (first, second) if group]
@@ -149,7 +212,7 @@ def _show(command: cli.Command, experiment: Experiment, subjects: Sequence[Subje
 def _networks(experiment: Experiment) -> list[str]:
     """The fields of the weights of LPIPS, for an experiment that compares images."""
     wanted = ("evaluate.vgg_weights", "evaluate.lpips_weights")
-    return [name for name in weight_fields() if name in wanted and "tokenizer.weights" in experiment.inputs]
+    return [name for name in weight_fields() if name in wanted and "analyze.originals" in experiment.inputs]
 
 
 def write_outputs(experiment: Experiment, found: Sequence[Analysed], out: Path, world: World) -> None:
@@ -185,7 +248,15 @@ def _record(experiment: Experiment, found: Sequence[Analysed], lines: list[str],
     return {
         "experiment": experiment.name,
         "source": experiment.source,
-        "checkpoints": [{**one.subject.about, "path": str(one.subject.checkpoint.path)} for one in found],
+        "checkpoints": [
+            {
+                **one.subject.about,
+                "path": str(one.subject.checkpoint.path),
+                "kind": title_of(one.subject.cfg),
+                **scale_of(one.subject.cfg),
+            }
+            for one in found
+        ],
         "analyze": config.to_dict(cfg)["analyze"],
         "notes": lines,
         "provenance": provenance(world),

@@ -39,10 +39,6 @@ class Errors(TokenWork):
         return {**super().identity, "wrong_tokens": self.cfg.analyze.wrong_tokens, "seed": _SEED}
 
     @property
-    def block_images(self) -> int:
-        return max(1, self.cfg.evaluate.batch_size // (1 + self.forced))
-
-    @property
     def forced(self) -> int:
         return min(self.cfg.analyze.wrong_tokens, self.cfg.tokenizer.num_tokens - 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ class Work(ABC):
     def block_sizes(self) -> list[int]:
         """The number of images of each block, for the progress bar."""
 
-    def prepare(self) -> None:  # noqa: B027 - most experiments have nothing to prepare
-        """What has to be done by all ranks together before blocks are computed. All ranks must call this."""
+    def prepare(self, folder: Path) -> None:  # noqa: B027 - most experiments have nothing to prepare
+        """Makes what the blocks need and all ranks make together, in a folder that lasts until the results are complete. All
+        ranks must call this."""
 
     @abstractmethod
     def compute(self, number: int) -> Arrays:

@@ -105,9 +105,9 @@ class Exposure(ImageWork):
         N, A = truth.shape[1], len(self.arms)
         masks = [context_masks(index, ratio, N)[protocol] for protocol, ratio in self.arms]
         forced = torch.stack(masks, 1).flatten(0, 1)
-        repeated = [values.repeat_interleave(A, 0) for values in (labels, index, truth)]
-        tokens, scores = decode_with_truth(self.decoding, *repeated, forced)
-        correct = (tokens == repeated[2]).sum(1).view(-1, A)
+        of_arms = labels.repeat_interleave(A), index.repeat_interleave(A), truth.repeat_interleave(A, 0)
+        tokens, scores = decode_with_truth(self.decoding, *of_arms, forced)
+        correct = (tokens == of_arms[2]).sum(1).view(-1, A)
         losses = -scores.double().sum(1).view(-1, A, 2)
         return {
             "correct": correct.cpu().numpy(),
@@ -176,7 +176,7 @@ def figures(analysed: Sequence[Analysed]) -> dict[str, bytes]:
                     marker="o" if protocol == "perfect" else "x", label=label,
                 )  # fmt: skip
         finish(above, "correct token ratio", axis_title(measure), legend=column == 0)
-        finish(below, "perplexity of the sequence", axis_title(measure), legend=column == 0)
+        finish(below, "perplexity of the sequence", axis_title(measure), "o perfect, x imperfect context", legend=False)
     return {"": png(figure)}
 
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +40,17 @@ def identity_of(experiment: Experiment, work: Work) -> str:
 
 
 def analyse(experiment: Experiment, subjects: Sequence[Subject], world: World, out: Path) -> list[Analysed]:
-    """The results of all checkpoints, computed where they are not there yet. All ranks must call this."""
+    """The results of all checkpoints, computed where they are not there yet; without arrays on ranks other than 0. All ranks
+    must call this."""
     found = []
     for subject in subjects:
         work = experiment.work(subject, world)
         identity = identity_of(experiment, work)
         _check_same(subject, identity, world)
         result = out / "results" / f"{identity}.npz"
-        if not world.on_main(lambda result=result: is_whole(result)):  # type: ignore[misc]  # bound now, not at the end
+        if not world.on_main(partial(is_whole, result)):
             _compute(work, out / "parts" / identity, result, f"{experiment.name} of {subject.cfg.run.name}")
-        found.append(Analysed(subject, _read(result)))
+        found.append(Analysed(subject, _read(result) if world.is_main else {}))
     return found
 
 
@@ -65,9 +68,9 @@ def _check_same(subject: Subject, identity: str, world: World) -> None:
 def _compute(work: Work, parts: Path, result: Path, description: str) -> None:
     """Computes the missing blocks, each on the rank that is free, and puts the results together. All ranks must call this."""
     world, sizes = work.world, work.block_sizes
-    work.prepare()
     files = [parts / f"block_{number:05d}.npz" for number in range(len(sizes))]
     world.on_main(lambda: parts.mkdir(parents=True, exist_ok=True))
+    work.prepare(parts)
     # All ranks use rank 0's list and take blocks from it by a shared counter, whose random name no other job uses.
     missing = world.on_main(lambda: [number for number, file in enumerate(files) if not is_whole(file)])
     name = world.from_main(secrets.token_hex(8))
@@ -81,6 +84,8 @@ def _compute(work: Work, parts: Path, result: Path, description: str) -> None:
     world.on_main(lambda: _finish(work, files, result))
     if world.is_main:
         remove_folder(parts)
+        with suppress(OSError):  # blocks of other checkpoints are in it
+            parts.parent.rmdir()
     world.barrier()
 
 

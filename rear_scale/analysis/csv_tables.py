@@ -14,7 +14,7 @@ from rear_scale.analysis.intervals import Interval, difference_interval, mean_in
 from rear_scale.files import write_text_atomically
 
 ABOUT = ("model", "run", "seed", "step")
-COUNTS = ("images", "tokens", "predictions", "short_classes")  # columns of sizes, which are no measures
+COUNTS = ("images", "counted", "predictions", "short_classes")  # columns of sizes, which are no measures
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,117 @@
+"""FID against sampling speed (reAR, Figure 5; RAR, Table 5), from results that are there.
+
+A run's FID is that of its evaluation (result.json), its speed what `launchers/bench.py sample` has written into the run's folder
+(--out RUN/bench.json). reAR's figure prints no numbers, so the published points are those of RAR's table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rear_scale.analysis.experiment import Row
+from rear_scale.analysis.plots import COLOURS, finish, panels, png
+from rear_scale.config import InputError
+from rear_scale.evaluate.result import read_result
+
+SOURCE = "RAR, Table 5: one A100, float32, batch 128, decoding included"
+# method, type, FID, images per second.
+PUBLISHED = (
+    ("DiT-XL/2", "diffusion", 2.27, 0.6),
+    ("TiTok-S-128", "masked", 1.97, 7.8),
+    ("VAR-d30", "VAR", 1.92, 17.3),
+    ("MAR-B", "MAR", 2.31, 0.8),
+    ("RAR-B", "AR", 1.95, 17.0),
+    ("MAR-L", "MAR", 1.78, 0.5),
+    ("RAR-L", "AR", 1.70, 15.0),
+    ("MaskBit", "masked", 1.52, 0.7),
+    ("MAR-H", "MAR", 1.55, 0.3),
+    ("RAR-XL", "AR", 1.50, 8.3),
+    ("RAR-XXL", "AR", 1.48, 6.4),
+)
+
+
+def published_rows() -> list[Row]:
+    """The published points."""
+    return [
+        {"method": method, "type": kind, "fid": fid, "images_per_s": speed, "device": "A100", "source": SOURCE}
+        for method, kind, fid, speed in PUBLISHED
+    ]
+
+
+def own_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
+    """The points of runs in folders, and a line for each run that has one of the two numbers alone.
+
+    Raises InputError for a folder that does not exist.
+    """
+    rows, lines = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"not found: {folder}. Name folders that hold runs, for instance runs/rear_b")
+        for run in sorted({path.parent for path in (*folder.rglob("result*.json"), *folder.rglob("bench*.json"))}):
+            fid, speed = _best_fid(run), _speed(run)
+            if fid is not None and speed is not None:
+                rows.append({"method": run.name, "type": "ours", "fid": fid, "images_per_s": speed["images_per_s"],
+                             "device": speed.get("device"), "source": speed.get("command")})  # fmt: skip
+            elif fid is not None:
+                lines.append(
+                    f"{run} has an FID and no speed: launchers/bench.py sample --config CONFIG --out {run}/bench.json"
+                )
+            elif speed is not None:
+                lines.append(
+                    f"{run} has a speed and no FID: launchers/evaluate.py --checkpoint {run} with Inception's weights"
+                )
+    return rows, lines
+
+
+def _best_fid(run: Path) -> float | None:
+    """The lowest FID on Inception of the evaluations of a run; None without one."""
+    found = []
+    for path in sorted(run.glob("result*.json")):
+        try:
+            numbers = read_result(path).images.numbers()
+        except InputError:
+            continue  # another program's file
+        found += [number.value for number in numbers if number.name == "fid"]
+    return min(found, default=None)
+
+
+def _speed(run: Path) -> dict[str, Any] | None:
+    """The newest timing of sampling in a run's folder; None without one."""
+    for path in sorted(run.glob("bench*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            values = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(values, dict) and values.get("mode") == "sample" and "images_per_s" in values:
+            return values
+    return None
+
+
+def figure(rows: Sequence[Row]) -> bytes:
+    """FID against images per second, with the names of the methods."""
+    drawing, [axes] = panels(1, width=6.4, height=4.4)
+    kinds = list(dict.fromkeys(row["type"] for row in rows))
+    for number, kind in enumerate(kinds):
+        own = [row for row in rows if row["type"] == kind]
+        marker = "*" if kind == "ours" else "o"
+        axes.scatter([row["images_per_s"] for row in own], [row["fid"] for row in own], s=90 if kind == "ours" else 30,
+                     marker=marker, color=COLOURS[number % len(COLOURS)], label=kind)  # fmt: skip
+        for row in own:
+            left = _has_neighbour(row, rows)
+            axes.annotate(row["method"], (row["images_per_s"], row["fid"]), xytext=(-5 if left else 4, -8 if left else 4),
+                          ha="right" if left else "left", textcoords="offset points", fontsize=7)  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    finish(axes, "images per second", "FID", "published: one A100, float32, batch 128")
+    return png(drawing)
+
+
+def _has_neighbour(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether another point is so close to the right that its name would be written over this one's."""
+    return any(
+        1 < other["images_per_s"] / row["images_per_s"] < 1.6 and abs(other["fid"] - row["fid"]) < 0.06
+        for other in rows
+    )
