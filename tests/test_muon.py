@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,20 +13,23 @@ from helpers import run_alone, run_ranks, tiny_config
 from test_parallel import QUIET, build, run_steps
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.checkpoint.writer import save
-from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, OptimConfig
+from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, OptimConfig, load
 from rear_scale.config.schema import MuonConfig
 from rear_scale.model import meta_model
 from rear_scale.optim.groups import Rule, rules_of, states_per_weight
 from rear_scale.optim.muon import Muon, NewtonSchulz, make_muon
-from rear_scale.optim.whole_matrix import WholeMatrix, owners
+from rear_scale.optim.whole_matrix import Spread, WholeMatrix, alone, owners
 from rear_scale.parallel.communication import traffic_per_update
 from rear_scale.parallel.counting import Collectives
 from rear_scale.parallel.memory import checkpoint_bytes, memory_per_rank, shard_dimension
 from rear_scale.parallel.whole_matrices import Replicated, Sharded, update_flops
+from rear_scale.scaling.command import make_plan
+from rear_scale.scaling.output import as_dict, as_text
+from rear_scale.scaling.simulate import beside_formula
 from rear_scale.world import World
 
 CPU = torch.device("cpu")
@@ -96,31 +100,50 @@ def test_work_is_balanced_and_in_one_order() -> None:
     assert owners([5], 3) == ([0], [], [])
 
 
-def _bits_and_runs(world: World, folder: Path, tokens: Path) -> tuple[float, dict[str, Any]]:
-    """How far updates of shards are from those of whole matrices; and runs of both kinds of strategies."""
-    mesh = init_device_mesh("cpu", (2,))
+def _bits(world: World, mesh_shape: tuple[int, ...]) -> tuple[float, list[int]]:
+    """How far updates of shards and of copies are from those of whole matrices, and how many matrices this rank transformed."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    replicated = [Replicate()] * (mesh.ndim - 1)
+    transformed: list[int] = []
+    transform = NewtonSchulz.__call__
+
+    def counted(self: NewtonSchulz, matrix: Tensor) -> Tensor:
+        transformed[-1] += 1
+        return transform(self, matrix)
 
     def sharded(value: Tensor) -> Tensor:
-        return distribute_tensor(value, mesh, [Shard(shard_dimension(value, 2))])
+        return distribute_tensor(value, mesh, [*replicated, Shard(shard_dimension(value, mesh_shape[-1]))])
 
-    def make(weights: list[Any]) -> Muon:
-        return optimizer_of(weights, torch.float32, MuonConfig(), PARTS)
+    def make(spread: Spread) -> Callable[[list[Any]], Muon]:
+        def optimizer(weights: list[Any]) -> Muon:
+            made = optimizer_of(weights, torch.float32, MuonConfig(), PARTS)
+            made.spread = spread
+            return made
 
-    def make_sharded(weights: list[Any]) -> Muon:
-        optimizer = make(weights)
-        optimizer.spread = Sharded(mesh)
         return optimizer
 
-    def make_replicated(weights: list[Any]) -> Muon:
-        optimizer = make(weights)
-        optimizer.spread = Replicated(world.rank, 2)
-        return optimizer
+    far = 0.0
+    whole = updated(make(alone), torch.clone)
+    with patch.object(NewtonSchulz, "__call__", counted):
+        for spread, placed in ((Sharded(mesh), sharded), (Replicated(world.rank, world.size), torch.clone)):
+            transformed.append(0)
+            found = updated(make(spread), placed)
+            full = [value.full_tensor() if isinstance(value, DTensor) else value for value in found]
+            far = max(far, *((a - b).abs().max().item() for a, b in zip(whole, full, strict=True)))
+    return far, transformed
 
-    whole = updated(make, torch.clone)
-    shards = [value.full_tensor() for value in updated(make_sharded, sharded)]
-    copies = updated(make_replicated, torch.clone)
-    far = max((a - b).abs().max().item() for some in (shards, copies) for a, b in zip(whole, some, strict=True))
-    return far, {name: _train_and_save(world, config(folder, tokens, name), folder / name) for name in ("ddp", "fsdp2")}
+
+def check_bits(found: list[tuple[float, list[int]]]) -> None:
+    assert [far for far, _ in found] == [0.0] * len(found)
+    # Three parts of the first and third weight, the second and the fourth: each once in an update, not once per rank.
+    for counts in zip(*(counts for _, counts in found), strict=True):
+        assert sum(counts) == 8 * STEPS
+        assert min(counts) >= STEPS
+
+
+def _bits_and_runs(world: World, folder: Path, tokens: Path) -> tuple[tuple[float, list[int]], dict[str, Any]]:
+    runs = {name: _train_and_save(world, config(folder, tokens, name), folder / name) for name in ("ddp", "fsdp2")}
+    return _bits(world, (2,)), runs
 
 
 def config(folder: Path, tokens: Path, strategy: str, *overrides: str) -> ExperimentConfig:
@@ -154,10 +177,10 @@ def test_ranks_share_the_work_and_train_as_one_does(tmp_path: Path, tokens: Path
     cfg = config(tmp_path, tokens, "single")
     alone = run_alone(_train_and_save, cfg, tmp_path / "single")
     assert run_alone(_resume, cfg, alone["path"]) == alone["losses"][STEPS // 2 :]
-    far, found = run_ranks(2, _bits_and_runs, tmp_path, tokens)[0]
-    assert far == 0
+    bits, runs = zip(*run_ranks(2, _bits_and_runs, tmp_path, tokens), strict=True)
+    check_bits(bits)
     model = meta_model(cfg)
-    for name, run in {"single": alone, **found}.items():
+    for name, run in {"single": alone, **runs[0]}.items():
         cfg = config(tmp_path, tokens, name)
         ranks = 1 if name == "single" else 2
         assert np.array(run["losses"]) == near(alone["losses"]), name
@@ -222,6 +245,8 @@ def test_every_strategy_and_number_of_ranks_has_one_trajectory(tmp_path: Path, t
                 assert losses == run["losses"][LONG // 2 :], cell
             far = np.abs(np.array(losses) / expected[LONG // 2 :] - 1).max()
             worst[cell, run["cell"]] = far
+    for shape in ((4,), (2, 2), (4, 1)):
+        check_bits(run_ranks(4, _bits, shape))
     print("largest relative differences:", worst, "of losses in bf16:", worst_bf16)
     assert max(worst.values()) <= 1e-5
     assert max(worst_bf16.values()) <= 2e-2
@@ -261,6 +286,17 @@ def test_only_matrices_of_blocks_have_one_state(tmp_path: Path, tokens: Path) ->
     named = dict(model.named_parameters())
     size = sum(named[name].numel() for name in parts)
     assert states_per_weight(model, cfg) == pytest.approx(2 - size / sum(weight.numel() for weight in named.values()))
+    for lr_adjust, power in (("match_rms_adamw", 0.5), ("original", 0.0)):
+        wide = config(
+            tmp_path,
+            tokens,
+            "single",
+            f"optim.muon.lr_adjust={lr_adjust}",
+            "optim.parametrization=mup",
+            "optim.base_width=8",
+        )
+        rates = {rule.lr_multiplier for rule in rules_of(model, wide).values() if rule.whole_matrix is not None}
+        assert rates == {(32 / 8) ** -power}, lr_adjust
     # A planner's time of an update has the work of Newton-Schulz in it, shared among the ranks.
     work = [update_flops(cfg, model, ranks) for ranks in (1, 2, 4)]
     assert work[0] == sum(
@@ -271,3 +307,33 @@ def test_only_matrices_of_blocks_have_one_state(tmp_path: Path, tokens: Path) ->
     assert work[0] / 2 <= work[1] <= 1.05 * work[0] / 2
     assert work[0] / 4 <= work[2] <= 1.2 * work[0] / 4
     assert update_flops(replace(cfg, optim=replace(cfg.optim, name="adamw")), model, 4) == 0
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("hsdp", marks=pytest.mark.long)])
+def test_a_simulated_world_holds_and_sends_what_the_formulas_say(tmp_path: Path, tokens: Path, name: str) -> None:
+    # Large matrices beside the embeddings, because this is about them.
+    cfg = config(tmp_path, tokens, name, "model.width=64", "train.micro_batch_size=1", "train.global_batch_size=8")
+    found = beside_formula(cfg, 8)
+    for part in ("weights", "gradients", "optimizer"):
+        assert found["memory_gib"][part] == pytest.approx(found["formula_memory_gib"][part], rel=0.15), part
+    for kind, sent in found["collectives"].items():
+        assert sent["gib"] == pytest.approx(sent["formula_gib"], rel=0.15), kind
+    assert found["collectives"]["all_to_all"]["calls"] == found["collectives"]["all_to_all"]["formula_calls"] > 0
+
+
+def test_a_plan_names_the_strategies_that_refuse() -> None:
+    overrides = ["strategy=fsdp2", "optim.name=muon", "cluster.gpus=8"]
+    report = make_plan("rear_s.yaml", load("rear_s.yaml", overrides), overrides)
+    assert {choice.name for choice in report.choices} == {"ddp", "fsdp2"}
+    assert as_dict(report)["refused"].keys() == {"zero1", "zero2", "zero3"}
+    assert (
+        "\nnot offered with optim.name=muon: zero1, zero2, zero3 (DeepSpeed hands its optimizer flat pieces"
+        in as_text(report)
+    )
+    assert report.command.startswith("torchrun")
+    adamw = load("rear_s.yaml", ["strategy=fsdp2", "cluster.gpus=8"])
+    model = meta_model(adamw)
+    muon = report.best.cfg
+    # One state less for the blocks' matrices, which are nearly all of this model: 3 to 2 tensors in a checkpoint.
+    assert 0.66 < checkpoint_bytes(model, muon) / checkpoint_bytes(model, adamw) < 0.8
+    assert as_dict(make_plan("rear_s.yaml", adamw, []))["refused"] == {}
