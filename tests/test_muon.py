@@ -17,7 +17,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.checkpoint.writer import save
-from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, OptimConfig, load
+from rear_scale.config import (
+    CheckpointConfig,
+    ExperimentConfig,
+    InputError,
+    OptimConfig,
+    check_resumable,
+    load,
+    to_dict,
+)
 from rear_scale.config.schema import MuonConfig
 from rear_scale.model import meta_model
 from rear_scale.optim.groups import Rule, rules_of, states_per_weight
@@ -194,18 +202,19 @@ def test_ranks_share_the_work_and_train_as_one_does(tmp_path: Path, tokens: Path
         assert states - {""} == {"param", "momentum"}, name
 
 
+Cells = tuple[tuple[str, ...], ...]  # strategies with further overrides
 # By the number of ranks.
-CELLS = {
+CELLS: dict[int, Cells] = {
     1: (("single",), ("fsdp2",)),
     2: (("ddp",), ("fsdp2",), ("fsdp2", "train.micro_batch_size=2")),
-    4: (("ddp",), ("fsdp2",), ("hsdp",), ("hsdp", "strategy.replicas=4")),
+    4: (("ddp",), ("fsdp2",), ("hsdp",)),
 }
 LONG = 20
 
 
-def _all_cells(world: World, folder: Path, tokens: Path) -> list[dict[str, Any]]:
+def _all_cells(world: World, folder: Path, tokens: Path, cells: Cells) -> list[dict[str, Any]]:
     found = []
-    for number, cell in enumerate(CELLS[world.size]):
+    for number, cell in enumerate(cells):
         root = folder / f"{world.size}-{number}"
         size = f"train.micro_batch_size={12 // world.size}"
         cfg = config(folder, tokens, cell[0], size, *cell[1:])
@@ -215,15 +224,17 @@ def _all_cells(world: World, folder: Path, tokens: Path) -> list[dict[str, Any]]
             {
                 **_train_and_save(world, cfg, root, LONG),
                 "cell": (world.size, *cell),
-                "bf16": run_steps(world, half, strategy, 1, LONG, lr=5e-3),
+                "bf16": run_steps(world, half, strategy, 1, STEPS, lr=5e-3),
             }
         )
     return found
 
 
-def _resume_all(world: World, folder: Path, tokens: Path, paths: list[Path]) -> dict[Any, list[tuple[float, float]]]:
+def _resume_all(
+    world: World, folder: Path, tokens: Path, cells: Cells, paths: list[Path]
+) -> dict[Any, list[tuple[float, float]]]:
     found = {}
-    for cell in CELLS[world.size]:
+    for cell in cells:
         cfg = config(folder, tokens, cell[0], f"train.micro_batch_size={12 // world.size}", *cell[1:])
         for path in paths:
             found[(world.size, *cell), path] = _resume(world, cfg, path, LONG)
@@ -233,13 +244,15 @@ def _resume_all(world: World, folder: Path, tokens: Path, paths: list[Path]) -> 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_every_strategy_and_number_of_ranks_has_one_trajectory(tmp_path: Path, tokens: Path) -> None:
-    runs = [run for size in CELLS for run in run_ranks(size, _all_cells, tmp_path, tokens)[0]]
+    runs = [run for size in CELLS for run in run_ranks(size, _all_cells, tmp_path, tokens, CELLS[size])[0]]
     expected = runs[0]["losses"]
     worst = {run["cell"]: np.abs(np.array(run["losses"]) / expected - 1).max() for run in runs}
-    worst_bf16 = {run["cell"]: np.abs(np.array(run["bf16"])[:, 0] / np.array(expected)[:, 0] - 1).max() for run in runs}
+    worst_bf16 = {
+        run["cell"]: np.abs(np.array(run["bf16"])[:, 0] / np.array(expected)[:STEPS, 0] - 1).max() for run in runs
+    }
     paths = {run["path"]: run for run in runs}
     for size in CELLS:
-        for (cell, path), losses in run_ranks(size, _resume_all, tmp_path, tokens, list(paths))[0].items():
+        for (cell, path), losses in run_ranks(size, _resume_all, tmp_path, tokens, CELLS[size], list(paths))[0].items():
             run = paths[path]
             if run["cell"] == cell:
                 assert losses == run["losses"][LONG // 2 :], cell
@@ -269,6 +282,10 @@ def test_strategies_without_whole_matrices_refuse(
     with pytest.raises(InputError, match="optim.name=muon is not offered with strategy=zero1: DeepSpeed"):
         run_alone(build, cfg)
     monkeypatch.undo()
+    cfg = config(tmp_path, tokens, "single")
+    for other in ("optim.name=adamw", "optim.muon.momentum=0.9"):
+        with pytest.raises(InputError, match=f"{other}, but step_2 was trained with"):
+            check_resumable(config(tmp_path, tokens, "single", other), to_dict(cfg), "step_2")
     with pytest.raises(InputError, match=r"optim.muon.momentum=1.* must lie in \[0, 1\)"):
         config(tmp_path, tokens, "single", "optim.muon.momentum=1.0")
 
