@@ -9,6 +9,7 @@ import pytest
 
 from rear_scale import cli, config
 from rear_scale.config import InputError, other_names, to_dict, to_yaml
+from rear_scale.config.load import NO_EXPERIMENTS
 from rear_scale.config.overrides import field_type
 from rear_scale.config.values import leaves
 from rear_scale.model.flops import parameters_by_part
@@ -28,7 +29,7 @@ def error_of(name: str, *overrides: str, world_size: int = 1) -> str:
 
 FOLDERS = ("*.yaml", "official/*.yaml", "ablation/*.yaml", "figure/*.yaml")
 CONFIGS = [
-    path for pattern in FOLDERS for path in sorted(config.CONFIG_DIR.glob(pattern)) if path.name != "published.yaml"
+    path for pattern in FOLDERS for path in sorted(config.CONFIG_DIR.glob(pattern)) if path.name not in NO_EXPERIMENTS
 ]
 
 

@@ -14,6 +14,7 @@ from helpers import launch, tiny_config
 from rear_scale import config
 from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.config.devices import bf16_tflops
+from rear_scale.config.load import NO_EXPERIMENTS
 from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
 from rear_scale.parallel.memory import memory_per_rank
@@ -29,7 +30,7 @@ EVERY = [
     path.relative_to(CONFIG_DIR).as_posix()
     for pattern in ("*.yaml", "official/*.yaml", "ablation/*.yaml")
     for path in sorted(CONFIG_DIR.glob(pattern))
-    if path.name not in ("base.yaml", "published.yaml")
+    if path.name not in ("base.yaml", *NO_EXPERIMENTS)
 ]
 # One of each architecture, conditioning, tokenizer, form of heads, and the sizes at the ends.
 SOME = ("demo.yaml", "rear_s.yaml", "rear_7b.yaml", "rar_titok_b64.yaml", "rar_alitok_b.yaml", "official/rear_l.yaml",

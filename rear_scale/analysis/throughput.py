@@ -14,31 +14,20 @@ from typing import Any
 from rear_scale.analysis.experiment import Row
 from rear_scale.analysis.plots import COLOURS, finish, panels, png
 from rear_scale.config import InputError
+from rear_scale.evaluate.published_tables import published_tables
 from rear_scale.evaluate.result import read_result
 
-SOURCE = "RAR, Table 5: one A100, float32, batch 128, decoding included"
-# method, type, FID, images per second.
-PUBLISHED = (
-    ("DiT-XL/2", "diffusion", 2.27, 0.6),
-    ("TiTok-S-128", "masked", 1.97, 7.8),
-    ("VAR-d30", "VAR", 1.92, 17.3),
-    ("MAR-B", "MAR", 2.31, 0.8),
-    ("RAR-B", "AR", 1.95, 17.0),
-    ("MAR-L", "MAR", 1.78, 0.5),
-    ("RAR-L", "AR", 1.70, 15.0),
-    ("MaskBit", "masked", 1.52, 0.7),
-    ("MAR-H", "MAR", 1.55, 0.3),
-    ("RAR-XL", "AR", 1.50, 8.3),
-    ("RAR-XXL", "AR", 1.48, 6.4),
-)
+PUBLISHED = "rar_table5"  # in configs/published.yaml
 
 
 def published_rows() -> list[Row]:
     """The published points."""
+    table = published_tables()[PUBLISHED]
     return [
-        {"method": method, "type": kind, "fid": fid, "images_per_s": speed, "device": "A100", "source": SOURCE}
-        for method, kind, fid, speed in PUBLISHED
-    ]
+        {"method": row.label, "type": row.group, "fid": row.fid, "images_per_s": row.images_per_s, "device": "A100",
+         "source": f"{table.source}: {table.note}"}
+        for row in table.rows.values()
+    ]  # fmt: skip
 
 
 def own_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:

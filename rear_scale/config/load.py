@@ -40,6 +40,9 @@ from rear_scale.config.schema import ExperimentConfig
 from rear_scale.config.validate import validate
 from rear_scale.config.values import leaves, to_dict
 
+# YAML files in configs/ that are no experiments.
+NO_EXPERIMENTS = ("claims.yaml", "published.yaml")
+
 # The decode head of reAR sits at three quarters of the depth, whatever the depth (section 4.1).
 OmegaConf.register_new_resolver(
     "three_quarters_of", lambda depth, more=0: int(depth) * 3 // 4 + int(more), replace=True
@@ -393,7 +396,7 @@ def find_config(config: str) -> Path:
                 "a weight file is named with --checkpoint"
             )
     folders = ("*.yaml", "official/*.yaml", "ablation/*.yaml")
-    found = (path for pattern in folders for path in CONFIG_DIR.glob(pattern) if path.name != "published.yaml")
+    found = (path for pattern in folders for path in CONFIG_DIR.glob(pattern) if path.name not in NO_EXPERIMENTS)
     known = sorted(path.relative_to(CONFIG_DIR).as_posix() for path in found)
     listed = [name for name in known if not name.startswith("ablation/")]
     raise InputError(
