@@ -216,3 +216,11 @@ def small(cfg: ExperimentConfig) -> list[str]:
 def test_a_projection_that_is_input_and_output_is_refused() -> None:
     with pytest.raises(InputError, match=r"optim.parametrization=mup does not work with model.tie_codebook=both"):
         load("ar_s.yaml", ["optim.parametrization=mup", "model.tie_codebook=both"])
+
+
+@pytest.mark.parametrize("size", ["xl", "xxl", "2b", "3b", "7b"])
+def test_the_configs_beyond_l_keep_its_heads_and_differ_in_nothing_else(size: str) -> None:
+    cfg, plain = load(f"rear_{size}_mup.yaml"), load(f"rear_{size}.yaml")
+    head_widths = cfg.optim.base_width / (cfg.optim.base_num_heads or cfg.model.num_heads)
+    assert (cfg.optim.parametrization, cfg.optim.base_width, head_widths) == ("mup", 1024, 64)
+    assert replace(cfg, optim=plain.optim, run=plain.run) == plain
