@@ -435,9 +435,10 @@ def test_a_quarter_of_a_million_steps_are_a_small_page_in_a_short_time(tmp_path:
         write_sheet(folder / f"grids/step_{step:08d}.png", seed=step, size=(2560, 1280))
     events = [{"event": "loss_spike", "step": step, "loss": 9.0, "rewind": False} for step in range(100, 250_000, 100)]
     write_lines(folder / "events.jsonl", events)
-    started = time.monotonic()
+    # The time of this process: the machine may be busy with other tests.
+    started = time.process_time()
     path = write_report(folder)
-    taken = time.monotonic() - started
+    taken = time.process_time() - started
     print(f"{taken:.1f} s, {path.stat().st_size:,} bytes")
     assert taken < 20
     assert path.stat().st_size < 3_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ COLUMNS = 160  # the fewest columns of a long curve; there are up to twice as ma
 _BLOCK_BYTES = 1 << 22  # read at a time
 _LONGEST_LINE = 1 << 16  # bytes; a line of ours has a thousand
 _MOST_NAMES = 200  # metrics of one file
+_LONGEST_NAME = 200  # characters
 _LARGEST_STEP = 10**12
+_NUMBERS = {float, int, type(None)}
+_NO_METRICS = ("step", "images_seen", "slowest_rank", "slowest_host")
 _TAIL_BYTES = 256  # before the position that was read to, by which a rewritten file is recognized
 
 
@@ -134,36 +137,37 @@ class Curves:
         steps = np.array([line["step"] for line in lines], dtype=float)
         self._widen(steps.max())
         column = np.maximum(steps - 1, 0).astype(np.int64) // self.width
-        seconds = np.nan_to_num(_numbers(line.get("step_time_s") for line in lines), nan=0.0)
+        seconds = np.nan_to_num(_numbers([line.get("step_time_s") for line in lines]), nan=0.0)
         # A line's step time is the mean since the line before it.
         apart = np.diff(steps, prepend=self._step).clip(0)
         elapsed = self._seconds + np.cumsum(seconds * apart)
         self._step, self._seconds = steps[-1], float(elapsed[-1])
-        images = _numbers(line.get("images_seen") for line in lines)
+        images = _numbers([line.get("images_seen") for line in lines])
         self._ends[:, column] = np.stack([steps, images, elapsed / 3600])  # of equal columns the last one stays
-        for name in {name: None for line in lines for name in line}:
-            if name not in self._metrics and (len(self._metrics) >= _MOST_NAMES or len(name) > 200):
+        order = np.argsort(column, kind="stable")
+        firsts = np.flatnonzero(np.diff(column[order], prepend=-1))
+        for name in dict.fromkeys(chain.from_iterable(lines)):
+            if name not in self._metrics and (len(self._metrics) >= _MOST_NAMES or len(name) > _LONGEST_NAME):
                 continue
-            if name not in ("step", "images_seen", "slowest_rank", "slowest_host"):
-                self._add_metric(name, column, _numbers(line.get(name) for line in lines))
+            if name not in _NO_METRICS:
+                values = _numbers([line.get(name) for line in lines])[order]
+                self._add_metric(name, column[order][firsts], values, firsts)
 
-    def _add_metric(self, name: str, column: np.ndarray, values: np.ndarray) -> None:
+    def _add_metric(self, name: str, columns: np.ndarray, values: np.ndarray, firsts: np.ndarray) -> None:
+        """Adds values in the order of their columns. firsts: the index of the first value of each column."""
         if name not in self._metrics:
-            self._metrics[name] = np.stack(
-                [
-                    np.zeros(self.capacity),
-                    np.zeros(self.capacity),
-                    np.full(self.capacity, np.inf),
-                    np.full(self.capacity, -np.inf),
-                ]
-            )
+            zeros, largest = np.zeros(self.capacity), np.full(self.capacity, np.inf)
+            self._metrics[name] = np.stack([zeros, zeros, largest, -largest])
         finite = np.isfinite(values)
-        column, values = column[finite], values[finite]
-        count, total, low, high = self._metrics[name]
-        np.add.at(count, column, 1)
-        np.add.at(total, column, values)
-        np.minimum.at(low, column, values)
-        np.maximum.at(high, column, values)
+        metric = self._metrics[name]
+        metric[0, columns] += np.add.reduceat(finite.astype(float), firsts)
+        metric[1, columns] += np.add.reduceat(np.where(finite, values, 0.0), firsts)
+        metric[2, columns] = np.minimum(
+            metric[2, columns], np.minimum.reduceat(np.where(finite, values, np.inf), firsts)
+        )
+        metric[3, columns] = np.maximum(
+            metric[3, columns], np.maximum.reduceat(np.where(finite, values, -np.inf), firsts)
+        )
 
     def _widen(self, step: float) -> None:
         """Doubles the width of the columns until `step` is in one of them."""
@@ -188,13 +192,14 @@ def _padded(half: np.ndarray, value: float) -> np.ndarray:
     return np.concatenate([half, np.full_like(half, value)], axis=-1)
 
 
-def _numbers(values: Iterable[Any]) -> np.ndarray:
+def _numbers(values: list[Any]) -> np.ndarray:
     """Values out of JSON as float64; NaN for those that are no numbers."""
-    listed = [value if type(value) in (float, int) else np.nan for value in values]
+    if not {*map(type, values)} <= _NUMBERS:
+        values = [value if type(value) in _NUMBERS else None for value in values]
     try:
-        return np.array(listed, dtype=float)
+        return np.array(values, dtype=float)  # None becomes NaN
     except OverflowError:  # a whole number beyond all floats
-        return np.array([value if abs(value) < 1e300 else np.nan for value in listed], dtype=float)
+        return np.array([None if value is None or abs(value) > 1e300 else value for value in values], dtype=float)
 
 
 def read_lines(path: Path, most: int = 1 << 22) -> list[dict[str, Any]]:
