@@ -5,7 +5,7 @@
     python launchers/report.py runs/a runs/b --csv runs.csv            one row for each run
 
 Training writes the report at checkpoints and at its end, and sampling and evaluation write it after their own. A run that is
-training, was killed or is on another machine's disk is only read.
+training, was killed or is on another machine's disk is only read; --out says where the page goes if not into its folder.
 """
 
 from rear_scale import cli

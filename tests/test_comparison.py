@@ -169,6 +169,10 @@ def test_the_command_writes_what_is_asked_for(
     out, table = tmp_path / "c.html", tmp_path / "c.csv"
     assert call(*runs, "--out", out, "--csv", table) == [str(out), str(table)]
     assert out.stat().st_size < 1_500_000
+    assert call(runs[0], "--out", out) == [str(out)]
+    assert "Checkpoints" in out.read_text()
+    with pytest.raises(InputError, match=r"^--out .*/none/c.html: the folder .*/none does not exist"):
+        call(runs[0], "--out", tmp_path / "none/c.html")
     for option, path, ending in (("--out", "c.txt", ".html"), ("--csv", tmp_path, ".csv")):
         with pytest.raises(InputError, match=f"^{option} .* is no name of a file that ends in {ending}"):
             call(runs[0], option, path)

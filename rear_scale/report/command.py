@@ -18,7 +18,9 @@ def report(description: str | None = None) -> None:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help="compare the runs in one page instead")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="compare the runs in one page; of one run, its report"
+    )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE.csv", help="one row for each run: totals, scores, settings that differ"
     )
@@ -32,8 +34,11 @@ def report(description: str | None = None) -> None:
         for folder in args.runs:
             print(write_report(folder))
         return
-    runs = compare(args.runs)
-    if args.out is not None:
+    alone = args.out is not None and len(args.runs) == 1
+    if alone:
+        print(write_report(args.runs[0], out=args.out))
+    runs = [] if alone and args.csv is None else compare(args.runs)
+    if args.out is not None and not alone:
         write_comparison(args.out, runs)
         print(args.out)
     if args.csv is not None:
@@ -46,6 +51,8 @@ def _check_output(option: str, path: Path, ending: str) -> None:
         raise InputError(
             f"{option} {path} is no name of a file that ends in {ending}. Use {option} {path.with_suffix(ending)}"
         )
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist. Make it, or choose another file")
 
 
 def check_run(folder: Path) -> None:

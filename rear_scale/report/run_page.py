@@ -53,10 +53,10 @@ _WORDS = {
 }
 
 
-def write_report(folder: Path, files: RunFiles | None = None) -> Path:
-    """The path of the report of a run, which is written here. files: those that are read already."""
+def write_report(folder: Path, files: RunFiles | None = None, out: Path | None = None) -> Path:
+    """The path of the report of a run, which is written here. files: those that are read already; out: None = in the folder."""
     files = files or RunFiles(folder)
-    path = folder / REPORT
+    path = out or folder / REPORT
     marks = marks_of(files)
     head = head_of(files, marks)
     write_page(path, files.name, sections_of(files, marks), head)  # the sections come last: they list what was not read
