@@ -21,7 +21,7 @@ from notebook import execute
 from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.demo import report
 from rear_scale.demo.commands import open_folder, stages
-from rear_scale.demo.recipe import DIGITS
+from rear_scale.demo.recipe import DIGITS, MODELS
 from rear_scale.demo.summary import scores_of
 from rear_scale.world import locked
 
@@ -63,7 +63,7 @@ def summary_of(rate: float) -> dict:
     }
 
 
-def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_was_done(here: Path) -> None:
     """Rates, draws and marks may be overridden, and what the figures show may be anything."""
     result = SimpleNamespace(
         sample={"guidance": {"schedule": "linear", "scale": 3}}, tokens={"val_noisy": {"draws": 5}}
@@ -76,8 +76,13 @@ def test_the_report_says_what_was_done(here: Path, monkeypatch: pytest.MonkeyPat
     steps = [
         {"step": n, "images_seen": n, "noise_max": max(0, 4 - n), "loss_ar": 1.0, "accuracy": 0.5} for n in range(1, 6)
     ]
-    monkeypatch.setattr(report, "read_metrics", lambda run: steps)
-    assert "up to step 3 of 5" in " ".join(report._training(DIGITS, 0).text)
+    for model in MODELS:
+        folder = DIGITS.run_folder(model, 0)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    training = report._training(DIGITS, 0)
+    assert "up to step 3 of 5" in " ".join(training.text)
+    assert [line.label for chart in training.charts for line in chart.lines] == ["vanilla AR", "reAR"] * 2
 
 
 def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -156,7 +161,8 @@ def check_results(folder: Path, seeds: int) -> dict:
         assert np.bincount(samples["label"]).tolist() == [IMAGES // 10] * 10
         assert (folder / summary[model]["samples"]).with_suffix(".png").exists()
     report = (demo / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 5
+    assert report.count("data:image/png;base64,") == 3
+    assert report.count("<svg ") == 2
     for stage in stages(DIGITS, list(range(seeds)), SHORT):
         assert " ".join(stage.command[-3:]) in report.replace("&#39;", "")
     return summary

@@ -22,7 +22,7 @@ from rear_scale.config import InputError
 from rear_scale.report import command, run_page, writing
 from rear_scale.report.charts import Chart, Line, Mark, short, ticks
 from rear_scale.report.curves import COLUMNS, Curves
-from rear_scale.report.figures import class_rows, curves, grid
+from rear_scale.report.figures import class_rows, grid
 from rear_scale.report.page import Head, Picture, Section, Table, page_text, write_page
 from rear_scale.report.reading import RunFiles, command_of
 from rear_scale.report.run_page import duration, evenly, size, write_report
@@ -81,12 +81,6 @@ def test_a_page_holds_everything_itself(tmp_path: Path) -> None:
         assert expected in text
     for outside in ("http://", "https://", 'src="/', "href=", "url(", "@import"):
         assert outside not in text
-
-
-def test_curves_leave_missing_values_out() -> None:
-    metrics = {"a": [{"images_seen": 1, "loss": 2.0}, {"images_seen": 2, "loss": None}], "b": [{"images_seen": 1}]}
-    with Image.open(io.BytesIO(curves(metrics, "loss", "title"))) as image:
-        assert image.width > 300
 
 
 def test_class_rows_take_the_first_of_each_class() -> None:

@@ -14,7 +14,9 @@ from rear_scale.evaluate.images.npz import read_samples
 from rear_scale.evaluate.networks.classifier import NUM_FEATURES
 from rear_scale.evaluate.result import Result, read_result
 from rear_scale.places import as_typed
-from rear_scale.report.figures import class_rows, curves, grid
+from rear_scale.report.charts import Chart, Line
+from rear_scale.report.curves import Curves
+from rear_scale.report.figures import class_rows, grid
 from rear_scale.report.page import Picture, Section, Table, write_page
 from rear_scale.run.folder import read_metrics
 from rear_scale.run.stages import Stage, StageFolder
@@ -138,18 +140,30 @@ def _mean(value: float | dict[str, Any]) -> float:
 
 
 def _training(recipe: Recipe, seed: int) -> Section:
-    metrics = {TITLES[model]: read_metrics(recipe.run_folder(model, seed)) for model in MODELS}
-    pictures = [
-        Picture(curves(metrics, "loss_ar", "cross-entropy per token"), "cross-entropy on the training batches"),
-        Picture(curves(metrics, "accuracy", "fraction of correct predictions"), "accuracy on the training batches"),
+    charts = [
+        _chart(recipe, seed, "loss_ar", "cross-entropy per token, on the training batches"),
+        _chart(recipe, seed, "accuracy", "fraction of correct predictions, on the training batches"),
     ]
+    pictures = []
     for model in MODELS:
         for sheet in sorted((recipe.run_folder(model, seed) / GRIDS).glob("*.png")):
             pictures.append(Picture(sheet.read_bytes(), f"{TITLES[model]}: samples during training, {sheet.stem}"))
     steps = read_metrics(recipe.run_folder("rear", seed))
     last = max((line["step"] for line in steps if line["noise_max"] > 0), default=0)
     text = f"reAR predicts from noisy context up to step {last} of {steps[-1]['step']}, so its curves are worse until then."
-    return Section("Training", [text], pictures=pictures)
+    return Section("Training", [text], charts=charts, pictures=pictures)
+
+
+def _chart(recipe: Recipe, seed: int, metric: str, title: str) -> Chart:
+    """The curves of both models over images seen."""
+    lines = []
+    for color, model in enumerate(MODELS):
+        read = Curves(recipe.run_folder(model, seed) / "metrics.jsonl")
+        read.update()
+        curve = read.curve(metric)
+        assert curve is not None, metric
+        lines.append(Line(TITLES[model], curve.images, curve.mean, curve.low, curve.high, color))
+    return Chart(title, lines, x_label="images seen")
 
 
 def _commands(stages: list[Stage], folder: StageFolder) -> Section:
