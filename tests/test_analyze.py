@@ -16,9 +16,12 @@ from rear_scale.analysis.csv_tables import csv_text, over_seeds, read_csv
 from rear_scale.analysis.intervals import difference_interval, mean_interval, t_quantile
 from rear_scale.analysis.job import analyse
 from rear_scale.analysis.kinds import title_of
+from rear_scale.analysis.plots import panels, png
 from rear_scale.analysis.table import EXPERIMENTS
 from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.analysis.token_sets import evenly, of_each_class, spread_over_classes
+from rear_scale.report.reading import RunFiles
+from rear_scale.report.run_page import sections_of
 from rear_scale.sample.job import load_generator
 from rear_scale.world import World
 
@@ -161,3 +164,15 @@ def test_the_launcher_writes_the_same_tables_on_one_and_two_ranks_and_continues(
     wrong = _analyze("generalisation", "--checkpoint", runs["rear"])
     assert wrong.returncode == 2
     assert "is not an experiment; did you mean generalization?" in wrong.stderr
+
+
+def test_the_report_of_a_run_shows_its_figures(tmp_path: Path) -> None:
+    folder = tmp_path / "analysis/cka"
+    folder.mkdir(parents=True)
+    figure, _ = panels(1)
+    (folder / "cka.png").write_bytes(png(figure))
+    (tmp_path / "analysis/errors").mkdir()  # without a figure yet
+    (found,) = [section for section in sections_of(RunFiles(tmp_path), []) if section.title == "Analyses"]
+    assert [(title, [picture.caption for picture in pictures]) for title, pictures in found.rows_of_pictures] == [
+        ("cka", ["cka.png"])
+    ]

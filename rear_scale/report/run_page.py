@@ -21,6 +21,7 @@ from rear_scale.report.reading import REPORT, RunFiles, Saved, Scored
 from rear_scale.shards.crops import BadImage, decode_image
 
 _MOST_SHEETS = 8
+_MOST_FIGURES = 4  # of one analysis
 _MOST_ROWS = 60  # of a table of events or starts
 _MOST_SCORES = 24  # charts of scores during training
 _AS_IT_IS_BYTES = 80_000  # pictures of at most this size are shown as they are
@@ -71,6 +72,7 @@ def sections_of(files: RunFiles, marks: Sequence[Mark]) -> list[Section]:
         _sheets(files),
         _scores(files),
         _scores_in_training(files, marks),
+        _analyses(files),
         _checkpoints(files),
         _starts(files),
         _config(files),
@@ -311,6 +313,16 @@ def _sheets(files: RunFiles) -> Section | None:
     if latest:
         rows.append(("Of the newest sampling job", latest))
     return Section("Samples", rows_of_pictures=rows)
+
+
+def _analyses(files: RunFiles) -> Section | None:
+    """The figures that launchers/analyze.py has written into the run's folder."""
+    rows: list[tuple[str, Sequence[Picture | None]]] = []
+    for folder in sorted(path for path in (files.folder / "analysis").glob("*") if path.is_dir()):
+        found = (picture_of(path, path.name, files.problems) for path in sorted(folder.glob("*.png"))[:_MOST_FIGURES])
+        if pictures := [picture for picture in found if picture is not None]:
+            rows.append((folder.name, pictures))
+    return Section("Analyses", rows_of_pictures=rows) if rows else None
 
 
 def picture_of(path: Path, caption: str, problems: list[str]) -> Picture | None:
