@@ -58,7 +58,7 @@ def _samples(recipe: Recipe, seed: int) -> Section:
         assert classes is not None
         pictures.append(Picture(grid(class_rows(images[:], classes, _PER_CLASS), _PER_CLASS), TITLES[model]))
     text = f"Each row is a class. Training seed {seed}; the first {_PER_CLASS} samples of each class, not selected."
-    return Section("Samples", [text], pictures=pictures)
+    return Section("Samples", [text], rows_of_pictures=[("", pictures)])
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def _reconstructions(recipe: Recipe) -> Section:
         Picture(grid(originals, _PER_CLASS), "validation images"),
         Picture(grid(decoded, _PER_CLASS), "the same through the tokenizer"),
     ]
-    return Section("The tokenizer", [text], pictures=pictures)
+    return Section("The tokenizer", [text], rows_of_pictures=[("", pictures)])
 
 
 def _scores(recipe: Recipe, summary: dict[str, Any], result: Result) -> Section:
@@ -151,7 +151,7 @@ def _training(recipe: Recipe, seed: int) -> Section:
     steps = read_metrics(recipe.run_folder("rear", seed))
     last = max((line["step"] for line in steps if line["noise_max"] > 0), default=0)
     text = f"reAR predicts from noisy context up to step {last} of {steps[-1]['step']}, so its curves are worse until then."
-    return Section("Training", [text], charts=charts, pictures=pictures)
+    return Section("Training", [text], charts=charts, rows_of_pictures=[("", pictures)] if pictures else [])
 
 
 def _chart(recipe: Recipe, seed: int, metric: str, title: str) -> Chart:

@@ -119,7 +119,7 @@ class Curves:
 
     def _parsed(self, line: bytes) -> dict[str, Any] | None:
         try:
-            values = json.loads(line) if len(line) <= _LONGEST_LINE else None
+            values = json.loads(line) if len(line) <= _LONGEST_LINE else {}
             step = values["step"]
             if isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _LARGEST_STEP:
                 return values

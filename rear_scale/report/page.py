@@ -63,7 +63,7 @@ class Section:
     charts: Sequence[Chart] = ()
     choice: Choice | None = None
     pictures: Sequence[Picture] = ()
-    rows_of_pictures: Sequence[tuple[str, Sequence[Picture | None]]] = ()  # title and pictures, one below each other's
+    rows_of_pictures: Sequence[tuple[str, Sequence[Picture | None]]] = ()  # title or "", and pictures beside each other
     code: str = ""
     folded: Sequence[tuple[str, str]] = ()  # (title, text) that is opened by a click
     notes: Sequence[str] = ()  # paragraphs below all the rest
