@@ -9,7 +9,8 @@ SOURCE: a run folder (its newest checkpoint), a checkpoint folder, a weight file
     official      a file that the released loaders read (.safetensors, .bin or .pth)
     merged        as official, with RAR's two position tables added into one
 
---ema converts the moving average of the weights (optim.ema_decay) instead of the weights.
+--ema SIGMA_REL converts an average of this length instead of the weights, made from the snapshots of optim.posthoc_ema up to the
+checkpoint's step; --ema alone the moving average of optim.ema_decay.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder or weight file")
     parser.add_argument("--to", required=True, choices=FORMS, help="format to write")
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="file, or folder for portable")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    cli.add_ema_option(parser)
     args = cli.parse_source(parser)
     convert(
         args.source, args.config, args.overrides, args.to, args.out, ema=args.ema, dry_run=args.dry_run, full=args.full

@@ -23,6 +23,7 @@ def main() -> None:
         "--out", type=Path, metavar="FILE.npz", help="default: RUN/samples/, named by step and settings"
     )
     parser.add_argument("--figure", metavar="NAME", help="sample settings of configs/figure/NAME.yaml")
+    cli.add_ema_option(parser)
     command = cli.parse_checkpoint(parser)
     if command.args.out is not None:
         check_output(command.args.out)
@@ -38,7 +39,8 @@ def main() -> None:
         cli.end(output.with_suffix(".tokens.npy"), f"{command.cfg.sample.num_images:,} sequences")
         return
     number = f"{command.cfg.sample.num_images:,} images, some of them in {output.with_suffix('.png').name}"
-    words = ["--checkpoint", command.args.checkpoint, "--samples", output, *missing_inputs(command.cfg)]
+    given = ["--checkpoint", command.args.checkpoint, *cli.ema_words(command.args.ema)]
+    words = [*given, "--samples", output, *missing_inputs(command.cfg)]
     cli.end(output, number, cli.typed("evaluate", *words))
 
 

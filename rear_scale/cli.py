@@ -22,12 +22,14 @@ from typing import Any, NoReturn, get_type_hints
 import psutil
 
 from rear_scale import config, device, places, world
+from rear_scale.checkpoint.average import MOVING_AVERAGE, averaged
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import given_keys, load_config, open_with_config
 from rear_scale.checkpoint.writer import Unwritten
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.config.other_names import our_name
 from rear_scale.files import DISK_ERRORS
+from rear_scale.optim.posthoc_ema import LONGEST
 from rear_scale.peers import LostRanks
 from rear_scale.progress import say
 from rear_scale.run.folder import is_config_of_run
@@ -124,6 +126,36 @@ def make_parser(
     return parser
 
 
+def add_ema_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --ema [SIGMA_REL], whose value is the length that checkpoint.average.averaged takes, or None."""
+    parser.add_argument(
+        "--ema",
+        type=_length,
+        nargs="?",
+        const=MOVING_AVERAGE,
+        metavar="SIGMA_REL",
+        help="in place of the weights, an average of this length from the snapshots of optim.posthoc_ema; without a number, "
+        "the moving average of optim.ema_decay",
+    )
+
+
+def _length(text: str) -> float:
+    try:
+        length = float(text)
+    except ValueError:
+        length = 0.0
+    if not 0 < length < LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a length between 0 and {LONGEST:.4f}. Use --ema 0.1, or put --ema alone at the end"
+        )
+    return length
+
+
+def ema_words(length: float | None) -> list[str]:
+    """The option of a command line that repeats a value of --ema."""
+    return [] if length is None else ["--ema"] if length == MOVING_AVERAGE else ["--ema", f"{length:g}"]
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Command:
     """The parsed command line, before any process group exists. Raises InputError for a config that is missing or wrong.
 
@@ -163,6 +195,8 @@ def parse_checkpoint(parser: argparse.ArgumentParser) -> CheckpointCommand:
     figure = getattr(args, "figure", None)
     overrides = [*(config.figure_overrides(figure) if figure else []), *args.overrides]
     checkpoint, cfg = open_with_config(args.checkpoint, args.config, overrides)
+    if (length := getattr(args, "ema", None)) is not None:
+        checkpoint = averaged(checkpoint, length)
     return CheckpointCommand(config.with_home(cfg), args, world.discover(), checkpoint)
 
 
@@ -179,6 +213,10 @@ def parse_either(parser: argparse.ArgumentParser, default_config: str) -> Comman
     args = parser.parse_intermixed_args()
     if args.checkpoint is not None:
         return parse_checkpoint(parser)
+    if getattr(args, "ema", None) is not None:
+        raise InputError(
+            "--ema takes an average of a checkpoint's weights, but --checkpoint is missing. Leave --ema out"
+        )
     cfg = _config_of(args.config or default_config, args.overrides)
     return Command(cfg, args, world.discover())
 

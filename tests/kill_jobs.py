@@ -38,7 +38,8 @@ def _training(strategy: str, ranks: int) -> Callable[[Path, Path], list[str]]:
             f"data.cache_dir={case / 'cache'}", f"data.val={inputs / 'val'}", f"train.total_steps={STEPS}", "model.depth=1",
             f"train.micro_batch_size={12 // ranks}",
             f"train.val_every={EVERY}", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2",
-            "optim.ema_decay=0.9", f"tokenizer.weights={inputs / 'weights'}", "sample.grid_every_images=48",
+            "optim.ema_decay=0.9", "optim.posthoc_ema=[0.1]", "checkpoint.ema_every_steps=4",
+            f"tokenizer.weights={inputs / 'weights'}", "sample.grid_every_images=48",
             "evaluate.training={every_images: 48, num_images: 10}", f"evaluate.reference.images={inputs / 'images.npz'}",
             "evaluate.inception_weights=small", "evaluate.batch_size=10",
         ]  # fmt: skip

@@ -28,6 +28,24 @@ def test_learning_rate_has_the_papers_shape() -> None:
     assert schedule.learning_rate(30, **{**rate, "total_steps": 30}) == pytest.approx(4e-4 * 30 / 62_500)
 
 
+def test_a_wsd_rate_is_constant_between_warm_up_and_decay() -> None:
+    rate = {"peak": 1e-3, "end": 1e-5, "warmup_steps": 10, "form": "wsd"}
+    rates = [schedule.learning_rate(step, **rate, total_steps=100, decay_steps=20) for step in range(1, 102)]
+    assert rates[:10] == pytest.approx([step * 1e-4 for step in range(1, 11)])
+    assert set(rates[9:80]) == {1e-3}
+    assert rates[80:100] == pytest.approx([1e-3 - 0.99e-3 * step / 20 for step in range(1, 21)])
+    assert rates[99] == rates[100] == pytest.approx(1e-5)
+    by_root = [
+        schedule.learning_rate(step, **rate, total_steps=100, decay_steps=20, decay_form="one_minus_sqrt")
+        for step in (80, 81, 85, 100)
+    ]
+    assert by_root == pytest.approx([1e-3, 1e-5 + 0.99e-3 * (1 - math.sqrt(0.05)), 1e-5 + 0.99e-3 / 2, 1e-5])
+    # Without a decay; and what comes before the decay does not depend on the length of the run.
+    assert schedule.learning_rate(100, **rate, total_steps=100) == 1e-3
+    longer = [schedule.learning_rate(step, **rate, total_steps=400, decay_steps=80) for step in range(1, 81)]
+    assert longer == rates[:80]
+
+
 def test_noise_bound_is_the_papers_example() -> None:
     # Appendix A: at epoch 150 of 400 rates are drawn from (0, 1/2). Step s comes after s - 1 updates.
     def bound(step: int) -> float:

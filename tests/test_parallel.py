@@ -234,28 +234,38 @@ def test_decayed_weights_shrink_and_the_others_do_not(tmp_path: Path, tokens: Pa
 
 
 def _averages(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Per strategy: how far its moving average is from one kept beside it, and the average after saving and loading."""
+    """Per strategy: how far its averages are from those kept beside it, and the averages after saving and loading."""
     found = {}
+    states = ("ema", "posthoc_ema_1")
     for name in names:
-        cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "optim.ema_decay=0.7")
+        cfg = tiny_config(folder, tokens, *QUIET, f"strategy={name}", "optim.ema_decay=0.7", "optim.posthoc_ema=[0.1]")
         strategy = build(world, cfg)
-        expected = {key: value.cpu().clone() for key, value in strategy.tensors("param")}
+        expected = {
+            f"{state}/{key}": value.cpu().clone() for state in states for key, value in strategy.tensors("param")
+        }
         for step in (1, 2, 3):
             run_steps(world, cfg, strategy, step, step)
             for key, value in strategy.tensors("param"):
-                expected[key].lerp_(value.cpu(), 0.3)
-        far = max((value.cpu() - expected[key]).abs().max().item() for key, value in strategy.tensors("ema"))
+                expected[f"ema/{key}"].lerp_(value.cpu(), 0.3)
+                # gamma of sigma_rel=0.1 (EDM2, Eq. 122)
+                expected[f"posthoc_ema_1/{key}"].lerp_(value.cpu(), 1 - (1 - 1 / step) ** 7.937204)
+        far = max(
+            (value.cpu() - expected[f"{state}/{key}"]).abs().max().item()
+            for state in states
+            for key, value in strategy.tensors(state)
+        )
         path = save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, CheckpointConfig())
         straight = run_steps(world, cfg, strategy, 4, 5)
-        averages = {key: value.cpu().clone() for key, value in strategy.tensors("ema")}
+        averages = {state: {key: value.cpu().clone() for key, value in strategy.tensors(state)} for state in states}
         resumed = build(world, cfg, open_checkpoint(path))
         same = run_steps(world, cfg, resumed, 4, 5) == straight
-        same &= all(torch.equal(value.cpu(), averages[key]) for key, value in resumed.tensors("ema"))
+        for state in states:
+            same &= all(torch.equal(value.cpu(), averages[state][key]) for key, value in resumed.tensors(state))
         found[name] = (far, same)
     return found
 
 
-def test_the_moving_average_is_sharded_like_the_weights_and_resumes(tmp_path: Path, tokens: Path) -> None:
+def test_averages_are_sharded_like_the_weights_and_resume(tmp_path: Path, tokens: Path) -> None:
     for name, (far, same) in run_ranks(2, _averages, tmp_path, tokens, TWO_RANKS)[0].items():
         assert far <= 1e-6, name
         assert same, name

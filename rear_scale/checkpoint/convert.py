@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rear_scale.checkpoint import released as official
 from rear_scale.checkpoint import released_trainer as accelerate
+from rear_scale.checkpoint.average import averaged
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import open_source, open_with_config
 from rear_scale.checkpoint.writer import write_consolidated, write_portable
@@ -33,13 +34,14 @@ def convert(
     form: str,
     out: Path,
     *,
-    ema: bool = False,
+    ema: float | None = None,
     dry_run: bool = False,
     full: bool = False,
 ) -> None:
     """Writes `out` in a format. Raises InputError for an unreadable source, and for a format that it cannot have.
 
-    full: in a dry run, the config is printed too.
+    ema: an average of the weights in their place, as checkpoint.average.averaged takes it. full: in a dry run, the config is
+    printed too.
     """
     _check_new(out)
     if form == "portable" and accelerate.is_released_checkpoint(source):
@@ -48,12 +50,13 @@ def convert(
         say(f"{source} -> {out} (portable, with optimizer state)")
         return
     checkpoint, cfg = open_with_config(source, config_name, overrides)
-    if ema and (form == "portable" or "index" not in checkpoint.meta or not checkpoint.has("ema")):
+    if ema is not None and form == "portable":
         raise InputError(
-            f"--ema: {checkpoint.path} has no moving average, or --to {form} keeps it beside the weights. Leave --ema out, "
-            "or train with optim.ema_decay=0.9999"
+            "--ema: --to portable keeps averages beside the weights. Leave --ema out, or use --to consolidated"
         )
-    read = checkpoint.reader("ema" if ema else "param")
+    if ema is not None:
+        checkpoint = averaged(checkpoint, ema)
+    read = checkpoint.reader("param")
     weights = {name: read(name) for name in checkpoint.names()}
     with torch.device("meta"):
         model = build_model(cfg, with_heads=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import nn
 
 from rear_scale.checkpoint import released as official
@@ -11,6 +12,7 @@ from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model import Generator
 from rear_scale.optim.groups import Rule
+from rear_scale.optim.posthoc_ema import is_average
 from rear_scale.parallel.strategy import Strategy
 
 
@@ -25,9 +27,10 @@ def load_generator_weights(checkpoint: Checkpoint, model: Generator) -> None:
 
     Raises InputError for weights other than heads that do not fit, and for values that are not finite.
     """
-    read, own = checkpoint.reader("param"), model.state_dict()
+    own = model.state_dict()
     names = [name for name in checkpoint.names() if name in own or not official.is_head(name)]
-    shapes = {name: read(name).to("meta") for name in names}
+    stored = checkpoint.shapes()
+    shapes = {name: torch.empty(stored[name], device="meta") for name in names}
     official.check_fits(shapes, model, str(checkpoint.path), heads_optional=True)
     for name in names:
         # A new reader, and so a new mapping of the file, per weight: pages read through a mapping count towards the memory of
@@ -49,8 +52,8 @@ def restore(checkpoint: Checkpoint, strategy: Strategy) -> None:
     """
     check_states(checkpoint, strategy.rules, strategy.cfg)
     for state_name in strategy.state_names:
-        # A checkpoint without a moving average starts it from the current weights.
-        stored = "param" if state_name == "ema" and not checkpoint.has("ema") else state_name
+        # A checkpoint without an average of the weights starts it from the current weights, as if they had always been these.
+        stored = "param" if is_average(state_name) and not checkpoint.has(state_name) else state_name
         strategy.load_tensors(state_name, checkpoint.reader(stored), checkpoint.meta["optimizer_step"])
 
 
@@ -59,7 +62,7 @@ def check_states(checkpoint: Checkpoint, rules: Mapping[str, Rule], cfg: Experim
     stored: dict[str, set[str]] = {name: set() for name in rules}
     for key in checkpoint.meta["index"]:
         state_name, _, name = key.partition("/")
-        if state_name not in ("param", "ema") and name in stored:
+        if state_name != "param" and not is_average(state_name) and name in stored:
             stored[name].add(state_name)
     for name, rule in rules.items():
         if stored[name] != set(rule.states):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from rear_scale.checkpoint.folder import (
 from rear_scale.checkpoint.meta import CONSOLIDATED, FORMAT, META
 from rear_scale.config import CheckpointConfig
 from rear_scale.files import atomic_folder, file_sha256, publish_folder, remove_folder, write_text_atomically
-from rear_scale.parallel.strategy import Strategy
+from rear_scale.parallel.strategy import StateName, Strategy
 from rear_scale.progress import say
 from rear_scale.weight_file import save_tensors, write_tensors
 from rear_scale.world import World
@@ -49,6 +51,7 @@ class Writer:
     """
 
     IDLE, WRITING, WRITTEN, FAILED = range(4)
+    what = "a checkpoint"  # for messages
 
     def __init__(self, root: Path, world: World, config: CheckpointConfig, resumed: Checkpoint | None = None) -> None:
         """resumed: the checkpoint that the run was resumed from, which this writer never removes."""
@@ -71,13 +74,18 @@ class Writer:
             return Writer.WRITING
         return Writer.WRITTEN if self.error is None else Writer.FAILED
 
+    def states(self, strategy: Strategy) -> tuple[StateName, ...]:
+        """The states of a strategy that are written."""
+        return strategy.state_names
+
     def begin(self, step: int, strategy: Strategy, meta: dict[str, Any]) -> str | None:
         """Copies the state of a step and starts writing it. All ranks must call this, with no write in progress.
 
         Returns the problem, on all ranks, when it cannot be written (too little disk space), else None.
         """
         assert self.thread is None
-        self.mine, self.error, self.meta = _own_part(strategy, self.world), None, {"step": step, **meta}
+        self.mine, self.error = _own_part(strategy, self.states(strategy), self.world), None
+        self.meta = {"step": step, **meta}
         problem = self._prepare_folder()
         if problem is None:
             self.thread = threading.Thread(target=self._write, daemon=True)
@@ -118,7 +126,9 @@ class Writer:
                 folder.mkdir(parents=True)
                 free = shutil.disk_usage(self.root).free
                 if free < needed * _SPACE_MARGIN:
-                    problem = f"{self.root} has {free / 2**20:,.1f} MiB free, but a checkpoint takes {needed / 2**20:,.1f} MiB"
+                    problem = (
+                        f"{self.root} has {free / 2**20:,.1f} MiB free, but {self.what} takes {needed / 2**20:,.1f} MiB"
+                    )
                     shutil.rmtree(folder)
             except OSError as error:
                 problem = str(error)
@@ -211,11 +221,11 @@ def save(
     return path
 
 
-def _own_part(strategy: Strategy, world: World) -> dict[str, Tensor]:
+def _own_part(strategy: Strategy, states: Iterable[StateName], world: World) -> dict[str, Tensor]:
     """Host copies of the tensors that this rank writes: about the same number of bytes on every rank."""
     mine: dict[str, Tensor] = {}
     filled = [0] * world.size
-    for state_name in strategy.state_names:
+    for state_name in states:
         # Gathering is collective, so every rank iterates over all tensors and keeps its own.
         for name, tensor in strategy.tensors(state_name):
             owner = filled.index(min(filled))
@@ -247,6 +257,21 @@ def write_portable(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]
         _write_meta(temporary, {"step": step, **meta}, [_listed(file)], dict.fromkeys(keyed, file.name))
 
 
+def write_linked(folder: Path, source: Checkpoint, meta: dict[str, Any]) -> None:
+    """Writes a checkpoint folder with the tensors of another one and its own meta.json, atomically.
+
+    Part files are hard links where the file system has them, which take no space (nothing ever writes into a part file), and
+    copies elsewhere.
+    """
+    with atomic_folder(folder) as temporary:
+        for item in source.meta["files"]:
+            try:
+                os.link(source.path / item["file"], temporary / item["file"])
+            except OSError:
+                shutil.copyfile(source.path / item["file"], temporary / item["file"])
+        _write_meta(temporary, {"step": source.step, **meta}, source.meta["files"], source.meta["index"])
+
+
 def _listed(file: Path) -> dict[str, Any]:
     """The entry of a finished part file in meta.json."""
     return {"file": file.name, "size": file.stat().st_size, "sha256": file_sha256(file)}
@@ -262,4 +287,6 @@ def write_consolidated(path: Path, source: Checkpoint, weights: dict[str, Tensor
     """Writes one safetensors file of float32 weights by official names, with config and step of their source in its header."""
     header = {"kind": CONSOLIDATED, "step": source.step, "config": source.meta["config"]}
     header["tokenizer_sha256"] = source.meta.get("tokenizer_sha256", "")
+    if "average" in source.meta:  # of an average of the weights: how it was made
+        header["average"] = source.meta["average"]
     write_tensors(path, weights, header)

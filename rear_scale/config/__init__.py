@@ -8,7 +8,17 @@ A broken rule raises InputError: one line with the field, its value, the rule an
 
 from rear_scale.config.arrived import found_from, is_remote
 from rear_scale.config.bounds import check_references, check_yaml
-from rear_scale.config.derived import Plan, check_resumable, derive, groups_by_class, settled, wants_compile
+from rear_scale.config.derived import (
+    Plan,
+    branch_point,
+    check_resumable,
+    decay_steps_of,
+    derive,
+    groups_by_class,
+    length_of_run,
+    settled,
+    wants_compile,
+)
 from rear_scale.config.errors import InputError, UnknownLength, all_checks, first_line, required_path
 from rear_scale.config.load import figure_overrides, find_config, from_dict, from_file, given_keys, load, override_keys
 from rear_scale.config.overrides import CONFIG_DIR, check_override, combinations, in_quotes, shown
@@ -52,11 +62,13 @@ __all__ = [
     "TokenizerTrainingConfig",
     "UnknownLength",
     "all_checks",
+    "branch_point",
     "check_override",
     "check_resumable",
     "check_references",
     "check_yaml",
     "combinations",
+    "decay_steps_of",
     "derive",
     "figure_overrides",
     "find_config",
@@ -68,6 +80,7 @@ __all__ = [
     "given_keys",
     "in_quotes",
     "is_remote",
+    "length_of_run",
     "load",
     "override_keys",
     "required_path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
@@ -10,7 +11,7 @@ from rear_scale.config import geometry
 from rear_scale.config.errors import InputError, UnknownLength
 from rear_scale.config.fields import declaration
 from rear_scale.config.renamed import upgraded
-from rear_scale.config.schema import ExperimentConfig, StrategyConfig, TrainConfig
+from rear_scale.config.schema import ExperimentConfig, OptimConfig, StrategyConfig, TrainConfig
 from rear_scale.config.values import leaves, to_dict
 from rear_scale.parallel import facts
 
@@ -23,6 +24,7 @@ class Plan:
     accumulation: int  # micro-steps per update
     total_steps: int  # the length of the schedules
     last_step: int  # at which this run ends: total_steps, or train.stop_at_step if that is smaller
+    decay_steps: int  # the last steps of optim.schedule=wsd, in which the learning rate decays; 0 under other schedules
     images_per_epoch: int | None  # None = unknown: no shards, and no data.assumed_images
     noise_start_step: int
     noise_end_step: int
@@ -59,12 +61,52 @@ def derive(cfg: ExperimentConfig, world_size: int, images_per_epoch: int | None)
         accumulation=train.global_batch_size // (train.micro_batch_size * world_size),
         total_steps=total_steps,
         last_step=min(total_steps, train.stop_at_step or total_steps),
+        decay_steps=decay_steps_of(cfg.optim, total_steps),
         images_per_epoch=images_per_epoch,
         noise_start_step=_as_steps(noise.start, total_steps),
         noise_end_step=_as_steps(noise.end, total_steps),
         permutation_start_step=_as_steps(permutation.start, total_steps),
         permutation_end_step=_as_steps(permutation.end, total_steps),
     )
+
+
+def length_of_run(cfg: ExperimentConfig, images_per_epoch: int | None) -> int:
+    """The length of the run in updates. Raises UnknownLength where it is given in epochs of unknown length."""
+    train = cfg.train
+    if train.total_steps is not None:
+        return train.total_steps
+    if images_per_epoch is None:
+        raise UnknownLength(
+            f"train.epochs={train.epochs} needs the number of images, but {cfg.data.train} has no manifest. "
+            "Make the shards first, or set data.assumed_images or train.total_steps"
+        )
+    assert train.epochs is not None, "validate requires it where there is no total_steps"
+    return max(1, round(train.epochs * images_per_epoch / train.global_batch_size))
+
+
+def decay_steps_of(optim: OptimConfig, total_steps: int) -> int:
+    """The steps of the decay of optim.schedule=wsd; 0 under other schedules. Raises InputError for a decay that begins before
+    the end of the warm-up."""
+    if optim.schedule != "wsd":
+        return 0
+    steps = round(optim.decay_share * total_steps)
+    if steps and total_steps - steps < optim.warmup_steps:
+        raise InputError(
+            f"optim.decay_share={optim.decay_share} of {total_steps:,} steps begins to decay after step {total_steps - steps:,}, "
+            f"before the end of optim.warmup_steps={optim.warmup_steps:,}. Use a shorter warm-up, a smaller share or a longer run"
+        )
+    return steps
+
+
+def branch_point(text: str) -> tuple[str, int]:
+    """The run folder and the step of train.branch_from=RUN@STEP. Raises InputError for a text of another form."""
+    run, _, step = text.rpartition("@")
+    if not run or not step.isascii() or not step.isdigit() or not 0 < int(step) <= 99_999_999:
+        raise InputError(
+            f"train.branch_from={text} does not name a run folder and a step. Use train.branch_from=RUN@STEP, as in "
+            "runs/trunk@200000"
+        )
+    return run, int(step)
 
 
 def _check_ranks(strategy: StrategyConfig, world_size: int) -> None:
@@ -171,10 +213,12 @@ def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentCo
     return cfg
 
 
-def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -> None:
+def check_resumable(
+    cfg: ExperimentConfig, saved: dict[str, Any], source: str, may_change: Collection[str] = ()
+) -> None:
     """Raises InputError for the first field that would change the run and is not in resume.allow.
 
-    `saved` are the values of the checkpoint's config, `source` its name.
+    `saved` are the values of the checkpoint's config, `source` its name. may_change: keys that may differ in addition.
     """
     before = leaves(completed(saved))
     now = leaves(to_dict(cfg))
@@ -183,7 +227,7 @@ def check_resumable(cfg: ExperimentConfig, saved: dict[str, Any], source: str) -
     for key in sorted(before.keys() | now.keys()):
         own = declaration(ExperimentConfig, key)
         allowed = (own is not None and own.may_change) or any(
-            key == name or key.startswith(f"{name}.") for name in cfg.resume.allow
+            key == name or key.startswith(f"{name}.") for name in (*cfg.resume.allow, *may_change)
         )
         if before.get(key) != now.get(key) and not allowed:
             raise InputError(

@@ -161,7 +161,11 @@ class PretokenizeConfig:
 
 @dataclass
 class NoiseConfig:
-    """Noisy context regularization, reAR Eq. 4 and 5: the replacement rate of a sequence is drawn from U(0, f(t))."""
+    """Noisy context regularization, reAR Eq. 4 and 5: the replacement rate of a sequence is drawn from U(0, f(t)).
+
+    Fractions of the run are those of its own length: the trunk's total_steps in a trunk, the branch's in a branch
+    (train.branch_from). A trunk for several lengths should have the constant schedule, and its branches the linear one.
+    """
 
     max: float = fraction(0.0, "f at the start; 0 = clean context")
     schedule: str = choice("linear", "f over the run",
@@ -195,7 +199,10 @@ class HeadsConfig:
 
 @dataclass
 class PermutationConfig:
-    """RAR's randomness annealing (RAR Eq. 5): a sequence is permuted with probability r, which decreases from 1 to 0."""
+    """RAR's randomness annealing (RAR Eq. 5): a sequence is permuted with probability r, which decreases from 1 to 0.
+
+    Fractions of the run are those of its own length, as of the noise. A trunk for several lengths should have start=1 and end=1.
+    """
 
     start: float = time_of_run(0.0, "when r starts to decrease")
     end: float = time_of_run(0.0, "when r reaches 0; 0 = never permuted, 1 with start 1 = always permuted")
@@ -248,8 +255,14 @@ class OptimConfig:
     lr: float = number(4e-4, "peak learning rate, reached at the end of warm-up", above=0)
     end_lr: float = setting(1e-5, "learning rate at the last step")
     warmup_steps: int = number(62_500, "updates of warm-up; 0 = none", least=0, way_out="Use 0 for none")
-    schedule: str = choice("paper", "linear warm-up, then cosine decay; the learning rate of the first update",
-        among={"paper": "lr / warmup_steps", "released": "0: the whole schedule is one step behind the paper's"})
+    schedule: str = choice("paper", "learning rate over the run, after a linear warm-up",
+        among={"paper": "cosine decay; the first update has lr / warmup_steps",
+               "released": "cosine decay; the first update has 0: the whole schedule is one step behind the paper's",
+               "wsd": "constant at lr, then a decay to end_lr over the last decay_share of the run"})
+    decay_share: float = fraction(0.2, "optim.schedule=wsd: fraction of the run, at its end, in which the rate decays; 0 = a run "
+        "that never decays, of which branches are made (train.branch_from)")
+    decay_form: str = choice("one_minus_sqrt", "optim.schedule=wsd: form of the decay; x = the fraction of it that is done",
+        among={"one_minus_sqrt": "lr falls with 1 - sqrt(x)", "linear": "lr falls with 1 - x"})
     betas: list[float] = setting([0.9, 0.96], "decay of AdamW's two moments",
         rules=(Rule(lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
                     "must be two numbers in [0, 1)", "The papers use [0.9,0.96]", "two in [0, 1)"),))
@@ -270,6 +283,12 @@ class OptimConfig:
         among=("auto", "torch_fused", "torch_foreach", "deepspeed", "apex"))
     ema_decay: float = number(0.0, "moving average of the weights, per update; 0 = none", least=0, below=1,
         way_out="Use 0 for none, or 0.9999")
+    posthoc_ema: list[float] = setting([], "lengths (sigma_rel of EDM2) of averages of the weights with power-function profiles, "
+        "from whose snapshots (checkpoint.ema_every_steps) an average of any length is made after training; EDM2: [0.05,0.1]; "
+        "[] = none",
+        rules=(Rule(lambda lengths: len(set(lengths)) == len(lengths) <= 4 and all(0.005 <= one <= 0.28 for one in lengths),
+                    "is not a list of at most four different lengths from 0.005 to 0.28", "Use [0.05,0.1] as EDM2 does, or []",
+                    "up to four in 0.005 .. 0.28"),))
 
 
 @dataclass
@@ -300,6 +319,8 @@ class TrainConfig:
         "newer GPUs")
     init_from: str | None = path(None,
         "weights to start from: official RAR, AR, reAR or AliTok, ours, or a released checkpoint-N/ folder")
+    branch_from: str | None = setting(None, "RUN@STEP: begin with all states of another run of optim.schedule=wsd after STEP "
+        "updates, and go on to a length of this run's own (docs/training.md); null = begin anew")
     activation_checkpointing: str = choice("none", "operations of blocks that the backward pass recomputes, to save memory",
         among=RECOMPUTE_POLICIES, may_change=True)
     recompute_every_n: int = number(2, "n of train.activation_checkpointing=every_n", above=0, may_change=True)
@@ -318,6 +339,9 @@ class CheckpointConfig:
         doc="intact checkpoints to keep; older ones are deleted, except the one that the run was resumed from")
     keep_every: int | None = number(None, above=0,
         doc="checkpoints at multiples of this number of steps are never deleted; null = none")
+    ema_every_steps: int | None = number(None, above=0,
+        doc="steps between two snapshots of the averages of optim.posthoc_ema in the run's folder ema/, which are never deleted; "
+            "null = none")
 
 
 @dataclass

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rear_scale.config.derived import branch_point
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import check_fields
 from rear_scale.config.geometry import fits
@@ -203,6 +204,34 @@ def _validate_training(cfg: ExperimentConfig) -> None:
         "does not work with model.tie_codebook=both, whose projection would need one scale at the input and one at the output",
         "Use model.tie_codebook=input or output, or optim.parametrization=standard",
     )
+    _require(
+        cfg.checkpoint.ema_every_steps is None or bool(optim.posthoc_ema),
+        "checkpoint.ema_every_steps",
+        cfg.checkpoint.ema_every_steps,
+        "stores the averages of optim.posthoc_ema, which is empty",
+        "Set optim.posthoc_ema=[0.05,0.1], or checkpoint.ema_every_steps=null",
+    )
+    if train.branch_from is not None:
+        _validate_branch(cfg)
+
+
+def _validate_branch(cfg: ExperimentConfig) -> None:
+    train = cfg.train
+    _require(
+        cfg.optim.schedule == "wsd",
+        "train.branch_from",
+        train.branch_from,
+        f"needs a learning rate that is constant for a while, but optim.schedule={cfg.optim.schedule}",
+        "Use optim.schedule=wsd, or train.branch_from=null",
+    )
+    _require(
+        train.init_from is None,
+        "train.branch_from",
+        train.branch_from,
+        f"brings all weights, but train.init_from={train.init_from} names others",
+        "Set one of the two to null",
+    )
+    branch_point(str(train.branch_from))
 
 
 def _validate_strategy(cfg: ExperimentConfig) -> None:

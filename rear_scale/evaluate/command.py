@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale import cli
+from rear_scale.checkpoint.average import averaged
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import open_with_config
 from rear_scale.config import ExperimentConfig, InputError, all_checks
@@ -51,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print a line of JSON for each set of images instead of the table"
     )
+    cli.add_ema_option(parser)
 
 
 def _part(text: str) -> Part:
@@ -160,6 +162,8 @@ def _targets(command: cli.Command) -> list[EvalTarget]:
 
 def _open_other(command: cli.Command, path: Path) -> tuple[ExperimentConfig, Checkpoint]:
     other, cfg = open_with_config(path, None, command.args.overrides)
+    if command.args.ema is not None:
+        other = averaged(other, command.args.ema)
     # All checkpoints are scored by one evaluation, so the evaluation settings of the other run's config are replaced.
     return replace(cfg, evaluate=command.cfg.evaluate), other
 
@@ -205,7 +209,7 @@ class _Job:
         following, scale = "", target.cfg.sample.guidance.scale
         if target.checkpoint is not None and target.samples is None and not self.args.sweep and scale > 0:
             values = ",".join(f"{scale * factor:.3g}" for factor in (0.8, 1, 1.25))
-            words = ["--checkpoint", self.args.checkpoint, *self.args.overrides]
+            words = ["--checkpoint", self.args.checkpoint, *cli.ema_words(self.args.ema), *self.args.overrides]
             following = cli.typed("evaluate", *words, "--sweep", f"sample.guidance.scale={values}")
         cli.end(target.output, f"{title} {value}", following)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from rear_scale.checkpoint.average import KEY as AVERAGE
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.config.renamed import with_todays_rounding
@@ -186,6 +187,7 @@ class CheckpointRecord:
     path: str
     step: int
     sha256: list[str]  # of its files
+    average: Mapping[str, Any] | None = None  # how an average was made (--ema); None = the weights themselves
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def write_result(
 
 def _record(checkpoint: Checkpoint) -> CheckpointRecord:
     sha256 = [item["sha256"] for item in checkpoint.meta["files"]]
-    return CheckpointRecord(str(checkpoint.path), checkpoint.step, sha256)
+    return CheckpointRecord(str(checkpoint.path), checkpoint.step, sha256, checkpoint.meta.get(AVERAGE))
 
 
 def check_result(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rear_scale import config
+from rear_scale.checkpoint.average import KEY as AVERAGE
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.config import ExperimentConfig, InputError, to_dict
 from rear_scale.evaluate.images.generated import generated_images
@@ -81,9 +82,11 @@ def eval_targets(
         )
     targets = []
     for own, checkpoint in checkpoints:
+        average = checkpoint.meta.get(AVERAGE)  # results of averages have names of their own beside that of the weights
         for setting in _settings(sweeps):
             swept = config.from_dict(to_dict(own), str(checkpoint.path), setting)
             which = _distinguishing_parts(checkpoint, [other for _, other in checkpoints])
+            which += [f"ema={average['sigma_rel']:g}" if "sigma_rel" in average else "ema"] if average else []
             own_name = "_".join([*which, *(text.removeprefix("sample.").replace("/", "-") for text in setting)])
             file = f"result_{own_name}.json" if own_name else "result.json"
             targets.append(EvalTarget(swept, checkpoint, samples, checkpoint.run / file, own_name))

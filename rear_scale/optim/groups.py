@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rear_scale.config import ExperimentConfig, OptimConfig
 from rear_scale.config.schema import OPTIMIZERS, WHOLE_MATRIX_OPTIMIZERS
 from rear_scale.optim.parametrization import scale_of
+from rear_scale.optim.posthoc_ema import is_average
 from rear_scale.optim.whole_matrix import MatrixSize, WholeMatrix
 
 Groups = list[dict[str, Any]]  # parameter groups, as torch.optim takes them
@@ -26,8 +27,6 @@ Groups = list[dict[str, Any]]  # parameter groups, as torch.optim takes them
 # The published rule (train_utils.py of the released code): a name with one of these, or fewer than two dimensions,
 # means no weight decay. "ln" also matches the final AdaLN (adaln_before_head).
 _NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
-# Checkpoints hold these for every parameter, whatever its rule.
-_RESERVED = ("param", "ema")
 
 
 def _counts_no_steps(optimizer: torch.optim.Optimizer, weight: Tensor, step: int) -> None:
@@ -62,7 +61,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         for state in self.states:
-            if not state.isidentifier() or state in _RESERVED:
+            if not state.isidentifier() or state == "param" or is_average(state):
                 raise ValueError(f"{state!r} is not allowed as the name of a state of the rule {self.name}")
 
 
@@ -125,7 +124,7 @@ def group_sizes(model: nn.Module, cfg: ExperimentConfig) -> dict[Rule, int]:
 
 
 def states_per_weight(model: nn.Module, cfg: ExperimentConfig) -> float:
-    """The mean number of optimizer states per weight: 2.0 for AdamW, without the moving average of optim.ema_decay."""
+    """The mean number of optimizer states per weight: 2.0 for AdamW, without averages of the weights."""
     sizes = group_sizes(model, cfg)
     return sum(len(rule.states) * size for rule, size in sizes.items()) / sum(sizes.values())
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rear_scale.optim.deepspeed_adam import deepspeed
 from rear_scale.optim.groups import prepare_states, set_rates
+from rear_scale.optim.posthoc_ema import averages, new_fractions
 from rear_scale.parallel.strategy import Compute, StateName, Strategy
 from rear_scale.parallel.zero import BUCKET_ELEMENTS, stage_of
 
@@ -59,10 +60,10 @@ class DeepSpeedStrategy(Strategy):
             torch.nn.functional.linear = _LINEAR
         self.zero = self.engine.optimizer
         self._prepare_states(0)
-        if self.cfg.optim.ema_decay:
-            # The moving average is stored as one more optimizer state, so that DeepSpeed shards and offloads it like the others.
+        # Averages of the weights are stored as more optimizer states, so that DeepSpeed shards and offloads them like the others.
+        for average in averages(self.cfg.optim):
             for flat in self._master_partitions():
-                self.zero.optimizer.state[flat]["ema"] = flat.detach().clone()
+                self.zero.optimizer.state[flat][average] = flat.detach().clone()
 
     @property
     def _keeps_products(self) -> bool:
@@ -149,14 +150,15 @@ class DeepSpeedStrategy(Strategy):
     def step(self, lr: float) -> None:
         set_rates(self.zero.optimizer, lr)
         self.engine.step()
-        if self.cfg.optim.ema_decay:
-            self._average()
+        self.updates += 1
+        self._average()
 
     @torch.no_grad()
     def _average(self) -> None:
         masters = self._master_partitions()
-        averages = [self.zero.optimizer.state[flat]["ema"] for flat in masters]
-        torch._foreach_lerp_(averages, masters, 1 - self.cfg.optim.ema_decay)
+        for average, fraction in new_fractions(self.cfg.optim, self.updates).items():
+            values = [self.zero.optimizer.state[flat][average] for flat in masters]
+            torch._foreach_lerp_(values, masters, fraction)
 
     @torch.no_grad()
     def evaluate(self, compute: Compute) -> Tensor:
@@ -195,6 +197,7 @@ class DeepSpeedStrategy(Strategy):
             yield name, full
 
     def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        self.updates = optimizer_step
         if state_name != "param":
             self._prepare_states(optimizer_step)
         self._relink()

@@ -20,6 +20,7 @@ from rear_scale.model import meta_model
 from rear_scale.model.activations import activation_bytes, compute_itemsize, one_block_bytes
 from rear_scale.model.generator import Generator
 from rear_scale.optim.groups import states_per_weight
+from rear_scale.optim.posthoc_ema import averages
 from rear_scale.parallel import facts
 
 
@@ -28,7 +29,7 @@ class Memory:
     """Bytes of the rank that needs most, by part."""
 
     weights: int  # weights kept between steps, without master copies
-    optimizer: int  # optimizer states, and the moving average where there is one
+    optimizer: int  # optimizer states, and averages of the weights
     masters: int = 0  # float32 master copies of bf16 weights
     gradients: int = 0  # gradients at the end of the backward pass, after reduction, without kept_gradients
     kept_gradients: int = 0  # gradients that stay allocated between steps
@@ -75,17 +76,17 @@ class Update:
     block_activations: int = 0  # bytes that one block saves for its backward pass without activation checkpointing
 
     def optimizer_bytes(self, weights: int) -> int:
-        """Bytes of the float32 optimizer states of so many weights, and of their moving average where there is one."""
+        """Bytes of the float32 optimizer states of so many weights, and of averages of the weights."""
         return round(stored_states(self.model, self.cfg) * 4 * weights)
 
 
 def stored_states(model: nn.Module, cfg: ExperimentConfig) -> float:
     """The mean number of float32 tensors that are kept and stored for each weight beside the weight itself."""
-    return states_per_weight(model, cfg) + bool(cfg.optim.ema_decay)
+    return states_per_weight(model, cfg) + len(averages(cfg.optim))
 
 
 def checkpoint_bytes(model: nn.Module, cfg: ExperimentConfig) -> int:
-    """The size of a checkpoint: weights, optimizer states and moving average in float32, under every strategy."""
+    """The size of a checkpoint: weights, optimizer states and averages in float32, under every strategy."""
     return round((1 + stored_states(model, cfg)) * 4 * elements(model))
 
 

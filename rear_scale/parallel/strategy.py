@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.optim.groups import Rule, make_optimizer, rules_of
+from rear_scale.optim.posthoc_ema import averages, is_average
 from rear_scale.parallel import facts
 from rear_scale.world import World
 
 # A state of a parameter that checkpoints store, as one float32 tensor of the parameter's shape: "param" (the weight itself), an
-# optimizer state that the parameter's rule names ("exp_avg", ...), or "ema" (the moving average).
+# optimizer state that the parameter's rule names ("exp_avg", ...), or an average of the weights (optim.posthoc_ema.averages).
 StateName = str
 
 # A function of the module to call, which returns (loss of the micro-batch, its detached statistics).
@@ -26,20 +27,21 @@ class Strategy(ABC):
 
     model: nn.Module  # the module given to `build`; its parameter names have no prefixes of the engine's wrappers
     rules: dict[str, Rule]  # by parameter name; set by `build`
+    updates = 0  # applied so far; the optimizer_step of the checkpoint that was loaded, and those after it
 
     def __init__(self, cfg: ExperimentConfig, plan: Plan, world: World) -> None:
         self.cfg, self.plan, self.world = cfg, plan, world
 
     @property
     def state_names(self) -> tuple[StateName, ...]:
-        """The names of all stored states: "param", the optimizer states that rules name, and "ema" with optim.ema_decay."""
+        """The names of all stored states: "param", the optimizer states that rules name, and the averages of the weights."""
         states = dict.fromkeys(state for rule in self.rules.values() for state in rule.states)
-        return ("param", *states, *(("ema",) if self.cfg.optim.ema_decay else ()))
+        return ("param", *states, *averages(self.cfg.optim))
 
     def parameters_with(self, state_name: StateName) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, parameter as the engine stores it) of every parameter that has the state."""
         for name, weight in self.model.named_parameters():
-            if state_name in ("param", "ema") or state_name in self.rules[name].states:
+            if state_name == "param" or is_average(state_name) or state_name in self.rules[name].states:
                 yield name, weight
 
     @abstractmethod

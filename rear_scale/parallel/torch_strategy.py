@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from rear_scale.optim.groups import optimizers_in, prepare_states, set_rates
+from rear_scale.optim.posthoc_ema import averages, new_fractions
 from rear_scale.optim.whole_matrix import Spread, WholeMatrixOptimizer, alone
 from rear_scale.parallel.strategy import Compute, StateName, Strategy
 
@@ -43,8 +44,8 @@ class TorchStrategy(Strategy):
         set_rates(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.cfg.optim.ema_decay:
-            self._average()
+        self.updates += 1
+        self._average()
 
     def skip(self) -> None:
         self.optimizer.zero_grad()
@@ -61,27 +62,30 @@ class TorchStrategy(Strategy):
         return nullcontext()
 
     def prepare_optimizer(self) -> None:
-        """Creates the optimizer with its states. The moving average is one more state, so that it is sharded and stored alike."""
+        """Creates the optimizer with its states. Averages of the weights are more states, so that they are sharded and stored
+        alike."""
         self.optimizer = self.make_optimizer(self.model)
         for one in optimizers_in(self.optimizer):
             if isinstance(one, WholeMatrixOptimizer):
                 one.spread = self.spread()
         for name, weight in self.model.named_parameters():
             prepare_states(self.optimizer, self.rules[name], weight, 0)
-            if self.cfg.optim.ema_decay:
-                self.optimizer.state[weight]["ema"] = weight.detach().clone()
+            for average in averages(self.cfg.optim):
+                self.optimizer.state[weight][average] = weight.detach().clone()
 
     @torch.no_grad()
     def _average(self) -> None:
         weights = list(self.model.parameters())
-        averages = [_local(self.optimizer.state[weight]["ema"]) for weight in weights]
-        torch._foreach_lerp_(averages, [_local(weight) for weight in weights], 1 - self.cfg.optim.ema_decay)
+        for average, fraction in new_fractions(self.cfg.optim, self.updates).items():
+            values = [_local(self.optimizer.state[weight][average]) for weight in weights]
+            torch._foreach_lerp_(values, [_local(weight) for weight in weights], fraction)
 
     def tensors(self, state_name: StateName) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.parameters_with(state_name):
             yield name, _whole((weight if state_name == "param" else self.optimizer.state[weight][state_name]).detach())
 
     def load_tensors(self, state_name: StateName, read: Callable[[str], Tensor], optimizer_step: int) -> None:
+        self.updates = optimizer_step
         for name, weight in self.parameters_with(state_name):
             value = _like(weight, read(name))
             if state_name == "param":

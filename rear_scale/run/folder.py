@@ -5,6 +5,7 @@ starts.jsonl     one line per start: command, versions, commit, hosts, ranks, th
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
 events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts
+branch.json      the run and the step from which this one branches off (train.branch_from), with hashes
 fingerprints.json  hashes of the data, the first weights and the first batches, written when a run begins
 rewind.json      the latest rewind after a loss spike, until the next checkpoint records it in its meta.json
 """
@@ -36,6 +37,8 @@ from rear_scale.run.fingerprints import NAME as FINGERPRINTS
 from rear_scale.run.line_log import LineLog
 from rear_scale.run.versions import commit, source_sha256, versions
 from rear_scale.world import World
+
+BRANCH = "branch.json"
 
 
 class RunFolder:
@@ -75,6 +78,7 @@ class RunFolder:
             "rewind.json",
             "report.html",
             FINGERPRINTS,
+            BRANCH,
         )
         remove_leftovers(self.path, *names)
         for folder in (*self.path.glob("*/"), *self.path.glob("features/*/")):
@@ -93,6 +97,11 @@ class RunFolder:
         """Writes fingerprints.json: `values` as fingerprints.of_start returns them."""
         with _said():
             write_text_atomically(self.path / FINGERPRINTS, json.dumps(values, indent=1) + "\n")
+
+    def record_branch(self, values: dict[str, Any]) -> None:
+        """Writes branch.json: `values` as train.branch.Start.record returns them."""
+        with _said():
+            write_text_atomically(self.path / BRANCH, json.dumps(values, indent=1) + "\n")
 
     def set_status(self, state: str, step: int, reason: str) -> None:
         path = self.path / "status.json"

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rear_scale.checkpoint.average import KEY as AVERAGE
 from rear_scale.checkpoint.folder import Checkpoint, step_name
 from rear_scale.checkpoint.restore import load_generator_weights
 from rear_scale.config import ExperimentConfig, InputError
@@ -112,6 +113,8 @@ def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
         "sample": downgraded({"sample": sample})["sample"],
         "precision": cfg.train.precision,
     }
+    if AVERAGE in checkpoint.meta:
+        parts["average"] = checkpoint.meta[AVERAGE]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -328,6 +331,7 @@ def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
         "identity": job.identity,
         "checkpoint": str(job.checkpoint.path),
         "step": job.checkpoint.step,
+        **({AVERAGE: job.checkpoint.meta[AVERAGE]} if AVERAGE in job.checkpoint.meta else {}),
         "sample": asdict(cfg.sample),
         "uint8_rounding": cfg.sample.uint8_rounding,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, derive, to_yaml
+from rear_scale.config import ExperimentConfig, InputError, Plan, UnknownLength, branch_point, derive, to_yaml
 from rear_scale.config.devices import devices
 from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
@@ -22,7 +22,7 @@ from rear_scale.shards.record import Manifest
 from rear_scale.shards.storage import is_remote, not_checked
 from rear_scale.shards.subset import images_of_share
 from rear_scale.text_table import aligned
-from rear_scale.train import fit, setup
+from rear_scale.train import branch, fit, setup
 from rear_scale.world import Ranks
 
 
@@ -102,6 +102,7 @@ def _images_per_epoch(cfg: ExperimentConfig) -> int | None:
 
 def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     train = cfg.train
+    begun = _first_steps(cfg, plan)
     images = plan.last_step * train.global_batch_size
     # device="cuda" also without a GPU: configs are sized for GPUs, and dry runs are often made on a login node.
     model = meta_model(cfg)
@@ -125,10 +126,14 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
         marks += [("noise start", plan.noise_start_step), ("noise end", plan.noise_end_step)]
     if cfg.objective.permutation.active:
         marks += [("permutation start", plan.permutation_start_step), ("permutation end", plan.permutation_end_step)]
+    if plan.decay_steps:
+        marks.append(("decay start", plan.total_steps - plan.decay_steps))
+    if begun:
+        marks.append(("branches off at", begun))
     if plan.last_step < plan.total_steps:
         marks.append(("stops early at", plan.last_step))
     lines += [f"{name}: {_both_units(steps, cfg, plan)}" for name, steps in marks]
-    lines += _time_lines(cfg, plan)
+    lines += _time_lines(cfg, plan, begun)
     if (missing := missing_package(facts.of(cfg.strategy))) is not None:
         lines.append(f"note: {missing}")
     if note := setup.warmup_note(cfg, plan):
@@ -136,14 +141,21 @@ def _run_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
     return lines
 
 
-def _time_lines(cfg: ExperimentConfig, plan: Plan) -> list[str]:
-    """Length and cost of the run by the planner's formula; nothing for a GPU that it does not know, and for half machines."""
+def _first_steps(cfg: ExperimentConfig, plan: Plan) -> int:
+    """The steps of a branch that its trunk has trained; 0 for other runs. Raises InputError where the branch cannot begin."""
+    branch.check(cfg, plan, None)
+    return 0 if cfg.train.branch_from is None else branch_point(cfg.train.branch_from)[1]
+
+
+def _time_lines(cfg: ExperimentConfig, plan: Plan, begun: int) -> list[str]:
+    """Length and cost of the steps after `begun` by the planner's formula; nothing for a GPU that it does not know, and for half
+    machines."""
     device = devices().get(cfg.cluster.gpu)
     if device is None or not device.fills_machines(plan.world_size):
         return []
     cluster = cluster_of(plan.world_size, cfg.cluster.gpu, device)
     step_s = step_time(cfg, cluster, plan.accumulation, meta_model(cfg)).total_s
-    hours = step_s * plan.last_step / 3600
+    hours = step_s * (plan.last_step - begun) / 3600
     return [
         f"time, by formula, on {cluster.gpus} x {cluster.gpu}: {step_s:.3f} s a step, {hours / 24:.2f} days, "
         f"{hours * cluster.gpus:,.0f} GPU-hours (launchers/plan.py compares strategies and clusters)"

@@ -21,6 +21,7 @@ from rear_scale import cli, rng
 from rear_scale.checkpoint.folder import Checkpoint, clear, last_step
 from rear_scale.checkpoint.open import newest_intact
 from rear_scale.checkpoint.restore import check_states, load_weights, restore
+from rear_scale.checkpoint.snapshots import SNAPSHOTS, SnapshotWriter, remove_later
 from rear_scale.checkpoint.writer import Unwritten, Writer
 from rear_scale.config import ExperimentConfig, InputError, Plan, check_resumable, required_path, settled, to_dict
 from rear_scale.model import Generator, build_model, meta_model
@@ -38,7 +39,7 @@ from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
 from rear_scale.shards.subset import images_of_share
-from rear_scale.train import start
+from rear_scale.train import branch, start
 from rear_scale.train.garbage import CollectAtSteps
 from rear_scale.train.guard import LossSpikeDetector, Preempted, StopSignal, Watchdog, shard_positions
 from rear_scale.train.setup import data_order
@@ -72,8 +73,10 @@ def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, cod
             clear(run.checkpoints)
             run.clear()
         checkpoint = newest_intact(run.checkpoints, world, report=say)
-        cfg = settled(cfg, checkpoint.meta["config"] if checkpoint else None)
         fresh = checkpoint is None
+        if checkpoint is None and cfg.train.branch_from is not None:
+            checkpoint = branch.begin(cfg, plan, tokens.manifest, run, world)
+        cfg = settled(cfg, checkpoint.meta["config"] if checkpoint else None)
         if checkpoint is None and cfg.train.init_from is not None:
             checkpoint = start.take_over(cfg, tokens, run, world)
         done = checkpoint.step if checkpoint else 0
@@ -149,10 +152,13 @@ class _Run:
         self.skips, self.rewinds = meta.get("skipped_updates", 0), meta.get("rewinds", 0)
         # The number of steps whose data were skipped by rewinds.
         self.data_offset = meta.get("data_offset", 0)
+        self.origin = {name: meta[name] for name in (branch.KEY,) if name in meta}
         self.objective = Objective(cfg, plan, codebook, world.device)
         self.writer = Writer(run.checkpoints, world, cfg.checkpoint, resumed)
+        self.snapshots = SnapshotWriter(run.path / SNAPSHOTS, world, cfg.checkpoint)
         if world.is_main:
             run.cut_metrics(self.first - 1)
+            remove_later(run.path, self.first - 1)
             run.set_status("running", self.first - 1, "")
         model = load_model(cfg, world, codebook, resumed)
         if fresh and world.is_main:
@@ -169,7 +175,7 @@ class _Run:
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
         with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler, CollectAtSteps() as garbage:
             clock = telemetry.clock
-            if self.resumed is not None:
+            if self.resumed is not None and not branch.begins_at(self.resumed):
                 with self.watchdog.pause():
                     for on_resume in self.hooks.on_resume:
                         on_resume(self.resumed.step, self.resumed.path)
@@ -220,6 +226,7 @@ class _Run:
                     for on_step in self.hooks.on_step:
                         on_step(step, strategy.model)
                 with clock("checkpoint"):
+                    self._snapshot(step)
                     self._save(step, consensus)
                 bar.update()
                 profiler.stepped(step)
@@ -245,21 +252,7 @@ class _Run:
         if not due:
             return
         self.watchdog.beat("checkpoint", step)
-        meta: dict[str, Any] = {
-            "optimizer_step": step - self.skips,
-            "images_seen": step * self.cfg.train.global_batch_size,
-            "skipped_updates": self.skips,
-            "rewinds": self.rewinds,
-            "data_offset": self.data_offset,
-            "config": to_dict(self.cfg),
-            "data_fingerprint": self.tokens.manifest.fingerprint,
-            "tokenizer_sha256": self.tokens.manifest.tokenizer_sha256,
-            "unique_images": images_of_share(self.tokens.manifest, self.cfg.data.use_share),
-            "world_size": self.world.size,
-            "versions": versions(),
-            "commit": commit(),
-        }
-        problem = self.writer.begin(step, self.strategy, meta)
+        problem = self.writer.begin(step, self.strategy, self._meta(step))
         if problem is None and wait:
             problem = self._finish_save()
         elif problem is not None:
@@ -268,6 +261,35 @@ class _Run:
             raise Unwritten(
                 f"the checkpoint of the last step was not written: {problem}. The same command continues from an earlier one"
             )
+
+    def _snapshot(self, step: int) -> None:
+        """Writes a snapshot of the averages of optim.posthoc_ema where one is due. Training continues where that fails."""
+        every = self.cfg.checkpoint.ema_every_steps
+        if every is None or step % every:
+            return
+        self.watchdog.beat("snapshot of the averages", step)
+        problem = self.snapshots.write(step, self.strategy, self._meta(step))
+        if problem is not None and self.world.is_main:
+            say(f"the snapshot of step {step} was not written: {problem}. Training continues without it")
+            self.run.note("snapshot_failed", step, problem=problem)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What meta.json of a step says beside the files."""
+        return {
+            "optimizer_step": step - self.skips,
+            "images_seen": step * self.cfg.train.global_batch_size,
+            "skipped_updates": self.skips,
+            "rewinds": self.rewinds,
+            "data_offset": self.data_offset,
+            **self.origin,
+            "config": to_dict(self.cfg),
+            "data_fingerprint": self.tokens.manifest.fingerprint,
+            "tokenizer_sha256": self.tokens.manifest.tokenizer_sha256,
+            "unique_images": images_of_share(self.tokens.manifest, self.cfg.data.use_share),
+            "world_size": self.world.size,
+            "versions": versions(),
+            "commit": commit(),
+        }
 
     def _finish_save(self) -> str | None:
         step = self.writer.meta["step"]
@@ -421,6 +443,8 @@ def learning_rate(cfg: ExperimentConfig, plan: Plan, step: int) -> float:
         warmup_steps=cfg.optim.warmup_steps,
         total_steps=plan.total_steps,
         form=cfg.optim.schedule,
+        decay_steps=plan.decay_steps,
+        decay_form=cfg.optim.decay_form,
     )
 
 

@@ -37,7 +37,7 @@ from rear_scale.shards.reader import (
 )
 from rear_scale.shards.record import Manifest
 from rear_scale.shards.subset import images_of_share
-from rear_scale.train import fit, start
+from rear_scale.train import branch, fit, start
 from rear_scale.untrusted import is_count
 from rear_scale.world import Ranks, World
 
@@ -72,8 +72,8 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     """The checked inputs of a run.
 
     Raises InputError when the strategy's engine is not installed, shards or initial weights are missing or do not fit, the
-    batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, or a loss term does not
-    fit.
+    batch does not divide, a rank has too little memory, the attention kernel or fp8 cannot run here, a loss term does not
+    fit, or a branch cannot begin where it is to.
     """
     check_installed(facts.of(cfg.strategy))
     terms_of(cfg)
@@ -84,6 +84,7 @@ def check_data(cfg: ExperimentConfig, ranks: Ranks) -> Data:
     all_checks(lambda: start.check(cfg), lambda: manifests.append(read_both(cfg, ranks.rank == 0)[0]))
     (manifest,) = manifests
     plan = derive(cfg, ranks.world_size, images_of_share(manifest, cfg.data.use_share))
+    branch.check(cfg, plan, manifest)
     if ranks.rank == 0:
         for note in (class_note(cfg, manifest), warmup_note(cfg, plan)):
             if note is not None:
