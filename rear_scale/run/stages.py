@@ -43,15 +43,16 @@ class Stage:
     products: tuple[Path, ...]  # files or folders that must exist afterwards
     inputs: Inputs = field(default_factory=dict)  # inputs of the products besides the command
     processes: int = 1  # the number of processes that the command starts on this machine, among which cores are divided
+    start: Sequence[str] = ()  # words in front of the command; a stage that was started in another way is finished too
 
     @property
     def key(self) -> str:
         """A hash of command and inputs. As an input of a later stage, it makes that stage run again when this one changes."""
-        return fingerprint({"command": self.line, "inputs": fingerprint(self.inputs)})
+        return fingerprint({"command": shlex.join(self.command), "inputs": fingerprint(self.inputs)})
 
     @property
     def line(self) -> str:
-        return shlex.join(self.command)
+        return shlex.join([*self.start, *self.command])
 
 
 class StageFolder:
@@ -92,8 +93,12 @@ class StageFolder:
                 f"the stage '{stage.title}' ended without an error, but did not make {missing[0]}; see {self._log(stage)}"
             )
         seconds = round(time.monotonic() - started, 1)
-        record = {"command": stage.line, "inputs": stage.inputs, "seconds": seconds}
+        record = {"command": shlex.join(stage.command), "inputs": stage.inputs, "seconds": seconds}
         write_text_atomically(self._record(stage), json.dumps(record, indent=1) + "\n")
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Whether a stage would not be run again."""
+        return self._changed(stage) is None
 
     def seconds(self, stage: Stage) -> float:
         """The duration in seconds of the start that finished a stage."""
@@ -107,7 +112,7 @@ class StageFolder:
         before = self._read(stage)
         if before is None:
             return ""
-        if before["command"] != stage.line:
+        if before["command"] != shlex.join(stage.command):
             return f"its command was {before['command']}"
         names = sorted(before["inputs"].keys() | stage.inputs.keys())
         others = [name for name in names if before["inputs"].get(name) != stage.inputs.get(name)]
@@ -130,15 +135,15 @@ class StageFolder:
             # Only standard output goes to the log: progress bars and errors on standard error stay visible in the terminal.
             try:
                 code = subprocess.run(
-                    _arguments(stage.command),
+                    _arguments([*stage.start, *stage.command]),
                     stdout=output,
                     env=_environment(stage.processes),
                     preexec_fn=partial(end_with_parent, signal.SIGTERM),
                 ).returncode
             except FileNotFoundError as error:
                 raise InputError(
-                    f"the stage '{stage.title}' needs the program {stage.command[0]}, which was not found. Install it, or add "
-                    "its folder to PATH"
+                    f"the stage '{stage.title}' needs the program {shlex.split(stage.line)[0]}, which was not found. Install it, "
+                    "or add its folder to PATH"
                 ) from error
         if code:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
