@@ -104,7 +104,7 @@ def test_scores_stand_side_by_side_with_their_noise(page: Seen) -> None:
         "run0, run1",
         "mean ± deviation over their seeds",
         "fid/adm (result.json) 2.5 ± 0.71 (n = 2)",
-        "val_loss at the end",
+        "val_loss at the end 3.56 ± 0.71 (n = 2)",
     ):
         assert expected in page.text, expected
 
@@ -129,6 +129,8 @@ def test_the_csv_has_a_row_for_each_run(runs: list[Path], tmp_path: Path) -> Non
     assert [float(row["fid/adm (result.json) low"]) for row in rows] == pytest.approx([1.95, 2.95, 3.95])
     assert [row["run.seed"] for row in rows] == ["0", "1", "0"]
     assert float(rows[0]["flops"]) > 0
+    assert [float(row["val_loss"]) for row in rows] == pytest.approx([3.06, 4.06, 5.06])
+    assert float(rows[0]["loss_deviation"]) > 0
     assert [row["images"] for row in rows] == ["960"] * 3
 
 
@@ -138,7 +140,7 @@ def test_names_of_runs_are_text_in_pages_and_cells(tmp_path: Path) -> None:
         for number, name in enumerate((EVIL, EVIL, "=1+1"))
     ]
     for folder in folders:
-        write_lines(folder / "starts.jsonl", [start_line(commit=f"{EVIL}{folder.name}")])
+        write_lines(folder / "starts.jsonl", [start_line(commit=f"{EVIL}\ud800{folder.name}")])
     page = page_of(folders, tmp_path / "compare.html")
     assert page.tags.count("script") == 1
     assert f"{EVIL} (0)" in page.text

@@ -129,7 +129,9 @@ def test_what_comes_from_files_is_text(tmp_path: Path) -> None:
     folder = write_run(tmp_path / f"run {EVIL.replace('/', '')}", 20, f"run.name='{EVIL}'", reason=EVIL)
     lines = [metric_line(step) | {f"a{EVIL}": 1.0, "slowest_host": EVIL, '"><img src=x>': 2.0} for step in range(1, 21)]
     write_lines(folder / "metrics.jsonl", lines)
-    start = start_line(5, hosts={EVIL: 2, "'>": 2}, host=EVIL, device=EVIL, commit=EVIL, command=f"x '{EVIL}'")
+    start = start_line(
+        5, hosts={EVIL: 2, "'>": 2}, host=EVIL, device=f"{EVIL}\ud800", commit=EVIL, command=f"x '{EVIL}'"
+    )
     start |= {"versions": {EVIL: EVIL}, "after": {"state": EVIL, "reason": EVIL}, "time": EVIL, "folder": EVIL}
     write_lines(folder / "starts.jsonl", [start, start])
     write_lines(folder / "events.jsonl", [{"event": EVIL, "step": 3, "what": EVIL, "positions": {EVIL: EVIL}}])

@@ -16,7 +16,7 @@ import numpy as np
 
 from rear_scale.evaluate.metrics import METRICS
 from rear_scale.evaluate.metrics.base import Metric
-from rear_scale.files import atomic_open
+from rear_scale.files import write_text_atomically
 from rear_scale.report.charts import Chart, Line, short
 from rear_scale.report.curves import COLUMNS, Curve, Curves
 from rear_scale.report.page import Choice, Head, Picture, Section, Table, write_page
@@ -30,6 +30,7 @@ _LONGEST_VALUE = 120  # characters of a setting
 # Settings that tell runs apart without changing what they compute.
 _NAMES = ("run.name", "run.dir")
 _OF_SEEDS = (*_NAMES, "run.seed")
+_AT_END = ("loss", "val_loss", "val_ctr", "val_ctr_noisy")  # metrics whose last values are compared
 _LEFT_OUT = ("images_per_s_per_gpu", "time_left_s")
 _FIRST = (
     "val_loss",
@@ -80,6 +81,15 @@ class Compared:
             for name, score in scores_of(scored.result.images).items()
         }
 
+    def end_of(self, metric: str) -> tuple[float, float | None] | None:
+        """The last validation of a run; of other metrics the mean of the last tenth of the curve, with the deviation of its
+        points. None without a value."""
+        curve = self.files.curves.curve(metric)
+        if curve is None:
+            return None
+        spread = None if metric.startswith("val_") else self.files.curves.spread_at_end(metric)
+        return spread or (float(curve.mean[-1]), None)
+
     def x_of(self, curve: Curve, axis: str) -> np.ndarray | None:
         """The places of a curve on an axis; None where it is not known."""
         if axis == "FLOPs":
@@ -126,7 +136,6 @@ def _runs(runs: Sequence[Compared]) -> Section:
     rows = []
     for run in runs:
         files = run.files
-        validation = files.curves.curve("val_loss")
         speed = files.curves.last.get("images_per_s")
         rows.append(
             [
@@ -137,7 +146,7 @@ def _runs(runs: Sequence[Compared]) -> Section:
                 "-" if files.flops is None else f"{files.flops:.3g}",
                 duration(files.curves.hours * 3600),
                 _at_end(run, "loss"),
-                "-" if validation is None else f"{validation.mean[-1]:.4f}",
+                _at_end(run, "val_loss"),
                 f"{speed:,.1f}" if isinstance(speed, (int, float)) else "-",
             ]
         )
@@ -146,8 +155,8 @@ def _runs(runs: Sequence[Compared]) -> Section:
 
 
 def _at_end(run: Compared, metric: str) -> str:
-    found = run.files.curves.spread_at_end(metric)
-    return "-" if found is None else f"{found[0]:.4f} ± {found[1]:.2g}"
+    value, deviation = run.end_of(metric) or (None, None)
+    return "-" if value is None else f"{value:.4f}{'' if deviation is None else f' ± {deviation:.2g}'}"
 
 
 def differing(runs: Sequence[Compared]) -> dict[str, list[str]]:
@@ -303,7 +312,7 @@ def _over_seeds(runs: Sequence[Compared]) -> Section | None:
 
 def _numbers(run: Compared) -> dict[str, float]:
     """The numbers of a run that are averaged over seeds."""
-    at_end = {name: run.files.curves.spread_at_end(name) for name in ("loss", "val_loss", "val_ctr", "val_ctr_noisy")}
+    at_end = {name: run.end_of(name) for name in _AT_END}
     numbers = {f"{name} at the end": found[0] for name, found in at_end.items() if found is not None}
     return numbers | {f"{name} ({file})": score.value for (name, file), score in run.scores.items()}
 
@@ -372,13 +381,9 @@ def write_csv(path: Path, runs: Sequence[Compared]) -> None:
             "flops": files.flops,
             "hours": files.curves.hours,
         }
-        for name in ("loss", "val_loss", "val_ctr", "val_ctr_noisy"):
-            found = files.curves.spread_at_end(name)
-            row |= (
-                {name: None, f"{name}_deviation": None}
-                if found is None
-                else {name: found[0], f"{name}_deviation": found[1]}
-            )
+        for name in _AT_END:
+            value, deviation = run.end_of(name) or (None, None)
+            row |= {name: value} | ({} if deviation is None else {f"{name}_deviation": deviation})
         for (name, file), score in run.scores.items():
             row |= {f"{name} ({file})": score.value}
             if score.low is not None:
@@ -389,8 +394,7 @@ def write_csv(path: Path, runs: Sequence[Compared]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([_cell(column) for column in columns])
     writer.writerows([[_cell(row.get(column)) for column in columns] for row in rows])
-    with atomic_open(path, "w") as file:
-        file.write(text.getvalue())
+    write_text_atomically(path, text.getvalue().encode("utf-8", "replace").decode())
 
 
 def _cell(value: Any) -> Any:

@@ -105,4 +105,5 @@ def page_text(title: str, sections: Sequence[Section], head: Head | None = None)
     html = environment.get_template("page.html").render(**values, checksum=checksum)
     # Put in last, as it stands: nothing of the page's contents can become part of it, and its checksum is that of the file.
     before, after = html.rsplit("<!--script-->", 1)
-    return f"{before}<script>{script}</script>{after}"
+    # Half a surrogate pair, which JSON may hold, is no character that a file can.
+    return f"{before}<script>{script}</script>{after}".encode("utf-8", "replace").decode()
