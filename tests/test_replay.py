@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from rear_scale.checkpoint.folder import open_checkpoint
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.files import file_sha256
 from rear_scale.objective import Objective
-from rear_scale.replay.command import Replayed, again, agreement, default_table, replay, show, step_to_show
+from rear_scale.replay.command import (
+    Replayed,
+    again,
+    agreement,
+    changed,
+    default_table,
+    hints,
+    replay,
+    show,
+    step_to_show,
+)
 from rear_scale.replay.moment import checkpoint_before, moment
 from rear_scale.replay.steps import Replay
 from rear_scale.train import setup
@@ -229,7 +240,7 @@ def test_the_guard_names_the_command_and_it_needs_no_step(
     # The fault was planted in the process, not in what the run folder holds.
     monkeypatch.setattr(Objective, "loss", loss)
     assert run_alone(sought, folder, 6).faults == []
-    assert "but the run recorded that step 6 was not: then neither data" in capsys.readouterr().out
+    assert "but the run recorded that step 6 was not: neither its data" in capsys.readouterr().out
     with pytest.raises(InputError, match="--step is missing. Name the step"):
         step_to_show(folder, None, until_nonfinite=False)
 
@@ -284,27 +295,22 @@ def test_a_step_after_a_rewind_has_the_data_of_the_rewound_run(
     def spiked(self, output, task):
         calls.append(1)
         value, statistics = loss(self, output, task)
-        return value, statistics + 100.0 if len(calls) == 59 else statistics
+        return value, statistics + 100.0 if len(calls) == 11 else statistics
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "loss", spiked)
-        run_alone(
-            run,
-            tiny_config(
-                tmp_path, tokens, "strategy=single", "guard.on_spike=rewind", "train.total_steps=31", "checkpoint.every_steps=28",
-                "train.global_batch_size=12",
-            ),
-        )  # fmt: skip
+        rewinds = ("guard.on_spike=rewind", "guard.spike_window=3", "train.total_steps=7")
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", *rewinds))
     folder = tmp_path / "run"
     assert find(folder).meta["data_offset"] == 2
-    line = metrics(folder)[29]
+    line = metrics(folder)[5]
     for last in (True, False):
         # With the checkpoint of the end, and as a run that a kill has ended before it: rewind.json alone knows.
         if not last:
-            meta = open_checkpoint(folder / "checkpoints/step_00000031").path / "meta.json"
+            meta = open_checkpoint(folder / "checkpoints/step_00000007").path / "meta.json"
             meta.unlink()
-        done = run_alone(replayed, folder, 30)
-        assert [result.step for result in done.results] == [29, 30]
+        done = run_alone(replayed, folder, 6)
+        assert [result.step for result in done.results] == [5, 6]
         assert done.results[-1].numbers["loss"] == line["loss"]
 
 
@@ -317,22 +323,43 @@ def test_a_dry_run_says_where_it_would_begin(deep: Path, capsys: pytest.CaptureF
     assert default_table(moment(deep, 6)) == Path("replays/run/step_00000006.csv")
 
 
+def test_other_ranks_are_told_the_command_that_has_the_same_bits(deep: Path) -> None:
+    asked = replace(moment(deep, 6), ranks=2)
+    assert hints(moment(deep, 6), discover({})) == []
+    (line,) = hints(asked, discover({}))
+    assert line.endswith(f"same bits: torchrun --nproc-per-node 2 launchers/replay.py {deep} --step 6")
+    assert changed(asked, 1) == ["2 ranks there, 1 here"]
+    start = {
+        **asked.start,
+        "source_sha256": "x",
+        "versions": {**asked.start["versions"], "torch": "1.0"},
+        "device": "H100",
+    }
+    torch_here = asked.start["versions"]["torch"]
+    assert changed(replace(asked, ranks=1, start=start), 1) == [
+        f"torch 1.0 there, {torch_here} here",
+        "the code",
+        f"H100 there, {asked.start['device']} here",
+    ]
+
+
 def _runs_of_two(world: World, folder: Path, tokens: Path, names: tuple[str, ...], more: tuple[str, ...]) -> dict:
-    """Of each strategy, a run of five steps and its fifth again: the differences from the log, and the gradients' norm."""
+    """Of each strategy, a run of three steps and its third again: the differences from the log, and the gradients' norm."""
     found = {}
     for name in names:
         path = folder / name
         path.mkdir(exist_ok=True)
-        cfg = tiny_config(path, tokens, f"strategy={name}", "train.micro_batch_size=3", "train.total_steps=5", *more)
+        short = ("train.micro_batch_size=3", "train.total_steps=3", "checkpoint.every_steps=1")
+        cfg = tiny_config(path, tokens, f"strategy={name}", *short, *more)
         run(world, cfg)
-        done = replayed(world, path / "run", 5)
+        done = replayed(world, path / "run", 3)
         lines = metrics(path / "run")
         squares = sum(math.prod(row.shape) * row.rms**2 for row in done.rows if row.key.what == "weight gradient")
         numbers = []
         for result in done.results:
             line = lines[result.step - 1]
             numbers.append({key: line[key] == value for key, value in result.numbers.items()})
-        found[name] = numbers, math.sqrt(squares), lines[4]["grad_norm"], len(done.rows)
+        found[name] = numbers, math.sqrt(squares), lines[2]["grad_norm"], len(done.rows)
     return found
 
 
@@ -347,12 +374,13 @@ def test_two_ranks_have_the_logged_bits_and_one_rank_has_them_within_rounding(tm
     _check_two(tmp_path, tokens, ("fsdp2",))
     folder = tmp_path / "fsdp2/run"
     # Dropout too: the masks belong to places among the ranks of the run.
-    done = run_alone(replayed, folder, 5)
-    expected = metrics(folder)[4]["loss"]
+    done = run_alone(replayed, folder, 3)
+    expected = metrics(folder)[2]["loss"]
     assert done.results[-1].numbers["loss"] == pytest.approx(expected, rel=1e-5)
     (line,) = agreement(done, 1)
-    if done.results[-1].numbers["loss"] != expected:
-        assert "within rounding. What differs from the run: 2 ranks there, 1 here" in line
+    if not line.endswith("bit for bit as logged"):
+        assert line.endswith("What differs from the run: 2 ranks there, 1 here")
+        assert "more than" not in line
 
 
 @pytest.mark.long

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from rear_scale import config
 from rear_scale.checkpoint.folder import CHECKPOINTS, saved_steps, step_name
@@ -20,7 +19,7 @@ from rear_scale.replay.moment import Moment, check_step, checkpoint_before, mome
 from rear_scale.replay.nonfinite import Fault, faults
 from rear_scale.replay.recorder import Recorder, Row
 from rear_scale.replay.steps import Replay, Result
-from rear_scale.run.folder import read_lines
+from rear_scale.run.folder import device_name, read_lines
 from rear_scale.run.versions import source_sha256, versions
 from rear_scale.train import setup
 from rear_scale.world import Ranks, World, joined
@@ -128,9 +127,7 @@ def report(done: Replayed, ranks: int, until_nonfinite: bool) -> list[str]:
     if not found:
         found = [f"every value of steps {first} to {last} is finite"]
         if last in nonfinite_steps(done.moment.run):
-            found[0] += (
-                f", but the run recorded that step {last} was not: then neither data, weights nor code made it so"
-            )
+            found[0] += f", but the run recorded that step {last} was not: neither its data nor its weights made it so"
     return [*agreement(done, ranks), *found]
 
 
@@ -166,13 +163,14 @@ def _difference(result: Result, line: dict[str, object], asked: Moment, ranks: i
         return f"step {result.step}: loss {here}, but {'null' if there is None else there} is logged"
     if here == there:
         name = differing(result, line)[0]
-        return (
+        text = (
             f"step {result.step}: loss {here!r} as logged, but {name} {result.numbers[name]!r} is {line[name]!r} there"
         )
-    relative = abs(here - there) / max(abs(there), 1e-300)
-    bound = ROUNDING[asked.cfg.train.precision]
-    what = "within rounding" if relative <= bound else f"more than rounding ({bound:g})"
-    text = f"step {result.step}: loss {here!r}, logged {there!r}: a relative difference of {relative:.1e}, {what}"
+    else:
+        relative = abs(here - there) / max(abs(there), 1e-300)
+        bound = ROUNDING[asked.cfg.train.precision]
+        what = "within rounding" if relative <= bound else f"more than rounding ({bound:g})"
+        text = f"step {result.step}: loss {here!r}, logged {there!r}: a relative difference of {relative:.1e}, {what}"
     others = changed(asked, ranks)
     return f"{text}. What differs from the run: {', '.join(others)}" if others else text
 
@@ -188,8 +186,9 @@ def changed(asked: Moment, ranks: int) -> list[str]:
             found.append(f"{name} {recorded[name]} there, {version} here")
     if start.get("source_sha256", source_sha256()) != source_sha256():
         found.append("the code")
-    if torch.cuda.is_available() and start.get("device") not in (None, torch.cuda.get_device_name()):
-        found.append(f"{start['device']} there, {torch.cuda.get_device_name()} here")
+    here = device_name()
+    if start.get("device", here) != here:
+        found.append(f"{start['device']} there, {here} here")
     return found
 
 
@@ -208,7 +207,7 @@ def command_of(ranks: int | None, words: Sequence[str]) -> str:
     """A command line of a launcher on a number of ranks; words: the launcher's name and its arguments."""
     name, *arguments = words
     start = "python" if ranks in (None, 1) else f"torchrun --nproc-per-node {ranks}"
-    return " ".join([start, f"launchers/{name}", *arguments])
+    return f"{start} launchers/{name} {shlex.join(arguments)}"
 
 
 def show(run: Path, step: int, overrides: Sequence[str], out: Path | None, ranks: Ranks, *, full: bool) -> None:

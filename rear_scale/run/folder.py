@@ -30,6 +30,7 @@ import torch
 
 from rear_scale.checkpoint.folder import CHECKPOINTS, last_step
 from rear_scale.config import ExperimentConfig, InputError, to_yaml
+from rear_scale.device import uses_cuda
 from rear_scale.files import DISK_ERRORS, atomic_open, remove_leftovers, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.progress import say
@@ -234,16 +235,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [values for values in found if isinstance(values, dict)]
 
 
+def device_name(device: torch.device | None = None) -> str:
+    """The name of a GPU or of this machine's processor. device: None = what this process computes on."""
+    on_gpu = uses_cuda() if device is None else device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
+
+
 def provenance(world: World) -> dict[str, Any]:
     """The command, versions, commit and machine of this process, to be recorded with results."""
-    on_gpu = world.device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
         "commit": commit(),
         "versions": versions(),
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
+        "device": device_name(world.device),
         "world_size": world.size,
         "launcher": world.ranks.launcher,
     }
