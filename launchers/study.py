@@ -18,6 +18,7 @@ from rear_scale.scaling.study import main as run_study
 # First word -> the module whose main(arguments) does it: rear_scale.scaling.study for a grid.
 _COMMANDS = {
     "coordinates": "rear_scale.scaling.coordinates",
+    "curve": "rear_scale.scaling.curve",
     "panel": "rear_scale.scaling.panel",
     "table": "rear_scale.scaling.table",
     "transfer": "rear_scale.scaling.transfer",

@@ -20,6 +20,7 @@ from rear_scale.report.writing import RunReport
 from rear_scale.run.folder import RunFolder
 from rear_scale.run.sinks import check_sinks
 from rear_scale.sample.sheets import check_grids, grid_hooks
+from rear_scale.scaling.expected_curve import BandWatch
 from rear_scale.train import dry_run, preflight, setup
 from rear_scale.train.loop import Hooks, train
 from rear_scale.train.validation import Validation
@@ -68,6 +69,8 @@ def _train(cfg: ExperimentConfig, ranks: Ranks) -> None:
         ]
         report = RunReport(Path(cfg.run.dir), world)
         hooks = Hooks(on_checkpoint=[*grids, *scores, report], on_resume=missing)
+        if world.is_main:
+            hooks.on_log.append(BandWatch(cfg, RunFolder(cfg.run.dir)))
         if cfg.train.val_every:
             hooks.validate.append(Validation(cfg, data.open_val(world), codebook, world))
         with report:

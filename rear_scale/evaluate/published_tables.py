@@ -85,8 +85,7 @@ class _File:
 @cache
 def published_tables() -> Mapping[str, PublishedTable]:
     """All tables by key, such as rear_table4. Raises InputError where the file has an unknown or missing field."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-    values = _made(_File, yaml.load(FILE.read_text(), loader), "")
+    values = _made(_File, yaml.safe_load(FILE.read_text()), "")
     papers = {name: _made(Paper, paper, f"papers.{name}") for name, paper in values.papers.items()}
     tables = {}
     for key, table in values.tables.items():

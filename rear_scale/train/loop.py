@@ -57,6 +57,7 @@ class Hooks:
     on_resume: list[Callable[[int, Path], None]] = field(default_factory=list)
     # every train.val_every steps: (updates done, strategy) -> metrics of the current model
     validate: list[Callable[[int, Strategy], dict[str, float]]] = field(default_factory=list)
+    on_log: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)  # the metrics of each logged step
 
 
 def train(cfg: ExperimentConfig, plan: Plan, world: World, tokens: TokenSet, codebook: Tensor, hooks: Hooks) -> int:
@@ -217,6 +218,8 @@ class _Run:
                     extra = {"skipped_updates": self.skips, **validated}
                     named = dict(zip(objective.names, statistics.tolist(), strict=True))
                     metrics = telemetry.log(step, named, consensus.grad_norm, lr, objective.noise_max(step), extra)
+                    for on_log in self.hooks.on_log:
+                        on_log(metrics)
                     bar.set_postfix(
                         loss=f"{metrics['loss'] or float('nan'):.4f}",
                         images_per_s=f"{metrics['images_per_s']:.0f}",
