@@ -59,25 +59,25 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_results_of_runs_that_are_there_are_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["runs/ar_seed*", "runs/rear_seed*", "--samplings", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("rear_seed against ar_seed; training seeds: 3 of ar_seed, 3 of rear_seed")
-    found = {one["measure"]: one for one in json.loads((runs / "runs/panel_ar_seed_rear_seed/panel.json").read_text())}
+    assert lines[0].startswith("rear against ar; training seeds: 3 of ar, 3 of rear")
+    found = {one["measure"]: one for one in json.loads((runs / "runs/panel_ar_rear/panel.json").read_text())}
     verdicts = {name: one["difference"]["verdict"] for name, one in found.items()}
     assert verdicts["ctr"] == verdicts["ctr_noisy"] == "larger"
-    assert verdicts["frechet_distance/validation"] == verdicts["perplexity"] == "not distinguishable"
+    assert verdicts["classifier_frechet_distance/validation"] == verdicts["perplexity"] == "not distinguishable"
     assert {*found} == {
         "ctr",
         "ctr_noisy",
         "perplexity",
         "perplexity_noisy",
         "class_accuracy",
-        "frechet_distance/validation",
+        "classifier_frechet_distance/validation",
     }
     # A ratio does not depend on sampling: one score of each training seed.
-    assert [len(row) for row in found["ctr"]["methods"]["ar_seed"]["scores"]] == [1, 1, 1]
-    assert found["ctr"]["methods"]["ar_seed"]["sampling_sd"] is None
-    assert 0 < found["frechet_distance/validation"]["methods"]["ar_seed"]["sampling_sd"] < 1
-    rows = list(csv.DictReader((runs / "runs/panel_ar_seed_rear_seed/panel.csv").open()))
-    assert sum(row["measure"] == "frechet_distance/validation" for row in rows) == 2 * 3 * 2
+    assert [len(row) for row in found["ctr"]["methods"]["ar"]["scores"]] == [1, 1, 1]
+    assert found["ctr"]["methods"]["ar"]["sampling_sd"] is None
+    assert 0 < found["classifier_frechet_distance/validation"]["methods"]["ar"]["sampling_sd"] < 1
+    rows = list(csv.DictReader((runs / "runs/panel_ar_rear/panel.csv").open()))
+    assert sum(row["measure"] == "classifier_frechet_distance/validation" for row in rows) == 2 * 3 * 2
     assert any("not distinguishable; " in line and "seeds each" in line for line in lines)
 
 
@@ -85,7 +85,7 @@ def test_missing_results_of_runs_are_scored_once(runs: Path, monkeypatch: pytest
     lost = runs / "runs/rear_seed1/result_seed=1.json"
     text = lost.read_text()
     lost.unlink()
-    made = runs / "out/results/rear_seed_1_sampling1.json"
+    made = runs / "out/results/rear_1_sampling1.json"
     ran: list[str] = []
 
     def run(self: StageFolder, stage: panel.Stage, place: str = "") -> None:
@@ -96,7 +96,7 @@ def test_missing_results_of_runs_are_scored_once(runs: Path, monkeypatch: pytest
     monkeypatch.setattr(StageFolder, "run", run)
     main(["runs/ar_seed*", "runs/rear_seed*", "--out", "out", "--processes", "1"])
     assert ran == [
-        "python launchers/evaluate.py --checkpoint runs/rear_seed1 --out out/results/rear_seed_1_sampling1.json sample.seed=1"
+        "python launchers/evaluate.py --checkpoint runs/rear_seed1 --out out/results/rear_1_sampling1.json sample.seed=1"
     ]
 
 

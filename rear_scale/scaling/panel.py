@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
         return
     StageFolder(out).run_all(stages)
     compared = panel.compared(methods)
+    out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / "panel.json", json.dumps([one.to_json() for one in compared], indent=1) + "\n")
     write_text_atomically(out / "panel.csv", _as_csv(methods, compared))
     print(as_text(compared))
@@ -307,4 +308,5 @@ def _as_csv(methods: tuple[Method, Method], compared: Sequence[Compared]) -> str
 def _label(given: str) -> str:
     """A short name of a config or a pattern, for files and columns."""
     stem = Path(given).stem if given.endswith(".yaml") else Path(given).name
-    return "".join(letter for letter in stem if letter.isalnum() or letter in "_-").strip("_-") or "runs"
+    letters = "".join(letter for letter in stem if letter.isalnum() or letter in "_-").strip("_-")
+    return letters.removesuffix("_seed") or "runs"

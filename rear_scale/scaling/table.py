@@ -146,7 +146,8 @@ def blocks(table: PublishedTable, results: Sequence[Results]) -> list[Block]:
 
 def _published(table: PublishedTable, results: Sequence[Results]) -> Block:
     """All rows as printed, and where each was run."""
-    rows, notes = table.rows, [_LEGEND_PUBLISHED] if table.baseline is not None else []
+    rows, numbered = table.rows, list[str]()
+    notes = [_LEGEND_PUBLISHED] if table.baseline is not None else []
     names = [name for name in MEASURES if any(name in row.measures() for row in rows.values())]
     about = [
         name
@@ -158,8 +159,10 @@ def _published(table: PublishedTable, results: Sequence[Results]) -> Block:
     lines = [[*header, *(MEASURES[name][0] for name in names), "run here"]]
     for key, row in rows.items():
         remarks = [*([row.note] if row.note else []), *differences(row)]
-        mark = f" [{len(notes) + 1}]" if remarks else ""
-        notes += [f"[{len(notes) + 1}] {'; '.join(remarks)}"] if remarks else []
+        mark = ""
+        if remarks:
+            numbered.append(f"[{len(numbered) + 1}] {'; '.join(remarks)}")
+            mark = f" [{len(numbered)}]"
         line = [f"{row.label}{mark}", *(str(getattr(row, name) or "-") for name in about)]
         if compression:
             own = None if row.config is None else bpp_16(row.config)
@@ -168,7 +171,7 @@ def _published(table: PublishedTable, results: Sequence[Results]) -> Block:
         scales = [one.scale for one in results if any(_done(cell, one) for cell in one.of_row(key, row))]
         lines.append([*line, ", ".join(scales) or ("not run" if row.config else "-")])
     title = f"{table.source}: {table.title}{f' ({table.note})' if table.note else ''}"
-    return Block(title, lines, [*notes, f"FID against {table.paper.reference}."])
+    return Block(title, lines, [*numbered, *notes, f"FID against {table.paper.reference}."])
 
 
 def _printed(table: PublishedTable, row: Printed, name: str) -> str:

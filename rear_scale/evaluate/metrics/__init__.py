@@ -10,17 +10,21 @@ from rear_scale.evaluate.metrics.inception_score import InceptionScoreMetric
 from rear_scale.evaluate.metrics.kernel import KernelDistance
 from rear_scale.evaluate.metrics.precision_recall import NeighbourMetrics
 from rear_scale.evaluate.metrics.reconstruction import Lpips, Psnr, TokenUse
+from rear_scale.evaluate.metrics.sliced import SlicedDistance
 
 METRICS: list[Metric] = [
     FrechetDistance("fid", "inception", "pool", title="FID", published="fid"),
     FrechetDistance("sfid", "inception", "spatial", title="sFID"),
     InceptionScoreMetric(),
     NeighbourMetrics("inception", "pool", in_table=True),
+    KernelDistance("kid", "inception", "pool", images=5000),
+    SlicedDistance("mind", "inception", "pool"),
     FrechetDistance("fd_dinov2", "dinov2", "cls"),
     NeighbourMetrics("dinov2", "cls", prefix="dinov2_"),
     FrechetDistance("fd_efficientnet", "efficientnet", "average", title="FD (EfficientNet)"),
     KernelDistance("kd_efficientnet", "efficientnet", "average", title="KD (EfficientNet)"),
     NeighbourMetrics("efficientnet", "average", prefix="efficientnet_"),
+    SlicedDistance("mind_efficientnet", "efficientnet", "average"),
     ClassAccuracy(),
     ClassifierDistance(),
     NearestDistance(),

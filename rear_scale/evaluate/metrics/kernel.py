@@ -50,17 +50,20 @@ class KernelDistance(ReferenceMetric):
 
     digits = 5
 
-    def __init__(self, name: str, network: str, feature: str, title: str | None = None) -> None:
-        """title: the title of its column in the printed table; None = no column."""
-        self.name, self.network, self.feature = name, network, feature
+    def __init__(
+        self, name: str, network: str, feature: str, title: str | None = None, images: int | None = None
+    ) -> None:
+        """title: the title of its column in the printed table; None = no column. images: so many evenly chosen ones of each set,
+        where it has more; None = all."""
+        self.name, self.network, self.feature, self.images = name, network, feature, images
         if title is not None:
             self.columns = (Column(title, self.digits, lambda values: (values.get(name) or {}).get("value")),)
 
     def score(self, inputs: Inputs, reference: ReferenceSet) -> dict[str, Any] | None:
-        other = reference.rows(self.feature)
+        other = reference.rows(self.feature, self.images)
         if other is None or min(len(other), inputs.samples.count) < 2:
             return None
-        own = inputs.samples.rows(self.feature)
+        own = inputs.samples.rows(self.feature, self.images)
         features = [torch.from_numpy(np.asarray(rows[0 : len(rows)], np.float32)) for rows in (own, other)]
         # One stream per comparison, so that the subsets of one reference do not depend on how many others there are.
         generator = np.random.default_rng([inputs.cfg.seed, 4])
