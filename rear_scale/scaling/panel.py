@@ -28,6 +28,7 @@ from rear_scale.checkpoint.folder import last_step
 from rear_scale.config import ExperimentConfig, InputError, load, to_dict
 from rear_scale.evaluate.result import Result, read_result
 from rear_scale.files import write_text_atomically
+from rear_scale.parallel import facts
 from rear_scale.places import as_typed
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling.seed_noise import Difference, SeedNoise, difference, seed_noise
@@ -197,7 +198,7 @@ class Panel:
     def _start(self, cfg: ExperimentConfig | None) -> tuple[list[str], int]:
         """The words in front of a command, and its processes. cfg: of a training; None = of an evaluation."""
         count = self.given_processes or torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-        if cfg is not None and cfg.strategy.name == "single":
+        if cfg is not None and facts.of(cfg.strategy).alone:
             count = 1
         return (["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]), count
 
