@@ -376,6 +376,9 @@ def test_training_writes_the_report_and_a_failure_costs_a_line(
     (start,) = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert (start["step"], sum(start["hosts"].values()), start["after"]) == (0, 1, None)
     with RunReport(folder, world) as report:
+        report(4, folder)  # too soon after the start
+        assert report.thread is None
+        monkeypatch.setattr(writing, "_FIRST_S", 0.0)
         report(4, folder)
         assert report.thread is not None
         report.thread.join()

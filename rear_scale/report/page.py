@@ -10,15 +10,17 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rear_scale.files import write_text_atomically
 from rear_scale.report import charts as geometry
 from rear_scale.report.charts import Chart, Mark
 
+_HERE = Path(__file__).parent
 _MOST_MARKS = 400  # texts for the pointer
 
 
@@ -91,19 +93,18 @@ def write_page(path: Path, title: str, sections: Sequence[Section], head: Head |
 
 def page_text(title: str, sections: Sequence[Section], head: Head | None = None) -> str:
     """The HTML of a page."""
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (folder / "page.js").read_text(encoding="utf-8")
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values: dict[str, Any] = {"title": title, "sections": sections, "head": head or Head(), "geometry": geometry}
-    html = environment.get_template("page.html").render(**values, checksum=checksum)
+    html = _template().render(**values, checksum=checksum)
     # Put in last, as it stands: nothing of the page's contents can become part of it, and its checksum is that of the file.
     before, after = html.rsplit("<!--script-->", 1)
     # Half a surrogate pair, which JSON may hold, is no character that a file can.
     return f"{before}<script>{script}</script>{after}".encode("utf-8", "replace").decode()
+
+
+@cache
+def _template() -> Template:
+    return Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("page.html")

@@ -16,6 +16,7 @@ from rear_scale.report.run_page import write_report
 from rear_scale.world import World
 
 _LEAST_PART = 100  # a report is written at a checkpoint when the last one took at most 1/100 of the time since then
+_FIRST_S = 20.0  # of training before the first report; runs of seconds have the one at their end alone
 _END_S = 60.0  # the longest wait for a report at the end of training
 # Signals that the thread blocks, so that they are delivered to the main thread.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -49,16 +50,17 @@ class RunReport:
         self.folder, self.active = folder, world.is_main
         self.curves: Curves | None = None
         self.thread: threading.Thread | None = None
-        self.began, self.took = 0.0, 0.0
+        self.began, self.took = time.monotonic(), 0.0  # of the last report
 
     def __call__(self, step: int, path: Path) -> None:
         """Begins to write the report, unless one is being written or has just been."""
         if not self.active or (self.thread is not None and self.thread.is_alive()):
             return
-        if self.thread is None or time.monotonic() - self.began >= _LEAST_PART * self.took:
+        if time.monotonic() - self.began >= (_FIRST_S if self.thread is None else _LEAST_PART * self.took):
             self._begin()
 
     def __enter__(self) -> RunReport:
+        self.began = time.monotonic()
         return self
 
     def __exit__(
