@@ -210,6 +210,9 @@ CELLS: dict[int, Cells] = {
     4: (("ddp",), ("fsdp2",), ("hsdp",)),
 }
 LONG = 20
+BF16_BOUND = (
+    2e-3  # of losses in bf16 against those in float32, as for AdamW (test_strategy_matrix.py); measured: 7.3e-5
+)
 
 
 def _all_cells(world: World, folder: Path, tokens: Path, cells: Cells) -> list[dict[str, Any]]:
@@ -260,9 +263,10 @@ def test_every_strategy_and_number_of_ranks_has_one_trajectory(tmp_path: Path, t
             worst[cell, run["cell"]] = far
     for shape in ((4,), (2, 2), (4, 1)):
         check_bits(run_ranks(4, _bits, shape))
-    print("largest relative differences:", worst, "of losses in bf16:", worst_bf16)
+    for what, values in (("losses and norms", worst), ("losses in bf16", worst_bf16)):
+        print(f"largest relative differences of {what}:", {key: f"{value:.1e}" for key, value in values.items()})
     assert max(worst.values()) <= 1e-5
-    assert max(worst_bf16.values()) <= 2e-2
+    assert max(worst_bf16.values()) <= BF16_BOUND
 
 
 def test_strategies_without_whole_matrices_refuse(

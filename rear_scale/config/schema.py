@@ -236,7 +236,7 @@ class ObjectiveConfig:
 
 @dataclass
 class MuonConfig:
-    """optim.name=muon: the matrices of the blocks; everything else is trained by AdamW."""
+    """Muon, which trains the matrices of the blocks under optim.name=muon; AdamW trains everything else."""
 
     lr_ratio: float = number(1.0, "learning rate of the matrices over optim.lr, before lr_adjust", above=0)
     lr_adjust: str = choice("match_rms_adamw", "factor of the learning rate by a matrix's shape",
