@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,7 @@ def test_finished_cells_are_not_run_again_and_a_failed_one_stops_no_other(here: 
     assert ran(here) == ["evaluate ar-seed0"]
 
 
+@pytest.mark.long  # two starts; the test before shows the same in one process
 def test_a_killed_study_continues_with_the_same_command(here: Path, tokens: Path) -> None:
     """As a process of its own, whose third cell kills it; and a failing cell gives exit code 1."""
     words = ("python", ROOT / "launchers/study.py", "--config", study_file(here, tokens))
@@ -365,8 +367,11 @@ def test_runs_of_others_are_found_by_their_config(here: Path, tokens: Path) -> N
 
 def test_cells_that_differ_in_sampling_alone_are_trained_once(here: Path, tokens: Path) -> None:
     runner = runner_of(study_file(here, tokens, grids={"main": ["sample.guidance.scale=1.5,2.5"]}))
+    # A task of a job array that needs the weights of another one's cell makes them, if nobody has.
+    assert replace(runner, only="scale2.5").run() == {}
+    assert ran(here) == ["train scale1.5", "evaluate scale1.5"]
     assert runner.run() == {}
-    assert ran(here) == ["train scale1.5", "evaluate scale1.5", "evaluate scale1.5"]
+    assert ran(here) == ["evaluate scale1.5"]
     line = runner.stages_of(runner.cells[1])[0].line
     assert line.endswith("--out runs/study/mine/scale2.5/result.json sample.guidance.scale=2.5")
     assert [row["state"] for row in collect(runner).rows] == ["done", "done"]
@@ -381,7 +386,7 @@ def test_the_summary_has_gaps_laws_and_figures(here: Path, tokens: Path, monkeyp
     for row in collected.rows:
         loss = 1 + 50 / math.sqrt(row["parameters"]) + 0.1 * (row["objective"] == "ar") + 0.001 * row["run.seed"]
         row |= {"state": "done", "loss": loss, "images": 144, "unique_images": 100, "flops": 1e6 * row["parameters"]}
-        row |= {"classifier_frechet_distance": 10 * loss, "commit": "abc"}
+        row |= {"class_accuracy": 1 / loss, "commit": "abc"}
         run = Path(row["run"])
         run.mkdir(parents=True)
         lines = [{"step": step, "images_seen": 12 * step, "loss_ar": loss + 1 / step} for step in range(1, 13)]
@@ -452,6 +457,69 @@ def test_a_search_for_guidance_refines_around_its_best_and_confirms_it(
     for fields, words, expected in refused:
         with pytest.raises(InputError, match=expected):
             study.main(["--config", str(study_file(here, tokens, **fields)), *words])
+
+
+def test_unfinished_cells_are_submitted_as_one_job_array(
+    here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = study_file(here, tokens, grids={"main": ["run.seed=range(3)"]})
+    program = here / "bin/sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {here}/submitted\necho Submitted batch job 7\n')
+    program.chmod(0o755)
+    words = ["--config", str(path), "run.seed=range(3)"]
+    monkeypatch.setenv("PATH", str(here / "nowhere"))
+    with pytest.raises(InputError, match="needs the program sbatch.*type: sbatch --array=0-2"):
+        study.main([*words, "--slurm"])
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    study.main([*words, "--slurm", "--nodes", "2"])
+    runner = runner_of(path)
+    # A task of the array runs one cell, started in its own way, and a later submission has the others alone.
+    study.main([*words, "--cell", "1", "--start", f"python {here / 'fake.py'}"])
+    assert ran(here) == ["train seed1", "evaluate seed1"]
+    study.main([*words, "--slurm"])
+    assert runner.run() == {}
+    with pytest.raises(InputError, match="all 3 cells are done"):
+        study.main([*words, "--slurm"])
+    end = f"launchers/slurm/study.sbatch --config {path} run.seed=range(3)"
+    assert (here / "submitted").read_text().splitlines() == [
+        f"--array=0-2 --nodes 2 {end}",
+        f"--array=0,2 --nodes 1 {end}",
+    ]
+
+
+@pytest.mark.long
+def test_two_real_cells_go_on_after_a_kill_and_end_as_undisturbed_ones(here: Path, tokens: Path) -> None:
+    """The launchers themselves, on the tiny set: killed in the middle of the second cell's training."""
+    fields: dict[str, Any] = {
+        "start": "python",
+        "commands": ["train"],
+        "overrides": ["strategy=single", f"data.val={tokens}", "train.val_every=4", "train.total_steps=40"],
+        "grids": {"main": ["objective=ar,rear"]},
+    }
+    rows = {}
+    for name in ("undisturbed", "killed"):
+        folder = here / name
+        folder.mkdir()
+        words = ("python", ROOT / "launchers/study.py", "--config", study_file(folder, tokens, **fields))
+        if name == "killed":
+            with start(*words, cwd=folder, fresh=True, stderr=subprocess.DEVNULL) as process:
+                log, deadline = folder / "runs/study/mine/rear/metrics.jsonl", time.monotonic() + 200
+                while not (log.exists() and len(log.read_text().splitlines()) >= 6):
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                process.kill()
+        with start(*words, cwd=folder, fresh=True, stderr=subprocess.PIPE, text=True) as process:
+            _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        with open(folder / "runs/study/mine/study.csv", newline="") as file:
+            rows[name] = list(csv.DictReader(file))
+        assert "Gap between AR and reAR" in (folder / "runs/study/mine/study.md").read_text()
+        assert (folder / "runs/study/mine/loss_curves.png").is_file()
+    assert [row["state"] for row in rows["killed"]] == ["done", "done"]
+    assert all(float(row["loss"]) > 0 for row in rows["killed"])
+    assert rows["killed"] == rows["undisturbed"]
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from rear_scale import cli
@@ -137,9 +138,13 @@ def _run_one(runner: Runner, number: int) -> None:
     """Runs one cell. SIGUSR1, by which a batch script asks for a checkpoint, goes to the ranks; this process waits for them."""
     if not 0 <= number < len(runner.cells):
         raise InputError(f"--cell {number} is not a cell of {runner.study.source}. Use 0 to {len(runner.cells) - 1}")
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    alone = Runner(runner.study, [runner.cells[number]], runner.start)
-    if alone.run():
+    alone = replace(runner, only=runner.cells[number].name)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        failed = alone.run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if failed:
         raise SystemExit(1)
 
 

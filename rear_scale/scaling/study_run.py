@@ -44,6 +44,7 @@ class Runner:
     study: StudyFile
     cells: Sequence[Cell]
     start: tuple[str, ...]
+    only: str | None = None  # the name of the one cell to run; None = all
 
     @property
     def stages(self) -> StageFolder:
@@ -120,6 +121,8 @@ class Runner:
         self.prepare()
         failed: dict[str, str] = {}
         for number, cell in enumerate(self.cells, start=1):
+            if self.only not in (None, cell.name):
+                continue
             try:
                 reason = self._run_cell(cell, f"[{number}/{len(self.cells)}] ")
             except KeyboardInterrupt:
@@ -138,6 +141,7 @@ class Runner:
         try:
             with locked(self.study.folder / f".{cell.name}.lock", in_use):
                 try:
+                    self._train_shared(cell, place)
                     for stage in self.stages_of(cell):
                         self.stages.run(stage, place)
                 except InputError as error:
@@ -151,6 +155,16 @@ class Runner:
                 raise
             say(f"{place}{in_use}: left to it")
         return None
+
+    def _train_shared(self, cell: Cell, place: str) -> None:
+        """Waits for the training that makes a cell's weights, where that is another cell's, and does it if nobody has."""
+        trained = self.trained_by(cell)
+        if trained is cell or "train" not in self.study.commands:
+            return
+        training = self.stages_of(trained)[0]
+        if not self.stages.is_finished(training):
+            with locked(self.study.folder / f".{trained.name}.lock"):
+                self.stages.run(training, place)
 
     def _reason(self, cell: Cell, error: InputError) -> str:
         """The reason of a failure: that which the run has recorded, behind the stage and its log."""
