@@ -111,7 +111,7 @@ def waits_for(files: RunFiles, state: str) -> tuple[str, str]:
             left = files.curves.last.get("time_left_s")
             until = f", about {duration(left)} before its end" if isinstance(left, (int, float)) else ""
             what = f"It was running when this page was written, at step {files.step:,}{of_total}{until}."
-            return f"{what} If it has ended since without a word: {again[0].lower()}{again[1:]}", files.command
+            return f"{what} If it has ended since without recording why: {again[0].lower()}{again[1:]}", files.command
         case "killed":
             what = f"It was killed: no process runs it, and none has recorded why it ended. Last seen at step {files.step:,}"
             ago = duration(time.time() - files.last_change)
