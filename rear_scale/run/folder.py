@@ -4,7 +4,8 @@ config.yaml      the resolved config            checkpoints/     see checkpoint/
 starts.jsonl     one line per start: command, versions, commit, hosts, ranks, the step it began after, the status before it
 status.json      state (running | done | preempted | failed), step, reason
 metrics.jsonl    one line per logged step
-events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts
+events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that could not be written, refused starts, a loss
+                 that left the expected curve
 branch.json      the run and the step from which this one branches off (train.branch_from), with hashes
 fingerprints.json  hashes of the data, the first weights and the first batches, written when a run begins
 rewind.json      the latest rewind after a loss spike, until the next checkpoint records it in its meta.json
