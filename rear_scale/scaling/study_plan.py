@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def _in_one_micro_step(cfg: ExperimentConfig) -> ExperimentConfig:
 
 def _key(cfg: ExperimentConfig, gpus: int, accumulation: int) -> str:
     """The values that the size of a cell depends on."""
-    sections = [cfg.model, cfg.tokenizer, cfg.objective.heads, cfg.strategy, cfg.cluster]
+    sections: list[Any] = [cfg.model, cfg.tokenizer, cfg.objective.heads, cfg.strategy, cfg.cluster]
     train = cfg.train
     others = [cfg.objective.class_dropout, cfg.objective.terms, cfg.data.group_by_class, cfg.optim.name, cfg.optim.ema_decay,
               train.global_batch_size, train.micro_batch_size, train.precision, train.fp8, train.activation_checkpointing,
