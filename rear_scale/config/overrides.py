@@ -266,7 +266,8 @@ def _inner(text: str, brackets: str) -> str | None:
 
 def _sweep(key: str, value: str) -> InputError:
     return InputError(
-        f"{key}={shown(value)} has several values, as in a sweep, but one run takes one value. Start one run for each"
+        f"{key}={shown(value)} has several values, as in a sweep, but one run takes one value. Start one run for each, "
+        "or describe them as a study (docs/studies.md)"
     )
 
 
