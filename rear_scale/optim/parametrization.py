@@ -33,7 +33,7 @@ Remarks on the choices:
   DiT's AdaLN blocks, with normalized queries and keys too, is Theorem 3.1 of arXiv:2505.15270.
 - Normalized queries and keys aligned by training have a product of up to d = head width, and at the start of about sqrt(d).
   Where heads grow in width (the papers have 16 at every size), 1 / sqrt(d) lets logits grow; where they grow in number
-  (optim.base_num_heads), a is 1 and nothing changes.
+  (optim.base_num_heads), a is 1 and nothing changes. At the start, before they are aligned, wider heads have smaller logits.
 - The reAR heads map D to a hidden width that stays, so their first matrix is an output matrix: with 1 / sqrt(n) its random part
   would send a gradient into the blocks that shrinks more slowly with the width than the gradient of the logits.
 - Weight decay of AdamW is decoupled: an update shrinks a weight by lr x decay. With a factor f of the learning rate, decay is

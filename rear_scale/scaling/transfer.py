@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -29,7 +30,7 @@ from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive, to_dict
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.locks import locked
-from rear_scale.objective import shared_classes
+from rear_scale.objective import Task, shared_classes
 from rear_scale.objective.prediction import held_out_task
 from rear_scale.optim.schedule import learning_rate
 from rear_scale.progress import progress, say
@@ -38,9 +39,16 @@ from rear_scale.shards.codebook import codebook_of, read_both
 from rear_scale.shards.reader import TokenSet, open_tokens
 from rear_scale.world import World
 
-_WIDTHS, _RATES = "64,128,256,512", "0.0005,0.001,0.002,0.004,0.008,0.016"
-_SEEDS, _UPDATES = 2, 200
-_QUICK = {"widths": "32,64", "rates": "0.001,0.01", "seeds": 1, "updates": 8}
+
+class _Grid(NamedTuple):
+    widths: str
+    rates: str
+    seeds: int
+    updates: int
+
+
+_USUAL = _Grid("64,128,256,512", "0.0005,0.001,0.002,0.004,0.008,0.016", seeds=2, updates=200)
+_QUICK = _Grid("32,64", "0.001,0.01", seeds=1, updates=8)
 _WARMUP = 0.1  # fraction of the updates
 _LAST = 0.1  # fraction of the updates whose mean is the training loss of a cell
 _VALIDATED = 360  # sequences of data.val at most
@@ -74,17 +82,21 @@ def main(arguments: Sequence[str]) -> None:
     an --out that holds the results of other settings."""
     parser = cli.make_parser(__doc__ or "")
     parser.prog += " transfer"
-    parser.add_argument("--widths", metavar="W,W", help=f"widths; mup's base is the first ({_WIDTHS})")
-    parser.add_argument("--rates", metavar="R,R", help=f"peak learning rates ({_RATES})")
-    parser.add_argument("--seeds", type=int, help=f"seeds of weights and of the order of data ({_SEEDS})")
-    parser.add_argument("--updates", type=int, help=f"updates of a run ({_UPDATES})")
+    parser.add_argument("--widths", metavar="W,W", help=f"widths; mup's base is the first ({_USUAL.widths})")
+    parser.add_argument("--rates", metavar="R,R", help=f"peak learning rates ({_USUAL.rates})")
+    parser.add_argument("--seeds", type=int, help=f"seeds of weights and of the order of data ({_USUAL.seeds})")
+    parser.add_argument("--updates", type=int, help=f"updates of a run ({_USUAL.updates})")
     parser.add_argument("--quick", action="store_true", help="a tiny grid, which takes seconds and shows nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/study/transfer"), help="folder of the CSV and the PNG")
     first = parser.parse_intermixed_args([*_SETTINGS, *arguments])
-    usual = _QUICK if first.quick else dict(zip(_QUICK, (_WIDTHS, _RATES, _SEEDS, _UPDATES), strict=True))
-    widths_text, rates_text, seeds, updates = (getattr(first, name) or usual[name] for name in usual)
+    usual = _QUICK if first.quick else _USUAL
+    widths_text, rates_text = first.widths or usual.widths, first.rates or usual.rates
+    seeds = usual.seeds if first.seeds is None else first.seeds
+    updates = usual.updates if first.updates is None else first.updates
     if min(seeds, updates) < 1:
-        raise InputError(f"--seeds={seeds} and --updates={updates} must be at least 1. Use {_SEEDS} and {_UPDATES}")
+        raise InputError(
+            f"--seeds={seeds} and --updates={updates} must be at least 1. Use {_USUAL.seeds} and {_USUAL.updates}"
+        )
     command = cli.parse(parser, [*_SETTINGS, *arguments, *_FIXED, f"train.total_steps={updates}"])
     widths, rates = numbers_of(widths_text, "--widths"), _rates_of(rates_text)
     cells = [
@@ -120,7 +132,7 @@ def _rates_of(text: str) -> list[float]:
     except ValueError:
         rates = []
     if len(rates) < 2 or rates != sorted(set(rates)) or not 0 < rates[0] <= rates[-1] < math.inf:
-        raise InputError(f"--rates={text} must be two or more increasing numbers above 0. Use --rates {_RATES}")
+        raise InputError(f"--rates={text} must be two or more increasing numbers above 0. Use --rates {_USUAL.rates}")
     return rates
 
 
@@ -211,7 +223,9 @@ def _val_loss(run: SmallRun, cfg: ExperimentConfig, tokens: TokenSet) -> float:
         classes, class_index = shared_classes(labels, cfg.model.modulation)
         task = held_out_task(codes, ids.to(codes.device), run.objective.fixed_order, None)
 
-        def compute(forward: nn.Module, given: tuple = (task, classes, class_index)) -> tuple[Tensor, Tensor]:
+        def compute(
+            forward: nn.Module, given: tuple[Task, Tensor, Tensor | None] = (task, classes, class_index)
+        ) -> tuple[Tensor, Tensor]:
             task, classes, class_index = given
             return run.objective.loss(forward(task.context, classes, class_index, task.order), task)
 
