@@ -37,7 +37,7 @@ def _write(run: Path, cfg: ExperimentConfig, seed: int, state: str = "done") -> 
     (run / "status.json").write_text(json.dumps({"state": state}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in _lines(seed)))
     (run / "starts.jsonl").write_text(
-        json.dumps({"command": "train", "commit": "abc", "device": "cpu", "world_size": 2}) + "\n"
+        json.dumps({"command": "/x/launchers/train.py", "commit": "abc", "device": "cpu", "world_size": 2}) + "\n"
     )
     return run
 
@@ -67,7 +67,7 @@ def test_a_curve_is_the_mean_of_its_runs_with_a_band(folder: Path, runs: list[Pa
     assert np.abs(np.array(made.mean) - [_loss(step) for step in STEPS]).max() < 0.03
     half = (np.array(made.high) - made.low) / 2
     assert np.all((half > 0.02) & (half < 0.09))  # 4 sd of 0.01, times the root of 4/3
-    assert made.origin["commit"] == ["abc"]
+    assert (made.origin["command"], made.origin["commit"]) == (["launchers/train.py"], ["abc"])
     assert made.band(640) == (made.low[0], made.high[0])
     assert made.band(960) == pytest.approx(((made.low[0] + made.low[1]) / 2, (made.high[0] + made.high[1]) / 2))
     assert made.band(639) is None

@@ -7,6 +7,7 @@ band, and never stopped.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -136,10 +137,12 @@ def _losses(run: Path) -> dict[int, float]:
 def _origin(runs: Sequence[Path]) -> dict[str, Any]:
     """Commands, commits and machines of the runs, from their last starts."""
     starts = [json.loads((run / "starts.jsonl").read_text().splitlines()[-1]) for run in runs]
-    return {
+    origin = {
         name: sorted({str(start.get(name)) for start in starts})
         for name in ("command", "commit", "device", "world_size")
     }
+    # Where the checkout lay says nothing about a curve.
+    return {**origin, "command": [re.sub(r"\S*/(?=launchers/)", "", command) for command in origin["command"]]}
 
 
 def write_curve(curve: ExpectedCurve, path: Path) -> None:
