@@ -230,7 +230,7 @@ def test_states_of_other_rules_are_refused_on_resume(tmp_path: Path, tokens: Pat
 
 
 def test_an_unknown_rule_is_named_with_those_that_there_are(tmp_path: Path, tokens: Path, mixed: None) -> None:
-    with pytest.raises(InputError, match="optim.name=lion .*adamw, mixed"):
+    with pytest.raises(InputError, match="optim.name=lion .*adamw, muon, mixed"):
         tiny_config(tmp_path, tokens, "optim.name=lion")
     with pytest.raises(ValueError, match="'param' is not allowed as the name of a state"):
         Rule("mine", make_sgd, ("param",))
