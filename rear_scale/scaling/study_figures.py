@@ -84,7 +84,7 @@ def scores_by_size(points: Mapping[str, Sequence[tuple[float, float]]], score: s
         sizes = sorted({size for size, _ in pairs})
         means = [statistics.mean(value for other, value in pairs if other == size) for size in sizes]
         (line,) = axes.plot(sizes, means, linewidth=1.3, label=name)
-        axes.scatter(*zip(*pairs, strict=True), s=12, color=line.get_color())
+        axes.scatter([size for size, _ in pairs], [value for _, value in pairs], s=12, color=line.get_color())
     axes.set(xlabel="parameters without heads", ylabel=score, xscale="log")
     return _finished(figure, axes)
 

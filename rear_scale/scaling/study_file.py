@@ -165,8 +165,10 @@ def _check(values: Mapping[str, Any], source: str) -> None:
         wanted, entry = _TYPES[key]
         entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if not isinstance(value, wanted) or (entry is not None and not all(isinstance(one, entry) for one in entries)):
-            inside = {str: "texts", dict: "sections", list: "lists"}.get(entry or object, "values")
-            kind = {str: "a text", list: f"a list of {inside}", dict: f"a section of {inside}"}[wanted]
+            kinds: dict[Any, str] = {str: "texts", dict: "sections", list: "lists"}
+            inside = kinds.get(entry, "values")
+            kinds = {str: "a text", list: f"a list of {inside}", dict: f"a section of {inside}"}
+            kind = kinds[wanted]
             raise InputError(f"{source}: {key} is not {kind}. Write it as in {CONFIG_DIR / 'study'}")
 
 

@@ -129,7 +129,7 @@ def _parsed(word: str, study: StudyFile, where: str) -> tuple[str, list[str]]:
             f"{where}: {shown(word)} is not a word of a grid ({reason}). Write KEY=VALUE,VALUE or KEY=range(3)"
         ) from error
     key = override.key_or_group
-    value = override.value()
+    value: Any = override.value()
     if isinstance(value, Glob):
         known = _known(key, study)
         if known is None:
