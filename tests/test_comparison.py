@@ -167,6 +167,8 @@ def test_the_command_writes_what_is_asked_for(
         command.report()
         return capsys.readouterr().out.splitlines()
 
+    assert call(*runs[:2], "--dry-run") == [f"{folder}/report.html" for folder in runs[:2]]
+    assert not (runs[0] / "report.html").exists()
     assert call(*runs[:2]) == [f"{folder}/report.html" for folder in runs[:2]]
     out, table = tmp_path / "c.html", tmp_path / "c.csv"
     assert call(*runs, "--out", out, "--csv", table) == [str(out), str(table)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from rear_scale import cli
 from rear_scale.config import InputError
 from rear_scale.report.comparison import compare, write_comparison, write_csv
-from rear_scale.report.reading import is_run
+from rear_scale.report.reading import REPORT, is_run
 from rear_scale.report.run_page import write_report
 
 
@@ -24,12 +24,19 @@ def report(description: str | None = None) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="FILE.csv", help="one row for each run: totals, scores, settings that differ"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the files that would be written, and stop")
     args = parser.parse_args()
     for folder in args.runs:
         check_run(folder)
     for option, path, ending in (("--out", args.out, ".html"), ("--csv", args.csv, ".csv")):
         if path is not None:
             _check_output(option, path, ending)
+    if args.dry_run:
+        pages = (
+            [folder / REPORT for folder in args.runs] if args.out is None and args.csv is None else [args.out, args.csv]
+        )
+        print(*(path for path in pages if path is not None), sep="\n")
+        return
     if args.out is None and args.csv is None:
         for folder in args.runs:
             print(write_report(folder))
