@@ -81,13 +81,14 @@ def factors(times: Sequence[float], gammas: Sequence[float], time: float, gamma:
     """
     t, g = np.asarray(times, np.float64), np.asarray(gammas, np.float64)
     products = profile_product(t[:, None], g[:, None], t[None], g[None])
-    wanted = profile_product(t, g, np.float64(time), np.float64(gamma))
+    last, wide = np.asarray(time, np.float64), np.asarray(gamma, np.float64)
+    wanted = profile_product(t, g, last, wide)
     # Profiles are scaled to norm 1, because early snapshots have much larger ones.
     norms = np.sqrt(np.diag(products))
     inverse = np.linalg.pinv(products / norms[:, None] / norms, rcond=_RELATIVE_CUTOFF, hermitian=True)
     free, ones = inverse @ (wanted / norms) / norms, inverse @ (1 / norms) / norms
     x = free + ones * (1 - free.sum()) / ones.sum()
-    norm = profile_product(np.float64(time), np.float64(gamma), np.float64(time), np.float64(gamma))
+    norm = profile_product(last, wide, last, wide)
     squared = 1 - (2 * wanted @ x - x @ products @ x) / norm
     return x, math.sqrt(max(0.0, float(squared)))
 
