@@ -41,10 +41,10 @@ if [[ "${1:-}" == --install-slurm ]]; then
     install_slurm
 fi
 if (($# == 0)); then
-    # The whole suite, two files at a time: many tests wait for processes that they started. The longest files come first
-    # (tests/conftest.py), so that none of them is left for the end, alone.
-    # One thread each: two would wait for one another on two cores.
+    # The whole suite, three files at a time on two cores: many tests wait for processes that they started. The longest files
+    # come first (tests/conftest.py), so that none of them is left for the end, alone.
+    # One thread each: two would wait for one another.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+    set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -156,6 +156,7 @@ def test_a_training_step_is_timed_beside_the_plain_one() -> None:
     assert first["ours"] == pytest.approx(first["reference"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_srun_gives_weak_and_strong_scaling() -> None:
     port = free_port()
     tasks = [

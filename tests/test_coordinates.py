@@ -39,7 +39,7 @@ def check(found: list[Growth]) -> None:
         assert max(growth.factor for growth in own if growth.parametrization == "standard") > GROWS, optimizer
 
 
-@pytest.mark.parametrize("config", ["rear_s.yaml", "rear_alitok_b.yaml"])
+@pytest.mark.parametrize("config", ["rear_s.yaml", pytest.param("rear_alitok_b.yaml", marks=pytest.mark.long)])
 def test_activations_are_flat_in_the_width_under_mup_and_grow_under_standard(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

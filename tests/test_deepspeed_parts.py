@@ -41,6 +41,7 @@ IMPORTED = [
     ("deepspeed.runtime.utils", "combine_grad_norm_groups", "the gradient norm of zero3 before the update"),
     ("deepspeed.runtime.utils", "get_global_norm_of_tensors", "the gradient norm of zero1 in bf16 before the update"),
     ("deepspeed.utils", "safe_get_full_fp32_param", "writing weights into a checkpoint"),
+    ("deepspeed.utils", "safe_get_full_grad", "the gradient of a step that is inspected"),
     ("deepspeed.utils", "safe_get_full_optimizer_state", "writing optimizer states into a checkpoint"),
     ("deepspeed.utils", "safe_set_full_fp32_param", "resuming weights of zero1 and zero2"),
     ("deepspeed.utils", "safe_set_full_optimizer_state", "resuming optimizer states of zero1 and zero2"),

@@ -453,6 +453,7 @@ def test_other_sizes_are_resized_with_a_warning(tmp_path: Path, capsys: pytest.C
     assert "the samples are 8x8, plain is 12x12" in capsys.readouterr().err
 
 
+@pytest.mark.long  # the classifier's scores, on the same path, have a short one
 def test_scores_by_seeded_inception_do_not_depend_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     network = Inception()

@@ -133,7 +133,7 @@ def stored_result(**images: Any) -> dict[str, Any]:
     return {
         "images": images,
         "tokens": {"val_clean": {"ctr": 0.5}},
-        "checkpoint": {"path": "run/checkpoints/step_00000004", "step": 4, "sha256": ["ab"]},
+        "checkpoint": {"path": "run/checkpoints/step_00000004", "step": 4, "sha256": ["ab"], "average": None},
         "samples": {
             "path": "generated", "identity": "id", "images": 9, "size": [16, 16], "preprocessing": "as stored",
             "uint8_rounding": "truncate",
@@ -190,8 +190,13 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path, images: dict[str, An
     assert summary(found.images, "") == numbers
     assert found.checkpoint.step == 4
     assert found.samples.images == 9
-    # Results of an earlier version have the rounding rule under another name.
-    text = json.dumps(values).replace("uint8_rounding", "quantiser").replace("truncate", "trunc255")
+    # Results of an earlier version have the rounding rule under another name, and no averages.
+    text = (
+        json.dumps(values)
+        .replace(', "average": null', "")
+        .replace("uint8_rounding", "quantiser")
+        .replace("truncate", "trunc255")
+    )
     (tmp_path / "result.json").write_text(text.replace('nearest"', 'round"'))
     assert read_result(tmp_path / "result.json") == found
 

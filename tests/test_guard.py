@@ -127,6 +127,7 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_signal_to_the_deepspeed_launcher_saves_and_wants_to_go_on(tmp_path: Path, tokens: Path) -> None:
     """As a scheduler sends it: to the whole group, with the launcher itself told to ignore it."""
     config_file = tiny_config_file(tmp_path, tokens)

@@ -129,7 +129,7 @@ def test_a_command_is_the_script_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "no command is given. Use one of bench, convert, "),
+        ([], "no command is given. Use one of analyze, bench, compare, "),
         (["smaple"], "smaple is not a command; did you mean sample? Use one of "),
         (["--config", "x"], "--config is not a command"),
     ],

@@ -254,6 +254,7 @@ def test_the_other_scripts_start_their_launchers(cluster: Cluster, trained: Path
         assert "seed: 7" in (folder / NODE_LOGS[0]).read_text()
 
 
+@pytest.mark.long
 def test_an_array_of_jobs_splits_an_evaluation(cluster: Cluster, tmp_path: Path) -> None:
     """1,100 images are three blocks of features: a share for each job, and the last one scores."""
     images = np.random.default_rng(0).integers(0, 90, (1100, 12, 12, 3), dtype=np.uint8)
