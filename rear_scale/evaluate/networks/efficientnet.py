@@ -98,8 +98,10 @@ class _Block(nn.Module):
 
 def _fold(module: nn.Module, convolution: str, norm: str) -> None:
     """Replaces a convolution and the norm after it by one convolution."""
-    pair = [module.get_submodule(name).double().eval() for name in (convolution, norm)]
-    setattr(module, convolution, fuse_conv_bn_eval(*pair).float())
+    before, after = (module.get_submodule(name).double().eval() for name in (convolution, norm))
+    assert isinstance(before, nn.Conv2d)
+    assert isinstance(after, nn.BatchNorm2d)
+    setattr(module, convolution, fuse_conv_bn_eval(before, after).float())
     setattr(module, norm, nn.Identity())
 
 
