@@ -158,19 +158,16 @@ def differing(result: Result, line: dict[str, object]) -> list[str]:
 
 
 def _difference(result: Result, line: dict[str, object], asked: Moment, ranks: int) -> str:
-    here, there = result.numbers["loss"], line.get("loss")
+    names = differing(result, line)
+    name = "loss" if "loss" in names else names[0]
+    here, there = result.numbers[name], line.get(name)
     if not isinstance(there, float) or not math.isfinite(here):
-        return f"step {result.step}: loss {here}, but {'null' if there is None else there} is logged"
-    if here == there:
-        name = differing(result, line)[0]
-        text = (
-            f"step {result.step}: loss {here!r} as logged, but {name} {result.numbers[name]!r} is {line[name]!r} there"
-        )
-    else:
-        relative = abs(here - there) / max(abs(there), 1e-300)
-        bound = ROUNDING[asked.cfg.train.precision]
-        what = "within rounding" if relative <= bound else f"more than rounding ({bound:g})"
-        text = f"step {result.step}: loss {here!r}, logged {there!r}: a relative difference of {relative:.1e}, {what}"
+        return f"step {result.step}: {name} {here}, but {'null' if there is None else there} is logged"
+    relative = abs(here - there) / max(abs(there), 1e-300)
+    bound = ROUNDING[asked.cfg.train.precision]
+    what = "within rounding" if relative <= bound else f"more than rounding ({bound:g})"
+    before = "" if name == "loss" else f"loss {result.numbers['loss']!r} as logged, but "
+    text = f"step {result.step}: {before}{name} {here!r}, logged {there!r}: a relative difference of {relative:.1e}, {what}"
     others = changed(asked, ranks)
     return f"{text}. What differs from the run: {', '.join(others)}" if others else text
 
