@@ -99,7 +99,8 @@ def test_a_report_shows_the_run(tmp_path: Path) -> None:
     write_lines(folder / "starts.jsonl", [start_line(), start_line(50, hosts={"node7": 4}, after=after)])
     positions = {"3": "a.tar 5"}
     nonfinite = {"event": "nonfinite", "step": 70, "what": "the loss is not finite on rank 3", "positions": positions}
-    events = [{"event": "loss_spike", "step": 60, "loss": 9.5, "rewind": True}, nonfinite]
+    left = {"event": "left_expected_curve", "step": 80, "what": "loss 3 at 1,280 images"}
+    events = [{"event": "loss_spike", "step": 60, "loss": 9.5, "rewind": True}, nonfinite, left]
     write_lines(folder / "events.jsonl", events)
     write_lines(folder / "evaluations.jsonl", [{"step": 50, "images_seen": 800, "fid_n100/adm": 70.5}])
     page = seen(folder)
@@ -110,16 +111,16 @@ def test_a_report_shows_the_run(tmp_path: Path) -> None:
         "node7", "preempted (rank 2 was asked to stop during step 50)", "update not finite: the loss is not finite on rank 3",
         "loss spike of 9.5, rewound to the newest checkpoint", "rank 3: a.tar 5", "torch 2.13.0", "--config demo.yaml",
         "slowest rank", "MFU: the peak of this device is not known", "global_batch_size", "step 50",
-        "Training would continue from step 100",
+        "Training would continue from step 100", "loss outside of its expected curve: loss 3 at 1,280 images",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert page.tags.count("svg") > 12
     assert sum(name == "src" and value.startswith("data:image/png") for name, value in page.attributes) == 2
     (marks,) = [json.loads(value) for name, value in page.attributes if name == "data-marks"]
-    assert [mark[0] for mark in marks] == [50, 60, 70]
+    assert [mark[0] for mark in marks] == [50, 60, 70, 80]
     assert "restart after step 50 on node7; before: preempted" in marks[0][1]
     kinds = {value for name, value in page.attributes if name == "class" and value.startswith("mark ")}
-    assert kinds == {"mark start", "mark rewind", "mark skipped"}
+    assert kinds == {"mark start", "mark rewind", "mark skipped", "mark spike"}
     charts = [json.loads(value) for name, value in page.attributes if name == "data-chart"]
     assert [line["label"] for line in charts[0]["lines"]] == ["training", "validation"]
     assert charts[0]["lines"][1] == {"label": "validation", "x": [20, 40, 60, 80, 100], "y": [3] * 5}

@@ -38,16 +38,23 @@ _TIMES = {
     "checkpoint_s": "checkpoint",
 }
 _KINDS = {
-    "spike": "loss spikes (red)",
+    "spike": "loss spikes, losses outside of the expected curve (red)",
     "skipped": "updates skipped (red)",
     "failed": "errors (red)",
     "rewind": "rewinds (yellow)",
     "stop": "preemption (yellow)",
     "start": "restarts (green)",
 }
-_EVENTS = {"loss_spike": "spike", "nonfinite": "skipped", "checkpoint_failed": "failed", "refused": "failed"}
+_EVENTS = {
+    "loss_spike": "spike",
+    "left_expected_curve": "spike",
+    "nonfinite": "skipped",
+    "checkpoint_failed": "failed",
+    "refused": "failed",
+}
 _WORDS = {
     "loss_spike": "loss spike",
+    "left_expected_curve": "loss outside of its expected curve",
     "nonfinite": "update not finite",
     "checkpoint_failed": "checkpoint not written",
     "refused": "start refused",
