@@ -284,6 +284,14 @@ def test_every_launcher_explains_itself(launcher: str) -> None:
     assert "usage:" in result.stdout
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launchers").glob("*.py")))
+def test_every_launcher_starts_with_imports_of_its_own(launcher: str) -> None:
+    """In a new process, in which nothing is imported before."""
+    result = launch("python", f"launchers/{launcher}", "--help", fresh=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("launcher", ["pretokenize", "train_tokenizer", "demo"])
 def test_dry_runs_say_what_is_missing_and_do_nothing(tmp_path: Path, launcher: str) -> None:
     config = [] if launcher == "demo" else ["--config", "demo.yaml"]
