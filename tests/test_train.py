@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from helpers import TIMES, find, metrics, run_alone, tiny_config, write_token_shards
 
 from rear_scale.checkpoint import writer as writer_module
+from rear_scale.checkpoint.folder import saved_steps
+from rear_scale.checkpoint.writer import Writer
 from rear_scale.config import ExperimentConfig, InputError, groups_by_class, settled
 from rear_scale.objective import MicroBatch, Objective
 from rear_scale.run.folder import RunFolder
@@ -129,14 +132,34 @@ def test_a_run_killed_before_its_last_word_is_done_all_the_same(tmp_path: Path, 
     assert status.read_text() == expected
 
 
-def test_ctrl_c_says_where_the_same_command_continues(tmp_path: Path, tokens: Path) -> None:
-    def interrupt(step: int, model: object) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "message", "reason"),
+    [
+        (KeyboardInterrupt(), "the same command continues from step 4", "ended by Ctrl-C"),
+        (RuntimeError("no more data"), "no more data", "RuntimeError: no more data"),
+    ],
+    ids=["ctrl_c", "error"],
+)
+def test_an_error_completes_the_checkpoint_that_is_being_written(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str, reason: str
+) -> None:
+    raised, write = threading.Event(), Writer._write
 
-    with pytest.raises(KeyboardInterrupt, match="^the same command continues from step 4$"):
-        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"), Hooks([interrupt]))
-    assert json.loads((tmp_path / "run/status.json").read_text())["reason"] == "ended by Ctrl-C"
+    def slow(writer: Writer) -> None:
+        assert raised.wait(60)
+        write(writer)
+
+    def fail(step: int, model: object) -> None:
+        if step == 6:
+            raised.set()
+            raise error
+
+    monkeypatch.setattr(Writer, "_write", slow)
+    with pytest.raises(type(error), match=f"^{message}$"):
+        run_alone(run, tiny_config(tmp_path, tokens, "strategy=single"), Hooks([fail]))
+    assert saved_steps(tmp_path / "run") == [4]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("failed", 4, reason)
 
 
 def test_another_micro_batch_keeps_the_trajectory(tmp_path: Path, tokens: Path) -> None:

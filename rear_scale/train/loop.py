@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,14 @@ class _Run:
         batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
         bar = progress(cfg.run.name, plan.last_step, "step", done=self.first - 1, show=world.is_main)
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
-        with Telemetry(cfg, plan, world, self.run) as telemetry, bar, batches, profiler, CollectAtSteps() as garbage:
+        with (
+            self._save_in_progress_kept(),
+            Telemetry(cfg, plan, world, self.run) as telemetry,
+            bar,
+            batches,
+            profiler,
+            CollectAtSteps() as garbage,
+        ):
             clock = telemetry.clock
             if self.resumed is not None and not branch.begins_at(self.resumed):
                 with self.watchdog.pause():
@@ -293,6 +300,17 @@ class _Run:
             "versions": versions(),
             "commit": commit(),
         }
+
+    @contextmanager
+    def _save_in_progress_kept(self) -> Iterator[None]:
+        """Completes the checkpoint that is being written when an error ends the run, where one rank has the whole of it."""
+        try:
+            yield
+        except BaseException:
+            # Among several ranks the others may have ended or be waiting in another collective: they would never answer.
+            if self.world.size == 1 and self.writer.thread is not None:
+                self.writer.finish()
+            raise
 
     def _finish_save(self) -> str | None:
         step = self.writer.meta["step"]
