@@ -1,5 +1,5 @@
 """Run-time guards: stop signals, the hang watchdog and loss spikes. The loop decides on all ranks identically
-(loop.StepConsensus)."""
+(consensus.StepConsensus)."""
 
 from __future__ import annotations
 

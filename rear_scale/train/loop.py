@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import math
-import queue
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,9 +37,10 @@ from rear_scale.run.versions import commit, versions
 from rear_scale.shards.reader import TokenSet
 from rear_scale.shards.subset import images_of_share
 from rear_scale.train import branch, start
+from rear_scale.train.consensus import StepConsensus
 from rear_scale.train.garbage import CollectAtSteps
 from rear_scale.train.guard import LossSpikeDetector, Preempted, StopSignal, Watchdog, shard_positions
-from rear_scale.train.setup import data_order
+from rear_scale.train.prefetch import Prefetcher
 from rear_scale.train.telemetry import Clock, StepProfiler, Telemetry
 from rear_scale.world import World
 
@@ -171,7 +169,7 @@ class _Run:
     def go(self) -> Checkpoint | None:
         """None at the end of the run; else the checkpoint to rewind to, with data_offset and rewinds in its meta updated."""
         cfg, plan, world, strategy, objective = self.cfg, self.plan, self.world, self.strategy, self.objective
-        batches = _Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
+        batches = Prefetcher(cfg, plan, world, self.tokens, objective, self.first, self.data_offset)
         bar = progress(cfg.run.name, plan.last_step, "step", done=self.first - 1, show=world.is_main)
         profiler = StepProfiler(cfg.profile.steps, self.run, world)
         with (
@@ -394,22 +392,6 @@ class _Run:
         return checkpoint
 
 
-class StepConsensus:
-    """One all-gather per step, before the update: loss, stop request and checkpoint state of every rank."""
-
-    def __init__(self, world: World, loss: Tensor, grad_norm: Tensor, stop: bool, writer: Writer) -> None:
-        # Loss and norm are sent from the device and copied to the host once: the only synchronization with the GPU in a step.
-        self.rows = world.table([stop, writer.state], [loss, grad_norm])
-        stops, states, losses, norms = self.rows.T
-        self.grad_norm = norms[world.rank].item()
-        self.loss = losses.mean().item()
-        self.bad_ranks = (~losses.isfinite()).nonzero()[:, 0].tolist()
-        self.stop_ranks = stops.nonzero()[:, 0].tolist()
-        self.all_written = bool((states >= Writer.WRITTEN).all())
-        # The norm is global and therefore equal on all ranks.
-        self.finite = not self.bad_ranks and math.isfinite(self.grad_norm)
-
-
 @dataclass
 class _Computation:
     """Forward pass and loss of one micro-batch: a function that the strategy calls in its own precision with its engine."""
@@ -488,63 +470,3 @@ def _why_failed(error: BaseException) -> str:
 
 def _why_done(plan: Plan) -> str:
     return f"train.stop_at_step={plan.last_step}" if plan.last_step < plan.total_steps else ""
-
-
-class _Prefetcher:
-    """An iterator over steps' micro-batches, prepared ahead in one thread: reads tokens, drops labels, pins memory."""
-
-    def __init__(
-        self,
-        cfg: ExperimentConfig,
-        plan: Plan,
-        world: World,
-        tokens: TokenSet,
-        objective: Objective,
-        first: int,
-        data_offset: int,
-    ) -> None:
-        self.order = data_order(cfg, tokens, objective)
-        self.plan, self.world, self.tokens, self.objective = plan, world, tokens, objective
-        self.steps = range(first + data_offset, plan.last_step + data_offset + 1)
-        self.ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Iterator[list[MicroBatch]]:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stopped.set()
-        while self.thread.is_alive():
-            try:
-                self.ready.get(timeout=0.1)
-            except queue.Empty:
-                continue
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self
-
-    def __next__(self) -> list[MicroBatch]:
-        item = self.ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def _run(self) -> None:
-        try:
-            for step in self.steps:
-                batches = [self._prepare(ids, epochs) for ids, epochs in self._rank_batches(step)]
-                if self.stopped.is_set():
-                    return
-                self.ready.put(batches)
-        except BaseException as error:
-            self.ready.put(error)
-
-    def _rank_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        return self.order.rank_batches(step, self.world.rank, self.world.size, self.plan.accumulation)
-
-    def _prepare(self, ids: Tensor, epochs: Tensor) -> MicroBatch:
-        tokens, labels = self.tokens.rows(ids)
-        batch = self.objective.micro_batch(tokens, labels, ids, epochs)
-        return batch.pinned() if self.world.device.type == "cuda" else batch
