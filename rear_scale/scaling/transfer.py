@@ -47,7 +47,7 @@ class _Grid(NamedTuple):
     updates: int
 
 
-_USUAL = _Grid("64,128,256,512", "0.0005,0.001,0.002,0.004,0.008,0.016", seeds=2, updates=200)
+_USUAL = _Grid("64,128,256,512", "0.002,0.004,0.008,0.016,0.032,0.064", seeds=2, updates=200)
 _QUICK = _Grid("32,64", "0.001,0.01", seeds=1, updates=8)
 _WARMUP = 0.1  # fraction of the updates
 _LAST = 0.1  # fraction of the updates whose mean is the training loss of a cell
