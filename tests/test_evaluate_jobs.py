@@ -187,8 +187,23 @@ def test_an_evaluation_that_fails_keeps_the_blocks_before(tmp_path: Path, fails:
     assert len(list(tmp_path.rglob("block_*.npz"))) == left
 
 
+class _SmallOther(_Small):
+    """A second network, of a feature of its own."""
+
+    name, sizes = "efficientnet", {"average": 8}
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"average": super().__call__(images)["pool"]}
+
+
 def _reconstruct(world: World, cfg: ExperimentConfig, images: Path, cache: Path) -> dict:
-    reconstruction.open_networks = lambda cfg, world: [_Small()]
+    reconstruction.open_networks = lambda cfg, world: (
+        [_Small()] * (cfg.evaluate.inception_weights is not None)
+        + [_SmallOther()] * (cfg.evaluate.efficientnet_weights is not None)
+    )
     return reconstruction.score_reconstruction(cfg, images, cache, world)[1].to_json()
 
 
@@ -204,7 +219,7 @@ def _tf32(world: World) -> list[bool]:
         return noted
 
     tokenizer.encode, tokenizer.decode = noting(tokenizer.encode), noting(tokenizer.decode)
-    features = reconstruction.ReconstructionFeatures(tokenizer, _Small(), {}, "nearest", "")
+    features = reconstruction.ReconstructionFeatures(tokenizer, [_Small()], {}, "nearest", "")
     features(np.zeros((1, 16, 16, 3), np.uint8))
     return seen
 
@@ -234,7 +249,17 @@ def test_reconstructions_are_scored_on_any_number_of_ranks(tmp_path: Path, token
     assert pairs["codebook_entropy_bits"] <= 5
     assert found["inception"]["references"]["originals"]["fid"] > 0
     assert found["uint8_rounding"] == "truncate"
+    cfg.evaluate.efficientnet_weights = "unused"
+    both = run_alone(_reconstruct, cfg, tmp_path / "images", tmp_path / "one")
+    assert both["inception"] == found["inception"]
+    distances = both["efficientnet"]["references"]["originals"]
+    assert distances["fd_efficientnet"] > 0
+    assert 0 <= distances["recall"]["exact"] <= 1
     cfg.evaluate.inception_weights = None
+    only_other = run_alone(_reconstruct, cfg, tmp_path / "images", tmp_path / "one")
+    assert only_other["efficientnet"] == both["efficientnet"]
+    assert "inception" not in only_other
+    cfg.evaluate.efficientnet_weights = None
     alone = run_alone(_reconstruct, cfg, tmp_path / "images", tmp_path / "one")
     assert alone["reconstruction"] == pairs
     assert "inception" not in alone

@@ -129,8 +129,10 @@ def _check_alone(args: argparse.Namespace) -> None:
 def _reconstruct(command: cli.Command, images: Path) -> None:
     started = time.monotonic()
     out = command.args.out or result_path_next_to(images, "reconstruction.json")
+    cache_dir = command.cfg.evaluate.cache_dir
+    cache = Path(cache_dir) if cache_dir else out.parent / "features"
     with joined(command.ranks, same_for_any_world=True) as world:
-        originals, scores = score_reconstruction(command.cfg, images, out.parent / "features", world)
+        originals, scores = score_reconstruction(command.cfg, images, cache, world)
         if world.is_main:
             seconds = time.monotonic() - started
             write_result(out, command.cfg, None, originals, str(images), scores, None, seconds, world)

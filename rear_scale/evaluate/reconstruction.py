@@ -1,10 +1,11 @@
-"""Reconstruction quality of a tokenizer: rFID, PSNR, LPIPS, and the use of its codebook."""
+"""Reconstruction quality of a tokenizer: distances on the networks in use (rFID on Inception), PSNR, LPIPS, and the use of its
+codebook."""
 
 # n images, N tokens of an image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,30 +39,26 @@ class ReconstructionFeatures:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        network: FeatureNetwork | None,
+        networks: Sequence[FeatureNetwork],
         distances: Mapping[str, PairDistance],
         uint8_rounding: str,
         sha256: str,
     ) -> None:
-        """network: None = no features of the reconstructions. distances: of an image and its reconstruction, by name."""
-        self.tokenizer, self.network, self.distances, self.uint8_rounding = (
-            tokenizer,
-            network,
-            distances,
-            uint8_rounding,
-        )
+        """networks: for features of the reconstructions. distances: of an image and its reconstruction, by name."""
+        self.tokenizer, self.networks = tokenizer, networks
+        self.distances, self.uint8_rounding = distances, uint8_rounding
         pairs = [distance.identity for distance in distances.values()] or ["no lpips"]
         # The rule under its old name, so that features cached before it was renamed are found.
         rule = downgraded({"sample": {"uint8_rounding": uint8_rounding}})["sample"]["quantiser"]
-        of_network = "no network" if network is None else network.identity
-        self.identity = f"reconstruction {' '.join((sha256, rule, of_network, *pairs))}"
+        of_networks = [network.identity for network in networks] or ["no network"]
+        self.identity = f"reconstruction {' '.join((sha256, rule, *of_networks, *pairs))}"
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """The network's features of the reconstructions, if there is one, `psnr` [n], each distance [n] and `tokens` [n, N]."""
+        """The networks' features of the reconstructions, `psnr` [n], each distance [n] and `tokens` [n, N]."""
         with exact_arithmetic(), torch.inference_mode():
             tokens = self.tokenizer.encode(as_batch(images, self.tokenizer.codebook.device).float() / 255)
             decoded = to_uint8(self.tokenizer.decode(tokens).float(), self.uint8_rounding)
-        features = {} if self.network is None else self.network(decoded)
+        features = {name: values for network in self.networks for name, values in network(decoded).items()}
         found = {**features, "psnr": psnr(images, decoded), "tokens": tokens.cpu().numpy()}
         return {**found, **{name: distance(images, decoded) for name, distance in self.distances.items()}}
 
@@ -71,13 +68,14 @@ def score_reconstruction(
 ) -> tuple[ImageSet, ImageScores]:
     """The images, cropped to the tokenizer's size, and the scores of their reconstructions. All ranks must call this.
 
-    rFID is the `fid` against `originals`; evaluate.reference adds others; without evaluate.inception_weights there is none.
+    The reconstructions are compared with `originals`, where the `fid` is the rFID, and with evaluate.reference, on every network
+    whose weights are set. Without one there are no distances.
     LPIPS needs evaluate.vgg_weights and evaluate.lpips_weights, and is left out without them.
     """
     tokenizer = open_tokenizer(cfg.tokenizer, world.device)
-    network = None if cfg.evaluate.inception_weights is None else open_networks(cfg, world)[0]
-    if network is None and world.is_main:
-        say("evaluate.inception_weights is not set: no rFID")
+    networks = open_networks(cfg, world)
+    if not networks and world.is_main:
+        say("no feature network is set: no distances of the reconstructions. evaluate.inception_weights gives rFID")
     pairs = rows_in_use(cfg.evaluate, of_pairs=True)
     distances = {row.name: row.open_distance(cfg.evaluate, world.device) for row in pairs}
     originals = open_image_set(images, world, tokenizer.image_size, cfg.evaluate.exif)
@@ -90,21 +88,23 @@ def score_reconstruction(
     decoder = world.on_main(lambda: decoder_identity(cfg.tokenizer))
     assert sha256 is not None, "a tokenizer that opens has weights"
     assert decoder is not None
-    extractor = ReconstructionFeatures(tokenizer, network, distances, cfg.sample.uint8_rounding, decoder)
+    extractor = ReconstructionFeatures(tokenizer, networks, distances, cfg.sample.uint8_rounding, decoder)
     (blocks,) = extract(originals, [extractor], cache, cfg.evaluate.batch_size, world)
     references: list[Reference] = []
-    networks: dict[str, NetworkScores] = {}
-    if network is not None:
+    scores_by_network: dict[str, NetworkScores] = {}
+    if networks:
         sets = {"originals": str(images), **cfg.evaluate.reference}
         references = [
-            open_reference(name, path, cfg.evaluate, [network], cache, tokenizer.image_size, world)
+            open_reference(name, path, cfg.evaluate, networks, cache, tokenizer.image_size, world)
             for name, path in sets.items()
         ]
-        networks = {network.name: network_scores(network, blocks, references, cfg.evaluate, world)}
+        scores_by_network = {
+            network.name: network_scores(network, blocks, references, cfg.evaluate, world) for network in networks
+        }
     inputs = Inputs(extractor, FeatureSet("reconstructions", blocks, world.device), [], cfg.evaluate, world)
     differences = run_metrics(metrics_of(extractor.name), inputs).of_samples
     scores = ImageScores(
-        networks=networks,
+        networks=scores_by_network,
         reference_sets={reference.name: reference.describe() for reference in references},
         reconstruction=ReconstructionScores(originals.count, differences, cfg.sample.uint8_rounding, sha256),
     )
