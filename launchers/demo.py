@@ -16,11 +16,14 @@ Run again after a kill, it continues; finished stages are not run again. Overrid
 import argparse
 from pathlib import Path
 
+import torch
+
 from rear_scale import cli
 from rear_scale.bench.model import use_device
-from rear_scale.config import InputError
-from rear_scale.demo.commands import open_folder, stages
-from rear_scale.demo.own import SIZES, look_at, plan
+from rear_scale.config import InputError, derive
+from rear_scale.demo import estimate
+from rear_scale.demo.commands import check, num_processes, open_folder, stages
+from rear_scale.demo.own import SIZES, Folder, describe, look_at, recipe_of
 from rear_scale.demo.recipe import DIGITS, Recipe, fashion
 from rear_scale.demo.report import write_report
 from rear_scale.demo.summary import accuracy, print_table, write_summary
@@ -64,7 +67,10 @@ def main() -> None:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    """Raises InputError for data that no demo has, and for an option that the data do not have."""
+    """The recipe of --data.
+
+    Raises InputError for data that no demo has, for an option that the data do not have, and for overrides that are refused.
+    """
     known = args.data in ("digits", "fashion")
     if args.quick and args.data != "fashion":
         raise InputError(f"--quick is of --data fashion, not of {args.data}. Leave it out, or set train.total_steps")
@@ -73,12 +79,29 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.data == "digits":
         return DIGITS
     if args.data == "fashion":
-        return fashion(quick=args.quick)
-    folder = look_at(Path(args.data))
-    chosen = plan(folder, args.size, use_device())
-    for line in chosen.lines(folder):
+        recipe, images = fashion(quick=args.quick), None
+        check(recipe, args.overrides)
+        device = use_device()
+    else:
+        images = look_at(Path(args.data))
+        device = use_device()
+        recipe = recipe_of(images, args.size, device)
+        check(recipe, args.overrides)
+    _say_plan(recipe, images, args, device)
+    return recipe
+
+
+def _say_plan(recipe: Recipe, images: Folder | None, args: argparse.Namespace, device: torch.device) -> None:
+    """Prints what will be trained and how long that takes. images: the user's folder, if there is one."""
+    cfg = recipe.load("rear", args.overrides)
+    plan = derive(cfg, num_processes(), None)
+    lines = [] if images is None else describe(images, cfg, plan)
+    rates = estimate.measure(cfg, plan, device, recipe.read_s)
+    counts = estimate.Counts(cfg.data.assumed_images or 0, recipe.val_images, recipe.passes)
+    lines += estimate.lines(estimate.seconds(cfg, plan, rates, counts, args.seeds))
+    change = "overrides change" if images is None else "--size and overrides change"
+    for line in (*lines, f"all files go to {recipe.folder}; {change} the size and the time"):
         say(line)
-    return chosen.recipe
 
 
 if __name__ == "__main__":

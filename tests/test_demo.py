@@ -132,7 +132,7 @@ def start_demo(folder: Path, *arguments: str, fresh: bool = False) -> subprocess
 
 def kill_when(process: subprocess.Popen[str], path: Path, delay: float) -> None:
     """kill -9 of the whole group, some time after a file has appeared."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,17 @@ import pytest
 import torch
 from helpers import ROOT, launch
 from PIL import Image
+from test_demo import kill_when, start_demo
 
-from rear_scale.config import InputError, load, to_dict
-from rear_scale.demo import own
-from rear_scale.demo.commands import open_folder, stages
-from rear_scale.demo.own import SIZES, Folder, look_at, plan
-from rear_scale.demo.recipe import MODELS, fashion
+from rear_scale.config import InputError, derive, load, to_dict
+from rear_scale.demo import estimate
+from rear_scale.demo.commands import check, num_processes, open_folder, stages
+from rear_scale.demo.own import SIZES, Folder, describe, look_at, recipe_of
+from rear_scale.demo.recipe import MODELS, Recipe, fashion
 from rear_scale.demo.summary import scores_of, table
 
 CPU = torch.device("cpu")
+RATES = estimate.Rates(read=0.001, tokenizer=0.002, generator=0.01, classifier=0.0005, features=0.03)
 SHORT = [
     "train.total_steps=6",
     "checkpoint.every_steps=2",
@@ -32,7 +36,7 @@ SHORT = [
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(own, "product_flops_per_s", lambda device, dtype: 1e11)
+    monkeypatch.setattr(estimate, "measure", lambda *_: RATES)
     return tmp_path
 
 
@@ -53,6 +57,11 @@ def pictures(folder: Path, counts: dict[str, int], mode: str = "RGB", side: int 
         ({"a": 60}, "holds one class, a. The models learn classes"),
         ({"a": 30, "b": 30, "rare": 9}, r"classes of fewer than 10 images: rare \(9\)"),
         ({"a": 20, "b": 20}, "holds 40 images, but 50 are the fewest"),
+        ({f"{name}": 2 for name in range(40)}, r"10 images: 0 \(2\), 1 \(2\), 10 \(2\), .* and 35 more\. Add"),
+        (
+            {"Train": 60, "val": 12},
+            r"holds Train, val, which are parts of a data set and no classes\. Use --data .*/Train,",
+        ),
     ],
 )
 def test_too_little_to_learn_from_is_refused(tmp_path: Path, counts: dict[str, int], expected: str) -> None:
@@ -70,7 +79,7 @@ def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
         (tmp_path / label).mkdir()
         for number in range(30):
             (tmp_path / label / f"{number}.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="none of 60 images .* can be read"):
+    with pytest.raises(InputError, match=r"none of 16 images .* can be read"):
         look_at(tmp_path)
 
 
@@ -79,19 +88,21 @@ def test_a_folder_is_described_and_planned(here: Path) -> None:
     (here / "my photos/ant/broken.png").write_bytes(b"no image")
     folder = look_at(here / "my photos")
     assert (folder.counts, folder.side, folder.is_grey) == ({"ant": 41, "bee": 25}, 40, True)
-    found = plan(folder, None, CPU)
-    assert found.size == "s"
-    assert found.recipe.folder == Path("runs/demo_my_photos")
-    text = "\n".join(found.lines(folder))
+    recipe = recipe_of(folder, None, CPU)
+    assert recipe.folder == Path("runs/demo_my_photos")
+    cfg = recipe.load("rear", ["train.total_steps=53"])
+    text = "\n".join(describe(folder, cfg, derive(cfg, 2, None)))
     assert "66 grey images of 2 classes, 25 to 41 each" in text
-    assert "size s: 32 x 32 pixels" in text
+    assert "13 of them for validation" in text
+    assert "32 x 32 pixels (centre crops), 64 tokens, models of 4 blocks of width 128" in text
+    assert "each model sees 3,392 images, every training image 64 times" in text
     for model in MODELS:
-        cfg = found.recipe.load(model)
+        cfg = recipe.load(model)
         assert (cfg.model.num_classes, cfg.tokenizer.num_tokens, cfg.data.assumed_images) == (2, 64, 53)
         assert cfg.sample.num_images % 2 == 0
         assert cfg.evaluate.efficientnet_weights == "package"
         assert (cfg.objective.heads.encode_tap is None) == (model == "ar")
-    commands = [stage.line for stage in stages(found.recipe, [0], [])]
+    commands = [stage.line for stage in stages(recipe, [0], [])]
     assert f"--images '{here / 'my photos'}'" in commands[0]
     assert len(commands) == len({*commands}) == 14
 
@@ -102,18 +113,58 @@ def test_a_folder_is_described_and_planned(here: Path) -> None:
 )
 def test_the_size_follows_the_machine_and_the_images(here: Path, device: str, side: int, size: str) -> None:
     folder = Folder(here, {"a": 500, "b": 700}, side, is_grey=False)
-    found = plan(folder, None, torch.device(device))
-    assert found.size == size
-    assert found.recipe.settings["tokenizer.image_size"] == SIZES[size].pixels
-    assert plan(folder, "m", torch.device(device)).size == "m"
+    found = recipe_of(folder, None, torch.device(device))
+    assert found.settings["tokenizer.image_size"] == SIZES[size].pixels
+    assert recipe_of(folder, "m", torch.device(device)).settings["model.width"] == SIZES["m"].width
+
+
+def seconds(recipe: Recipe, overrides: Sequence[str] = (), seeds: int = 1) -> float:
+    cfg = recipe.load("rear", overrides)
+    counts = estimate.Counts(cfg.data.assumed_images, recipe.val_images, recipe.passes)
+    return sum(estimate.seconds(cfg, derive(cfg, num_processes(), None), RATES, counts, seeds).values())
 
 
 def test_updates_and_time_grow_with_the_images(here: Path) -> None:
-    plans = [plan(Folder(here, {"a": n, "b": n}, 64, is_grey=False), None, CPU) for n in (100, 20_000, 500_000)]
-    steps = [found.recipe.settings["train.total_steps"] for found in plans]
-    assert steps == [400, 1125, 2000]
-    times = [sum(found.seconds.values()) for found in plans]
+    recipes = [recipe_of(Folder(here, {"a": n, "b": n}, 64, is_grey=False), None, CPU) for n in (100, 20_000, 500_000)]
+    assert [found.settings["train.total_steps"] for found in recipes] == [400, 1125, 2000]
+    assert [found.settings["evaluate.replace_draws"] for found in recipes] == [16, 2, 2]
+    times = [seconds(found) for found in recipes]
     assert times == sorted(times)
+    assert seconds(recipes[0], ["train.total_steps=800"]) - times[0] == pytest.approx(400 * 64 * 0.01 * 1.9 * 1.15 / 2)
+    assert seconds(recipes[0], seeds=3) > 2 * times[0]
+
+
+def test_work_of_every_kind_is_timed(tmp_path: Path) -> None:
+    cfg = fashion(quick=True).load("rear")
+    before = torch.get_rng_state()
+    rates = estimate.measure(cfg, derive(cfg, 2, None), CPU, 0.001)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 0 < rates.classifier < rates.tokenizer < rates.generator < 10
+    assert 0 < rates.features < 10
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("evaluate.classifier=null", r"the demo needs evaluate\.classifier\."),
+        ("~evaluate.reference.validation", r"evaluate\.reference\.validation"),
+        ("evaluate.efficientnet_weights=null", r"evaluate\.efficientnet_weights"),
+        ("evaluate.precision_recall_arithmetic=[adm_fp16]", "with exact"),
+    ],
+)
+def test_overrides_that_take_scores_of_the_table_away_are_refused(override: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        check(fashion(quick=True), [override])
+
+
+def test_other_images_of_the_same_number_are_another_demo(here: Path) -> None:
+    pictures(here / "photos", {"a": 30, "b": 30})
+    open_folder(recipe_of(look_at(here / "photos"), None, CPU), [])
+    open_folder(recipe_of(look_at(here / "photos"), None, CPU), [])
+    assert not (here / "runs/demo_photos.old1").exists()
+    (here / "photos/a/1.jpg").write_bytes((here / "photos/b/1.jpg").read_bytes() + b" ")
+    open_folder(recipe_of(look_at(here / "photos"), None, CPU), [])
+    assert (here / "runs/demo_photos.old1/stages/fingerprint").exists()
 
 
 def test_configs_are_written_where_the_commands_read_them(here: Path) -> None:
@@ -137,7 +188,8 @@ def test_a_dry_run_writes_nothing(
     out, err = capsys.readouterr()
     assert "deepspeed --num_gpus 2 launchers/train.py --config runs/demo_photos/rear.yaml" in out
     assert out.count("optim.lr=1e-4") == 7
-    assert "as estimated for this machine" in err
+    assert "in all, as estimated from the speed of this machine now" in err
+    assert "all files go to runs/demo_photos" in err
     assert not (here / "runs").exists()
     for words in (["--quick"], ["--data", "fashion", "--size", "s"], ["--data", "photos", "--quick"]):
         monkeypatch.setattr("sys.argv", ["demo.py", *words])
@@ -177,3 +229,49 @@ def test_a_folder_goes_from_images_to_a_report(tmp_path: Path) -> None:
     again = launch(*command, cwd=tmp_path, timeout=300)
     assert again.stderr.count("finished before") == 14
     assert json.loads((place / "summary.json").read_text()) == summary
+
+
+TINY = [
+    "train.total_steps=4",
+    "checkpoint.every_steps=2",
+    "sample.num_images=20",
+    "evaluate.classifier.steps=20",
+    "evaluate.replace_draws=2",
+    "tokenizer.training.steps=110",  # its progress is saved after 100
+    "tokenizer.training.continuous_steps=20",
+]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_a_kill_in_and_after_every_stage_changes_nothing(tmp_path: Path) -> None:
+    """Each stage is killed once at a random moment and once when it has just ended; all figures and samples equal those of an
+    unbroken demo."""
+    for name in ("unbroken", "killed"):
+        pictures(tmp_path / name / "photos", {"ant": 32, "bee": 30})
+    arguments = ["--data", "photos", *TINY]
+    whole, broken = (tmp_path / name / "runs/demo_photos" for name in ("unbroken", "killed"))
+
+    def to_the_end(folder: Path) -> None:
+        process = start_demo(folder, *arguments, fresh=True)
+        _, err = process.communicate(timeout=1500)
+        assert process.returncode == 0, err
+
+    to_the_end(tmp_path / "unbroken")
+    recipe = recipe_of(look_at(tmp_path / "unbroken/photos"), None, CPU)
+    chance, inside = random.Random(0), 0
+    for stage in stages(recipe, [0], TINY):
+        log, record = (broken / name for name in (f"logs/{stage.name}.log", f"stages/{stage.name}.json"))
+        seconds = json.loads((whole / f"stages/{stage.name}.json").read_text())["seconds"]
+        kill_when(start_demo(tmp_path / "killed", *arguments, fresh=True), log, delay=chance.uniform(0, 0.9 * seconds))
+        inside += not record.exists()
+        kill_when(start_demo(tmp_path / "killed", *arguments, fresh=True), record, delay=0)
+    assert inside >= 7, "a kill that comes too late hits the next stage"
+    to_the_end(tmp_path / "killed")
+    assert json.loads((broken / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+    for model in MODELS:
+        first, second = (np.load(folder / f"{model}_seed0/samples.npz") for folder in (whole, broken))
+        assert np.array_equal(first["arr_0"], second["arr_0"])
+    for name in ("reconstruction.json", "held_in.json"):
+        first, second = (json.loads((folder / name).read_text())["images"] for folder in (whole, broken))
+        assert first == second

@@ -28,6 +28,7 @@ from rear_scale.evaluate import job, reconstruction, training_scores
 from rear_scale.evaluate.images import image_set as sources
 from rear_scale.evaluate.images.image_set import Generation, ImageSet, open_image_set
 from rear_scale.evaluate.job import Evaluation
+from rear_scale.evaluate.networks import feature_cache
 from rear_scale.evaluate.networks.dinov2 import DinoV2
 from rear_scale.evaluate.networks.feature_cache import Part, extract
 from rear_scale.evaluate.networks.inception import Inception
@@ -178,6 +179,32 @@ def test_a_block_is_drawn_while_the_one_before_is_decoded_and_seen(tmp_path: Pat
     assert sorted(planned.events) == sorted(
         (what, block, what == "draw") for block in range(3) for what in ("draw", "decode")
     )
+
+
+class _Bar:
+    """A progress bar that notes the images counted and the images whose features are written, at each step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.counted, self.seen = folder, 0, []
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, images: int) -> None:
+        self.counted += images
+        self.seen.append((self.counted, 4 * len(list(self.folder.rglob("block_*.npz")))))
+
+
+def test_the_bar_counts_images_whose_features_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = _Bar(tmp_path)
+    monkeypatch.setattr(feature_cache, "progress", lambda *_, **__: bar)
+    run_alone(_extracted, _Planned(), tmp_path)
+    assert bar.counted == 12
+    assert len(bar.seen) > 2
+    assert all(counted <= written for counted, written in bar.seen)
 
 
 @pytest.mark.parametrize(("fails", "left"), [("draw", 1), ("decode", 1)])

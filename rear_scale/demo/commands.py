@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rear_scale.config import CONFIG_DIR, derive
+from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, derive
 from rear_scale.demo.recipe import MODELS, TITLES, Recipe
 from rear_scale.files import write_text_atomically
 from rear_scale.places import PACKAGE, commands
@@ -20,12 +20,8 @@ from rear_scale.shards.inputs import Inputs
 
 
 def stages(recipe: Recipe, seeds: list[int], overrides: Sequence[str]) -> list[Stage]:
-    """All stages up to the report. The overrides go to every command that reads a config.
-
-    Raises InputError for what these commands would refuse.
-    """
-    for model in MODELS:
-        derive(recipe.load(model, overrides), num_processes(), None)
+    """All stages up to the report. The overrides go to every command that reads a config. Raises InputError as `check` does."""
+    check(recipe, overrides)
     maker = _Maker(recipe, tuple(overrides))
     images = maker.images()
     tokenizer = maker.tokenizer(images[-1])
@@ -38,6 +34,30 @@ def stages(recipe: Recipe, seeds: list[int], overrides: Sequence[str]) -> list[S
             # Sample sheets during training only for the first seed, which the report shows.
             found += maker.of_model(model, seed, tokens, with_sheets=seed == seeds[0])
     return found
+
+
+def check(recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Raises InputError for overrides that the commands would refuse, or that the table cannot do with."""
+    for model in MODELS:
+        cfg = recipe.load(model, overrides)
+        derive(cfg, num_processes(), None)
+        _check_scores(recipe, cfg)
+
+
+def _check_scores(recipe: Recipe, cfg: ExperimentConfig) -> None:
+    """Raises InputError for overrides that take away a score of the table, which is written last."""
+    evaluate, base = cfg.evaluate, recipe.load("rear").evaluate
+    gone = [f"evaluate.reference.{name}" for name in base.reference if name not in evaluate.reference]
+    if evaluate.classifier is None:
+        gone.append("evaluate.classifier")
+    if recipe.yardsticks and evaluate.efficientnet_weights is None:
+        gone.append("evaluate.efficientnet_weights")
+    if recipe.yardsticks and "exact" not in evaluate.precision_recall_arithmetic:
+        gone.append("evaluate.precision_recall_arithmetic with exact")
+    if cfg.tokenizer.training is None:
+        gone.append("tokenizer.training")
+    if gone:
+        raise InputError(f"the demo needs {', '.join(gone)}. Leave out the override that takes it away")
 
 
 @dataclass(frozen=True)
@@ -144,7 +164,7 @@ def num_processes() -> int:
 def open_folder(recipe: Recipe, overrides: Sequence[str]) -> StageFolder:
     """The demo's folder with its configs. A folder made by other code or other overrides is renamed first, and not continued."""
     folder = recipe.folder
-    mark, fingerprint = folder / "stages/fingerprint", _fingerprint([*map(str, recipe.settings.items()), *overrides])
+    mark, fingerprint = folder / "stages/fingerprint", _fingerprint(_made_from(recipe, overrides))
     if mark.exists() and mark.read_text() != fingerprint:
         _set_aside(folder)
     if not mark.exists():
@@ -152,6 +172,11 @@ def open_folder(recipe: Recipe, overrides: Sequence[str]) -> StageFolder:
         write_text_atomically(mark, fingerprint)
     recipe.write_configs()
     return StageFolder(folder)
+
+
+def _made_from(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    """All that the results depend on besides the code."""
+    return [*map(str, [*recipe.settings.items(), *recipe.inputs.items()]), *overrides]
 
 
 def _fingerprint(overrides: list[str]) -> str:
@@ -167,5 +192,7 @@ def _set_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
-    say(f"{folder} was made by other code or settings: it is kept as {aside}, and the demo starts afresh")
+    say(
+        f"{folder} was made by other code or settings, or from other images: it is kept as {aside}, and the demo starts afresh"
+    )
     shutil.move(folder, aside)

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import re
 import statistics
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 
-from rear_scale.bench.ceilings import product_flops_per_s
-from rear_scale.config import InputError
+from rear_scale.config import ExperimentConfig, InputError, Plan
 from rear_scale.demo.recipe import FASHION, NETWORK, Recipe, places
-from rear_scale.model.flops import train_flops_per_image
+from rear_scale.shards.crops import BadImage, center_crop
+from rear_scale.shards.inputs import Inputs
 from rear_scale.shards.sources import FolderSource, Split
+from rear_scale.shards.tar_index import tar_shards
 from rear_scale.shards.walk import shown
 
 _FEWEST = 50  # images of a folder
 _FEWEST_OF_CLASS = 10
-_MEASURED = 64  # images whose size is looked at
+_LOOKED_AT = 16  # images that are read before the demo starts
+# Names of the parts of a data set, which are no classes.
+_PARTS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _BATCH = 64
+_EXIF = "apply"  # photographs of a telephone are stored on their side
 _FEWEST_UPDATES, _MOST_UPDATES = 400, 2000
-# The training of the demo's models reaches about this fraction of the rate of a large product of matrices. The values for a
-# GPU, here and below, are assumed: they have not been measured.
-_EFFICIENCY = {"cpu": 0.25, "cuda": 0.02}
-_FEATURES_PER_S = {"cpu": 60.0, "cuda": 1500.0}  # images through EfficientNet-Lite0, by all processes
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Folder:
     counts: dict[str, int]  # images by class
     side: int  # median of the shorter sides in pixels
     is_grey: bool  # whether all images that were looked at are
+    read_s: float = 0.001  # seconds that reading and cropping an image takes
+    inputs: Inputs = field(default_factory=dict)  # the content in words, which the results depend on
 
     @property
     def images(self) -> int:
@@ -66,65 +69,66 @@ def look_at(path: Path) -> Folder:
         raise InputError(
             f"--data {path} is neither digits nor fashion nor a folder. Name a folder of class folders of images"
         )
+    if tar_shards(path):
+        raise InputError(f"--data {path} holds tar shards. Name the folder of class folders that they were made from")
     source = FolderSource(path, None)
     counts = Counter(file.name.partition("/")[0] for file in source.files)
+    _check_classes(path, counts)
+    source.left_out.say(path)
+    return _looked_at(path, source, dict(sorted(counts.items())))
+
+
+def _check_classes(path: Path, counts: Counter[str]) -> None:
+    """Raises InputError for classes of which nothing can be learned. counts: images by class."""
+    if {name.lower() for name in counts} <= _PARTS:
+        name = max(counts, key=lambda one: counts[one])
+        raise InputError(
+            f"--data {path} holds {', '.join(map(shown, sorted(counts)))}, which are parts of a data set and no classes. Use "
+            f"--data {path / name}, of which the demo sets some images apart for validation"
+        )
     if len(counts) < 2:
         raise InputError(
-            f"--data {path} holds one class, {next(iter(counts))}. The models learn classes: give the images at least two "
+            f"--data {path} holds one class, {shown(next(iter(counts)))}. The models learn classes: give the images at least two "
             "class folders"
         )
     few = [f"{shown(name)} ({count})" for name, count in sorted(counts.items()) if count < _FEWEST_OF_CLASS]
     if few:
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
         raise InputError(
-            f"--data {path} holds classes of fewer than {_FEWEST_OF_CLASS} images: {', '.join(few[:5])}. Add images, or remove "
-            "these folders"
+            f"--data {path} holds classes of fewer than {_FEWEST_OF_CLASS} images: {', '.join(few[:5])}{more}. Add images, or "
+            "remove these folders"
         )
-    if len(source) < _FEWEST:
+    if counts.total() < _FEWEST:
         raise InputError(
-            f"--data {path} holds {len(source)} images, but {_FEWEST} are the fewest that train. Add images"
+            f"--data {path} holds {counts.total()} images, but {_FEWEST} are the fewest that train. Add images"
         )
-    chosen = [source.files[number * len(source) // _MEASURED] for number in range(min(_MEASURED, len(source)))]
-    sides, modes = [], set()
-    for file in chosen:
+
+
+def _looked_at(path: Path, source: FolderSource, counts: dict[str, int]) -> Folder:
+    """The folder, of which a few images are read. Raises InputError if none of these can be read."""
+    sides, seconds, grey = [], [], []
+    chosen = [number * len(source) // _LOOKED_AT for number in range(min(_LOOKED_AT, len(source)))]
+    for number in chosen:
+        (image,) = source.read(number, number + 1)
+        started = time.perf_counter()
         try:
-            with Image.open(path / file.name) as image:
-                sides.append(min(image.size))
-                modes.add(image.mode)
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # the preparation counts images that cannot be read
+            decoded = image.decode(_EXIF)
+            pixels = center_crop(decoded, SIZES["l"].pixels)
+        except BadImage:
+            continue  # the preparation counts and lists images that cannot be read
+        seconds.append(time.perf_counter() - started)
+        sides.append(min(decoded.size))
+        grey.append(bool(np.ptp(pixels, axis=2).max() == 0))
     if not sides:
-        raise InputError(f"none of {len(chosen)} images in --data {path} can be read. Are they image files?")
-    return Folder(
-        path, dict(sorted(counts.items())), round(statistics.median(sides)), modes <= {"L", "1", "LA", "I;16"}
-    )
+        raise InputError(
+            f"none of {len(chosen)} images of --data {path} that were tried can be read. Are they image files?"
+        )
+    inputs = {"folder": str(path.resolve()), **source.inputs}
+    return Folder(path, counts, round(statistics.median(sides)), all(grey), statistics.mean(seconds), inputs)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a demo on a folder: the recipe, and estimates of its duration."""
-
-    recipe: Recipe
-    size: str
-    seconds: dict[str, float]  # by what the user reads
-
-    def lines(self, folder: Folder) -> list[str]:
-        """The lines that are printed before anything starts."""
-        size, settings = SIZES[self.size], self.recipe.settings
-        seen = settings["train.total_steps"] * _BATCH
-        total = sum(self.seconds.values())
-        return [
-            f"{folder.images:,} {'grey' if folder.is_grey else 'colour'} images of {len(folder.counts)} classes, "
-            f"{min(folder.counts.values())} to {max(folder.counts.values())} each, {folder.side} pixels along the shorter side",
-            f"size {self.size}: {size.pixels} x {size.pixels} pixels (centre crops), {size.tokens_per_side**2} tokens, models of "
-            f"{size.depth} blocks of width {size.width}; each model sees {seen:,} images, every training image "
-            f"{seen / settings['data.assumed_images']:.0f} times",
-            *(f"    {_duration(seconds):>8}  {what}" for what, seconds in self.seconds.items()),
-            f"    {_duration(total):>8}  in all, as estimated for this machine; --size and overrides change it",
-        ]
-
-
-def plan(folder: Folder, size: str | None, device: torch.device) -> Plan:
-    """The demo of a folder. size: s, m or l; None = l on a GPU and s on a CPU, unless the images are smaller than that."""
+def recipe_of(folder: Folder, size: str | None, device: torch.device) -> Recipe:
+    """The recipe of a folder. size: s, m or l; None = l on a GPU and s on a CPU, unless the images are smaller than that."""
     if size is None:
         size = "l" if device.type == "cuda" else "s"
         while size != "s" and folder.side < SIZES[size].pixels:
@@ -133,8 +137,8 @@ def plan(folder: Folder, size: str | None, device: torch.device) -> Plan:
     place = Path("runs") / f"demo_{re.sub(r'[^A-Za-z0-9._-]+', '_', folder.path.resolve().name) or 'images'}"
     val_fraction = 0.1 if folder.images >= 1000 else 0.2
     val = sum(map(Split("val", val_fraction).val_count, folder.counts.values()))
-    settings = _settings(folder, chosen, place, folder.images - val)
-    recipe = Recipe(
+    settings = _settings(folder, chosen, place, val)
+    return Recipe(
         folder=place,
         what=f"the images of {folder.path.resolve().name}",
         base=FASHION,
@@ -146,16 +150,20 @@ def plan(folder: Folder, size: str | None, device: torch.device) -> Plan:
         settings=settings,
         grid_every_images=max(_BATCH * 50, settings["train.total_steps"] * _BATCH // 4),
         yardsticks=True,
+        val_images=val,
+        passes=3,
+        read_s=folder.read_s,
+        inputs=folder.inputs,
     )
-    return Plan(recipe, size, _seconds(recipe, chosen, folder, val, device))
 
 
 def _prepare(images: Path, place: Path, pixels: int, split: str, val_fraction: float) -> list[str]:
     return ["python", "data/prepare_imagefolder.py", "--images", str(images), "--out", str(place / "images" / split),
-            "--size", str(pixels), "--split", split, "--val-fraction", f"{val_fraction:g}"]  # fmt: skip
+            "--size", str(pixels), "--split", split, "--val-fraction", f"{val_fraction:g}", "--exif", _EXIF]  # fmt: skip
 
 
-def _settings(folder: Folder, size: Size, place: Path, train_images: int) -> dict[str, Any]:
+def _settings(folder: Folder, size: Size, place: Path, val_images: int) -> dict[str, Any]:
+    train_images = folder.images - val_images
     # Two passes over many images; a few hundred updates over few, which are then seen many times.
     steps = min(max(_FEWEST_UPDATES, 2 * train_images // _BATCH), _MOST_UPDATES)
     classes = len(folder.counts)
@@ -177,34 +185,21 @@ def _settings(folder: Folder, size: Size, place: Path, train_images: int) -> dic
         "checkpoint.every_steps": max(25, steps // 8),
         "sample.num_images": samples,
         "sample.batch_size": min(250, samples),
+        # Few validation images are predicted in as many ways as give a steady mean.
+        "evaluate.replace_draws": min(16, max(2, 5000 // val_images)),
         "evaluate.classifier.steps": 800,
     }
 
 
-def _seconds(recipe: Recipe, size: Size, folder: Folder, val: int, device: torch.device) -> dict[str, float]:
-    """Estimates from the rate of a product of matrices on this machine. val: validation images."""
-    cfg = recipe.load("rear")
-    processes = 2
-    rate = product_flops_per_s(device, torch.float32) * _EFFICIENCY[device.type]
-    classes = len(folder.counts)
-    flops = train_flops_per_image(cfg, min(1.0, classes * (1 - (1 - 1 / classes) ** _BATCH) / _BATCH))
-    seen = cfg.train.total_steps or 0
-    training = seen * _BATCH * flops / rate
-    pixels = size.pixels**2
-    features = _FEATURES_PER_S[device.type]
-    forward = flops / 3 * cfg.sample.num_images * 3 / rate  # guidance doubles it, and single steps are slower
-    start = 15.0  # imports and the meeting of two processes
-    return {
-        "images as shards": 3 + folder.images / 400,
-        "tokenizer": start + 800 * _BATCH * pixels * 6.0e4 / rate,
-        "token shards": 2 * start + folder.images * pixels * 2.0e4 / rate / processes,
-        "yardsticks": 2 * start + 3 * val / features,
-        "training of vanilla AR": start + 0.8 * training,
-        "training of reAR": start + training,
-        "samples of both": 2 * (start + forward),
-        "scores of both": 2 * (start + cfg.sample.num_images / features) + 10,
-    }
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def describe(folder: Folder, cfg: ExperimentConfig, plan: Plan) -> list[str]:
+    """Lines for the user: the images, and what will be trained on them. cfg, plan: of reAR, with the user's overrides."""
+    train, model, tokens = cfg.data.assumed_images or 0, cfg.model, cfg.tokenizer
+    seen = plan.last_step * cfg.train.global_batch_size
+    fewest, most = min(folder.counts.values()), max(folder.counts.values())
+    each = f"{fewest:,} to {most:,} each" if fewest < most else f"{most:,} each"
+    return [
+        f"{folder.images:,} {'grey' if folder.is_grey else 'colour'} images of {len(folder.counts)} classes, {each}, "
+        f"{folder.side} pixels along the shorter side; {folder.images - train:,} of them for validation",
+        f"{tokens.image_size} x {tokens.image_size} pixels (centre crops), {tokens.num_tokens} tokens, models of {model.depth} "
+        f"blocks of width {model.width}; each model sees {seen:,} images, every training image {seen / max(1, train):.3g} times",
+    ]

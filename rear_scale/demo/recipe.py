@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from rear_scale.config import ExperimentConfig, InputError, load
 from rear_scale.files import write_text_atomically
 from rear_scale.places import how_to_install
+from rear_scale.shards.inputs import Inputs
 
 MODELS = ("ar", "rear")
 TITLES = {"ar": "vanilla AR", "rear": "reAR"}
@@ -33,6 +34,11 @@ class Recipe:
     grid_every_images: int = 19_200  # training images between two sheets of samples in the report
     # Whether the tokenizer's reconstructions and real images of the training part are scored as samples are.
     yardsticks: bool = False
+    # For the estimates of durations: validation images, passes over the image files, and seconds that reading one takes.
+    val_images: int = 0
+    passes: int = 1
+    read_s: float = 0.0005
+    inputs: Inputs = field(default_factory=dict)  # the images in words: of other images, the folder is another demo's
 
     def config(self, model: str) -> str:
         """The word after --config: a name in configs/, or a file in the folder where the recipe has settings of its own."""
@@ -111,6 +117,7 @@ def fashion(*, quick: bool) -> Recipe:
         packages=NETWORK,
         settings={**places(folder), **_QUICK} if quick else {},
         yardsticks=True,
+        val_images=2000 if quick else 10_000,
     )
 
 

@@ -125,10 +125,15 @@ def extract(
         progress(description, total, "image", show=world.is_main and bool(missing)) as bar,
         DecodeWorker(world.device) as worker,
     ):
+        begun = 0  # images of the blocks from this rank's last one on, which the worker has not finished
         for position, number in enumerate(missing):
             if position % world.size == world.rank:
-                _read_and(write, images, number, worker)
-            bar.update(len(images.blocks[number]))
+                _read_and(write, images, number, worker)  # returns when this rank's block before is written
+                bar.update(begun)
+                begun = 0
+            begun += len(images.blocks[number])
+        worker.wait()
+        bar.update(begun)
     world.barrier()
     return feature_sets
 

@@ -1,0 +1,180 @@
+"""Estimates of the seconds that the stages of a demo take, from single steps of their work that are timed on this machine."""
+
+# B images of a step
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from rear_scale.bench.model import random_model, synchronize
+from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.evaluate.networks.classifier import Classifier
+from rear_scale.evaluate.networks.efficientnet import INPUT_SIZE, EfficientNetLite0
+from rear_scale.objective import Objective
+from rear_scale.tokenizer.compact import CompactTokenizer
+
+_START, _START_OF_TRAINING = 6.0, 12.0  # seconds of imports and the meeting of two processes; deepspeed starts two more
+_TIMED_ON_CPU, _TIMED = 8, 32  # images of a timed step
+_TURNS = 2
+# From the records of demos, as fractions of the time that a process takes to train reAR on an image:
+_STEP = 1.15  # with the optimizer and the sum of gradients over two processes
+_PLAIN = 0.9  # the same of vanilla AR
+_SAMPLED = 1.15  # an image that is sampled with guidance, token by token
+_SCORED = 0.35  # a sequence whose tokens are predicted
+_ENCODED = 0.15  # an image that is tokenized, as a fraction of an image of the tokenizer's training
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of a demo."""
+
+    train: int
+    val: int
+    passes: int = 1  # over the image files, to prepare them
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one process for an image, where as many processes as the demo starts share the machine."""
+
+    read: float  # reading an image file and cropping it
+    tokenizer: float  # training of the tokenizer, in one process that has the machine to itself
+    generator: float  # training of reAR, forward and backward
+    classifier: float  # training of the classifier
+    features: float  # EfficientNet-Lite0
+
+
+def measure(cfg: ExperimentConfig, plan: Plan, device: torch.device, read: float) -> Rates:
+    """The rates on this machine with its present load, measured in a few seconds. cfg, plan: of reAR."""
+    with torch.random.fork_rng(), _threads(1):
+        tokenizer = _tokenizer_s(cfg, device)
+    with torch.random.fork_rng(), _threads(plan.world_size):
+        generator = _generator_s(cfg, plan, device)
+        return Rates(read, tokenizer, generator, _classifier_s(cfg, device), _features_s(device))
+
+
+def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, seeds: int) -> dict[str, float]:
+    """The estimates, by what the user reads. cfg, plan: of reAR."""
+    evaluate, training, processes = cfg.evaluate, cfg.tokenizer.training, plan.world_size
+    assert training is not None
+    assert evaluate.classifier is not None
+    images = counts.train + counts.val
+    cores = len(os.sched_getaffinity(0))
+    seen = seeds * plan.last_step * cfg.train.global_batch_size * rates.generator * _STEP / processes
+    sampled = cfg.sample.num_images
+    classified = evaluate.classifier.steps * evaluate.classifier.batch_size * rates.classifier
+    predicted = counts.val * (1 + evaluate.replace_draws) + counts.train
+    encoded = images * rates.tokenizer * _ENCODED
+    scored = predicted * rates.generator * _SCORED + sampled * rates.features
+    return {
+        "images as shards": counts.passes * _START / 2 + (images + min(counts.val, counts.train)) * rates.read / cores,
+        "tokenizer": _START + training.steps * training.batch_size * rates.tokenizer,
+        "token shards": 2 * _START + encoded,
+        "scores of the tokenizer and of real images": 2 * _START + classified + 3 * counts.val * rates.features / processes,
+        "training of vanilla AR": seeds * _START_OF_TRAINING + _PLAIN * seen,
+        "training of reAR": seeds * _START_OF_TRAINING + seen,
+        "samples of both": 2 * seeds * (_START + sampled * rates.generator * _SAMPLED / processes),
+        "scores of both": 2 * seeds * (_START + scored / processes),
+    }  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """The text of a duration, such as "40 s" or "12 min"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def lines(seconds: dict[str, float]) -> list[str]:
+    """The lines of the estimates for the user, with their sum."""
+    total = sum(seconds.values())
+    return [
+        *(f"    {duration(part):>8}  {what}" for what, part in seconds.items()),
+        f"    {duration(total):>8}  in all, as estimated from the speed of this machine now",
+    ]
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """A context in which torch computes with the threads of one of several processes that share the cores."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed(device: torch.device, step: Callable[[], object]) -> float:
+    """Seconds of a step, the better of two after one that is not counted."""
+    step()
+    taken = []
+    for _ in range(_TURNS):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def _batch(device: torch.device) -> int:
+    return _TIMED_ON_CPU if device.type == "cpu" else _TIMED
+
+
+def _pixels(size: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(_batch(device), 3, size, size, device=device)
+
+
+def _tokenizer_s(cfg: ExperimentConfig, device: torch.device) -> float:
+    tokenizer, pixels = CompactTokenizer.untrained(cfg.tokenizer).to(device), _pixels(cfg.tokenizer.image_size, device)
+
+    def step() -> None:
+        latents = tokenizer.latents(pixels)
+        tokenizer.nearest(latents.detach())
+        F.mse_loss(tokenizer.pixels(latents, len(pixels)), pixels).backward()
+
+    return _timed(device, step) / len(pixels)
+
+
+def _generator_s(cfg: ExperimentConfig, plan: Plan, device: torch.device) -> float:
+    count, tokens = _batch(device), cfg.tokenizer
+    codebook = torch.randn(tokens.codebook_size, tokens.codebook_dim)
+    objective = Objective(cfg, plan, codebook.to(device), device)
+    ids = torch.arange(count)
+    batch = objective.micro_batch(
+        torch.randint(tokens.codebook_size, (count, tokens.num_tokens)),
+        ids % cfg.model.num_classes,
+        ids,
+        torch.zeros_like(ids),
+    ).to(device)
+    model = random_model(cfg, device, with_heads=True)
+    task = objective.task(batch, 1)
+
+    def step() -> None:
+        total, _ = objective.loss(model(task.context, batch.classes, batch.class_index, task.order), task)
+        total.backward()
+
+    return _timed(device, step) / count
+
+
+def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
+    pixels = _pixels(cfg.tokenizer.image_size, device)
+    classifier = Classifier(cfg.tokenizer.image_size, cfg.model.num_classes).to(device)
+    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
+    return _timed(device, lambda: F.cross_entropy(classifier(pixels), labels).backward()) / len(pixels)
+
+
+@torch.inference_mode()
+def _features_s(device: torch.device) -> float:
+    network = EfficientNetLite0().eval()
+    network.fold_norms()
+    network = network.to(device)
+    pixels = torch.zeros(_batch(device), 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
+    return _timed(device, lambda: network(pixels)) / len(pixels)
