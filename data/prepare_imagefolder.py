@@ -112,7 +112,7 @@ def prepare(
             bar.update(end - start)
     skipped = [item for shard in finished for item in shard.skipped]
     writer.write_skipped(out, skipped)
-    writer.check_skipped(skipped, len(source), max_bad_fraction, images, out / "skipped.txt")
+    writer.check_skipped(skipped, len(source), max_bad_fraction, images, out / "skipped.txt", "--max-bad-fraction")
     label_counts = np.zeros(len(source.class_names), dtype=np.int64)
     for shard in finished:
         label_counts[: len(shard.label_counts)] += shard.label_counts

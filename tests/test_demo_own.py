@@ -105,6 +105,9 @@ def test_a_folder_is_described_and_planned(here: Path) -> None:
     commands = [stage.line for stage in stages(recipe, [0], [])]
     assert f"--images '{here / 'my photos'}'" in commands[0]
     assert len(commands) == len({*commands}) == 14
+    # Where few images cannot be read, most of them may be in a small part.
+    assert ["--max-bad-fraction 0.5" in command for command in commands[:3]] == [False, True, True]
+    assert all("--exif apply" in command for command in commands[:3])
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,10 @@ def recipe_of(folder: Folder, size: str | None, device: torch.device) -> Recipe:
 
 
 def _prepare(images: Path, place: Path, pixels: int, split: str, val_fraction: float) -> list[str]:
-    return ["python", "data/prepare_imagefolder.py", "--images", str(images), "--out", str(place / "images" / split),
-            "--size", str(pixels), "--split", split, "--val-fraction", f"{val_fraction:g}", "--exif", _EXIF]  # fmt: skip
+    command = ["python", "data/prepare_imagefolder.py", "--images", str(images), "--out", str(place / "images" / split),
+               "--size", str(pixels), "--split", split, "--val-fraction", f"{val_fraction:g}", "--exif", _EXIF]  # fmt: skip
+    # The largest part decides whether too many images cannot be read: a few of them may all be in a small part.
+    return command if split == "train" else [*command, "--max-bad-fraction", "0.5"]
 
 
 def _settings(folder: Folder, size: Size, place: Path, val_images: int) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def pretokenize(cfg: ExperimentConfig, source: ImageSource, world: World) -> Non
     skipped = [entry for shard in shards for entry in shard.skipped]
     if world.is_main:
         writer.write_skipped(out, skipped)
-    writer.check_skipped(skipped, len(source), job.max_bad_fraction, source.folder, out / "skipped.txt")
+    writer.check_skipped(
+        skipped, len(source), job.max_bad_fraction, source.folder, out / "skipped.txt", "pretokenize.max_bad_fraction"
+    )
     if world.is_main:
         _finish(out, cfg, source, tokenizer, weights_sha256, made_from, inputs, shards)
     world.barrier()

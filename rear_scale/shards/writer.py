@@ -100,13 +100,16 @@ def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
         write_text_atomically(folder / "skipped.txt", "".join(lines))
 
 
-def check_skipped(skipped: Sequence[tuple[str, str]], total: int, limit: float, source: Path, listing: Path) -> None:
-    """Raises InputError when more than the fraction `limit` of `total` images, or all of them, could not be read."""
+def check_skipped(
+    skipped: Sequence[tuple[str, str]], total: int, limit: float, source: Path, listing: Path, option: str
+) -> None:
+    """Raises InputError when more than the fraction `limit` of `total` images, or all of them, could not be read. option: the
+    name of the limit."""
     if len(skipped) > limit * total or len(skipped) == total:
         name, reason = skipped[0]
         raise InputError(
             f"{len(skipped)} of {total} images in {source} cannot be read, more than the allowed {limit:.1%}; the "
-            f"first is {name} ({reason}), {listing} lists all. Repair or remove them, or allow more"
+            f"first is {name} ({reason}), {listing} lists all. Repair or remove them, or raise {option}"
         )
 
 
