@@ -86,7 +86,9 @@ def test_a_page_holds_everything_itself(tmp_path: Path) -> None:
 def test_class_rows_take_the_first_of_each_class() -> None:
     labels = np.array([1, 0, 1, 0, 1, 0])
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 2, 2, 3), np.uint8)
-    assert class_rows(images, labels, 2)[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
+    assert class_rows(images, labels, 2, 2)[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
+    # A class of fewer images, or of none, has white in their place, so that each row is a class.
+    assert class_rows(images[:4], labels[:4], 3, 3)[:, 0, 0, 0].tolist() == [1, 3, 255, 0, 2, 255, 255, 255, 255]
 
 
 def test_a_report_shows_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.sample.sheets import FOLDER as GRIDS
 from rear_scale.sample.uint8_rounding import to_uint8
 from rear_scale.shards.images import open_images
+from rear_scale.shards.walk import shown
 from rear_scale.tokenizer import open_tokenizer
 from rear_scale.tokenizer.base import to_unit_range
 
 _PER_CLASS = 12
+_CLASSES = 40  # that are shown at most
 _RECONSTRUCTED = 24  # images that are shown beside their reconstructions
 
 
@@ -51,13 +54,19 @@ def write_report(recipe: Recipe, summary: dict[str, Any], stages: list[Stage], f
 
 
 def _samples(recipe: Recipe, seed: int) -> Section:
-    real, labels = open_images(recipe.images / "val").load()
-    pictures = [Picture(grid(class_rows(real, labels, _PER_CLASS), _PER_CLASS), "real validation images")]
+    held_out = open_images(recipe.images / "val")
+    names = [shown(name) for name in held_out.class_names]
+    rows = partial(class_rows, per_class=_PER_CLASS, classes=min(len(names), _CLASSES))
+    pictures = [Picture(grid(rows(*held_out.load()), _PER_CLASS), "real validation images")]
     for model in MODELS:
         images, classes = read_samples(recipe.samples_file(model, seed))
         assert classes is not None
-        pictures.append(Picture(grid(class_rows(images[:], classes, _PER_CLASS), _PER_CLASS), TITLES[model]))
-    text = f"Each row is a class. Training seed {seed}; the first {_PER_CLASS} samples of each class, not selected."
+        pictures.append(Picture(grid(rows(images[:], classes), _PER_CLASS), TITLES[model]))
+    more = f", the first {_CLASSES} of {len(names):,}" if len(names) > _CLASSES else ""
+    text = (
+        f"Each row is a class{more}: {', '.join(names[:_CLASSES])}. Training seed {seed}; the first {_PER_CLASS} samples of each "
+        "class, not selected."
+    )
     return Section("Samples", [text], rows_of_pictures=[("", pictures)])
 
 
@@ -65,7 +74,9 @@ def _samples(recipe: Recipe, seed: int) -> Section:
 def _reconstructions(recipe: Recipe) -> Section:
     cfg = recipe.load("rear")
     tokenizer = open_tokenizer(cfg.tokenizer, torch.device("cpu"))
-    originals = np.stack([image for image, _ in open_images(recipe.images / "val").read(0, _RECONSTRUCTED)])
+    images, _ = open_images(recipe.images / "val").load()
+    # Evenly spaced: a folder's images are sorted by class.
+    originals = images[np.unique(np.arange(_RECONSTRUCTED) * len(images) // _RECONSTRUCTED)]
     tokens = tokenizer.encode(to_unit_range(torch.from_numpy(originals)))
     decoded = to_uint8(tokenizer.decode(tokens).float(), cfg.sample.uint8_rounding)
     text = (

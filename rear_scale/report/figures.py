@@ -19,7 +19,11 @@ def grid(images: np.ndarray, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def class_rows(images: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
-    """The first `per_class` images of each class (uint8 [classes * per_class, S, S, 3]), class by class."""
-    chosen = [np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)]
-    return images[np.concatenate(chosen)]
+def class_rows(images: np.ndarray, labels: np.ndarray, per_class: int, classes: int) -> np.ndarray:
+    """The first `per_class` images of each class 0 .. classes - 1, class by class, and white ones where a class has fewer: uint8
+    [classes * per_class, S, S, 3]."""
+    rows = np.full((classes, per_class, *images.shape[1:]), 255, np.uint8)
+    for label in range(classes):
+        chosen = np.flatnonzero(labels == label)[:per_class]
+        rows[label, : len(chosen)] = images[chosen]
+    return rows.reshape(-1, *images.shape[1:])
