@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import runpy
@@ -121,10 +122,10 @@ def test_the_size_follows_the_machine_and_the_images(here: Path, device: str, si
     assert recipe_of(folder, "m", torch.device(device)).settings["model.width"] == SIZES["m"].width
 
 
-def seconds(recipe: Recipe, overrides: Sequence[str] = (), seeds: int = 1) -> float:
+def seconds(recipe: Recipe, overrides: Sequence[str] = (), seeds: int = 1, rates: estimate.Rates = RATES) -> float:
     cfg = recipe.load("rear", overrides)
     counts = estimate.Counts(cfg.data.assumed_images, recipe.val_images, recipe.passes)
-    return sum(estimate.seconds(cfg, derive(cfg, num_processes(), None), RATES, counts, seeds).values())
+    return sum(estimate.seconds(cfg, derive(cfg, num_processes(), None), rates, counts, seeds).values())
 
 
 def test_updates_and_time_grow_with_the_images(here: Path) -> None:
@@ -135,6 +136,8 @@ def test_updates_and_time_grow_with_the_images(here: Path) -> None:
     assert times == sorted(times)
     assert seconds(recipes[0], ["train.total_steps=800"]) - times[0] == pytest.approx(400 * 64 * 0.01 * 1.9 * 1.15 / 2)
     assert seconds(recipes[0], seeds=3) > 2 * times[0]
+    busy = dataclasses.replace(RATES, load=3.0)
+    assert seconds(recipes[0], rates=busy) - times[0] == pytest.approx(2 * (4 * 3 + 4 * 6 + 2 * 12 + 4 * 6))
 
 
 def test_work_of_every_kind_is_timed(tmp_path: Path) -> None:
@@ -144,6 +147,7 @@ def test_work_of_every_kind_is_timed(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert 0 < rates.classifier < rates.tokenizer < rates.generator < 10
     assert 0 < rates.features < 10
+    assert rates.load >= 1
 
 
 @pytest.mark.parametrize(

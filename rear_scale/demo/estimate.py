@@ -20,9 +20,11 @@ from rear_scale.evaluate.networks.efficientnet import INPUT_SIZE, EfficientNetLi
 from rear_scale.objective import Objective
 from rear_scale.tokenizer.compact import CompactTokenizer
 
-_START, _START_OF_TRAINING = 6.0, 12.0  # seconds of imports and the meeting of two processes; deepspeed starts two more
+# Seconds of imports on two idle cores: of one process, of two that torchrun starts, and of two that deepspeed starts.
+_START_OF_ONE, _START, _START_OF_TRAINING = 3.0, 6.0, 12.0
 _TIMED_ON_CPU, _TIMED = 8, 32  # images of a timed step
 _TURNS = 2
+_COMPUTED = 0.2  # seconds of computing in which the load is measured
 # From the records of demos, as fractions of the time that a process takes to train reAR on an image:
 _STEP = 1.15  # with the optimizer and the sum of gradients over two processes
 _PLAIN = 0.9  # the same of vanilla AR
@@ -49,15 +51,20 @@ class Rates:
     generator: float  # training of reAR, forward and backward
     classifier: float  # training of the classifier
     features: float  # EfficientNet-Lite0
+    load: float = 1.0  # seconds that pass in one second of computing: 1 on an idle machine
 
 
 def measure(cfg: ExperimentConfig, plan: Plan, device: torch.device, read: float) -> Rates:
     """The rates on this machine with its present load, measured in a few seconds. cfg, plan: of reAR."""
-    with torch.random.fork_rng(), _threads(1):
-        tokenizer = _tokenizer_s(cfg, device)
-    with torch.random.fork_rng(), _threads(plan.world_size):
-        generator = _generator_s(cfg, plan, device)
-        return Rates(read, tokenizer, generator, _classifier_s(cfg, device), _features_s(device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _threads(1):
+            tokenizer = _tokenizer_s(cfg, device)
+        with _threads(plan.world_size):
+            generator = _generator_s(cfg, plan, device)
+            rates = Rates(read, tokenizer, generator, _classifier_s(cfg, device), _features_s(device), _load())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes of the stages
+    return rates
 
 
 def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, seeds: int) -> dict[str, float]:
@@ -67,6 +74,7 @@ def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, see
     assert evaluate.classifier is not None
     images = counts.train + counts.val
     cores = len(os.sched_getaffinity(0))
+    one, two, trained = (rates.load * start for start in (_START_OF_ONE, _START, _START_OF_TRAINING))
     seen = seeds * plan.last_step * cfg.train.global_batch_size * rates.generator * _STEP / processes
     sampled = cfg.sample.num_images
     classified = evaluate.classifier.steps * evaluate.classifier.batch_size * rates.classifier
@@ -74,14 +82,14 @@ def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, see
     encoded = images * rates.tokenizer * _ENCODED
     scored = predicted * rates.generator * _SCORED + sampled * rates.features
     return {
-        "images as shards": counts.passes * _START / 2 + (images + min(counts.val, counts.train)) * rates.read / cores,
-        "tokenizer": _START + training.steps * training.batch_size * rates.tokenizer,
-        "token shards": 2 * _START + encoded,
-        "scores of the tokenizer and of real images": 2 * _START + classified + 3 * counts.val * rates.features / processes,
-        "training of vanilla AR": seeds * _START_OF_TRAINING + _PLAIN * seen,
-        "training of reAR": seeds * _START_OF_TRAINING + seen,
-        "samples of both": 2 * seeds * (_START + sampled * rates.generator * _SAMPLED / processes),
-        "scores of both": 2 * seeds * (_START + scored / processes),
+        "images as shards": counts.passes * one + (images + min(counts.val, counts.train)) * rates.read / cores,
+        "tokenizer": one + training.steps * training.batch_size * rates.tokenizer,
+        "token shards": 2 * two + encoded,
+        "scores of the tokenizer and of real images": 2 * two + classified + 3 * counts.val * rates.features / processes,
+        "training of vanilla AR": seeds * trained + _PLAIN * seen,
+        "training of reAR": seeds * trained + seen,
+        "samples of both": 2 * seeds * (two + sampled * rates.generator * _SAMPLED / processes),
+        "scores of both": 2 * seeds * (two + scored / processes),
     }  # fmt: skip
 
 
@@ -122,6 +130,14 @@ def _timed(device: torch.device, step: Callable[[], object]) -> float:
         synchronize(device)
         taken.append(time.perf_counter() - started)
     return min(taken)
+
+
+def _load() -> float:
+    """Seconds that pass in one second of computing. Other processes on the same cores make it more than 1."""
+    started, computed = time.perf_counter(), time.process_time()
+    while time.process_time() - computed < _COMPUTED:
+        sum(range(1000))
+    return max(1.0, (time.perf_counter() - started) / (time.process_time() - computed))
 
 
 def _batch(device: torch.device) -> int:
