@@ -39,6 +39,7 @@ from torch import Tensor
 
 from rear_scale import config as configs
 from rear_scale import device as devices
+from rear_scale.checkpoint.average import MOVING_AVERAGE, averaged
 from rear_scale.checkpoint.folder import Checkpoint
 from rear_scale.checkpoint.open import newest_or_refuse, open_with_config
 from rear_scale.config import ExperimentConfig, InputError, check_override, first_line, in_quotes, is_remote
@@ -50,6 +51,7 @@ from rear_scale.model import Generator, meta_model
 from rear_scale.model.generator import is_head
 from rear_scale.objective import Objective, permutation
 from rear_scale.objective.prediction import held_out_task
+from rear_scale.optim.posthoc_ema import LONGEST
 from rear_scale.sample.decode import Decoder
 from rear_scale.sample.job import batches_of, check_tokenizer, decode_images, load_generator, make_tokens
 from rear_scale.shards.codebook import codebook_of, read_checked
@@ -77,13 +79,15 @@ def load(
     overrides: Sequence[str] = (),
     *,
     config: str | None = None,
+    ema: float | bool = False,
 ) -> Model:
     """The model of a run folder (its newest checkpoint), a checkpoint folder, a safetensors file or a released weight file.
 
     tokenizer: the tokenizer's weight file; None = the one that the config names. It is read when images are first made or
     taken, or here where it is given. device: "cpu", "cuda" (the current GPU), "cuda:1" and so on; None = a GPU where there is
     one. overrides: values of the config as on a command line ("section.field=value"). config: for a weight file, the config
-    to use instead of the one that it holds or that fits it.
+    to use instead of the one that it holds or that fits it. ema: an average of the weights in their place: of this length
+    (sigma_rel, made from the averages of optim.posthoc_ema), or for True the moving average of optim.ema_decay.
 
     Raises InputError when there is nothing at the path or something else, for damaged files, for weights that do not fit the
     config, for a tokenizer that is missing or is not the one whose tokens the model was trained on, for a wrong override, for
@@ -103,10 +107,25 @@ def load(
         given.append(f"tokenizer.weights={in_quotes(str(Path(tokenizer).expanduser()))}")
     with _as_in_a_command(place):
         checkpoint, cfg = open_with_config(source, config, given)
+        if ema is not False:
+            checkpoint = _averaged(checkpoint, ema)
         model = Model(checkpoint, configs.with_home(cfg), place)
         if tokenizer is not None:
             _ = model.tokenizer  # so that errors of the file are raised by this call
     return model
+
+
+def _averaged(checkpoint: Checkpoint, ema: float | bool) -> Checkpoint:
+    """The checkpoint with an average in place of its weights. Raises InputError for a length that no average has."""
+    length = MOVING_AVERAGE if ema is True else ema
+    if ema is not True and not (isinstance(ema, int | float) and 0 < ema < LONGEST):
+        raise InputError(
+            f"ema={ema} is not a length between 0 and {LONGEST:.4f}. Use ema=0.1, or True for a moving average"
+        )
+    try:
+        return averaged(checkpoint, length)
+    except InputError as error:
+        raise InputError(str(error).replace("--ema ", "ema=").replace("--ema", "ema")) from None
 
 
 class Model:

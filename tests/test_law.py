@@ -146,6 +146,7 @@ def _none_larger() -> None:
         (lambda: fit(POWER, np.ones(9), x=np.tile((1, 2), 5)[:9]), "9 cells at 2 different x"),
         (lambda: fit(POWER, [1.0, 2.0, np.nan, 3.0], x=np.arange(1, 5)), "values of the law power has nan"),
         (lambda: fit(POWER, np.ones(4), x=np.arange(4)), "x of the law power has 0"),
+        (lambda: fit(POWER, np.full(4, 1e200), x=np.arange(1, 5)), "values of the law power has 1e+200"),
         (_none_larger, "all cells have N=1e+06"),
     ],
 )
@@ -159,3 +160,19 @@ def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = _design(POWER)
     with pytest.raises(InputError, match="need the package scipy.*pip install"):
         fit(POWER, _observed(POWER, columns, 0), **columns)
+
+
+def test_inputs_that_change_nothing_are_named() -> None:
+    """Their constants would have intervals of no width, at wherever the solver began."""
+    columns = _design(POWER, seeds=2)
+    noisy = _observed(POWER, columns, 0.003)
+    assert fit(POWER, noisy, **columns).idle(**columns) is None
+    scatter = np.exp(np.random.default_rng(0).normal(0, 0.003, len(noisy)))
+    for values in (np.full(len(noisy), 2.0), 2.0 * scatter, 1 + 1e-8 * columns["x"]):
+        assert fit(POWER, values, **columns).idle(**columns) == "x"
+    columns = _design(THREE_TERM)
+    assert fit(THREE_TERM, _observed(THREE_TERM, columns, 0.003), **columns).idle(**columns) is None
+    values = 3 + 400 / columns["N"] ** 0.35
+    assert fit(THREE_TERM, values, **columns).idle(**columns) == "D"
+    columns = _design(REPEATED_DATA)
+    assert fit(REPEATED_DATA, _observed(REPEATED_DATA, columns, 0), **columns).idle(**columns) is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import tiny_config_file, write_checkpoint
 
-from rear_scale.config import InputError
+from rear_scale.config import InputError, load, to_yaml
 from rear_scale.evaluate.result import read_result
 from rear_scale.run.stages import StageFolder
 from rear_scale.scaling import panel
@@ -40,15 +40,16 @@ def _result(ctr: float, distance: float, sampling: int, *, images: int = 100) ->
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three runs of each of two methods, each scored with two sampling seeds; the second has the higher ratio alone."""
     monkeypatch.chdir(tmp_path)
+    config = to_yaml(load(str(tiny_config_file(tmp_path, tokens))))
     generator = np.random.default_rng(0)
     for method, gain in (("ar", 0.0), ("rear", 0.1)):
         for seed in range(3):
             run = tmp_path / f"runs/{method}_seed{seed}"
             write_checkpoint(run, 3)
-            (run / "config.yaml").write_text("run: {}\n")
+            (run / "config.yaml").write_text(config)
             ctr, distance = CTR + gain + generator.normal(0, 0.002), DISTANCE + generator.normal(0, 1.0)
             for sampling, name in enumerate(("result.json", "result_seed=1.json")):
                 scores = _result(ctr, distance + generator.normal(0, 0.3), sampling)
@@ -158,6 +159,32 @@ def test_results_that_do_not_compare_are_refused(runs: Path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match="do not compare: images is 100 in some and 50 in others"):
         main(["runs/ar_seed*", "runs/rear_seed*"])
+
+
+def test_results_of_averages_and_of_other_sampling_are_not_taken(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder may hold results of --ema and --sweep beside or instead of its own."""
+    panel_of = Panel(Path("out"), 2, 1, ())
+    run = runs / "runs/rear_seed0"
+    method = panel_of._method("runs/rear_seed*", "rear", 0)
+    held = panel_of._held(method, run, 1)
+    assert held == run / "result_seed=1.json"
+    values = json.loads(held.read_text())
+    for change in (
+        {"sample": {"seed": 1, "guidance": {"schedule": "constant", "scale": 9.0, "power": 1.0}}},
+        {"checkpoint": {**values["checkpoint"], "average": {"sigma_rel": 0.1}}},
+        {"sample": None},
+    ):
+        held.write_text(json.dumps({**values, **change}))
+        assert panel_of._held(method, run, 1) is None, change
+    held.write_text(json.dumps(values))
+    values["images"]["samples"]["class_accuracy"] = float("nan")
+    held.write_text(json.dumps(values))
+    main(["runs/ar_seed*", "runs/rear_seed*"])
+    out, err = capsys.readouterr()
+    assert "left out: class_accuracy, which is nan of runs/rear_seed0" in err
+    assert "class_accuracy" not in out
 
 
 def test_a_run_without_a_checkpoint_is_named(runs: Path) -> None:

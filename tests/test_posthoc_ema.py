@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import find, run_alone, run_ranks, tiny_config
+from helpers import CODEBOOK_DIM, CODEBOOK_SIZE, NUM_CLASSES, find, launch, run_alone, run_ranks, tiny_config
+from PIL import Image
 from safetensors.torch import load_file
 from test_parallel import QUIET, TWO_RANKS, build, run_steps
 from test_train import run
 
+import rear_scale
 from rear_scale import cli
 from rear_scale.checkpoint import snapshots as snapshots_module
 from rear_scale.checkpoint.average import MOVING_AVERAGE, averaged
@@ -24,9 +26,12 @@ from rear_scale.checkpoint.folder import Checkpoint, open_checkpoint
 from rear_scale.checkpoint.snapshots import SNAPSHOTS, snapshots
 from rear_scale.checkpoint.writer import save
 from rear_scale.config import CheckpointConfig, ExperimentConfig, InputError, OptimConfig
+from rear_scale.evaluate.networks.classifier import Classifier
+from rear_scale.evaluate.result import read_result
 from rear_scale.optim import posthoc_ema
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.sample.job import default_output, job_identity
+from rear_scale.shards.images import write_images
 from rear_scale.tokenizer.compact import CompactTokenizer
 from rear_scale.train.loop import Hooks
 from rear_scale.world import World
@@ -272,6 +277,88 @@ def test_a_branch_uses_the_snapshots_of_its_trunk(
     assert "from 2 snapshots" in capsys.readouterr().err
 
 
+def test_the_library_opens_an_average(tmp_path: Path, finished: Path) -> None:
+    tracked = find(finished)
+    for ema, state in ((0.1, "posthoc_ema_2"), (True, "ema"), (False, "param")):
+        model = rear_scale.load(finished, device="cpu", ema=ema).model
+        read = tracked.reader(state)
+        for name, value in model.named_parameters():
+            assert torch.allclose(value, read(name), rtol=1e-5, atol=1e-7), (ema, name)
+    for wrong in (0.3, 0, -1.0, "0.1"):
+        with pytest.raises(InputError, match=f"ema={wrong} is not a length between 0 and 0.2887"):
+            rear_scale.load(finished, ema=wrong)
+    convert(finished, None, [], "consolidated", tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="^ema=?.* is a file of weights alone.*leave ema out"):
+        rear_scale.load(tmp_path / "a.safetensors", ema=0.1)
+
+
+@pytest.mark.long
+def test_every_command_takes_an_average(tmp_path: Path, tokens: Path) -> None:
+    """sample.py, evaluate.py, convert.py and the library: the same weights, and results under names of their own."""
+    torch.manual_seed(0)
+    tokenizer = CompactTokenizer(16, CODEBOOK_SIZE, CODEBOOK_DIM, 16)
+    tokenizer.codes.normal_()
+    with torch.no_grad():
+        tokenizer.decoder[-1].weight.mul_(10)
+    tokenizer.save(tmp_path / "weights")
+    images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
+    labelled = ((Image.fromarray(image), number % NUM_CLASSES) for number, image in enumerate(images))
+    write_images(tmp_path / "images", labelled, 16, [str(number) for number in range(NUM_CLASSES)])
+    Classifier(16, NUM_CLASSES).save(tmp_path / "classifier")
+    cfg = snapshot_config(
+        tmp_path,
+        tokens,
+        "run",
+        f"tokenizer.weights={tmp_path / 'weights'}",
+        f"evaluate.classifier={{weights: {tmp_path / 'classifier'}, images: {tmp_path / 'images'}}}",
+        f"evaluate.reference={{photographs: {tmp_path / 'images'}}}",
+        "evaluate.replace_draws=1",
+        "sample.num_images=20",
+        "sample.batch_size=10",
+        "optim.lr=2e-2",
+    )
+    run_alone(run, cfg)
+    folder, file = tmp_path / "run", tmp_path / "average.safetensors"
+
+    def command(name: str, *words: str | Path) -> None:
+        done = launch("python", f"launchers/{name}.py", *words)
+        assert done.returncode == 0, done.stderr
+
+    command("convert", folder, "--ema", "0.12", "--to", "consolidated", "--out", file)
+    made = {}
+    for name, words in {
+        "weights": ["--checkpoint", folder],
+        "0.12": ["--checkpoint", folder, "--ema", "0.12"],
+        "file": ["--checkpoint", file],
+        "moving": ["--checkpoint", folder, "--ema"],
+    }.items():
+        command("sample", "--out", tmp_path / f"{name}.npz", *words)
+        command("evaluate", *words, *(["--out", tmp_path / "file.json"] if name == "file" else []))
+        with np.load(tmp_path / f"{name}.npz") as opened:
+            made[name] = opened["arr_0"]
+    assert np.array_equal(made["0.12"], made["file"])
+    assert len({made[name].tobytes() for name in ("weights", "0.12", "moving")}) == 3
+    classes = [number % NUM_CLASSES for number in range(20)]
+    assert np.array_equal(rear_scale.load(folder, device="cpu", ema=0.12).sample(classes), made["0.12"])
+    results = {
+        name: read_result(path)
+        for name, path in {
+            "weights": folder / "result.json",
+            "0.12": folder / "result_ema=0.12.json",
+            "moving": folder / "result_ema.json",
+            "file": tmp_path / "file.json",
+        }.items()
+    }
+    assert results["0.12"].images == results["file"].images
+    assert results["0.12"].tokens == results["file"].tokens
+    assert results["0.12"].tokens != results["weights"].tokens != results["moving"].tokens
+    records = {name: one.checkpoint.average for name, one in results.items() if one.checkpoint is not None}
+    assert records["0.12"] is not None
+    assert records["0.12"]["sigma_rel"] == 0.12
+    assert records["moving"] == {"moving": True}
+    assert records["weights"] is None
+
+
 def test_an_average_is_converted_and_named_apart(tmp_path: Path, tokens: Path, finished: Path) -> None:
     convert(finished, None, [], "consolidated", tmp_path / "a.safetensors", ema=0.1)
     tracked, weights = find(finished), load_file(tmp_path / "a.safetensors")
@@ -317,10 +404,13 @@ def test_what_no_average_can_be_made_of_is_refused(tmp_path: Path, tokens: Path,
     part.write_bytes(data)
     with pytest.raises(InputError, match=r"step_00000006/part-00000.safetensors does not match its checksum"):
         averaged(find(copy), 0.1)
-    cfg = tiny_config(
-        tmp_path, tokens, f"run.dir={tmp_path / 'plain'}", "strategy=single", "train.total_steps=2", "model.depth=1"
-    )
-    run_alone(run, cfg)
+    none = [
+        "optim.posthoc_ema=[]",
+        "checkpoint.ema_every_steps=null",
+        "optim.ema_decay=0",
+        "resume.allow=[optim.ema_decay]",
+    ]
+    run_alone(run, snapshot_config(tmp_path, tokens, "plain", *none, "train.total_steps=2"))
     plain = find(tmp_path / "plain")
     with pytest.raises(InputError, match="hold no averages that it can be made from"):
         averaged(plain, 0.1)
@@ -329,6 +419,16 @@ def test_what_no_average_can_be_made_of_is_refused(tmp_path: Path, tokens: Path,
     shutil.copytree(finished / SNAPSHOTS / "step_00000002", plain.run / SNAPSHOTS / "step_00000002")
     meta = plain.run / SNAPSHOTS / "step_00000002/meta.json"
     averaged(plain, 0.1)
+    with pytest.raises(
+        InputError, match=r"--ema 0.25: 1 snapshots of the lengths 0.05, 0.1, 0.15 cannot make this one"
+    ):
+        averaged(plain, 0.25)
+    # Of the same model, but another run: its weights are not those of this one's past.
+    intact = meta.read_text()
+    meta.write_text(intact.replace('"seed": 0', '"seed": 1', 1))
+    with pytest.raises(InputError, match=r"step_00000002 is a snapshot of another run than .* \(run.seed=0, but"):
+        averaged(plain, 0.1)
+    meta.write_text(intact)
     meta.write_text(meta.read_text().replace("/blocks.0.attn.qkv.weight", "/blocks.0.attn.other.weight"))
     with pytest.raises(InputError, match="(is of another model than|lacks)"):
         averaged(plain, 0.1)

@@ -91,7 +91,7 @@ _HEADER = "cell,row,run.seed,parameters,images,loss,ctr,frechet_distance,commit,
 
 def _study(folder: Path, *lines: str) -> Path:
     path = folder / "runs/study/table4_digits/study.csv"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([_HEADER, *lines]) + "\n")
     return path
 
@@ -125,6 +125,20 @@ def test_differences_inside_the_noise_are_marked(
     assert "| epsilon = 0.5 | 3.15 | not run |" in printed_part
     assert (tmp_path / "runs/study/tables/rear_table4.md").read_text() == text
     assert "<td>epsilon = 0.25</td>" in (tmp_path / "runs/study/tables/rear_table4.html").read_text()
+
+
+def test_cells_of_one_seed_and_cells_that_are_not_done_are_no_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study that was gathered with another word has several cells of a row and seed; old scores stand beside other states."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"a{seed},eps_0,{seed},300000,38400,1.9,0.4,18.0,abc,runs/a{seed},done" for seed in range(2)]
+    _study(tmp_path, *lines, "b,eps_0_25,0,300000,38400,1.9,0.9,1.0,abc,runs/b,started")
+    page.main(["table4"])
+    assert "| epsilon = 0.25 | started | - | - | - | - |" in capsys.readouterr().out
+    _study(tmp_path, *lines, "a1-lr2,eps_0,1,300000,38400,1.9,0.9,1.0,abc,runs/b,done")
+    with pytest.raises(InputError, match="the cells a1, a1-lr2 are all row eps_0 with run.seed=1"):
+        page.main(["table4"])
 
 
 def test_a_published_difference_that_a_seed_can_explain_is_marked() -> None:

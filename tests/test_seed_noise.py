@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -90,3 +92,26 @@ def test_verdicts_in_words() -> None:
     assert "one training seed says nothing" in difference(same, seed_noise([[9.0, 9.1]])).words
     exact = difference(seed_noise([[1.0], [1.0]]), seed_noise([[2.0], [2.0]]))  # scores without any spread
     assert (exact.low, exact.high, exact.verdict) == (1.0, 1.0, "larger")
+
+
+@pytest.mark.parametrize(("seeds", "spreads"), [((2, 3), (1.0, 0.2)), ((2, 10), (1.0, 0.5)), ((3, 20), (1.0, 0.5))])
+def test_panels_of_unequal_numbers_of_seeds_call_no_more(seeds: tuple[int, int], spreads: tuple[float, float]) -> None:
+    """Welch's interval alone calls 9 to 12% there."""
+    generator, called = np.random.default_rng(0), 0
+    for _ in range(500):
+        methods = [_drawn(generator, 0.0, sd, 0.0, count) for sd, count in zip(spreads, seeds, strict=True)]
+        called += difference(*map(seed_noise, methods)).verdict != "not distinguishable"
+    assert called <= 0.07 * 500
+
+
+def test_scores_that_are_equal_or_no_numbers_show_no_difference() -> None:
+    same = difference(seed_noise([[0.1]] * 3), seed_noise([[0.1]] * 2))
+    assert same.verdict == "not distinguishable"
+    assert (
+        difference(seed_noise([[0.1]] * 3), seed_noise([[0.1]] * 3)).words
+        == "not distinguishable: all scores are equal"
+    )
+    # Means of three and of seven equal scores differ in the last bit.
+    one, two = seed_noise([[0.1 * 3 / 3]] * 2), seed_noise([[0.3 / 3 + 1e-17]] * 2)
+    assert difference(one, replace(two, mean=float(np.nextafter(one.mean, 1)))).verdict == "not distinguishable"
+    assert difference(seed_noise([[1.0], [2.0]]), seed_noise([[np.nan], [1.0]])).verdict == "not distinguishable"

@@ -9,26 +9,31 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm_cluster
 import yaml
-from helpers import ROOT, start, tiny_config_file, write_token_shards
+from helpers import ROOT, launch, start, tiny_config_file, write_checkpoint, write_token_shards
 from PIL import Image
 
 from rear_scale.config import CONFIG_DIR, InputError, load, to_yaml
 from rear_scale.evaluate.result import ClassifierScores, ImageScores, Result, SamplesRecord, SetScores
-from rear_scale.scaling import study, study_summary
-from rear_scale.scaling.guidance import around
+from rear_scale.locks import locked
+from rear_scale.run.stages import Stage, StageFolder
+from rear_scale.scaling import study, study_run, study_summary
+from rear_scale.scaling.guidance import Point, Search, Space, around
 from rear_scale.scaling.study_collect import collect
 from rear_scale.scaling.study_figures import Curve, Gap, loss_at
 from rear_scale.scaling.study_file import read_study
 from rear_scale.scaling.study_grid import Cell, expand, identity, varied
 from rear_scale.scaling.study_plan import dry_run
-from rear_scale.scaling.study_run import Runner
+from rear_scale.scaling.study_run import Runner, devices_of
+from rear_scale.scaling.study_series import places
 from rear_scale.scaling.study_summary import write_summary
 
 NAMES = sorted(path.stem for path in (CONFIG_DIR / "study").glob("*.yaml"))
@@ -202,6 +207,9 @@ def test_grids_become_cells_in_hydras_sweep_syntax(here: Path, tokens: Path) -> 
         ({"commands": ["trian"]}, "trian, which is not one of .*did you mean train?"),
         ({"overrides": "a=b"}, "overrides is not a list of texts"),
         ({"base": "{size}.yaml"}, "needs the word size="),
+        ({"jobs": 0}, "jobs=0 must be at least 1"),
+        ({"jobs": "two"}, "jobs is not a whole number"),
+        ({"jobs": 2, "commands": ["throughput"]}, "would slow each other down while they are timed"),
         ({"machine": {"name": "x"}}, "machine has the fields name, not name, gflops_per_s"),
     ],
 )
@@ -246,6 +254,33 @@ def test_a_grid_that_tells_no_law_apart_is_warned_of(here: Path, tokens: Path) -
     assert "warning: this grid does not tell the constants of the law apart" in dry_run(
         runner.study, runner.cells, [False] * 2
     )
+
+
+def test_a_grid_of_sizes_is_judged_by_the_law_of_sizes(here: Path, tokens: Path) -> None:
+    """Which is fitted to it, as to the runs of rear_scaling.yaml at the scale of a CPU."""
+    runner = runner_of(study_file(here, tokens, grids={"main": ["model.depth=1,2,3,4"]}))
+    text = dry_run(runner.study, runner.cells, [False] * 4)
+    number = re.search(r"law of parameters \(power\): condition number ([\d.]+)$", text, re.MULTILINE)
+    assert number is not None
+    assert float(number[1]) < 1000
+    assert "warning" not in text
+
+
+def test_the_time_is_that_of_the_job_which_ends_last(here: Path, tokens: Path) -> None:
+    machine = {
+        "name": "a machine",
+        "gflops_per_s": 1.0,
+        "step_s": 1.0,
+        "start_s": 24.0,
+        "evaluate_s": 60.0,
+        "evaluate_s_per_gflop": 0.0,
+    }
+    # Each cell: 24 s of start and 12 updates with hardly any FLOPs; of three cells in two jobs, one job has two.
+    path = study_file(here, tokens, machine=machine, commands=["train"], grids={"main": ["run.seed=range(3)"]})
+    runner = runner_of(path)
+    for jobs, seconds in ((1, 108), (2, 72), (3, 36)):
+        text = dry_run(runner.study, runner.cells, [False] * 3, jobs)
+        assert f"a machine: {seconds / 60:.0f} minutes for the 3 cells that are left, {jobs} at a time" in text
 
 
 def test_finished_cells_are_not_run_again_and_a_failed_one_stops_no_other(here: Path, tokens: Path) -> None:
@@ -407,6 +442,242 @@ def test_the_summary_has_gaps_laws_and_figures(here: Path, tokens: Path, monkeyp
         assert Image.open(here / f"runs/study/mine/{name}.png").size[0] > 500
 
 
+def test_gaps_and_laws_compare_like_with_like(here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that also varies a field of the objective at one size, and the length: none of them counts as the method itself."""
+    monkeypatch.setattr(study_summary, "_DRAWS", 5)
+    sizes = "model.depth=1,2,3,4,5"
+    grids = {
+        "gap": ["objective=ar,rear", sizes, "run.seed=0"],
+        "seeds": ["objective=ar,rear", sizes, "run.seed=1"],
+        "weight": [
+            "objective=rear",
+            "model.depth=1",
+            "run.seed=0",
+            "objective.heads.weight=0.5,0.25",
+        ],
+        "length": [
+            "objective=ar,rear",
+            sizes,
+            "run.seed=0",
+            "train.total_steps=6,24",
+        ],
+    }
+    runner = runner_of(study_file(here, tokens, grids=grids))
+    collected = collect(runner)
+    by_name = {}
+    for row in collected.rows:
+        images = 12 * row["train.total_steps"]
+        is_ar, weight = row["objective"] == "ar", row["objective.heads.weight"]
+        loss = 1 + 50 / math.sqrt(row["parameters"]) + 2 / images**0.5 + 0.1 * is_ar + (not is_ar) * (1 - weight)
+        row |= {
+            "state": "done",
+            "loss": loss,
+            "images": images,
+            "unique_images": images,
+            "flops": 1e6,
+        }
+        by_name[row["cell"]] = row
+    found = places(runner.study, collected)
+    gaps = study_summary._gaps(found)["loss"]
+    # Of each size and length one, and two variants of the smallest size against the same AR runs.
+    assert len(gaps) == 5 + 2 + 10
+    own = [gap for gap in gaps if not gap.series]
+    assert [(len(gap.differences), round(gap.mean, 6)) for gap in own] == [(2, 0.1)] * 5
+    variants = {gap.series: round(gap.mean, 6) for gap in gaps if "weight" in gap.series}
+    assert variants == {"heads.weight=0.5": -0.4, "heads.weight=0.25": -0.65}
+    assert {gap.series for gap in gaps} - {*variants} == {
+        "",
+        "train.total_steps=6",
+        "train.total_steps=24",
+    }
+    (text,) = study_summary._law_sections(found)
+    # At the greatest length there is one seed: five sizes, and no variant among them.
+    laws = re.findall(r"^\| (\S+.*?) \| loss \| E = [\d.]+, A = ([\d.]+), a = ([\d.]+) \|", text, re.MULTILINE)
+    assert [name for name, *_ in laws] == ["ar", "rear"]
+    for _, *values in laws:
+        assert [float(value) for value in values] == pytest.approx([50, 0.5], rel=0.2)
+    of_data = re.findall(r"^\| (ar|rear) \| loss \| three_term \| .*b = ([\d.]+) \|", text, re.MULTILINE)
+    assert [name for name, _ in of_data] == ["ar", "rear"]
+    assert [float(value) for _, value in of_data] == pytest.approx([0.5, 0.5], rel=0.2)
+    curves = study_summary._curves(found, "loss_ar")
+    assert curves == []  # nothing was trained here
+
+
+def test_cells_side_by_side_end_as_one_after_another(
+    here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time: one cell fails, the process of another is killed, and the same command runs what is left."""
+    runner = replace(runner_of(study_file(here, tokens)), jobs=2)
+    assert {stage.processes for stage in runner.stages_of(runner.cells[0])} == {2}
+    (here / "fail-ar-seed1").touch()
+    (here / "kill-rear-seed0").touch()
+    failed = runner.run()
+    assert [*failed] == ["ar-seed1", "rear-seed0"]
+    assert "'train ar-seed1' failed with exit code 2" in failed["ar-seed1"]
+    assert failed["rear-seed0"] == "a job that runs cells was ended by SIGKILL"
+    commands = ran(here)
+    assert sorted(commands) == sorted(
+        [
+            "train ar-seed0",
+            "evaluate ar-seed0",
+            "train ar-seed1",
+            "train rear-seed0",
+            "train rear-seed1",
+            "evaluate rear-seed1",
+        ]
+    )
+    (here / "fail-ar-seed1").unlink()
+    shutil.rmtree(here / "runs/study/mine/rear-seed0", ignore_errors=True)  # the fake does not resume
+    assert runner.run() == {}
+    assert {*ran(here)} == {
+        f"{command} {name}" for command in ("train", "evaluate") for name in ("ar-seed1", "rear-seed0")
+    }
+    assert [row["state"] for row in collect(runner).rows] == ["done"] * 4
+    # Another number of cells at a time runs nothing again.
+    assert replace(runner, jobs=3).run() == {}
+    assert ran(here) == []
+
+
+def test_gpus_are_divided_among_the_cells_that_run_at_a_time() -> None:
+    assert [devices_of(job, 2, 8, None) for job in range(2)] == ["0,1,2,3", "4,5,6,7"]
+    assert [devices_of(job, 3, 4, "4,5,6,7") for job in range(3)] == ["4", "5", "6,7"]
+    assert [devices_of(job, 3, 2, "GPU-a,GPU-b") for job in range(3)] == ["GPU-a", "GPU-b", "GPU-a"]
+
+
+def test_a_study_interrupted_side_by_side_says_what_is_left(
+    here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: StageFolder, stage: Stage, place: str = "") -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageFolder, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="4 of 4 cells are left; the same command continues"):
+        replace(runner_of(study_file(here, tokens)), jobs=2).run()
+
+
+def test_a_cell_of_another_process_is_left_to_it(here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file system has no locks, whose message names the process."""
+    runner = runner_of(study_file(here, tokens))
+
+    def held(path: Path, refusal: str | None = None) -> object:
+        if refusal is not None and "ar-seed0" in path.name and "rear" not in path.name:
+            raise InputError(f"{refusal}. .ar-seed0.lock.holder is held by process 7 on elsewhere")
+        return locked(path, refusal)
+
+    monkeypatch.setattr(study_run, "locked", held)
+    assert runner.run() == {}
+    assert ran(here)[0] == "train ar-seed1"
+
+
+def test_a_task_that_trains_for_another_keeps_no_cell_from_its_scores(
+    here: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two tasks of a job array with the same weights, the second is first; meanwhile the first one starts."""
+    runner = runner_of(study_file(here, tokens, grids={"main": ["sample.guidance.scale=1.5,2.5"]}))
+    run, others = StageFolder.run, []
+
+    def run_while_the_other_starts(self: StageFolder, stage: Stage, place: str = "") -> None:
+        if stage.name == "scale1.5.train" and not others:
+            others.append(threading.Thread(target=replace(runner, only="scale1.5").run))
+            others[0].start()
+            time.sleep(0.3)
+        run(self, stage, place)
+
+    monkeypatch.setattr(StageFolder, "run", run_while_the_other_starts)
+    assert replace(runner, only="scale2.5").run() == {}
+    others[0].join(60)
+    assert {*ran(here)} == {"train scale1.5", "evaluate scale1.5"}  # the fake names the run of the weights
+    assert [runner.is_done(cell) for cell in runner.cells] == [True, True]
+
+
+def test_cells_that_differ_in_training_are_trained_apart(here: Path, tokens: Path) -> None:
+    """Also in fields that a resumed run may change."""
+    runner = runner_of(
+        study_file(here, tokens, grids={"main": ["train.stop_at_step=4,8", "train.micro_batch_size=6,12"]})
+    )
+    assert [runner.trained_by(cell) is cell for cell in runner.cells] == [True] * 4
+
+
+def test_names_of_cells_are_folders_of_their_own(here: Path, tokens: Path) -> None:
+    values = ("logs", "..", "study.csv", "a" * 300, "\u00fc/b", "x b")
+    choices = {"row": {value: [f"run.seed={number}"] for number, value in enumerate(values)}}
+    path = study_file(here, tokens, choices=choices, grids={"main": ["row=glob(*)"]})
+    found = names(expand(read_study(str(path))))
+    assert len({*found}) == len(values)
+    assert (found[0], found[1], found[2], found[4], found[5]) == ("logs-cell", "cell", "study.csv-cell", "b", "x_b")
+    assert all(len(f".{name}.evaluate.json.part") < 255 and "/" not in name and name.strip(".") for name in found)
+
+
+def test_scores_of_other_settings_are_no_scores_of_a_cell(
+    here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change of the study the old results lie in the same folders; other people's runs may be shorter or scored in
+    another way."""
+    path = study_file(here, tokens, grids={"main": ["objective=rear"]})
+    runner = runner_of(path)
+    assert runner.run() == {}
+    (row,) = collect(runner).rows
+    assert (row["state"], row["perplexity"]) == ("done", 5.0)
+    changed = runner_of(
+        study_file(here, tokens, grids={"main": ["objective=rear"]}, overrides=["strategy=single", "optim.lr=1e-4"])
+    )
+    assert runner.run_folder(runner.cells[0]) == changed.run_folder(changed.cells[0])
+    (row,) = collect(changed).rows
+    assert (row["state"], row["loss"], row["perplexity"]) == ("started", None, None)
+    assert "classifier_frechet_distance_guided" not in row
+    other = here / "elsewhere/somebody"
+    other.mkdir(parents=True)
+    given = [*changed.cells[0].overrides, f"run.dir={other}"]
+    (other / "config.yaml").write_text(to_yaml(load(changed.cells[0].config, given)))
+    (other / "starts.jsonl").write_text(json.dumps({"commit": "abc"}) + "\n")
+    write_result(other / "result.json", 4.0, 10.0, scale=8.0)
+    for step, expected in ((4, "started"), (12, "done")):
+        (other / "status.json").write_text(json.dumps({"state": "done", "step": step, "reason": ""}))
+        (row,) = collect(changed, [here / "elsewhere"]).rows
+        assert row["state"] == expected, step
+    assert "classifier_frechet_distance_guided" not in row
+    assert "made with sample.guidance={'schedule': 'constant', 'scale': 8.0" in capsys.readouterr().err
+    write_result(other / "result.json", 4.0, 10.0, scale=1.0)
+    (row,) = collect(changed, [here / "elsewhere"]).rows
+    assert (row["perplexity"], row["classifier_frechet_distance"]) == (4.0, 10.0)
+
+
+def test_the_number_of_processes_that_made_the_data_is_no_part_of_them(here: Path, tokens: Path) -> None:
+    """A login node has no GPU, so that the same study would start its preparation there with another number of processes."""
+    keys = set()
+    for number in (1, 2):
+        made = {
+            "name": "x",
+            "command": f"torchrun --nproc-per-node {number} launchers/pretokenize.py --config x.yaml",
+            "makes": "x",
+        }
+        runner = runner_of(study_file(here, tokens, data="data", prepare=[made]))
+        (stage,) = runner.preparation()
+        assert stage.line == made["command"]
+        keys.add(stage.key)
+    assert len(keys) == 1
+
+
+def test_a_study_is_gathered_before_it_has_begun(here: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study.main(["--config", str(study_file(here, tokens)), "--collect"])
+    assert "0 of 4 cells are done" in capsys.readouterr().err
+    assert "- ar-seed0: missing" in (here / "runs/study/mine/study.md").read_text()
+
+
+def test_values_that_are_no_numbers_are_no_scores(here: Path, tokens: Path) -> None:
+    runner = runner_of(study_file(here, tokens, grids={"main": ["objective=rear"]}))
+    assert runner.run() == {}
+    path = runner.run_folder(runner.cells[0]) / "result.json"
+    values = json.loads(path.read_text())
+    values["tokens"]["val_clean"]["perplexity"] = None
+    values["tokens"]["val_noisy"]["perplexity"] = math.inf
+    path.write_text(json.dumps(values))
+    (row,) = collect(runner).rows
+    assert row["perplexity"] is None
+    assert row["loss_noisy"] == math.inf
+    write_summary(runner, collect(runner), "x")
+
+
 def test_a_profile_reads_the_curves_at_equal_compute() -> None:
     curve = Curve("a", 10, 2.0, [10, 100, 1000], [3.0, 2.0, 1.0])
     assert loss_at(curve, 2 * math.sqrt(10 * 100)) == pytest.approx(2.5)
@@ -446,17 +717,35 @@ def test_a_search_for_guidance_refines_around_its_best_and_confirms_it(
     )
     study.main(["--config", path, "--checkpoint", str(run)])
     assert ran(here) == []
+    # A run that was trained further is searched again.
+    write_checkpoint(run, 3)
+    study.main(["--config", path, "--checkpoint", str(run)])
+    assert ran(here) == ["evaluate somebody"] * 4
     assert around(4.0, [4.0, 8.0]) == [2.0, 4.0, 6.0]
     assert around(8.0, [4.0, 8.0]) == [6.0, 8.0, 10.0]
     refused: tuple[tuple[dict[str, Any], list[str], str], ...] = (
         ({"guidance": space}, [], "Name it: --checkpoint RUN"),
         ({"guidance": {**space, "scale": [0]}}, ["--checkpoint", "x"], "guidance.scale="),
+        ({"guidance": {**space, "score": "inception_score"}}, ["--checkpoint", "x"], "is better where it is larger"),
+        (
+            {"guidance": {**space, "images": 0}},
+            ["--checkpoint", "x"],
+            "guidance.images and guidance.confirm must be at least 1",
+        ),
         ({"guidance": {"scale": [1]}}, ["--checkpoint", "x"], "guidance needs scale"),
         ({}, ["--checkpoint", "x"], "does not have. Leave it out"),
     )
     for fields, words, expected in refused:
         with pytest.raises(InputError, match=expected):
             study.main(["--config", str(study_file(here, tokens, **fields)), *words])
+
+
+def test_scores_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
+    space = Space.read({"scale": [1], "power": [1], "images": 1, "rounds": 0, "confirm": 1, "score": "fid"}, "a study")
+    points = [Point(1.0, 1.0, 1, math.nan), Point(2.0, 1.0, 1, 7.0), Point(3.0, 1.0, 1, 9.0)]
+    assert Search(space, tmp_path, tmp_path, (), points=points)._best().scale == 2.0
+    with pytest.raises(InputError, match="fid is not finite with any guidance"):
+        Search(space, tmp_path, tmp_path, (), points=points[:1])._best()
 
 
 def test_unfinished_cells_are_submitted_as_one_job_array(
@@ -523,6 +812,45 @@ def test_two_real_cells_go_on_after_a_kill_and_end_as_undisturbed_ones(here: Pat
 
 
 @pytest.mark.long
+@pytest.mark.skipif(slurm_cluster.missing() is not None, reason=str(slurm_cluster.missing()))
+def test_a_job_array_gives_the_values_of_one_process(here: Path, tokens: Path) -> None:
+    """The launchers themselves: as an array of jobs on a cluster of two nodes, and in this machine's own way."""
+    fields: dict[str, Any] = {
+        "start": "python",
+        "commands": ["train"],
+        "overrides": ["strategy=single", f"data.val={tokens}", "train.val_every=4"],
+        "grids": {"main": ["objective=ar,rear", "run.seed=range(2)"]},
+    }
+    rows = {}
+    for name in ("alone", "array"):
+        folder = here / name
+        folder.mkdir()
+        words = ("launchers/study.py", "--config", str(study_file(folder, tokens, **fields)))
+        for link in ("launchers", ".venv"):
+            (folder / link).symlink_to(ROOT / link)
+        if name == "alone":
+            done = launch("python", *words, cwd=folder, timeout=300)
+            assert done.returncode == 0, done.stderr
+        else:
+            with slurm_cluster.Cluster() as cluster:
+                settings = {"SLURM_CONF": str(cluster.conf), "REAR_PROJECT": str(folder), "REAR_TASKS_PER_NODE": "1"}
+                done = launch("python", *words, "--slurm", cwd=folder, timeout=120, **settings)
+                assert done.returncode == 0, done.stderr
+                deadline = time.monotonic() + 400
+                while cluster.run("squeue", "-h"):
+                    assert time.monotonic() < deadline, cluster.run("scontrol", "show", "job")
+                    time.sleep(1)
+            done = launch("python", *words, "--collect", cwd=folder, timeout=120)
+            assert done.returncode == 0, done.stderr
+        with open(folder / "runs/study/mine/study.csv", newline="") as file:
+            rows[name] = list(csv.DictReader(file))
+    logs = "".join(path.read_text() for path in (here / "array").glob("**/*.out"))
+    assert [row["state"] for row in rows["array"]] == ["done"] * 4, logs
+    assert rows["array"] == rows["alone"]
+    assert len({row["loss"] for row in rows["array"]}) == 4
+
+
+@pytest.mark.long
 def test_rows_of_the_tables_are_those_of_the_papers(here: Path) -> None:
     """At the full scale, each row trains what its config in configs/ablation/ says."""
     for name, prefix in (
@@ -561,6 +889,8 @@ def test_bad_command_lines_are_refused(here: Path, tokens: Path) -> None:
         ([], "--config is missing"),
         (["--config", path, "--cell", "9"], "--cell 9 is not a cell of .* Use 0 to 3"),
         (["--config", path, "--slurm", "--nodes", "0"], "--nodes=0 must be at least 1"),
+        (["--config", path, "--jobs", "0"], "--jobs=0 must be at least 1"),
+        (["--config", path, "--jobs", "2", "--slurm"], "Leave it out with --slurm and --cell"),
         (["--config", "study/nothing.yaml"], "no such file"),
     ):
         with pytest.raises(InputError, match=expected):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_config_file
 
-from rear_scale.config import InputError
+from rear_scale.config import InputError, load
 from rear_scale.scaling import transfer
 from rear_scale.scaling.transfer import Result, as_csv, moved, read_csv, table
 
@@ -41,6 +41,13 @@ def test_a_killed_study_continues_with_the_cells_that_are_missing(
     assert [(cell.parametrization, cell.width, cell.rate) for cell in trained] == [("mup", 64, 0.01)]
     assert [replace(one, seconds=0) for one in again] == [replace(one, seconds=0) for one in whole]
 
+    for text in ("optim.schedule=wsd", "optim.lr=1", "model.width=8"):
+        with pytest.raises(InputError, match=f"{text.partition('=')[0]} is set for each run of the grid"):
+            transfer.main([*command, text])
+    cfg = load(command[1], ["strategy=single", "data.use_share=0.2"])
+    assert len(transfer._Study(cfg, 32, tmp_path / "share").tokens.order(4, 0).chosen) == 20  # of 100 images
+    with pytest.raises(InputError, match=r"--out=.* holds results of other settings or data \(settings.json\)"):
+        transfer.main([*command, "data.use_share=0.2"])
     with pytest.raises(InputError, match=r"--out=.* holds results of other settings or data \(settings.json\)"):
         transfer.main([*command, "--updates", "9"])
 

@@ -6,14 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 
+from rear_scale import config
 from rear_scale.checkpoint.folder import Checkpoint, damage
 from rear_scale.checkpoint.meta import stored_tensors
 from rear_scale.checkpoint.snapshots import SNAPSHOTS, snapshots
-from rear_scale.config import InputError
+from rear_scale.config import OWN_OF_BRANCH, InputError, check_resumable
 from rear_scale.config.derived import completed
 from rear_scale.optim import posthoc_ema
 from rear_scale.parallel.strategy import StateName
@@ -27,6 +29,7 @@ BRANCH = "branch"  # in the meta of a branch: the run and the step that it begin
 _MOST_TRUNKS = 10  # branches of branches
 _MAPPED_BYTES = 1 << 30
 _COARSE = 0.05  # relative error of a profile of which the user is told
+_WRONG = 0.5  # relative error of a profile that is another one
 
 
 class _Readers:
@@ -110,6 +113,12 @@ def _posthoc(checkpoint: Checkpoint, length: float) -> Average:
     times = [_updates(source) for source, _, _ in named]
     gammas = [posthoc_ema.gamma_of(sigma) for _, _, sigma in named]
     factors, error = posthoc_ema.factors(times, gammas, time, posthoc_ema.gamma_of(length))
+    if error > _WRONG:
+        tracked = ", ".join(f"{one:g}" for one in sorted({sigma for _, _, sigma in named}))
+        raise InputError(
+            f"--ema {length:g}: {len(sources)} snapshots of the lengths {tracked} cannot make this one: its profile would be "
+            f"off by {error:.0%}. Use a length closer to these, or more snapshots (checkpoint.ema_every_steps)"
+        )
     if discover().rank == 0:
         hint = ". More snapshots (checkpoint.ema_every_steps) make it exact" if error > _COARSE else ""
         say(
@@ -159,8 +168,12 @@ def _is_length(value: float) -> bool:
 
 
 def _check_sources(checkpoint: Checkpoint, sources: list[Checkpoint]) -> None:
-    """Raises InputError for snapshots that are damaged or of another model. The first process of a node computes checksums."""
+    """Raises InputError for snapshots that are damaged, or of another model or run. The first process of a node computes
+    checksums."""
     shapes = checkpoint.shapes()
+    cfg = config.from_file(checkpoint.meta["config"], source=str(checkpoint.path))
+    # A run that has changed a field when it was resumed has allowed it from then on.
+    allowed = {"optim.posthoc_ema", *OWN_OF_BRANCH, *cfg.resume.allow, *chain.from_iterable(map(_allowed, sources))}
     for source in sources:
         if source is checkpoint:
             continue
@@ -172,3 +185,17 @@ def _check_sources(checkpoint: Checkpoint, sources: list[Checkpoint]) -> None:
                 raise InputError(
                     f"{source.path} is of another model than {checkpoint.path}. Move it out of {source.path.parent}"
                 )
+        try:
+            check_resumable(cfg, source.meta["config"], str(source.path), allowed)
+        except InputError as error:
+            raise InputError(
+                f"{source.path} is a snapshot of another run than {checkpoint.path} ({str(error).partition(': ')[0]}). Move it "
+                f"out of {source.path.parent}"
+            ) from None
+
+
+def _allowed(source: Checkpoint) -> list[str]:
+    """The fields that the config of a snapshot allows to change."""
+    resume = source.meta["config"].get("resume")
+    keys = resume.get("allow") if isinstance(resume, dict) else None
+    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []

@@ -9,6 +9,7 @@ A broken rule raises InputError: one line with the field, its value, the rule an
 from rear_scale.config.arrived import found_from, is_remote
 from rear_scale.config.bounds import check_references, check_yaml
 from rear_scale.config.derived import (
+    OWN_OF_BRANCH,
     Plan,
     branch_point,
     check_resumable,
@@ -43,6 +44,7 @@ from rear_scale.config.values import to_dict, to_yaml, with_home
 
 __all__ = [
     "CONFIG_DIR",
+    "OWN_OF_BRANCH",
     "AnalyzeConfig",
     "CheckpointConfig",
     "ClassifierConfig",

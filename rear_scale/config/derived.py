@@ -213,6 +213,23 @@ def settled(cfg: ExperimentConfig, saved: dict[str, Any] | None) -> ExperimentCo
     return cfg
 
 
+# Fields in which a branch may differ from its trunk (train.branch_from), beside those that may change when a run is resumed:
+# length and decay, and times of other schedules, which are shares of it.
+OWN_OF_BRANCH = (
+    "train.branch_from",
+    "train.epochs",
+    "train.total_steps",
+    "optim.decay_share",
+    "optim.decay_form",
+    "optim.end_lr",
+    "objective.noise.schedule",
+    "objective.noise.start",
+    "objective.noise.end",
+    "objective.permutation.start",
+    "objective.permutation.end",
+)
+
+
 def check_resumable(
     cfg: ExperimentConfig, saved: dict[str, Any], source: str, may_change: Collection[str] = ()
 ) -> None:

@@ -10,19 +10,26 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rear_scale.checkpoint.folder import last_step
 from rear_scale.config import InputError
 from rear_scale.evaluate.result import Result, read_result
 from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
+from rear_scale.shards.inputs import Inputs
 
 CONFIRMED = "guided.json"
 _FIELDS = {"scale": list, "power": list, "images": int, "rounds": int, "confirm": int, "score": str}
+
+
+# Scores of which the largest is the best
+_LARGER_IS_BETTER = ("inception_score", "class_accuracy", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,18 @@ class Space:
                 raise InputError(
                     f"{source}: guidance.{name}={numbers} is not a list of positive numbers. Use [2, 4, 8]"
                 )
+        name = values["score"].partition("/")[0]
+        if name in _LARGER_IS_BETTER:
+            raise InputError(
+                f"{source}: guidance.score={values['score']} is better where it is larger, but the search looks for the "
+                "smallest. Use fid, classifier_frechet_distance or another distance"
+            )
+        for name in ("images", "confirm"):
+            if values[name] < 1 or values["rounds"] < 0:
+                raise InputError(
+                    f"{source}: guidance.images and guidance.confirm must be at least 1, and guidance.rounds at least 0. Use "
+                    "10000, 50000 and 2"
+                )
         return cls(
             **{**values, "scale": sorted(map(float, values["scale"])), "power": sorted(map(float, values["power"]))}
         )
@@ -80,13 +99,22 @@ class Search:
         scales, powers = self.space.scale, self.space.power
         for number in range(self.space.rounds + 1):
             self._round(number, scales, powers)
-            best = min(self.points, key=lambda point: point.score)
+            best = self._best()
             say(f"round {number}: {self.space.score} {best.score:.4g} with scale {best.scale:g}, power {best.power:g}")
             scales = around(best.scale, sorted({point.scale for point in self.points}))
             powers = around(best.power, sorted({point.power for point in self.points}))
         confirmed = self._confirm(best)
         write_text_atomically(self.folder / "guidance.csv", _as_csv([*self.points, confirmed]))
         return confirmed
+
+    def _best(self) -> Point:
+        """The point with the smallest score. Raises InputError where no score is a number."""
+        known = [point for point in self.points if math.isfinite(point.score)]
+        if not known:
+            raise InputError(
+                f"{self.space.score} is not finite with any guidance. Score more images, or another checkpoint"
+            )
+        return min(known, key=lambda point: point.score)
 
     def stages(self) -> list[Stage]:
         """The first round and the confirmation of its first setting: what a dry run can show."""
@@ -115,7 +143,13 @@ class Search:
             for scale, power in _pairs(scales, powers)
         )
         return Stage(
-            f"guidance{number}", f"guidance, round {number}", words, products, {}, self.processes, tuple(self.start)
+            f"guidance{number}",
+            f"guidance, round {number}",
+            words,
+            products,
+            self._inputs(),
+            self.processes,
+            tuple(self.start),
         )
 
     def _confirm(self, best: Point) -> Point:
@@ -129,7 +163,14 @@ class Search:
         out = self.folder / CONFIRMED
         chosen = [f"sample.guidance.scale={scale:g}", f"sample.guidance.power={power:g}"]
         words = [*self._words(self.space.confirm), *chosen, "--out", str(out)]
-        return Stage("guidance_confirm", "guidance, all samples", words, (out,), {}, self.processes, tuple(self.start))
+        inputs = self._inputs()
+        return Stage(
+            "guidance_confirm", "guidance, all samples", words, (out,), inputs, self.processes, tuple(self.start)
+        )
+
+    def _inputs(self) -> Inputs:
+        """The step of the checkpoint: a run that was trained further is searched again."""
+        return {"step": last_step(run_of(self.checkpoint))}
 
     def _words(self, images: int) -> list[str]:
         own = ["sample.guidance.schedule=power_cosine", f"sample.num_images={images}"]

@@ -34,6 +34,8 @@ _INTERVAL = (5.0, 95.0)  # percentiles
 # With losses known to 0.1%, this is where the worst combination of constants is uncertain by a factor of e.
 _CONDITIONED = 1e3
 _ASSUMED_EXPONENT = {"a": 0.35, "b": 0.3}  # about those of Hoffmann et al.; for designs that nobody has run yet
+_LARGEST = 1e60  # of values and inputs, whose powers then are numbers of float64
+_ROUNDING = 1e-6  # of values: what changes them by less is no law
 _ASSUMED_HALF_LIFE = 15.4  # repeats, Muennighoff et al.
 
 Columns = Mapping[str, np.ndarray]  # float64 [n] by name
@@ -93,6 +95,19 @@ class Law:
     def __call__(self, **columns: np.ndarray | float) -> np.ndarray:
         """The law's values, float64 [n]."""
         return self.form.value(_as_arrays(self.form, columns), self.constants)
+
+    def idle(self, **columns: np.ndarray | float) -> str | None:
+        """The first input on which the fitted values hardly depend: over the cells, its term changes them by less than twice the
+        scatter of single cells, so that its constants and their intervals mean nothing; None = there is none."""
+        arrays = _as_arrays(self.form, columns)
+        if self.form is REPEATED_DATA:
+            arrays["D"] = effective_data(arrays["U"], arrays["D"], self.constants["R"])
+        mean = self(**columns).mean()
+        for scale, exponent, name in self.form.terms:
+            term = self.constants[scale] * arrays[name] ** -self.constants[exponent]
+            if np.ptp(term) / mean < max(2 * self.residual, _ROUNDING):
+                return name
+        return None
 
     def interval(self, name: str) -> tuple[float, float]:
         """The 90% interval of a constant. Needs draws."""
@@ -236,10 +251,11 @@ def _as_arrays(form: Form, columns: Mapping[str, np.ndarray | float]) -> dict[st
 def _check(form: Form, y: np.ndarray, arrays: Columns) -> None:
     needed = len(form.constants)
     for name, column in {"values": y, **arrays}.items():
-        if not (np.isfinite(column).all() and (column > 0).all()):
-            wrong = column[~(np.isfinite(column) & (column > 0))][0]
+        fits = (column >= 1 / _LARGEST) & (column <= _LARGEST)
+        if not fits.all():
             raise InputError(
-                f"{name} of the law {form.name} has {wrong:g}, but must be positive and finite. Leave that cell out"
+                f"{name} of the law {form.name} has {column[~fits][0]:g}, but must be positive and finite, from "
+                f"{1 / _LARGEST:g} to {_LARGEST:g}. Leave that cell out"
             )
     if len(y) <= needed or _places(arrays) < needed:
         raise InputError(

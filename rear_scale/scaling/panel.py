@@ -15,6 +15,7 @@ import csv
 import glob
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,11 +26,13 @@ import torch
 
 from rear_scale import cli
 from rear_scale.checkpoint.folder import last_step
+from rear_scale.checkpoint.open import load_config
 from rear_scale.config import ExperimentConfig, InputError, load, to_dict
 from rear_scale.evaluate.result import Result, read_result
 from rear_scale.files import write_text_atomically
 from rear_scale.parallel import facts
 from rear_scale.places import as_typed
+from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling.seed_noise import Difference, SeedNoise, difference, seed_noise
 from rear_scale.shards.inputs import Inputs, fingerprint
@@ -209,10 +212,16 @@ class Panel:
         """A result with this sampling seed in the folder of a run that was there before; None = none."""
         if method.config is not None or self.overrides:
             return None
+        own: dict[str, Any] | None = None
         for path in sorted(run.glob("result*.json")):
             result = read_result(path)
-            newest = result.checkpoint is not None and result.checkpoint.step == last_step(run)
-            if newest and (result.sample or {}).get("seed") == sampling:
+            made = result.checkpoint
+            # A folder may hold results of averages of the weights and of other settings of sampling (--ema, --sweep).
+            if made is None or made.step != last_step(run) or made.average is not None or result.sample is None:
+                continue
+            own = asdict(load_config(str(run / "config.yaml")).sample) if own is None else own
+            theirs = {key: value for key, value in result.sample.items() if key in own}
+            if theirs == {**{key: own[key] for key in theirs}, "seed": sampling}:
                 return path
         return None
 
@@ -225,6 +234,17 @@ class Panel:
         labels = methods[0].label, methods[1].label
         found = []
         for name in names:
+            wrong = [
+                (run, one[name])
+                for method, rows in zip(methods, scores, strict=True)
+                for run, row in zip(method.runs.values(), rows, strict=True)
+                for one in row
+                if not math.isfinite(one[name])
+            ]
+            if wrong:
+                run, value = wrong[0]
+                say(f"left out: {name}, which is {value} of {run}. Leave that run out to compare the others")
+                continue
             of_methods = [
                 [[one[name] for one in (row[:1] if name in _OF_TOKENS else row)] for row in rows] for rows in scores
             ]
@@ -244,7 +264,11 @@ class Panel:
 def measures(result: Result) -> dict[str, float]:
     """The scores of a result by name: of tokens first, then of images as NAME or NAME/REFERENCE."""
     tokens = result.tokens or {}
-    found = {name: float(tokens[held][key]) for name, (held, key) in _OF_TOKENS.items() if held in tokens}
+    found = {
+        name: float("nan" if tokens[held][key] is None else tokens[held][key])
+        for name, (held, key) in _OF_TOKENS.items()
+        if held in tokens
+    }
     for number in result.images.numbers():
         found[number.name if number.reference is None else f"{number.name}/{number.reference}"] = number.value
     return found

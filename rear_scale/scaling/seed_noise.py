@@ -3,7 +3,9 @@ sets.
 
 A score of training seed i and sampling seed j is taken as mean + training_i + sampling_ij, with independent effects (a
 random-effects model). Training seeds are what a claim about a method varies over, so an interval rests on their means: Welch's
-interval, with the degrees of freedom of Satterthwaite 1946. The FID Lottery (arXiv:2606.20536) shows why sampling seeds alone
+interval, with the degrees of freedom of Satterthwaite 1946. That is too narrow where one method has two seeds and the other more,
+or twice as many and more: up to 12% of panels without a difference then call one. There, the interval is that of Cochran and Cox
+(1950, section 4.14), which calls at most 6%. The FID Lottery (arXiv:2606.20536) shows why sampling seeds alone
 do not suffice.
 """
 
@@ -70,15 +72,19 @@ class Difference:
     @property
     def verdict(self) -> str:
         """`larger`, `smaller` or `not distinguishable`: what holds for the second method against the first at the 5% level."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
-            return "not distinguishable"
-        return "larger" if self.low > 0 else "smaller"
+        if self.low is not None and self.low > 0:
+            return "larger"
+        if self.high is not None and self.high < 0:
+            return "smaller"
+        return "not distinguishable"  # also where a score is not a number
 
     @property
     def words(self) -> str:
         """The verdict, and where the difference is not distinguishable, the seeds that would show one of this size."""
         if self.low is None:
             return f"{self.verdict}: one training seed says nothing about the next"
+        if self.low == self.high == 0:
+            return f"{self.verdict}: all scores are equal"
         if self.verdict != "not distinguishable":
             return self.verdict
         needed = f"{self.seeds_needed:,}" if self.seeds_needed is not None else f"more than {_MOST_SEEDS:,}"
@@ -88,15 +94,29 @@ class Difference:
 def difference(first: SeedNoise, second: SeedNoise) -> Difference:
     """The difference of two methods with its 95% interval. Raises InputError where scipy is missing."""
     value = second.mean - first.mean
+    rounding = (
+        8 * np.finfo(np.float64).eps * max(abs(first.mean), abs(second.mean))
+    )  # by which means of equal scores differ
+    if abs(value) <= rounding:
+        value = 0.0
     if first.seed_variance is None or second.seed_variance is None:
         return Difference(value, None, None, None)
     parts = first.seed_variance / first.seeds, second.seed_variance / second.seeds
     half = 0.0
-    if sum(parts) > 0:
-        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (first.seeds - 1) + parts[1] ** 2 / (second.seeds - 1))
-        half = _quantile(1 - _LEVEL / 2, freedom) * math.sqrt(sum(parts))
+    if not sum(parts) <= rounding**2:
+        half = _errors(parts, (first.seeds, second.seeds)) * math.sqrt(sum(parts))
     needed = seeds_needed(value, first.seed_variance, second.seed_variance)
     return Difference(value, value - half, value + half, needed)
+
+
+def _errors(parts: tuple[float, float], seeds: tuple[int, int]) -> float:
+    """Half of the width of the interval in standard errors. parts: the variances of both means."""
+    fewer, more = sorted(seeds)
+    if fewer < more and (fewer == 2 or more >= 2 * fewer):
+        each = [part * _quantile(1 - _LEVEL / 2, count - 1) for part, count in zip(parts, seeds, strict=True)]
+        return sum(each) / sum(parts)
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (seeds[0] - 1) + parts[1] ** 2 / (seeds[1] - 1))
+    return _quantile(1 - _LEVEL / 2, freedom)
 
 
 def seeds_needed(value: float, first: float, second: float) -> int | None:

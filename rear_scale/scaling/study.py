@@ -3,6 +3,7 @@ gathers it.
 
     python launchers/study.py --config study/rear_scaling.yaml --dry-run            cells, parameters, FLOPs, GPU-hours
     python launchers/study.py --config study/rear_scaling.yaml --scale digits       the same study on two CPU cores
+    python launchers/study.py --config study/own.yaml --jobs 8 --start python       eight cells at a time, each on one GPU
     python launchers/study.py --config study/table4.yaml --slurm --nodes 2          one SLURM job array
     python launchers/study.py --config study/table4.yaml --collect                  study.csv, figures and study.md
 
@@ -24,7 +25,7 @@ from rear_scale.config import InputError
 from rear_scale.progress import say
 from rear_scale.scaling.guidance import Search, Space, run_of
 from rear_scale.scaling.study_collect import collect, write_csv
-from rear_scale.scaling.study_file import StudyFile, read_study
+from rear_scale.scaling.study_file import StudyFile, checked_jobs, read_study
 from rear_scale.scaling.study_grid import expand
 from rear_scale.scaling.study_plan import dry_run
 from rear_scale.scaling.study_run import Runner, lines, processes_of, submit
@@ -46,7 +47,11 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             f"--checkpoint is for a study with a section guidance, which {study.source} does not have. Leave it out"
         )
-    runner = Runner(study, expand(study, args.overrides), tuple(shlex.split(args.start or study.start)))
+    start = tuple(shlex.split(args.start or study.start))
+    jobs = checked_jobs(args.jobs, "--jobs", study.commands) if args.jobs is not None else study.jobs
+    if args.jobs is not None and (args.slurm or args.cell is not None):
+        raise InputError("--jobs is for cells side by side on one machine. Leave it out with --slurm and --cell")
+    runner = Runner(study, expand(study, args.overrides), start, jobs=jobs)
     if args.dry_run:
         _show(runner, full=args.full)
     elif args.slurm:
@@ -69,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", metavar="NAME", help="a smaller form of the study: digits or fashion, for a CPU")
     parser.add_argument(
         "--start", metavar="WORDS", help='in front of every line, such as "torchrun --nproc-per-node 8"'
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="run so many cells at a time, each on its share of cores and GPUs (default 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the cells and their costs, and stop")
     parser.add_argument("--full", action="store_true", help="with --dry-run: print all command lines too")
@@ -110,7 +121,7 @@ def _search(study: StudyFile, args: argparse.Namespace) -> None:
 
 def _show(runner: Runner, *, full: bool) -> None:
     done = [runner.is_done(cell) for cell in runner.cells]
-    print(dry_run(runner.study, runner.cells, done))
+    print(dry_run(runner.study, runner.cells, done, runner.jobs))
     if full:
         print("", *lines(runner), sep="\n")
 
@@ -138,7 +149,7 @@ def _run_one(runner: Runner, number: int) -> None:
     """Runs one cell. SIGUSR1, by which a batch script asks for a checkpoint, goes to the ranks; this process waits for them."""
     if not 0 <= number < len(runner.cells):
         raise InputError(f"--cell {number} is not a cell of {runner.study.source}. Use 0 to {len(runner.cells) - 1}")
-    alone = replace(runner, only=runner.cells[number].name)
+    alone = replace(runner, only=runner.cells[number].name, jobs=1)
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         failed = alone.run()

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ LAST = ("commit", "config_sha256", "run", "state")
 # Open choices of a config (null, auto), which a run settles when it begins.
 _SETTLED = ("data.group_by_class", "model.modulation", "train.compile", "model.num_classes")
 _DATA = ("data.train", "data.val")
+# Fields of the section sample that say nothing about the quality of samples
+_NOT_OF_SCORES = ("batch_size", "seed", "also_write", "grid_every_images", "cuda_graphs")
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ def _of_run(runner: Runner, cell: Cell, planner: CellPlanner, others: Mapping[Pa
     run, results = runner.run_folder(cell), runner.run_folder(cell)
     trained = runner.run_folder(runner.trained_by(cell))
     state = _state(runner, cell)
-    if state != "done" and (other := _matching(cell, others)) is not None:
-        run = results = trained = other
-        state = read_status(other)[0]
     plan = planner(cell.cfg)
+    made = {stage.products[0].name for stage in runner.stages_of(cell) if runner.stages.is_finished(stage)}
+    own = True
+    if state != "done" and (other := _matching(cell, others, plan.steps)) is not None:
+        run = results = trained = other
+        state, own = read_status(other)[0], False
     seen = read_status(trained)[1] * cell.cfg.train.global_batch_size or (plan.images if state == "done" else 0)
     row: Row = {
         "parameters": plan.size.parameters,
@@ -96,14 +100,33 @@ def _of_run(runner: Runner, cell: Cell, planner: CellPlanner, others: Mapping[Pa
         "flops": seen * plan.size.flops_per_image,
         "gpu_hours": _gpu_hours(trained),
     }
-    scored = [result for name in (RESULT, UNGUIDED) if (result := _result(results / name)) is not None]
-    row |= _tokens(scored, trained)
+    # A result that this study did not make to the end is of other settings, as after a change of the study, or of other people.
+    scored = [
+        result
+        for name in (RESULT, UNGUIDED)
+        if (not own or name in made) and (result := _result(results / name)) is not None
+    ]
+    if not own:
+        scored = [result for result in scored if _is_scored_alike(result, cell.cfg, run)]
+    row |= _tokens(scored, trained if state == "done" or "latest" in made else None)
     for result in scored:
         row |= _images(result)
-    if (results / THROUGHPUT).is_file():
+    if (not own or THROUGHPUT in made) and (results / THROUGHPUT).is_file():
         row["images_per_s"] = json.loads((results / THROUGHPUT).read_text())["images_per_s"]
     row |= {"commit": _commit(trained), "config_sha256": identity(cell.cfg), "run": str(run), "state": state}
     return row
+
+
+def _is_scored_alike(result: Result, cfg: ExperimentConfig, run: Path) -> bool:
+    """Whether somebody else's result has as many samples as the cell's would, made in the same way but for guidance that is off.
+    Says so where it has not."""
+    theirs, ours = dict(result.sample or {}), asdict(cfg.sample)
+    if not _guided(theirs):
+        theirs["guidance"] = ours["guidance"]
+    keys = [key for key in ours if key not in _NOT_OF_SCORES and key in theirs and theirs[key] != ours[key]]
+    if keys:
+        say(f"left out: the scores of {run}, made with sample.{keys[0]}={theirs[keys[0]]}, not {ours[keys[0]]}")
+    return not keys
 
 
 def _state(runner: Runner, cell: Cell) -> str:
@@ -125,18 +148,24 @@ def _result(path: Path) -> Result | None:
         return None
 
 
-def _tokens(results: Iterable[Result], run: Path) -> Row:
-    """The predictions of validation tokens: loss (nats per token), correct token ratio and perplexity, clean and noisy."""
+def _tokens(results: Iterable[Result], run: Path | None) -> Row:
+    """The predictions of validation tokens: loss (nats per token), correct token ratio and perplexity, clean and noisy.
+
+    run: whose last validation has the loss, where no result has it; None = a run that is not finished.
+    """
     row: Row = dict.fromkeys(TOKENS)
     for result in results:
         for context, suffix in (("val_clean", ""), ("val_noisy", "_noisy")):
             scores = (result.tokens or {}).get(context)
             if scores is not None:
-                row[f"loss{suffix}"] = math.log(scores["perplexity"])
-                row[f"ctr{suffix}"], row[f"perplexity{suffix}"] = scores["ctr"], scores["perplexity"]
-        if row["loss"] is not None:
+                # A perplexity beyond float64 is stored as null or infinite.
+                perplexity = scores["perplexity"]
+                row[f"loss{suffix}"] = math.log(perplexity) if perplexity and perplexity > 0 else None
+                row[f"ctr{suffix}"], row[f"perplexity{suffix}"] = scores["ctr"], perplexity
+        if row["perplexity"] is not None:
             return row
-    row["loss"] = next((line["val_loss_ar"] for line in reversed(metrics_of(run)) if line.get("val_loss_ar")), None)
+    if run is not None:
+        row["loss"] = next((line["val_loss_ar"] for line in reversed(metrics_of(run)) if line.get("val_loss_ar")), None)
     return row
 
 
@@ -184,7 +213,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _gpu_hours(run: Path) -> float | None:
     """The measured time of a run's steps on its GPUs; None on other devices, and on GPUs whose peak rate is not known."""
-    lines, before, total = metrics_of(run), 0, 0.0
+    before, total = 0, 0.0
+    lines = [line for line in metrics_of(run) if line.get("step_time_s") and line.get("images_per_s_per_gpu")]
     for line in lines:
         gpus = round(line["images_per_s"] / line["images_per_s_per_gpu"])
         total += (line["step"] - before) * line["step_time_s"] * gpus / 3600
@@ -210,10 +240,13 @@ def _runs_below(folders: Sequence[Path]) -> dict[Path, ExperimentConfig]:
     return found
 
 
-def _matching(cell: Cell, runs: Mapping[Path, ExperimentConfig]) -> Path | None:
-    """A run that has trained what a cell trains: a finished one, if there is any."""
+def _matching(cell: Cell, runs: Mapping[Path, ExperimentConfig], steps: int) -> Path | None:
+    """A run that has trained what a cell trains: a finished one, if there is any. steps: the length of the cell."""
     fitting = [run for run, cfg in runs.items() if _same_training(cell.cfg, cfg)]
-    return next((run for run in fitting if read_status(run)[0] == "done"), fitting[0] if fitting else None)
+    finished = [run for run in fitting if read_status(run)[:2] == ("done", steps)]
+    # A run that ended early (train.stop_at_step) says that it is done, too.
+    unfinished = [run for run in fitting if read_status(run)[0] != "done"]
+    return next(iter([*finished, *unfinished]), None)
 
 
 def _same_training(wanted: ExperimentConfig, cfg: ExperimentConfig) -> bool:

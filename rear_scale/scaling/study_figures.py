@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ class Curve:
     flops_per_image: float
     images: list[int]
     values: list[float]
+    method: str = ""  # runs of one method differ in size, length and seed
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Gap:
     parameters: int
     flops: float
     differences: list[float]
+    series: str = ""  # gaps of one series differ in size alone, and are drawn as one line
 
     @property
     def mean(self) -> float:
@@ -107,10 +110,13 @@ def gap_by_size(gaps: Mapping[str, Sequence[Gap]], against: str) -> bytes:
             (left, "parameters", "parameters without heads"),
             (right, "flops", "training FLOPs"),
         ):
-            ordered = sorted(of_quantity, key=lambda gap: getattr(gap, field))
-            widths = [gap.half_width or 0.0 for gap in ordered]
-            axes.errorbar([getattr(gap, field) for gap in ordered], [gap.mean for gap in ordered], widths, marker="o",
-                          markersize=4, linewidth=1.2, capsize=3)  # fmt: skip
+            for series in dict.fromkeys(gap.series for gap in of_quantity):
+                own = sorted((gap for gap in of_quantity if gap.series == series), key=lambda gap: getattr(gap, field))
+                widths = [gap.half_width or 0.0 for gap in own]
+                axes.errorbar([getattr(gap, field) for gap in own], [gap.mean for gap in own], widths, marker="o",
+                              markersize=4, linewidth=1.2, capsize=3, label=series or "as configured")  # fmt: skip
+            if len({gap.series for gap in of_quantity}) > 1:
+                axes.legend(fontsize=6)
             axes.axhline(0, color="0.5", linewidth=0.8)
             axes.set(xlabel=label, ylabel=f"{quantity}: {against}", xscale="log")
             axes.grid(alpha=0.3)
@@ -118,19 +124,27 @@ def gap_by_size(gaps: Mapping[str, Sequence[Gap]], against: str) -> bytes:
 
 
 def isoflop_profiles(curves: Sequence[Curve], quantity: str) -> bytes | None:
-    """The loss against parameters at equal compute, read off each run's curve; None where too few sizes share a budget.
+    """The loss against parameters at equal compute, read off each run's curve, for each method; None where too few sizes share a
+    budget.
 
     A loss on the way is that of a learning rate that has not decayed, so profiles rank sizes and are not losses of finished runs.
     """
-    budgets = _budgets(curves)
-    if not budgets:
+    by_method = {
+        method: own
+        for method in dict.fromkeys(curve.method for curve in curves)
+        if _budgets(own := [curve for curve in curves if curve.method == method])
+    }
+    if not by_method:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for budget in budgets:
-        points = [(curve.parameters, value) for curve in curves if (value := loss_at(curve, budget)) is not None]
-        sizes = sorted({size for size, _ in points})
-        axes.plot(sizes, [statistics.mean(value for other, value in points if other == size) for size in sizes], marker="o",
-                  markersize=4, linewidth=1.2, label=f"{budget:.1e} FLOPs")  # fmt: skip
+    for (method, own), style in zip(by_method.items(), itertools.cycle(("-", "--", ":", "-."))):
+        axes.set_prop_cycle(None)  # the same colour for the same budget of each method
+        for budget in _budgets(own):
+            points = [(curve.parameters, value) for curve in own if (value := loss_at(curve, budget)) is not None]
+            sizes = sorted({size for size, _ in points})
+            means = [statistics.mean(value for other, value in points if other == size) for size in sizes]
+            label = " ".join(filter(None, (method, f"{budget:.1e} FLOPs")))
+            axes.plot(sizes, means, style, marker="o", markersize=4, linewidth=1.2, label=label)
     axes.set(xlabel="parameters without heads", ylabel=quantity, xscale="log")
     return _finished(figure, axes)
 

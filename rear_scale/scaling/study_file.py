@@ -9,6 +9,7 @@
     commands: [train, evaluate]  run for each cell: train, sample, evaluate, unguided (scores without guidance), throughput
     evaluate: [...]              overrides of the lines of launchers/evaluate.py and launchers/sample.py
     start: torchrun ...          the words in front of every line
+    jobs: 2                      cells that are run at a time (1); each has its share of the machine's cores and GPUs
     guidance: {...}              a search for the scale of guidance in place of a grid: rear_scale/scaling/guidance.py
     scales: {digits: {...}}      the same fields again, in place of those above
 
@@ -20,7 +21,7 @@ is left out there. {processes} in `start` and `prepare` is the number of GPUs of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ _TYPES: dict[str, tuple[type, type | None]] = {
     "commands": (list, str),
     "evaluate": (list, str),
     "start": (str, None),
+    "jobs": (int, None),
     "guidance": (dict, None),
     "data": (str, None),
     "prepare": (list, dict),
@@ -73,10 +75,11 @@ class Machine:
     """Rates of the machine that a scale is meant for; a dry run estimates the time of a cell with them."""
 
     name: str
-    gflops_per_s: float  # of training, over all processes
+    gflops_per_s: float  # of training in one job
+    step_s: float  # more for each update, whatever its model
     start_s: float  # of one command
-    evaluate_s: float  # of one evaluation by the model of `evaluate_gflops`, without its start
-    evaluate_gflops: float  # training FLOPs of one image of the model that evaluate_s was measured with
+    evaluate_s: float  # of one evaluation, whatever its model, without its start
+    evaluate_s_per_gflop: float  # more for each GFLOP that training needs for an image of the model
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class StudyFile:
     title: str
     base: str
     start: str
+    jobs: int
     overrides: list[str]
     choices: dict[str, dict[str, Choice]]
     grids: dict[str, list[str]]
@@ -167,7 +171,7 @@ def _check(values: Mapping[str, Any], source: str) -> None:
         if not isinstance(value, wanted) or (entry is not None and not all(isinstance(one, entry) for one in entries)):
             kinds: dict[Any, str] = {str: "texts", dict: "sections", list: "lists"}
             inside = kinds.get(entry, "values")
-            kinds = {str: "a text", list: f"a list of {inside}", dict: f"a section of {inside}"}
+            kinds = {str: "a text", int: "a whole number", list: f"a list of {inside}", dict: f"a section of {inside}"}
             kind = kinds[wanted]
             raise InputError(f"{source}: {key} is not {kind}. Write it as in {CONFIG_DIR / 'study'}")
 
@@ -180,6 +184,7 @@ def _typed(path: Path, scale: str | None, values: dict[str, Any]) -> StudyFile:
                 f"{path}: commands has {command}, which is not one of {', '.join(COMMANDS)}"
                 f"{suggest(command, list(COMMANDS)) or '.'} Use some of them"
             )
+    jobs = checked_jobs(values.get("jobs", 1), f"{path}: jobs", commands)
     choices = {
         name: {
             str(value): _choice(meaning, f"{path}: choices.{name}.{value}")
@@ -196,6 +201,7 @@ def _typed(path: Path, scale: str | None, values: dict[str, Any]) -> StudyFile:
         title=values["title"],
         base=values.get("base", ""),
         start=_with_processes(values.get("start", "python")),
+        jobs=jobs,
         overrides=values.get("overrides", []),
         choices=choices,
         grids=grids,
@@ -207,6 +213,17 @@ def _typed(path: Path, scale: str | None, values: dict[str, Any]) -> StudyFile:
         machine=_section(Machine, values["machine"], f"{path}: machine") if "machine" in values else None,
         table=values.get("table"),
     )
+
+
+def checked_jobs(jobs: int, name: str, commands: Sequence[str]) -> int:
+    """The number of cells that are run at a time. Raises InputError for less than one, and for several that measure times."""
+    if jobs < 1:
+        raise InputError(f"{name}={jobs} must be at least 1, the number of cells that are run at a time. Use 1 or 2")
+    if jobs > 1 and "throughput" in commands:
+        raise InputError(
+            f"{name}={jobs}: cells that run at a time would slow each other down while they are timed. Use 1"
+        )
+    return jobs
 
 
 def _texts(words: Any, where: str) -> list[str]:

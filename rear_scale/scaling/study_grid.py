@@ -26,6 +26,11 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.@]+")
 SEED = "run.seed"
 # Fields that say where a run is and what it is called, and nothing of what it computes.
 NAMES = ("run.name", "run.dir", "data.cache_dir", "evaluate.cache_dir")
+_AFTER_TRAINING = ("sample.", "evaluate.")
+# A folder of the name of a run has room for endings such as .evaluate.json in the 255 bytes of a file's name.
+_LONGEST_NAME = 160
+# Other files and folders of a study
+_TAKEN = ("failed", "logs", "stages", "results")
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,22 @@ class Cell:
     """One run of a study."""
 
     name: str  # that of its folder; the same as long as its words are
-    grids: tuple[str, ...]  # the grids that have it
-    words: Mapping[str, str]  # the words of the grids by key, such as size: s
+    words_by_grid: Mapping[str, Mapping[str, str]]  # of each grid that has it, its words there by key, such as size: s
     config: str  # the word after --config
     overrides: tuple[str, ...]  # of the training line, without run.name and run.dir
     cfg: ExperimentConfig
+
+    @property
+    def grids(self) -> tuple[str, ...]:
+        return tuple(self.words_by_grid)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Its words in all of its grids, those of the first one before others of the same key."""
+        found: dict[str, str] = {}
+        for words in self.words_by_grid.values():
+            found = {**found, **{key: value for key, value in words.items() if key not in found}}
+        return found
 
     @property
     def seed(self) -> int:
@@ -76,8 +92,13 @@ def identity(cfg: ExperimentConfig) -> str:
 
 
 def training_identity(cfg: ExperimentConfig) -> str:
-    """A sha256 of the fields that a resumed run may not change: runs that have it train the same weights."""
-    values = {key: value for key, value in leaves(to_dict(cfg)).items() if key not in NAMES and is_fixed(key)}
+    """A sha256 of all fields but names, places, and those of sampling and evaluation: one training serves all cells that have
+    it. Fields that a resumed run may change count, because a study of them (train.stop_at_step, strategy) compares runs."""
+    values = {
+        key: value
+        for key, value in leaves(to_dict(cfg)).items()
+        if key not in NAMES and not key.startswith(_AFTER_TRAINING)
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,7 +110,7 @@ def is_fixed(key: str) -> bool:
 
 def sampling_overrides(cell: Cell, trained: Cell) -> list[str]:
     """The overrides that sample and score the weights of another cell as this one would."""
-    mine, others = ({key: value for key, value in leaves(to_dict(one.cfg)).items() if key.startswith(("sample.", "evaluate."))}
+    mine, others = ({key: value for key, value in leaves(to_dict(one.cfg)).items() if key.startswith(_AFTER_TRAINING)}
                     for one in (cell, trained))  # fmt: skip
     return [f"{key}={'null' if value is None else value}" for key, value in mine.items() if value != others.get(key)]
 
@@ -188,7 +209,7 @@ def _cell(study: StudyFile, grid: str, words: dict[str, str]) -> Cell:
     except InputError as error:
         typed = ", ".join(f"{key}={value}" for key, value in words.items())
         raise InputError(f"{study.source}: grids.{grid} ({typed}): {error}") from error
-    return Cell(_name(words), (grid,), words, base, tuple(kept), cfg)
+    return Cell(_name(words), {grid: words}, base, tuple(kept), cfg)
 
 
 def _without_repeats(overrides: list[str]) -> list[str]:
@@ -204,15 +225,14 @@ def _name(words: Mapping[str, str]) -> str:
     for key, value in words.items():
         before = key.rpartition(".")[2] if "." in key else ""
         parts.append(_NOT_IN_A_NAME.sub("_", f"{before}{value}").strip("_"))
-    return "-".join(filter(None, parts)) or "cell"
+    name = "-".join(filter(None, parts)).strip(".") or "cell"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return f"{name}-cell" if name in _TAKEN or name.startswith("study.") else name
 
 
 def _merged(first: Cell, second: Cell) -> Cell:
-    return replace(
-        first,
-        grids=tuple(dict.fromkeys((*first.grids, *second.grids))),
-        words={**second.words, **first.words},
-    )
+    return replace(first, words_by_grid={**first.words_by_grid, **second.words_by_grid})
 
 
 def _named_apart(cells: list[Cell]) -> list[Cell]:

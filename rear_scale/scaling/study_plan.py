@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from rear_scale.scaling.cost import step_time
 from rear_scale.scaling.devices import cluster_of
 from rear_scale.scaling.planner import USABLE, memory_gib
 from rear_scale.scaling.study_file import StudyFile
-from rear_scale.scaling.study_grid import Cell, varied
+from rear_scale.scaling.study_grid import Cell, training_identity, varied
 from rear_scale.shards.codebook import is_packed, read_checked
 from rear_scale.shards.subset import images_of_share
 from rear_scale.text_table import aligned
@@ -124,8 +125,9 @@ def _key(cfg: ExperimentConfig, gpus: int, accumulation: int) -> str:
     return json.dumps([*map(asdict, sections), *others], sort_keys=True)
 
 
-def dry_run(study: StudyFile, cells: Sequence[Cell], done: Sequence[bool]) -> str:
-    """The text of a dry run: a row for each cell, and their sums. done: whether each cell is finished."""
+def dry_run(study: StudyFile, cells: Sequence[Cell], done: Sequence[bool], jobs: int = 1) -> str:
+    """The text of a dry run: a row for each cell, and their sums. done: whether each cell is finished. jobs: cells that run at a
+    time."""
     planner = CellPlanner()
     plans = [planner(cell.cfg) for cell in cells]
     columns = varied(cells)
@@ -155,53 +157,69 @@ def dry_run(study: StudyFile, cells: Sequence[Cell], done: Sequence[bool]) -> st
             "",
             aligned([header, *rows], left=range(1 + len(columns))),
             "",
-            *(_sums(study, cells, plans, done) if "train" in study.commands else []),
+            *(_sums(study, cells, plans, done, jobs) if "train" in study.commands else []),
             *(_design(plans) if "train" in study.commands and study.table is None else []),
         ]
     )
 
 
-def _sums(study: StudyFile, cells: Sequence[Cell], plans: Sequence[CellPlan], done: Sequence[bool]) -> list[str]:
-    flops = sum(plan.flops for plan in plans)
-    lines = [f"training in all: {sum(plan.images for plan in plans):,} images, {flops:.3g} FLOPs"]
+def _sums(
+    study: StudyFile, cells: Sequence[Cell], plans: Sequence[CellPlan], done: Sequence[bool], jobs: int
+) -> list[str]:
+    # Cells that differ in sampling and evaluation alone are trained once.
+    trained = {training_identity(cell.cfg): plan for cell, plan in zip(cells, plans, strict=True)}.values()
+    flops = sum(plan.flops for plan in trained)
+    lines = [f"training in all: {sum(plan.images for plan in trained):,} images, {flops:.3g} FLOPs"]
     left = [plan for plan, is_done in zip(plans, done, strict=True) if not is_done]
     if study.machine is not None:
         lines.append(
-            f"time by measured rates of {study.machine.name}: {_seconds(study, left) / 60:.0f} minutes for the {len(left)} cells "
-            "that are left"
+            f"time by measured rates of {study.machine.name}: {_seconds(study, left, jobs) / 60:.0f} minutes for the {len(left)} "
+            f"cells that are left, {jobs} at a time"
         )
     elif all(plan.gpu_hours is not None for plan in plans):
-        hours = sum(plan.gpu_hours or 0.0 for plan in plans)
-        rest = sum(plan.gpu_hours or 0.0 for plan in left)
+        hours = sum(plan.gpu_hours or 0.0 for plan in trained)
+        to_train = {
+            training_identity(cell.cfg): plan
+            for cell, plan, is_done in zip(cells, plans, done, strict=True)
+            if not is_done
+        }
+        rest = sum(plan.gpu_hours or 0.0 for plan in to_train.values())
         gpus = f"{plans[0].gpus} x {cells[0].cfg.cluster.gpu}"
         lines.append(f"GPU-hours by formula, on {gpus}: {hours:,.0f}, of which {rest:,.0f} are left")
     return lines
 
 
 def _design(plans: Sequence[CellPlan]) -> list[str]:
-    """How well the constants of a law of loss can be told apart by these cells: with repeated images, the law for repeats."""
+    """How well the constants of the law of loss that these cells are made for can be told apart: that of parameters alone where
+    nothing else differs, else that of parameters and images, and with repeated images the law for repeats."""
     columns = {
         "N": np.array([plan.size.parameters for plan in plans], np.float64),
         "D": np.array([plan.images for plan in plans], np.float64),
     }
-    form = law.THREE_TERM
-    if all(plan.unique_images is not None for plan in plans):
+    form, names = law.THREE_TERM, ["parameters", "images"]
+    if len({(plan.images, plan.unique_images) for plan in plans}) == 1:
+        form, columns, names = law.POWER, {"x": columns["N"]}, names[:1]
+    elif all(plan.unique_images is not None for plan in plans):
         unique = np.array([plan.unique_images for plan in plans], np.float64)
         if (unique < columns["D"]).any():
-            form, columns = law.REPEATED_DATA, {**columns, "U": unique}
+            form, columns, names = law.REPEATED_DATA, {**columns, "U": unique}, [*names, "different images"]
     number = law.condition(form, law.assumed_constants(form, **columns), **columns)
-    names = {"N": "parameters", "D": "images", "U": "different images"}
-    line = f"law of {', '.join(names[name] for name in columns)} ({form.name}): condition number {number:.3g}"
+    line = f"law of {', '.join(names)} ({form.name}): condition number {number:.3g}"
     note = law.warning(number)
     return [line, *([f"warning: {note}"] if note else [])]
 
 
-def _seconds(study: StudyFile, plans: Sequence[CellPlan]) -> float:
-    """Estimated seconds of cells on the machine of a scale: starts, training, and evaluations."""
+def _seconds(study: StudyFile, plans: Sequence[CellPlan], jobs: int) -> float:
+    """Estimated seconds until the last cell has ended on the machine of a scale, where each job takes the next cell when it is
+    free: starts, updates, and evaluations."""
     machine = study.machine
     assert machine is not None
     evaluations = sum(command in ("evaluate", "unguided") for command in study.commands)
-    of_training = sum(plan.flops for plan in plans) / (machine.gflops_per_s * 1e9)
-    relative = sum(plan.size.flops_per_image for plan in plans) / (machine.evaluate_gflops * 1e9)
-    starts = len(plans) * len(study.commands) * machine.start_s
-    return starts + of_training + evaluations * relative * machine.evaluate_s
+    free_at = [0.0] * jobs
+    for plan in plans:
+        gflops = plan.size.flops_per_image / 1e9
+        training = plan.steps * machine.step_s + plan.images * gflops / machine.gflops_per_s
+        evaluation = machine.evaluate_s + gflops * machine.evaluate_s_per_gflop
+        seconds = len(study.commands) * machine.start_s + training + evaluations * evaluation
+        heapq.heapreplace(free_at, free_at[0] + seconds)
+    return max(free_at)

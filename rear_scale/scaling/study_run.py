@@ -1,4 +1,5 @@
-"""The commands of a study's cells as resumable stages: run one after another, or one cell in each task of a SLURM job array.
+"""The commands of a study's cells as resumable stages: run one after another, several cells side by side, or one cell in each
+task of a SLURM job array.
 
 Cells are independent: where one fails, the others are run all the same. Several processes may run the same study; each cell is
 run by one of them.
@@ -6,13 +7,17 @@ run by one of them.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
@@ -24,6 +29,7 @@ from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling.study_file import StudyFile
 from rear_scale.scaling.study_grid import Cell, sampling_overrides, training_identity
 from rear_scale.shards.inputs import Inputs
+from rear_scale.world import end_with_parent
 
 RESULT, UNGUIDED, THROUGHPUT = "result.json", "unguided.json", "throughput.json"
 WITHOUT_GUIDANCE = ("sample.guidance.schedule=constant", "sample.guidance.scale=1.0")
@@ -45,6 +51,7 @@ class Runner:
     cells: Sequence[Cell]
     start: tuple[str, ...]
     only: str | None = None  # the name of the one cell to run; None = all
+    jobs: int = 1  # cells that are run at a time
 
     @property
     def stages(self) -> StageFolder:
@@ -68,7 +75,10 @@ class Runner:
         for one in self.study.prepare:
             inputs: Inputs = {found[-1].name: found[-1].key} if found else {}
             words = shlex.split(one.command)
-            found.append(Stage(one.name, one.name, words, (one.makes,), inputs, processes_of(words)))
+            # The number of processes, which is that of the machine's GPUs, changes nothing that is made.
+            first = next((at for at, word in enumerate(words) if word.startswith(("launchers/", "data/"))), 0)
+            start, command = words[:first], words[first:]
+            found.append(Stage(one.name, one.name, command, (one.makes,), inputs, processes_of(words), start))
         return found
 
     def stages_of(self, cell: Cell) -> list[Stage]:
@@ -89,7 +99,7 @@ class Runner:
                     command=words,
                     products=(product,),
                     inputs=inputs,
-                    processes=processes_of(self.start),
+                    processes=processes_of(self.start) * self.jobs,
                     start=self.start,
                 )
             )
@@ -119,52 +129,61 @@ class Runner:
         Raises InputError where the data cannot be made, and KeyboardInterrupt with a message that says what is left.
         """
         self.prepare()
+        chosen = [number for number, cell in enumerate(self.cells) if self.only in (None, cell.name)]
+        ended: str | None = None
+        try:
+            if self.jobs == 1:
+                for number in chosen:
+                    self._run_cell(number)
+            else:
+                ended = side_by_side(self.jobs, chosen, self._run_cell)
+        except KeyboardInterrupt:
+            left = sum(not self.is_done(one) for one in self.cells)
+            raise KeyboardInterrupt(f"{left} of {len(self.cells)} cells are left; the same command continues") from None
         failed: dict[str, str] = {}
-        for number, cell in enumerate(self.cells, start=1):
-            if self.only not in (None, cell.name):
-                continue
-            try:
-                reason = self._run_cell(cell, f"[{number}/{len(self.cells)}] ")
-            except KeyboardInterrupt:
-                left = sum(not self.is_done(one) for one in self.cells)
-                raise KeyboardInterrupt(
-                    f"{left} of {len(self.cells)} cells are left; the same command continues"
-                ) from None
+        for cell in (self.cells[number] for number in chosen):
+            reason = self.failure(cell)
+            if reason is None and ended is not None and not self.is_done(cell):
+                reason = f"a job that runs cells {ended}"
             if reason is not None:
                 failed[cell.name] = reason
-                say(f"{cell.name} failed: {reason}")
         return failed
 
-    def _run_cell(self, cell: Cell, place: str) -> str | None:
-        """The reason why a cell failed; None where it did not, and where another process runs it."""
+    def _run_cell(self, number: int) -> None:
+        """Runs the unfinished stages of a cell, unless another process does. Where one fails, its reason is kept in a file."""
+        cell, place = self.cells[number], f"[{number + 1}/{len(self.cells)}] "
         in_use = f"{cell.name} is run by another process"
         try:
             with locked(self.study.folder / f".{cell.name}.lock", in_use):
+                self._failure_file(cell).unlink(missing_ok=True)
                 try:
-                    self._train_shared(cell, place)
-                    for stage in self.stages_of(cell):
-                        self.stages.run(stage, place)
+                    self._run_stages(cell, place)
                 except InputError as error:
                     reason = self._reason(cell, error)
                     self._failure_file(cell).parent.mkdir(exist_ok=True)
                     write_text_atomically(self._failure_file(cell), f"{reason}\n")
-                    return reason
-                self._failure_file(cell).unlink(missing_ok=True)
+                    say(f"{cell.name} failed: {reason}")
         except InputError as error:
-            if str(error) != in_use:
+            # On file systems without locks, the message goes on with the process that holds it.
+            if not str(error).startswith(in_use):
                 raise
             say(f"{place}{in_use}: left to it")
-        return None
 
-    def _train_shared(self, cell: Cell, place: str) -> None:
-        """Waits for the training that makes a cell's weights, where that is another cell's, and does it if nobody has."""
+    def _run_stages(self, cell: Cell, place: str) -> None:
+        """Runs the stages of a cell. Raises InputError for the first one that fails.
+
+        The training that makes a cell's weights may be that of another cell, and is done by whoever needs it first; others
+        wait for it, without keeping that cell from its own evaluation.
+        """
         trained = self.trained_by(cell)
-        if trained is cell or "train" not in self.study.commands:
-            return
-        training = self.stages_of(trained)[0]
-        if not self.stages.is_finished(training):
-            with locked(self.study.folder / f".{trained.name}.lock"):
-                self.stages.run(training, place)
+        if "train" in self.study.commands:
+            training = self.stages_of(trained)[0]
+            with locked(self.study.folder / f".{trained.name}.train.lock"):
+                if trained is cell or not self.stages.is_finished(training):
+                    self.stages.run(training, place)
+        for stage in self.stages_of(cell):
+            if stage.name != f"{cell.name}.train":
+                self.stages.run(stage, place)
 
     def _reason(self, cell: Cell, error: InputError) -> str:
         """The reason of a failure: that which the run has recorded, behind the stage and its log."""
@@ -208,6 +227,70 @@ class Runner:
         given = ["--samples", str(samples)] if "sample" in self.study.commands else []
         out = ["--out", str(run / RESULT)] if trained is not cell else []
         return [*words, *given, *out, *evaluate], run / RESULT
+
+
+def side_by_side(jobs: int, numbers: Sequence[int], run: Callable[[int], None]) -> str | None:
+    """Calls `run` with each number, in so many processes at a time. Returns how one of them has ended by itself; None = none.
+
+    The processes end with this one. Raises KeyboardInterrupt once all of them have ended.
+    """
+    context = multiprocessing.get_context("fork")
+    # The numbers wait in a pipe. Each process reads the next one when it is free, so that one that is killed loses no other.
+    reader, writer = os.pipe()
+    os.write(writer, b"".join(number.to_bytes(4, "little") for number in numbers))
+    os.close(writer)
+    devices = torch.cuda.device_count()
+
+    def work(job: int) -> None:
+        end_with_parent(signal.SIGTERM)
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices_of(job, jobs, devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        try:
+            while number := os.read(reader, 4):
+                run(int.from_bytes(number, "little"))
+        except KeyboardInterrupt:
+            os._exit(130)
+        except InputError as error:
+            say(str(error))
+            os._exit(2)
+
+    workers = [context.Process(target=work, args=(job,)) for job in range(jobs)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.join(1)  # Ctrl-C in a terminal reaches all processes; a signal of kill only this one
+            if worker.is_alive() and worker.pid is not None:
+                os.kill(worker.pid, signal.SIGINT)
+            worker.join()
+        raise
+    finally:
+        os.close(reader)
+    codes = [worker.exitcode or 0 for worker in workers]
+    if 130 in codes:
+        raise KeyboardInterrupt
+    code = next(filter(None, codes), 0)
+    return (
+        None
+        if not code
+        else f"was ended by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code}"
+    )
+
+
+def devices_of(job: int, jobs: int, devices: int, visible: str | None) -> str:
+    """The part of this machine's GPUs that one of several jobs uses, for CUDA_VISIBLE_DEVICES.
+
+    Each GPU has one job, or each job one of the GPUs where there are fewer of them. visible: the variable's value before.
+    """
+    names = visible.split(",") if visible else [str(number) for number in range(devices)]
+    if jobs >= devices:
+        return names[job % devices]
+    return ",".join(names[job * devices // jobs : (job + 1) * devices // jobs])
 
 
 def processes_of(words: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from rear_scale.config import InputError, load
 from rear_scale.evaluate.published_tables import MEASURES, Printed, PublishedTable, differences, published_table
 from rear_scale.files import write_text_atomically
 from rear_scale.scaling.seed_noise import SeedNoise, difference, seed_noise
+from rear_scale.scaling.study_grid import SEED
 
 STUDIES = Path("runs/study")
 RESULTS = "study.csv"
@@ -211,7 +212,14 @@ def _run(table: PublishedTable, results: Results) -> Block:
 
 
 def _noise(results: Results, key: str, row: Printed, measures: Sequence[str]) -> dict[str, SeedNoise]:
-    cells = results.of_row(key, row)
+    cells = [cell for cell in results.of_row(key, row) if cell.get("state", "done") == "done"]
+    seeds = [cell[SEED] for cell in cells if cell.get(SEED)]
+    if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+        names = [cell["cell"] for cell in cells if cell.get(SEED) == twice]
+        raise InputError(
+            f"{results.path}: the cells {', '.join(names)} are all row {key} with {SEED}={twice}, so they are not training "
+            "seeds. Gather the study without other words (launchers/study.py --collect)"
+        )
     values = {name: [_number(cell[name]) for cell in cells] for name in measures}
     rows = {name: [[value] for value in of_cells if value is not None] for name, of_cells in values.items()}
     return {name: seed_noise(scores) for name, scores in rows.items() if scores}
@@ -226,7 +234,7 @@ def _number(text: str) -> float | None:
 
 
 def _done(cell: Mapping[str, str], results: Results) -> bool:
-    return any(_number(cell[name]) is not None for name in results.measures)
+    return cell.get("state", "done") == "done" and any(_number(cell[name]) is not None for name in results.measures)
 
 
 def _seeds(results: Results, key: str, row: Printed) -> str:

@@ -27,7 +27,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from rear_scale import cli
-from rear_scale.config import ExperimentConfig, InputError, Plan, derive, to_dict
+from rear_scale.config import ExperimentConfig, InputError, Plan, derive, override_keys, to_dict
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.objective import Task, shared_classes
@@ -54,6 +54,9 @@ _LAST = 0.1  # fraction of the updates whose mean is the training loss of a cell
 _VALIDATED = 360  # sequences of data.val at most
 # Before the user's overrides, so that those win.
 _SETTINGS = ("model.depth=4", "model.num_heads=4", "train.global_batch_size=8", "train.precision=fp32")
+# Set for each cell, or not used: a cell has the linear warm-up and the cosine of `_config_of`.
+_NOT_TAKEN = ("optim.lr", "optim.end_lr", "optim.warmup_steps", "optim.schedule", "optim.parametrization", "optim.base_width",
+              "optim.base_num_heads", "model.width")  # fmt: skip
 _FIXED = ("strategy=single", "train.activation_checkpointing=none", "train.epochs=null", "train.stop_at_step=null")
 
 
@@ -96,6 +99,11 @@ def main(arguments: Sequence[str]) -> None:
     if min(seeds, updates) < 1:
         raise InputError(
             f"--seeds={seeds} and --updates={updates} must be at least 1. Use {_USUAL.seeds} and {_USUAL.updates}"
+        )
+    if ignored := sorted({*override_keys(first.overrides)} & {*_NOT_TAKEN}):
+        raise InputError(
+            f"{ignored[0]} is set for each run of the grid, by --widths and --rates, with a warm-up over a tenth of the updates "
+            f"and a cosine to 0. Leave {ignored[0]} out"
         )
     command = cli.parse(parser, [*_SETTINGS, *arguments, *_FIXED, f"train.total_steps={updates}"])
     widths, rates = numbers_of(widths_text, "--widths"), _rates_of(rates_text)
@@ -151,7 +159,8 @@ class _Study:
         self.cfg, self.base_width, self.path = cfg, base_width, out / "transfer.csv"
         manifest, val = read_both(cfg, is_main=True)
         self.world: World = world_of_one()
-        self.tokens = open_tokens(str(cfg.data.train), cfg.data.cache_dir, say, manifest)
+        tokens = open_tokens(str(cfg.data.train), cfg.data.cache_dir, say, manifest)
+        self.tokens = replace(tokens, share=cfg.data.use_share)
         self.val = None if val is None else open_tokens(str(cfg.data.val), cfg.data.cache_dir, say, val)
         self.codebook = codebook_of(cfg, manifest)
         self.results: dict[Cell, Result] = {}
@@ -165,6 +174,8 @@ class _Study:
         sections = ("model", "tokenizer", "objective", "optim", "train")
         values = {name: part for name, part in to_dict(self.cfg).items() if name in sections}
         values = {"base_width": self.base_width, "seed": self.cfg.run.seed, "data": fingerprint, **values}
+        if self.cfg.data.use_share != 1:
+            values["use_share"] = self.cfg.data.use_share
         text = json.dumps(values, indent=1, sort_keys=True) + "\n"
         if not path.exists():
             write_text_atomically(path, text)

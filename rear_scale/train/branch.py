@@ -22,7 +22,16 @@ from rear_scale.checkpoint.meta import META
 from rear_scale.checkpoint.open import newest_intact
 from rear_scale.checkpoint.restore import check_states
 from rear_scale.checkpoint.writer import write_linked
-from rear_scale.config import ExperimentConfig, InputError, Plan, branch_point, check_resumable, settled, to_dict
+from rear_scale.config import (
+    OWN_OF_BRANCH,
+    ExperimentConfig,
+    InputError,
+    Plan,
+    branch_point,
+    check_resumable,
+    settled,
+    to_dict,
+)
 from rear_scale.files import file_sha256
 from rear_scale.model import meta_model
 from rear_scale.optim.groups import rules_of
@@ -31,21 +40,6 @@ from rear_scale.run.folder import RunFolder
 from rear_scale.run.versions import commit, versions
 from rear_scale.shards.record import Manifest
 from rear_scale.world import World
-
-# Beside fields that may change when a run is resumed: length and decay, and times of other schedules, which are shares of it.
-_OWN = (
-    "train.branch_from",
-    "train.epochs",
-    "train.total_steps",
-    "optim.decay_share",
-    "optim.decay_form",
-    "optim.end_lr",
-    "objective.noise.schedule",
-    "objective.noise.start",
-    "objective.noise.end",
-    "objective.permutation.start",
-    "objective.permutation.end",
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def _open(text: str) -> Checkpoint:
 
 
 def _check_same(cfg: ExperimentConfig, trunk: Checkpoint, manifest: Manifest | None) -> None:
-    check_resumable(cfg, trunk.meta["config"], str(trunk.path), _OWN)
+    check_resumable(cfg, trunk.meta["config"], str(trunk.path), OWN_OF_BRANCH)
     before = trunk.meta.get("data_fingerprint")
     if manifest is not None and before != manifest.fingerprint and "data.train" not in cfg.resume.allow:
         raise InputError(
