@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -125,7 +126,7 @@ def _averaged(checkpoint: Checkpoint, ema: float | bool) -> Checkpoint:
     try:
         return averaged(checkpoint, length)
     except InputError as error:
-        raise InputError(str(error).replace("--ema ", "ema=").replace("--ema", "ema")) from None
+        raise InputError(re.sub(r"--ema (?=\d)", "ema=", str(error)).replace("--ema", "ema")) from None
 
 
 class Model:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_config
 from snippets import module_of
 from test_evaluate import _Small, some_images
 from test_evaluate_jobs import evaluate_here, launch_here
 
-from rear_scale.config import InputError
-from rear_scale.evaluate import metrics, networks
+from rear_scale.config import ClassifierConfig, InputError
+from rear_scale.evaluate import job, metrics, networks
 from rear_scale.evaluate.metrics.frechet import FrechetDistance
 from rear_scale.evaluate.networks.row import NetworkRow, StatisticsArrays
 from rear_scale.evaluate.networks.weights import PublishedFile, read_weight_file
 from rear_scale.evaluate.result import ImageScores, read_result, summary
 from rear_scale.evaluate.training_scores import _named
+from rear_scale.world import SingleProcess
 
 
 def images(folder: Path) -> tuple[Path, str]:
@@ -214,3 +218,26 @@ def test_what_is_no_result_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=r"result\.json does not hold an evaluation result. Make it again"):
         read_result(path)
+
+
+def test_evaluations_at_the_same_time_train_one_classifier(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a study that has just begun, whose scores would be of different classifiers."""
+    weights, trained = tmp_path / "made/classifier.safetensors", []
+
+    def train(classifier: ClassifierConfig, *rest: object) -> None:
+        trained.append(classifier)
+        time.sleep(0.3)
+        weights.write_text("weights")
+
+    monkeypatch.setattr(job, "train_classifier", train)
+    monkeypatch.setattr(job, "ClassifierFeatures", lambda *rest: weights.read_text())
+    monkeypatch.setattr(job, "check_same_training", lambda *rest: None)
+    cfg = tiny_config(tmp_path, tokens, f"evaluate.classifier={{weights: {weights}, images: {tmp_path}}}")
+    world = SingleProcess()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: job._open_classifier(cfg, world), range(2)))
+    assert found == ["weights", "weights"]
+    assert len(trained) == 1
+    assert [path.name for path in weights.parent.iterdir()] == [weights.name]

@@ -179,12 +179,13 @@ def test_results_of_averages_and_of_other_sampling_are_not_taken(
         held.write_text(json.dumps({**values, **change}))
         assert panel_of._held(method, run, 1) is None, change
     held.write_text(json.dumps(values))
-    values["images"]["samples"]["class_accuracy"] = float("nan")
+    values["tokens"]["val_clean"]["perplexity"] = None
     held.write_text(json.dumps(values))
     main(["runs/ar_seed*", "runs/rear_seed*"])
     out, err = capsys.readouterr()
-    assert "left out: class_accuracy, which is nan of runs/rear_seed0" in err
-    assert "class_accuracy" not in out
+    assert "left out: perplexity, which is nan of runs/rear_seed0" in err
+    assert "perplexity_noisy" in out
+    assert "perplexity " not in out
 
 
 def test_a_run_without_a_checkpoint_is_named(runs: Path) -> None:

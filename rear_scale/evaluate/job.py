@@ -32,6 +32,7 @@ from rear_scale.evaluate.networks.pixels import NearestPixels
 from rear_scale.evaluate.reference import RESIZED, Reference, check_reference, open_reference, read_reference
 from rear_scale.evaluate.result import ClassifierScores, ImageScores, SetScores
 from rear_scale.evaluate.scores import network_scores, run_metrics
+from rear_scale.locks import locked
 from rear_scale.progress import say
 from rear_scale.shards.classes import check_same_classes
 from rear_scale.world import World
@@ -281,8 +282,12 @@ def _open_classifier(cfg: ExperimentConfig, world: World) -> ClassifierFeatures 
     classifier = cfg.evaluate.classifier
     if classifier is None:
         return None
-    if world.is_main and not Path(classifier.weights).exists():
-        train_classifier(classifier, world.device, cfg.tokenizer.image_size)
+    path = Path(classifier.weights)
+    if world.is_main and not path.exists():
+        # Evaluations at the same time must have one classifier: two of them, trained on other machines, differ by rounding.
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                train_classifier(classifier, world.device, cfg.tokenizer.image_size)
     world.barrier()
     features = ClassifierFeatures(classifier, world.device)
     world.on_main(lambda: check_same_training(classifier, cfg.tokenizer.image_size))

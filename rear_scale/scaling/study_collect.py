@@ -77,6 +77,7 @@ def collect(runner: Runner, others: Sequence[Path] = ()) -> Collected:
 def write_csv(runner: Runner, collected: Collected) -> Path:
     """The path of study.csv, after writing it."""
     path = runner.study.folder / "study.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, collected.text())
     return path
 
@@ -158,9 +159,8 @@ def _tokens(results: Iterable[Result], run: Path | None) -> Row:
         for context, suffix in (("val_clean", ""), ("val_noisy", "_noisy")):
             scores = (result.tokens or {}).get(context)
             if scores is not None:
-                # A perplexity beyond float64 is stored as null or infinite.
-                perplexity = scores["perplexity"]
-                row[f"loss{suffix}"] = math.log(perplexity) if perplexity and perplexity > 0 else None
+                perplexity = scores["perplexity"]  # None = it was not finite
+                row[f"loss{suffix}"] = None if perplexity is None else math.log(perplexity)
                 row[f"ctr{suffix}"], row[f"perplexity{suffix}"] = scores["ctr"], perplexity
         if row["perplexity"] is not None:
             return row

@@ -184,8 +184,8 @@ def _check_it_depends(found: law.Law, columns: Mapping[str, np.ndarray]) -> None
     if name := found.idle(**columns):
         of = {"x": "parameters", "N": "parameters", "D": "images"}[name]
         raise InputError(
-            f"no law, because the values do not fall with the {of} by more than twice the scatter of cells of one place ({found.residual:.2g} "
-            "of the value)"
+            f"no law, because the values do not fall with the {of} by more than twice the scatter of single cells, which is "
+            f"{found.residual:.2g} of the value"
         )
 
 
