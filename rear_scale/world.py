@@ -7,14 +7,16 @@ This is the one module that reads RANK, LOCAL_RANK and the SLURM variables; all 
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import math
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -33,6 +35,7 @@ from rear_scale.progress import say
 _T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RENDEZVOUS_S = 1800.0  # within this time the last rank must have started
+_FIRST_FREE_PORT = 16_384  # above those that SLURM jobs meet at, see `discover`
 _NAME_S = 20  # for this long the lookup of a host name is tried again
 _MOST_NODES = 65_536  # SLURM's own limit
 
@@ -419,7 +422,18 @@ def end_with_parent(number: int) -> None:
 
 
 def free_port() -> int:
-    """The number of a TCP port of this machine on which no process listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """The number of a TCP port of this machine on which no process listens at the moment.
+
+    It is below the ports that the kernel gives to outgoing connections, one of which could take it before its listener starts
+    seconds later. Where that range begins too low (net.ipv4.ip_local_port_range), it is one of them all the same.
+    """
+    try:
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        end = 0
+    ports = range(_FIRST_FREE_PORT, end)
+    for port in (*(secrets.choice(ports) for _ in range(100 if len(ports) > 1000 else 0)), 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise OSError(errno.EADDRINUSE, "this machine has no free TCP port")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import run_ranks
 
 from rear_scale import world
 from rear_scale.config import InputError
-from rear_scale.world import World, discover, joined, locked, slurm_nodes
+from rear_scale.world import World, discover, free_port, joined, locked, slurm_nodes
 
 
 def test_without_a_launcher_it_is_a_world_of_one() -> None:
@@ -200,6 +201,18 @@ def test_what_stops_rank_0_stops_all_ranks_with_the_same_words(tmp_path: Path) -
     assert error == same
     assert str(tmp_path / "file") in error
     assert run_ranks(2, _refused, tmp_path / ".lock") == ["entered"] * 2
+
+
+def test_a_free_port_is_none_that_a_connection_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    port = free_port()
+    assert not first <= port <= last
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        chosen = iter([port, port, port + 1])
+        monkeypatch.setattr(world.secrets, "choice", lambda ports: next(chosen, port + 2))
+        assert free_port() != port
 
 
 def test_a_machine_without_an_address_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
