@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The test suite, in the project's own environment. Arguments go to pytest: launchers/test.sh -k shards, -m long, ...
-# Without them the suite runs two files at a time.
+# Without them the suite runs three files at a time.
 # With --install-slurm as the first argument, SLURM and MUNGE are installed with apt if they are missing, so that
 # tests/test_slurm.py can run its two nodes; where that is not possible, its tests are skipped.
 set -euo pipefail

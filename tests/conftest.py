@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from _pytest.mark.expression import Expression
@@ -20,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    fork_server.skip_fsync()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a shell; tests send Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not asks_for_gpus(config.option.markexpr or ""):
         hide_gpus()
 
@@ -52,18 +58,23 @@ _LONGEST = (
     "test_parallel.py",
     "test_eval_e2e.py",
     "test_demo.py",
+    "test_types.py",
     "test_strategy_matrix.py",
     "test_communication.py",
     "test_tokenizer_conformance.py",
     "test_planner.py",
     "test_tokenizers.py",
+    "test_kills.py",
+    "test_families.py",
     "test_train.py",
     "test_fake_world.py",
     "test_memory.py",
     "test_config.py",
     "test_bench.py",
     "test_evaluate_jobs.py",
-    "test_kills.py",
+    "test_study.py",
+    "test_sample.py",
+    "test_evaluate_large.py",
 )
 
 
@@ -83,6 +94,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("long") and "long" not in (config.option.markexpr or ""):
             item.add_marker(long)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections, of which every training begins with one, leave the hundreds of thousands of objects of imports out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

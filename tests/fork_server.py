@@ -238,12 +238,22 @@ def preload() -> None:
     assert threads == 1, f"{threads} threads after the imports: {threading.enumerate()}"
 
 
+def skip_fsync() -> None:
+    """Replaces os.fsync in this process by a call that returns at once, and raises for what is no open file.
+
+    Tests kill processes, never the machine, so nothing that they read depends on what has reached the disk; waiting for it takes
+    longer than the steps of a tiny training. The real one is called by starts with imports of their own and by tests/kills.py.
+    """
+    os.fsync = os.fstat  # type: ignore[assignment]
+
+
 def _serve(connection: socket.socket) -> None:
     """Forks children until the other end of the connection is closed, or its process has ended; then ends those that are left."""
     from rear_scale.world import end_with_parent
 
     base = dict(os.environ)
     preload()
+    skip_fsync()
     gc.collect()
     gc.freeze()
     children: dict[int, socket.socket] = {}

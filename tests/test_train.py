@@ -146,7 +146,7 @@ def test_an_error_completes_the_checkpoint_that_is_being_written(
     raised, write = threading.Event(), Writer._write
 
     def slow(writer: Writer) -> None:
-        assert raised.wait(60)
+        assert raised.wait(300)
         write(writer)
 
     def fail(step: int, model: object) -> None:
@@ -258,15 +258,23 @@ def test_garbage_is_collected_at_fixed_steps_while_training(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(garbage, "_EVERY_STEPS", 2)
-    collected, enabled = [], []
+    gc.unfreeze()  # what conftest.py has frozen
+    collected, enabled, frozen = [], [], []
     collect = gc.collect
     monkeypatch.setattr(gc, "collect", lambda: collected.append(len(enabled)) or collect())
-    hooks = Hooks([lambda step, model: enabled.append(gc.isenabled())])
+    hooks = Hooks([lambda step, model: (enabled.append(gc.isenabled()), frozen.append(gc.get_freeze_count()))])
     run_alone(run, tiny_config(tmp_path, tokens, "strategy=single", "train.total_steps=5"), hooks)
     assert enabled == [False] * 5
+    assert min(frozen) > 0
     assert collected == [0, 2, 4]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+    # What the program itself has frozen stays so.
+    gc.freeze()
+    frozen.clear()
+    run_alone(run, tiny_config(folder(tmp_path, "more"), tokens, "strategy=single", "train.total_steps=1"), hooks)
+    assert frozen[0] > 0
+    assert gc.get_freeze_count() > 0
 
 
 def test_the_twin_without_regularization_has_no_such_terms(tmp_path: Path, tokens: Path) -> None:

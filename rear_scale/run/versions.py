@@ -15,6 +15,11 @@ from rear_scale.places import PACKAGE
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, of those that are installed."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     installed = {"python": platform.python_version()}
     for package in ("rear_scale", "torch", "deepspeed", "webdataset", "hydra-core", "numpy"):
         try:
@@ -24,8 +29,12 @@ def versions() -> dict[str, str]:
     return installed
 
 
+@cache
 def commit() -> str:
-    """The git commit of this code, marked when files differ from it; the version where git does not have this code."""
+    """The git commit of this code, marked when files differ from it; the version where git does not have this code.
+
+    Asked of git once per process, which goes on with the code that it has loaded, whatever is committed or edited later.
+    """
     try:
         # An installed copy may lie in an environment inside of a repository that is not ours.
         _git("ls-files", "--error-unmatch", Path(__file__).name)

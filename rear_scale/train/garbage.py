@@ -12,13 +12,16 @@ _EVERY_STEPS = 100
 class CollectAtSteps:
     """A context manager that turns off automatic garbage collection; `stepped` collects every 100 steps, on all ranks at once.
 
-    Objects that exist at its start are frozen: collections inside skip them.
+    Objects that exist at its start are frozen: collections inside skip them. A program that has frozen its objects itself keeps
+    them frozen, and no others are: Python can only unfreeze all.
     """
 
     def __enter__(self) -> CollectAtSteps:
         self.was_enabled = gc.isenabled()
+        self.freezes = gc.get_freeze_count() == 0
         gc.collect()
-        gc.freeze()
+        if self.freezes:
+            gc.freeze()
         gc.disable()
         return self
 
@@ -29,6 +32,7 @@ class CollectAtSteps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        gc.unfreeze()
+        if self.freezes:
+            gc.unfreeze()
         if self.was_enabled:
             gc.enable()
