@@ -64,7 +64,7 @@ def _check(found: dict[str, dict[str, list[float]]]) -> None:
         assert losses["eager graphs"] == [0, 0]
 
 
-@pytest.mark.long  # a minute and a half of the compiler; test_recompute.py compiles blocks on one rank
+@pytest.mark.long  # a minute and a half of the compiler; test_recompute.py has the captured graphs of one rank
 def test_compiled_blocks_train_alike_under_fsdp2(tmp_path: Path, tokens: Path) -> None:
     _check(run_ranks(2, _losses, tmp_path, tokens, ["fsdp2"], ("none",), 2)[0])
 

@@ -147,7 +147,7 @@ class _Planned:
         self.note("decode", numbers[0] // 4)
         # The tokens of the next block are drawn meanwhile; after the last one there is none.
         if numbers[0] < 8 and not self.fails:
-            assert self.drawn[numbers[0] // 4 + 1].wait(10)
+            assert self.drawn[numbers[0] // 4 + 1].wait(300)
         pixels = np.random.default_rng(numbers[0]).integers(0, 256, (4, 8, 8, 3), np.uint8)
         return pixels + tokens.numpy()[:, None, None, None].astype(np.uint8), numbers
 
@@ -533,8 +533,8 @@ def test_one_job_scores_several_settings_of_a_checkpoint(tmp_path: Path, tokens:
     run = found.path.parent.parent
     result = launch(
         "python", "launchers/evaluate.py", "--checkpoint", run, "--sweep", "sample.seed=3,4",
-        f"evaluate.reference={reference(tmp_path, 5)}", f"evaluate.inception_weights={seeded_inception(tmp_path)}",
-        "sample.num_images=5", "sample.batch_size=3",
+        f"evaluate.reference={reference(tmp_path, 3)}", f"evaluate.inception_weights={seeded_inception(tmp_path)}",
+        "sample.num_images=3", "sample.batch_size=2",
         f"data.train={tmp_path / 'nowhere'}", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -28,7 +28,7 @@ FAMILIES = (
     "ablation/rar_table3_spiral_out.yaml",
     "ablation/rar_table2_400_400.yaml",
 )
-DEPTH, WIDTH, STEPS = 2, 32, 30
+DEPTH, WIDTH, STEPS = 2, 32, 20
 
 
 def small(name: str, folder: Path, tokens: Path) -> config.ExperimentConfig:
@@ -74,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_thirty_steps_lower_the_loss(name: str, runs: Path) -> None:
+def test_a_few_steps_lower_the_loss(name: str, runs: Path) -> None:
     lines = (runs / name.replace("/", "_") / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss_ar"] for line in lines]
     assert len(losses) == STEPS

@@ -109,8 +109,14 @@ def test_nothing_is_recomputed_without_gradients(tmp_path: Path, tokens: Path) -
     assert logits.shape == (2, NUM_TOKENS, 32)
 
 
-@pytest.mark.long  # tests/test_compile.py trains with compiled blocks
-def test_compiled_blocks_give_the_same_gradients(tmp_path: Path, tokens: Path) -> None:
+# Graphs as they are captured, and with kernels, which take the compiler half a minute.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_blocks_give_the_same_gradients(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compile_(forward, backend=backend))
+    torch._dynamo.reset()
     drop = ["model.dropout=0", "model.attn_dropout=0"]
     output, gradients, *_ = passed(tmp_path, tokens, *drop)
     compiled, found, *_ = passed(

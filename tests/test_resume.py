@@ -39,35 +39,37 @@ def matrix_config(folder: Path, tokens: Path, strategy: str, world_size: int):
     )
 
 
-def _save(world: World, folder: Path, tokens: Path, names: list[str]) -> dict[str, list[float]]:
-    """Three steps and a checkpoint of each strategy, then the next ten losses."""
+def _save(world: World, folder: Path, tokens: Path, names: list[str], last: int) -> dict[str, list[float]]:
+    """Three steps and a checkpoint of each strategy, then the losses up to the last step."""
     found = {}
     for name in names:
         cfg = matrix_config(folder, tokens, name, world.size)
         strategy = build(world, cfg)
         run_steps(world, cfg, strategy, 1, 3, lr=2e-3)
         save(folder / name, 3, strategy, world, {"optimizer_step": 3, "config": {}}, cfg.checkpoint)
-        found[name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, 13, lr=2e-3)]
+        found[name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, last, lr=2e-3)]
     return found
 
 
-def _resume(world: World, folder: Path, tokens: Path, cells: list[tuple[str, str]]) -> dict[tuple, list[float]]:
+def _resume(
+    world: World, folder: Path, tokens: Path, cells: list[tuple[str, str]], last: int
+) -> dict[tuple, list[float]]:
     found = {}
     for saved, name in cells:
         cfg = matrix_config(folder, tokens, name, world.size)
         strategy = build(world, cfg, open_checkpoint(folder / saved / "step_00000003"))
-        found[saved, name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, 13, lr=2e-3)]
+        found[saved, name] = [loss for loss, _ in run_steps(world, cfg, strategy, 4, last, lr=2e-3)]
     return found
 
 
-def _check_matrix(folder: Path, tokens: Path, cells: dict[int, list[tuple[str, str]]]) -> None:
+def _check_matrix(folder: Path, tokens: Path, cells: dict[int, list[tuple[str, str]]], last: int) -> None:
     unbroken: dict[str, list[float]] = {}
     for world_size in (1, 2, 4):
         names = [name for name, size in SAVED_AT.items() if size == world_size]
-        unbroken.update(run_ranks(world_size, _save, folder, tokens, names)[0])
+        unbroken.update(run_ranks(world_size, _save, folder, tokens, names, last)[0])
     worst = 0.0
     for world_size, pairs in cells.items():
-        for (saved, name), losses in run_ranks(world_size, _resume, folder, tokens, pairs)[0].items():
+        for (saved, name), losses in run_ranks(world_size, _resume, folder, tokens, pairs, last)[0].items():
             error = np.abs(np.array(losses) / unbroken[saved] - 1).max()
             worst = max(worst, error)
             assert error <= 1e-5, (saved, "resumed under", name, "at", world_size, error)
@@ -85,14 +87,14 @@ def test_resuming_each_strategy_under_some(tmp_path: Path, tokens: Path) -> None
         ]
         for world_size, every in ((3, 1), (4, 2))
     }
-    _check_matrix(tmp_path, tokens, cells)
+    _check_matrix(tmp_path, tokens, cells, last=8)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_resuming_each_strategy_under_each(tmp_path: Path, tokens: Path) -> None:
     cells = {size: list(itertools.product(SAVED_AT, names)) for size, names in RESUMED_AT.items()}
-    _check_matrix(tmp_path, tokens, cells)
+    _check_matrix(tmp_path, tokens, cells, last=13)
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
