@@ -214,7 +214,7 @@ def be_rank(rank: int, world_size: int, port: int, end: int) -> None:
     end_with_parent(signal.SIGKILL)
     tasks = multiprocessing.connection.Connection(end)
     ranks = Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "environment")
-    with joined(ranks, same_for_any_world=True, timeout_s=120) as world:
+    with joined(ranks, same_for_any_world=True, timeout_s=300) as world:
         placed = {name: os.environ[name] for name in PLACE if name in os.environ}
         while True:
             function, arguments, variables, folder = pickle.loads(tasks.recv_bytes())

@@ -110,7 +110,7 @@ class Cluster:
         """The fields that `scontrol show job` prints: JobState, Restarts, NodeList, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", str(number))))
 
-    def wait(self, number: int, *states: str, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, number: int, *states: str, timeout_s: float = 240) -> dict[str, str]:
         """Waits until the job is in one of these states or has ended."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", *states}
         self._until(lambda: self.job(number)["JobState"] in ends, f"job {number} to be {states}", timeout_s)
@@ -139,7 +139,7 @@ class Cluster:
                 preexec_fn=lambda: end_with_parent(signal.SIGTERM),
             )
 
-    def _until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    def _until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             with suppress(subprocess.CalledProcessError):

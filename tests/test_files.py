@@ -160,7 +160,7 @@ from rear_scale.files import atomic_file, atomic_folder
 with atomic_file(sys.argv[1]) as file, atomic_folder(sys.argv[1] + "s") as folder:
     (folder / "half").write_text("half")
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

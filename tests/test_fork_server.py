@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,12 +77,12 @@ def test_its_end_is_that_of_the_program(code: str, expected: int, said: str) -> 
 
 
 def test_signals_reach_it_and_time_runs_out() -> None:
-    with Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment()) as process:
+    with Popen([sys.executable, "-c", "import time; time.sleep(3600)"], env=environment()) as process:
         assert process.poll() is None
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.05)
         process.terminate()
-        assert process.wait(10) == -signal.SIGTERM
+        assert process.wait(300) == -signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
 
@@ -95,11 +94,10 @@ def test_the_stand_in_for_torchrun_ends_all_ranks_with_one(tmp_path: Path) -> No
         "open(os.environ['RANK'], 'w').write(' '.join([os.environ['WORLD_SIZE'], str(os.getpid()), *sys.argv[1:]]))\n"
         "while not os.path.exists('0') or not os.path.exists('1'): time.sleep(0.01)\n"
         "if os.environ['RANK'] == '1': sys.exit(5)\n"
-        "time.sleep(60)\n"
+        "time.sleep(3600)\n"
     )
-    started = time.monotonic()
     done = launch("torchrun", "--nproc-per-node", "2", script, "--local", "x", cwd=tmp_path)
-    assert (done.returncode, time.monotonic() - started < 30) == (1, True), done.stderr
+    assert done.returncode == 1, done.stderr
     size, pid, *arguments = (tmp_path / "0").read_text().split()
     assert (size, arguments) == ("2", ["--local", "x"])
     with pytest.raises(ProcessLookupError):

@@ -22,7 +22,7 @@ from rear_scale.config import InputError, check_override, check_yaml
 from rear_scale.config.overrides import field_type
 from rear_scale.config.values import leaves
 
-SLOWEST_S = 20.0  # of one input, on a busy machine
+SLOWEST_S = 20.0  # of one input, in CPU time
 MOST_MEMORY = 1 << 30  # bytes that a whole test may add
 DEMO = config.to_dict(config.load("demo.yaml"))
 KEYS = list(leaves(DEMO))
@@ -152,7 +152,7 @@ def yaml_texts(rng: random.Random, released: bool) -> Iterator[bytes]:
 
 def outcome(read: Callable[[], Any]) -> bool:
     """Whether a valid config came back; any other exception than InputError, or a slow answer, is a failure."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         found = read()
     except InputError as error:
@@ -160,7 +160,7 @@ def outcome(read: Callable[[], Any]) -> bool:
         text = str(error)
     else:
         text = ""
-    assert time.monotonic() - started < SLOWEST_S
+    assert time.process_time() - started < SLOWEST_S
     assert text.isprintable()
     assert len(text) < 10_000
     return found is not None
@@ -215,11 +215,11 @@ def test_bombs_are_refused_before_anything_is_built(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(100):
         text = bombs(rng)
-        started = time.monotonic()
+        started = time.process_time()
         with contextlib.suppress(InputError):
             check_yaml(text, "file")
             assert len(yaml.safe_dump(yaml.safe_load(text)) if text.startswith("a0") else "") < 5_000_000
-        assert time.monotonic() - started < SLOWEST_S
+        assert time.process_time() - started < SLOWEST_S
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,11 @@ def test_updates_are_left_out_up_to_a_bound(tmp_path: Path, tokens: Path) -> Non
 
 def test_a_rank_that_hangs_brings_all_down_with_their_stacks(tmp_path: Path, tokens: Path) -> None:
     config_file = tiny_config_file(tmp_path, tokens)
-    started = time.monotonic()
     result = launch(*TWO, PLANTED, "--config", config_file, "strategy=ddp", "guard.hang_timeout_s=8", PLANT="hang:1:12")
     assert result.returncode != 0
-    assert time.monotonic() - started < 60
+    # Since step 11: imports may take any time on a busy machine.
+    took_s = (tmp_path / "run/status.json").stat().st_mtime - (tmp_path / "run/metrics.jsonl").stat().st_mtime
+    assert took_s < 60
     assert "made no progress for 8 s (step 12, " in result.stderr
     state = status(tmp_path)
     # The checkpoint of step 8 may still have been on its way.
@@ -120,7 +121,7 @@ def test_a_recorder_that_hangs_does_not_keep_the_rank(tmp_path: Path, monkeypatc
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "run/checkpoints/latest").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
@@ -145,7 +146,7 @@ def test_a_signal_to_the_deepspeed_launcher_saves_and_wants_to_go_on(tmp_path: P
     wait_for_checkpoint(tmp_path, process)
     started = time.monotonic()
     os.killpg(process.pid, signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=90)
+    _, stderr = process.communicate(timeout=300)
     assert time.monotonic() - started < 60
     state = status(tmp_path)
     assert state["state"] == "preempted", stderr
@@ -181,7 +182,7 @@ def test_a_signal_to_one_task_of_srun_ends_all_with_75(tmp_path: Path, tokens: P
     tasks = srun(tiny_config_file(tmp_path, tokens), "strategy=fsdp2")
     wait_for_checkpoint(tmp_path, tasks[0])
     tasks[1].send_signal(signal.SIGTERM)
-    assert [task.wait(60) for task in tasks] == [EXIT_PREEMPTED] * 2
+    assert [task.wait(240) for task in tasks] == [EXIT_PREEMPTED] * 2
     assert status(tmp_path)["state"] == "preempted"
     assert "rank 1 was asked to stop" in status(tmp_path)["reason"]
 
@@ -190,7 +191,7 @@ def test_a_task_of_srun_that_dies_brings_the_other_down(tmp_path: Path, tokens: 
     tasks = srun(tiny_config_file(tmp_path, tokens), "strategy=ddp", "guard.hang_timeout_s=20")
     wait_for_checkpoint(tmp_path, tasks[0])
     tasks[1].kill()
-    assert tasks[0].wait(60) == 1
+    assert tasks[0].wait(240) == 1
     assert status(tmp_path)["state"] == "failed"
     # One line, in place of the tracebacks and the words of gloo.
     assert status(tmp_path)["reason"].startswith(
@@ -221,10 +222,12 @@ def test_a_spike_is_logged_and_rewound_past_its_data(tmp_path: Path, tokens: Pat
 
 def test_the_slow_rank_is_named(tmp_path: Path, tokens: Path) -> None:
     config_file = tiny_config_file(tmp_path, tokens)
-    result = launch(*TWO, PLANTED, "--config", config_file, "strategy=ddp", "train.total_steps=4", PLANT="slow:1:0")
+    result = launch(*TWO, PLANTED, "--config", config_file, "strategy=ddp", "train.total_steps=2", PLANT="slow:1:0")
     assert result.returncode == 0, result.stderr
-    line = metrics(tmp_path / "run")[-1]
-    assert (line["slowest_rank"], line["own_time_max_s"] - line["own_time_min_s"] > 0.03) == (1, True)
+    lines = metrics(tmp_path / "run")
+    assert [line["slowest_rank"] for line in lines] == [1, 1]
+    assert [line["own_time_min_s"] for line in lines] == [0, 0]
+    assert [line["own_time_max_s"] for line in lines] == pytest.approx([0.05, 0.05])
 
 
 def test_spikes_are_judged_by_the_losses_before_them() -> None:
@@ -266,21 +269,18 @@ def ended(child: int) -> int:
 def test_a_suspended_job_goes_on_and_a_hanging_one_does_not(tmp_path: Path) -> None:
     world = World(discover({}), torch.device("cpu"))
 
-    def steps(count: int, last_s: float) -> None:
-        with Watchdog(0.4, RunFolder(tmp_path), world) as watchdog:
-            for step in range(count):
-                watchdog.beat("forward", step)
-                time.sleep(0.02)
-            time.sleep(last_s)
+    def step(until_it_goes_on: Callable[[], None]) -> None:
+        with Watchdog(2, RunFolder(tmp_path), world) as watchdog:
+            watchdog.beat("forward", 0)
+            until_it_goes_on()
             # As much of the step as a suspended process still has to do.
             deadline = time.process_time() + 0.05
             while time.process_time() < deadline:
                 pass
 
-    suspended, hanging = forked(lambda: steps(1, 0.02)), forked(lambda: steps(1, 5))
-    os.kill(suspended, signal.SIGSTOP)
-    assert ended(hanging) == 1
-    time.sleep(0.5)
+    suspended = forked(lambda: step(lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    assert os.WIFSTOPPED(os.waitpid(suspended, os.WUNTRACED)[1])
+    assert ended(forked(lambda: step(lambda: time.sleep(3600)))) == 1
     os.kill(suspended, signal.SIGCONT)
     assert ended(suspended) == 0
 
@@ -294,7 +294,8 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_ends(tmp_path: Path, number: int)
     signal.signal(number, before)
     with StopSignal(folder, world) as stop:
         os.kill(os.getpid(), number)
-        time.sleep(0.05)
+        while stop.received is None:  # another thread may be the one that is interrupted
+            time.sleep(0.01)
         assert stop.received == signal.Signals(number).name
     assert signal.getsignal(number) == before
 

@@ -474,7 +474,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     write = writer_module.save_tensors
 
     def slowly(*arguments: Any) -> None:
-        assert may_write.wait(30)
+        assert may_write.wait(300)
         write(*arguments)
 
     monkeypatch.setattr(writer_module, "save_tensors", slowly)

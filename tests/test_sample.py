@@ -176,7 +176,7 @@ def _sample_slowly(world: World, cfg: ExperimentConfig, found: Checkpoint, outpu
         made.append(arguments[-1])
         if world.rank == 0:
             # Until the other one has made all that is left.
-            for _ in range(1000):
+            for _ in range(10_000):
                 if len(list(output.with_suffix(".parts").glob("*/*.images.npy"))) >= 5:
                     break
                 time.sleep(0.02)

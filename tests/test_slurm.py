@@ -89,7 +89,7 @@ def held(folder: Path, steps: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths), "HELD": steps, "HELD_OPEN": str(folder / "open")}
 
 
-def until(condition: Callable[[], bool], folder: Path, timeout_s: float = 90) -> None:
+def until(condition: Callable[[], bool], folder: Path, timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, said(folder)

@@ -363,11 +363,11 @@ def test_manifests_of_tokens_hold_what_they_can(tmp_path: Path, change: Callable
 def test_texts_that_are_no_manifest_are_one_line(tmp_path: Path, name: str, text: bytes) -> None:
     (tmp_path / name).write_bytes(text)
     read = read_manifest if name == "index.json" else read_meta
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=r"(index|meta)\.json is not valid JSON|has format None") as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_file_larger_than_a_manifest_can_be_is_not_read(tmp_path: Path) -> None:
@@ -556,11 +556,11 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_yaml_costs_bounded_time_and_memory(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=expected):
         config.load(str(tmp_path / "a.yaml"))
     assert not is_released_yaml(tmp_path / "a.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_arrays_that_unpack_to_more_than_they_may_are_not_unpacked(tmp_path: Path) -> None:

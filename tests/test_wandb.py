@@ -29,7 +29,11 @@ def raising(error: BaseException) -> Callable[..., None]:
     return call
 
 
+_entered = threading.Event()
+
+
 def hanging(*arguments: object, **named: object) -> None:
+    _entered.set()
     threading.Event().wait()
 
 
@@ -49,10 +53,19 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         init=lambda **settings: page.init(**settings), Settings=lambda **options: options, Image=lambda file: file
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(sink_module, "_FINISH_S", 0.3)
-    monkeypatch.setattr(sink_module, "_FINISH_AFTER_ERROR_S", 0.2)
+    _entered.clear()
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return page
+
+
+def never_waits(wait: Callable[..., bool]) -> Callable[..., bool]:
+    """Condition.wait, which queues and events wait in, as an error in the thread of the test."""
+
+    def checked(self: threading.Condition, timeout: float | None = None) -> bool:
+        assert threading.current_thread() is not threading.main_thread(), "the run waits"
+        return wait(self, timeout)
+
+    return checked
 
 
 def sink(folder: Path) -> WandbSink:
@@ -79,17 +92,29 @@ def sink(folder: Path) -> WandbSink:
     ],
 )
 def test_a_sink_that_fails_or_hangs_costs_a_line(
-    stub: SimpleNamespace, part: str, fault: Callable, unsent: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stub: SimpleNamespace,
+    part: str,
+    fault: Callable,
+    unsent: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     setattr(stub, part, fault)
     opened = sink(tmp_path)
-    started = time.monotonic()
-    for step in range(2):
-        opened.log({"step": step})
-    opened.image(2, "samples", tmp_path / "sheet.png")
-    assert time.monotonic() - started < 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "wait", never_waits(threading.Condition.wait))
+        for step in range(2):
+            opened.log({"step": step})
+        opened.image(2, "samples", tmp_path / "sheet.png")
+    if fault is hanging and part != "finish":
+        assert _entered.wait(300)
+    while fault is hanging and part == "finish" and len(stub.sent) < 3:
+        time.sleep(0.01)
+    # After an error the shorter limit holds; the other one is longer than a test may take.
+    monkeypatch.setattr(sink_module, "_FINISH_S", 3600)
+    monkeypatch.setattr(sink_module, "_FINISH_AFTER_ERROR_S", 0.2 if fault is hanging else 300)
     opened.finish(exit_code=1)
-    assert time.monotonic() - started < 1
     said = capsys.readouterr().err.splitlines()
     assert sum("The run continues without wandb" in line for line in said) == 1
     assert opened.unsent == unsent
