@@ -78,8 +78,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise InputError(f"--size is of --data FOLDER, not of {args.data}. Leave it out")
     if args.data == "digits":
         return DIGITS
+    images: Folder | None = None
     if args.data == "fashion":
-        recipe, images = fashion(quick=args.quick), None
+        recipe = fashion(quick=args.quick)
         check(recipe, args.overrides)
         device = use_device()
     else:

@@ -17,11 +17,12 @@ from PIL import Image
 from test_demo import kill_when, start_demo
 
 from rear_scale.config import InputError, derive, load, to_dict
-from rear_scale.demo import estimate
+from rear_scale.demo import estimate, summary
 from rear_scale.demo.commands import check, num_processes, open_folder, stages
 from rear_scale.demo.own import SIZES, Folder, describe, look_at, recipe_of
 from rear_scale.demo.recipe import MODELS, Recipe, fashion
 from rear_scale.demo.summary import scores_of, table
+from rear_scale.evaluate.result import ImageScores, NetworkScores
 
 CPU = torch.device("cpu")
 RATES = estimate.Rates(read=0.001, tokenizer=0.002, generator=0.01, classifier=0.0005, features=0.03)
@@ -215,6 +216,18 @@ def test_the_table_sets_models_beside_reconstructions_and_real_images() -> None:
     by_title = {row[0]: row[1:] for row in rows}
     assert by_title["class accuracy of the samples"] == ["0.500", "0.250", "-", "0.900"]
     assert by_title["PSNR of the tokenizer's reconstructions, dB"] == ["-", "-", "21.00", "-"]
+
+
+def test_a_score_that_too_few_images_do_not_have_is_left_empty() -> None:
+    values = {
+        **dict.fromkeys(("precision", "recall", "density", "coverage", "kd_efficientnet")),
+        "fd_efficientnet": 2.0,
+    }
+    scores = ImageScores(networks={"efficientnet": NetworkScores("", True, 3, {}, {"validation": values})})
+    found = summary._network_scores(scores, "validation")
+    assert (found["fd_efficientnet"], found["precision"], found["kd_efficientnet"]) == (2.0, None, None)
+    assert summary._over_seeds([1.0, None]) is None
+    assert summary._cell(None, 2) == "-"
 
 
 @pytest.mark.long

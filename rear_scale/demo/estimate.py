@@ -184,7 +184,11 @@ def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
     pixels = _pixels(cfg.tokenizer.image_size, device)
     classifier = Classifier(cfg.tokenizer.image_size, cfg.model.num_classes).to(device)
     labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
-    return _timed(device, lambda: F.cross_entropy(classifier(pixels), labels).backward()) / len(pixels)
+
+    def step() -> None:
+        F.cross_entropy(classifier(pixels), labels).backward()
+
+    return _timed(device, step) / len(pixels)
 
 
 @torch.inference_mode()

@@ -103,7 +103,7 @@ def write_summary(recipe: Recipe, seeds: list[int]) -> dict[str, Any]:
     return summary
 
 
-def _scores(recipe: Recipe, result: Result) -> dict[str, float]:
+def _scores(recipe: Recipe, result: Result) -> dict[str, float | None]:
     tokens, images = result.tokens, result.images.classifier
     assert tokens is not None
     assert images is not None
@@ -118,7 +118,7 @@ def _scores(recipe: Recipe, result: Result) -> dict[str, float]:
     }
 
 
-def _image_scores(recipe: Recipe, scores: SetScores) -> dict[str, float]:
+def _image_scores(recipe: Recipe, scores: SetScores) -> dict[str, float | None]:
     """The scores by name in summary.json, without those of a reference against itself."""
     scores_by_name: dict[str, Any] = {}
     for name, (metric, reference) in _small_metrics(recipe.load("rear").evaluate.reference).items():
@@ -129,18 +129,22 @@ def _image_scores(recipe: Recipe, scores: SetScores) -> dict[str, float]:
     return scores_by_name
 
 
-def _network_scores(images: ImageScores, reference: str) -> dict[str, float]:
-    """The scores on the network against one reference, by name in summary.json."""
+def _network_scores(images: ImageScores, reference: str) -> dict[str, float | None]:
+    """The scores on the network against one reference, by name in summary.json; None where there are too few images for one."""
     values = images.networks[NETWORK].references[reference]
-    shares = {name: values[name]["exact"] for name in ("precision", "recall", "density", "coverage")}
+    shares = {name: (values[name] or {}).get("exact") for name in ("precision", "recall", "density", "coverage")}
     return {
         "fd_efficientnet": values["fd_efficientnet"],
-        "kd_efficientnet": values["kd_efficientnet"]["value"],
+        "kd_efficientnet": (values["kd_efficientnet"] or {}).get("value"),
         **shares,
     }
 
 
-def _over_seeds(values: list[float]) -> float | dict[str, Any]:
+def _over_seeds(scores: list[float | None]) -> float | dict[str, Any] | None:
+    """The score of one seed, or mean and spread of several; None where one of them has none."""
+    values = [score for score in scores if score is not None]
+    if len(values) < len(scores):
+        return None
     if len(values) == 1:
         return values[0]
     return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
