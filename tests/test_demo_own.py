@@ -6,6 +6,8 @@ import dataclasses
 import json
 import random
 import runpy
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -203,6 +205,29 @@ def test_a_dry_run_writes_nothing(
         monkeypatch.setattr("sys.argv", ["demo.py", *words])
         with pytest.raises(InputError, match="Leave it out"):
             runpy.run_path(str(ROOT / "launchers/demo.py"))["main"]()
+
+
+def test_the_script_finds_a_folder_from_where_it_is_started(tmp_path: Path) -> None:
+    (tmp_path / "root/launchers").mkdir(parents=True)
+    (tmp_path / "root/.venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "launchers/demo.sh", tmp_path / "root/launchers")
+    (tmp_path / "root/launchers/setup.sh").touch()
+    python = tmp_path / "root/.venv/bin/python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    for name in ("my photos", "fashion"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+
+    def typed(*words: str) -> list[str]:
+        command = ["bash", "../root/launchers/demo.sh", *words]
+        return subprocess.run(
+            command, cwd=tmp_path / "here", capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    assert typed() == ["launchers/demo.py"]
+    assert typed("--data", "my photos", "a=b c")[1:] == ["--data", str(tmp_path / "here/my photos"), "a=b c"]
+    assert typed("--data", "fashion", "--quick")[1:] == ["--data", "fashion", "--quick"]
+    assert typed("--data", "missing")[1:] == ["--data", "missing"]
 
 
 def test_the_table_sets_models_beside_reconstructions_and_real_images() -> None:

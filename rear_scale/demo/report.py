@@ -80,8 +80,8 @@ def _reconstructions(recipe: Recipe) -> Section:
     tokens = tokenizer.encode(to_unit_range(torch.from_numpy(originals)))
     decoded = to_uint8(tokenizer.decode(tokens).float(), cfg.sample.uint8_rounding)
     text = (
-        f"Every generator draws {cfg.tokenizer.num_tokens} tokens of {cfg.tokenizer.codebook_size} codes per image, so none "
-        "can do better than the tokenizer does on real images: its distances are the floor of theirs."
+        f"Every generator draws {cfg.tokenizer.num_tokens} tokens of {cfg.tokenizer.codebook_size} codes per image, which this "
+        "tokenizer turns into an image. So details that it loses in real images are missing in all samples, too."
     )
     pictures = [
         Picture(grid(originals, _PER_CLASS), "validation images"),
@@ -119,9 +119,9 @@ def _on_a_network() -> list[str]:
         """
 These are not FID figures, which are taken on Inception and 256 pixels. The distances, precision, recall, density and coverage
 are taken on the 1,280 features of EfficientNet-Lite0, trained on ImageNet, against the validation images. The column of
-reconstructions holds the validation images after the tokenizer, which no generator can beat; the column of real images holds
-training images, as many as there are validation images. A Fréchet distance falls with the number of samples, so compare
-models with as many samples; the kernel distance does not depend on it.""",
+reconstructions holds the validation images after the tokenizer: what a generator would reach that drew the tokens of real images.
+The column of real images holds training images, as many as there are validation images. A Fréchet distance falls with the number
+of samples, so compare models with as many samples; the kernel distance does not depend on it.""",
         f"""
 Class accuracy is the agreement of a small classifier, trained on the training images alone, with the class that was asked for;
 in the column of real images, its accuracy on the validation images. The other Fréchet distance is taken on its
