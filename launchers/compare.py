@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 launchers/compare.py runs/a runs/b --tensors
 
 Reads the run folders alone. --tensors makes the first step whose loss or gradient differs again in both runs, and names the first
-module whose output, gradient or update differs, with the size of the difference. Exit code 0: nothing differs; 1: something does;
-2: bad input.
+module whose output, gradient or update differs, with the size of the difference. Exit code 0: nothing differs; 1: something does,
+or no step is logged by both; 2: bad input.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     a, b, ranks = aspects.record(args.a), aspects.record(args.b), world.discover()
     found = aspects.aspects(a, b)
     lines = aspects.in_words(a, b, found)
-    different = any(one.differs for one in found)
+    different = not aspects.equal(found)
     if args.tensors:
         step = args.step or tensors.step_to_compare(a, b)
         if step is None:

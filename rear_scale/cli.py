@@ -41,6 +41,7 @@ _WAIT_FOR_RANK_0_S = 10.0  # before another rank prints its error
 _WAIT_FOR_ENDED_RANK_S = 1.0  # before the other ranks report that it ended, so that its own error stands above
 _CLOCKS_DIFFER_S = 5.0  # allowed difference between the clocks of a shared file system and of this machine
 # Errors of a file system that mean that the user chose a wrong path, and not that the disk failed.
+_CODE_OF_CLOSED_PIPE = 141  # that of programs which SIGPIPE ends
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -234,7 +235,9 @@ def run(main: Callable[[], None]) -> None:
         _say_error(str(error))
     except OSError as error:
         code = 1
-        if error.errno in _UNUSABLE or error.errno in DISK_ERRORS:
+        if isinstance(error, BrokenPipeError) and not _flushed():
+            code = _CODE_OF_CLOSED_PIPE
+        elif error.errno in _UNUSABLE or error.errno in DISK_ERRORS:
             code = EXIT_INPUT_ERROR if error.errno in _UNUSABLE else 1
             _say_error(
                 f"{error.filename or 'a file'}: {error.strerror}. Make room for it there, or choose another path"
@@ -257,11 +260,21 @@ def run(main: Callable[[], None]) -> None:
     except BaseException:
         code = 1
         traceback.print_exc()
-    sys.stdout.flush()
+    if not _flushed():
+        code = code or _CODE_OF_CLOSED_PIPE
     sys.stderr.flush()
     # os._exit skips the interpreter's shutdown: engines keep process groups alive during it, and gloo's threads then
     # sometimes abort the process after its work is done (exit code -6).
     os._exit(code)
+
+
+def _flushed() -> bool:
+    """Writes out what was printed. False where the program behind a pipe has ended, as `head` does, and takes no more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _say_error(line: str) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from analyze_runs import rows_of, subject, write_runs
-from helpers import launch, run_alone
+from helpers import launch, run_alone, write_token_shards
 
 from rear_scale.analysis import command
 from rear_scale.analysis.csv_tables import csv_text, over_seeds, read_csv
+from rear_scale.analysis.groups import check_data, check_runs
 from rear_scale.analysis.intervals import difference_interval, mean_interval, t_quantile
 from rear_scale.analysis.job import analyse
 from rear_scale.analysis.kinds import title_of
@@ -20,6 +22,8 @@ from rear_scale.analysis.plots import panels, png
 from rear_scale.analysis.table import EXPERIMENTS
 from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.analysis.token_sets import evenly, of_each_class, spread_over_classes
+from rear_scale.config import InputError
+from rear_scale.objective.prediction import perplexity_of
 from rear_scale.report.reading import RunFiles
 from rear_scale.report.run_page import sections_of
 from rear_scale.sample.job import load_generator
@@ -33,9 +37,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Pa
 
 def test_images_are_spread_evenly_over_classes() -> None:
     labels = np.array([2, 0, 1, 0, 0, 2, 0, 0])
-    ids, short = of_each_class(labels, 2)
+    ids, short = of_each_class(labels, 2, 4)
     assert ids.tolist() == [0, 1, 2, 4, 5]  # the first and the third of five of class 0
-    assert short == 1  # class 1 has one alone
+    assert short == 2  # class 1 has one alone, class 3 none
     assert spread_over_classes(labels, 4).tolist() == [0, 1, 4, 7]  # sorted by class: 1 3 4 6 7 2 0 5
     assert spread_over_classes(labels, 9).tolist() == list(range(8))
     assert evenly(10, 3).tolist() == [0, 3, 6]
@@ -76,12 +80,54 @@ def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "a.csv") == rows
 
 
+def test_perplexity_beyond_all_floats_is_infinite() -> None:
+    assert perplexity_of(2.0) == math.exp(2.0)
+    assert perplexity_of(1e6) == math.inf
+    assert math.isnan(perplexity_of(math.nan))
+
+
+def test_a_run_named_by_digits_keeps_its_name(tmp_path: Path) -> None:
+    rows = [{"model": "AR", "run": "007", "seed": 7}, {"model": "1e5", "run": "", "seed": 8}]
+    (tmp_path / "a.csv").write_text(csv_text(rows))
+    assert read_csv(tmp_path / "a.csv") == rows
+
+
 def test_the_kinds_of_models_name_them(runs: dict[str, Path]) -> None:
     rear, ar = (subject(runs[name]) for name in ("rear", "ar"))
     titles = [title_of(one.cfg) for one in (rear, ar)]
     assert titles == ["reAR", "AR"]
     same = command._named([rear], [rear])
     assert [one.model for one in same] == ["reAR (--checkpoint)", "reAR (--versus)"]
+
+
+def test_checkpoints_of_one_option_are_seeds_of_one_model(runs: dict[str, Path], tmp_path: Path) -> None:
+    rear, ar = (subject(runs[name]) for name in ("rear", "ar"))
+    assert check_runs([[rear], [ar]]) == []
+    assert check_runs([[rear], [rear]]) == []  # two models may be one
+    with pytest.raises(InputError, match="--versus names .*count as independent seeds"):
+        check_runs([[rear], [ar, subject(runs["ar"] / "checkpoints/step_00000002")]])
+    (note,) = check_runs([[rear, ar]])
+    assert "differs from" in note
+    assert "objective." in note
+    twin = tmp_path / "twin"
+    shutil.copytree(runs["ar"], twin)
+    (note,) = check_runs([[ar, subject(twin)]])
+    assert "several runs have run.seed=1" in note
+    later = dataclasses.replace(ar, checkpoint=dataclasses.replace(subject(twin, "run.seed=7").checkpoint, step=9))
+    notes = check_runs([[ar, later]])
+    assert any("at step 9" in line for line in notes)
+
+
+def test_seeds_of_one_model_are_measured_on_the_same_tokens(runs: dict[str, Path], tmp_path: Path) -> None:
+    rear, ar = (subject(runs[name]) for name in ("rear", "ar"))
+    copy = tmp_path / "copy"
+    shutil.copytree(rear.cfg.data.val, copy)
+    same = subject(runs["ar"], f"data.val={copy}")
+    other = subject(runs["ar"], f"data.val={write_token_shards(tmp_path / 'other', 23, seed=6)}")
+    assert check_data([[rear], [ar]]) == check_data([[rear, same]]) == []
+    assert "measured on other tokens" in check_data([[rear], [other]])[0]
+    with pytest.raises(InputError, match=r"--checkpoint: .*has data\.val=.*whose content is not that of"):
+        check_data([[rear, other]])
 
 
 def _generalization_and_evaluation(world: World, run: Path, out: Path) -> tuple[list[dict], dict]:

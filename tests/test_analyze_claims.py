@@ -67,7 +67,80 @@ def test_a_difference_of_differences_is_taken_over_the_seeds_of_each_model() -> 
     table = rows([23.0, 24.1, 25.0], [20.0, 21.0, 22.0], "reAR") + rows([11.0, 12.0, 13.1], [10.0, 11.0, 12.0], "AR")
     (found,) = judge(four, table)
     assert (found.verdict, found.interval.seeds) == (HOLDS, 3)
-    assert found.interval.mean == pytest.approx((3.1 / 3 + 2 - 3.1 / 3) / 2, abs=0.05)
+    # The gap of reAR less that of AR, and not a half of it.
+    assert found.interval.mean == pytest.approx((23.0 + 24.1 + 25.0) / 3 - 21 - ((11.0 + 12.0 + 13.1) / 3 - 11))
+    within = claim(
+        plus=({"protocol": "perfect", "ratio": 0.2}, {"protocol": "imperfect", "ratio": 0.8}),
+        minus=({"protocol": "imperfect", "ratio": 0.2}, {"protocol": "perfect", "ratio": 0.8}),
+    )
+    of_one_model = rows([9.0, 9.1], [5.0, 5.0], ratio=0.2) + rows([8.0, 8.0], [7.0, 7.0], ratio=0.8)
+    assert judge(within, of_one_model)[0].interval.mean == pytest.approx(4.05 - 1)
+    # A half that is missing leaves nothing to judge.
+    without = [row for row in of_one_model if (row["protocol"], row["ratio"]) != ("imperfect", 0.8)]
+    assert judge(within, without)[0].verdict == NOT_RUN
+
+
+def test_runs_of_other_recipes_are_no_seeds_of_a_model() -> None:
+    compared = claim(plus=({"model": "reAR"},), minus=({"model": "AR"},), direction="below", measure=("psnr",))
+    ar = rows([2.0, 2.1], [], "AR", recipe="c")
+    own, ablation = rows([1.0, 1.1], [], "reAR", recipe="a"), rows([9.0], [], "reAR", recipe="b")
+    for one in ablation:
+        one["run"] = "with_other_noise"
+    (found,) = judge(compared, ar + own + ablation)
+    assert (found.verdict, found.interval.seeds, found.left_out) == (HOLDS, 2, ["with_other_noise"])
+    assert claims.csv_rows([found])[0]["left_out"] == "with_other_noise"
+    # A selection that names several values of a field of the config means several recipes.
+    weights = claim(plus=({"objective.heads.weight": [0.5, 1.5]},), minus=({"model": "AR"},), direction="below")
+    both = [{**row, "objective.heads.weight": weight} for row, weight in zip(own, (0.5, 1.5), strict=True)]
+    both[1]["recipe"] = "b"
+    (found,) = judge(weights, ar + both)
+    assert (found.interval.seeds, found.left_out) == (2, [])
+
+
+def test_sizes_are_compared_at_one_length_and_lengths_at_one_size() -> None:
+    def of(scale: str, size: int, steps: int, values: list[float]) -> list[dict[str, Any]]:
+        return rows(values, [], "reAR", scale=scale, size=size, steps=steps)
+
+    table = [
+        *of("4 x 128, 600 steps", 65536, 600, [5.0, 5.1]),
+        *of("4 x 128, 1,200 steps", 65536, 1200, [4.0, 4.1]),
+        *of("8 x 128, 1,200 steps", 131072, 1200, [4.5, 4.6]),
+    ]
+    sizes = claim(plus=({"size": "max"},), minus=({"size": "min"},), direction="below", match="length")
+    (found,) = judge(sizes, table)  # 4.5 against 4.0, and not against the mean of 5.0 and 4.0
+    assert (found.verdict, found.interval.mean) == (FAILS, pytest.approx(0.5))
+    lengths = claim(plus=({"steps": "max"},), minus=({"steps": "min"},), direction="below", match="size")
+    (found,) = judge(lengths, table)
+    assert (found.verdict, found.interval.mean) == (HOLDS, pytest.approx(-1.0))
+    other = [
+        {**row, "model.conditioning": "in_context"} for row in of("16 x 128, 1,200 steps", 262144, 1200, [1.0, 1.1])
+    ]
+    assert judge(sizes, table + other)[0].interval.mean == pytest.approx(0.5)
+
+
+def analysed(folder: Path, run: str, step: int, psnr: float, images: int = 10) -> None:
+    folder.mkdir(parents=True)
+    row = {"model": "AR", "run": run, "seed": 0, "step": step, "protocol": "perfect", "psnr": psnr}
+    (folder / "exposure.csv").write_text(csv_text([row]))
+    record = [{"model": "AR", "run": run, "seed": 0, "step": step, "kind": "AR", **ABOUT, "recipe": "a"}]
+    (folder / "exposure.json").write_text(json.dumps({"checkpoints": record, "analyze": {"images": images}}))
+
+
+def test_of_several_analyses_of_a_run_one_counts(tmp_path: Path) -> None:
+    analysed(tmp_path / "a", "007", 300, 1.0)
+    analysed(tmp_path / "b", "007", 600, 2.0, images=100)
+    analysed(tmp_path / "c", "007", 600, 3.0)  # a quick look of later
+    analysed(tmp_path / "d", "1e5", 600, 4.0)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/exposure.json").write_text('{"checkpoints": [3], "analyze": 4}')  # of another program
+    found = claims.find_tables([tmp_path, tmp_path / "a"])["exposure"]
+    assert [(row["run"], row["step"], row["psnr"]) for row in found] == [("007", 600, 2.0), ("1e5", 600, 4.0)]
+
+
+def test_the_speed_of_a_run_stands_beside_its_scores(tmp_path: Path) -> None:
+    assert claims._speed(tmp_path) == {}
+    (tmp_path / "bench.json").write_text(json.dumps({"mode": "sample", "images_per_s": 8.5}))
+    assert claims._speed(tmp_path) == {"images_per_s": 8.5}
 
 
 def test_equality_bounds_and_numbers_without_a_partner() -> None:
@@ -92,7 +165,7 @@ def test_selections_take_bounds_lists_and_extremes() -> None:
 
 def test_every_claim_of_the_file_can_be_read_and_names_columns_that_exist(tmp_path: Path) -> None:
     known = read_claims()
-    assert len(known) >= 40
+    assert len(known) >= 70
     assert {one.paper for one in known} == {"rear", "rar"}
     assert {one.source.partition("_")[0] for one in known} <= {RESULTS, *EXPERIMENTS}
     assert all(one.direction == "equal" or one.within == 0 for one in known)
@@ -112,7 +185,7 @@ def test_the_launcher_fills_the_ledger_from_tables_that_are_there(tmp_path: Path
         for seed in range(3) for protocol in ("perfect", "imperfect")
     ]  # fmt: skip
     (run / "exposure.csv").write_text(csv_text(table))
-    record = [{"run": f"r{seed}", "seed": seed, "step": 9, "kind": "AR", **ABOUT} for seed in range(3)]
+    record = [{"model": "AR", "run": f"r{seed}", "seed": seed, "step": 9, "kind": "AR", **ABOUT} for seed in range(3)]
     (run / "exposure.json").write_text(json.dumps({"checkpoints": record}))
     out = tmp_path / "out"
     found = launch("python", "launchers/analyze.py", "claims", tmp_path / "runs", f"run.dir={out}")
@@ -135,8 +208,9 @@ def test_own_points_stand_beside_the_published_ones(tmp_path: Path, monkeypatch:
     rows, lines = throughput.own_rows([tmp_path / "runs"])
     assert rows == []
     assert lines == [f"{run} has a speed and no FID: launchers/evaluate.py --checkpoint {run} with Inception's weights"]
-    monkeypatch.setattr(throughput, "_best_fid", lambda run: 2.0)
-    rows, lines = throughput.own_rows([tmp_path / "runs"])
+    monkeypatch.setattr(throughput, "_best_fid", lambda run: (2.0, 1000))
+    rows, lines = throughput.own_rows([tmp_path / "runs", run])
+    assert lines == [f"{run}: its FID is of 1,000 images, published ones are of 50,000"]
     assert [(row["method"], row["fid"], row["images_per_s"]) for row in rows] == [("rar_b", 2.0, 30.5)]
     assert throughput.figure([*throughput.published_rows(), *rows]).startswith(b"\x89PNG")
     assert len(throughput.published_rows()) == 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -283,3 +284,57 @@ def test_the_lin_weights_of_an_installed_package_are_found(tmp_path: Path, monke
         "evaluate.vgg_weights": "package",  # the package has none
         "evaluate.lpips_weights": str(tmp_path / "lpips/weights/v0.1/vgg.pth"),
     }
+
+
+def test_cka_of_features_that_do_not_vary_is_no_number() -> None:
+    generator = np.random.default_rng(0)
+    y = generator.standard_normal((60, 3))
+    for x in (np.full((60, 4), 0.1), np.zeros((60, 4))):
+        sums = {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "yy": y.T @ y, "xy": x.T @ y}
+        assert math.isnan(linear_cka(sums, 60))
+    # Features of float32 that vary in their last digits still have one.
+    x = np.float32(1) + np.float32(1e-6) * y.astype(np.float32)
+    x = x.astype(np.float64)
+    sums = {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "yy": y.T @ y, "xy": x.T @ y}
+    assert linear_cka(sums, 60) == pytest.approx(gram_cka(x, y), rel=1e-2)
+
+
+def _diverged(world: World, run: Path, tokenizer: Path, out: Path, value: float) -> dict[str, list[dict]]:
+    """The first tables of all experiments on a model whose head is lost."""
+    settings = [f"tokenizer.weights={tokenizer}", "sample.batch_size=8", "analyze.images=3", "analyze.ratios=[0,0.5]",
+                "analyze.replacement_ratios=[0,1]", "analyze.train_images=10", "analyze.wrong_tokens=2",
+                "analyze.images_per_class=1", "evaluate.replace_draws=1", "run.name='$a_{'"]  # fmt: skip
+    found = {}
+    for name, experiment in EXPERIMENTS.items():
+        work = experiment.work(subject(run, *settings, model="$a_{"), world)
+        with torch.no_grad():
+            work.model.lm_head.weight.mul_(value)
+            if name == "cka":
+                next(iter(work.model.parameters())).fill_(value)
+        lost = dataclasses.replace(experiment, work=lambda subject, world, work=work: work)
+        (one,) = analyse(lost, [work.subject], world, out / name)
+        found[name] = experiment.tables(one)[""]
+        assert all(picture.startswith(b"\x89PNG") for picture in experiment.figures([one]).values())
+        assert isinstance(experiment.lines([one]), list)
+    return found
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_a_diverged_model_is_analysed_to_the_end(
+    runs: dict[str, Path], tokenizer: Path, tmp_path: Path, value: float
+) -> None:
+    found = run_alone(_diverged, runs["rear"], tokenizer, tmp_path, value)
+    perplexity = found["generalization"][0]["perplexity"]
+    assert math.isnan(perplexity) if math.isnan(value) else perplexity == math.inf
+    assert set(found) == set(EXPERIMENTS)
+
+
+def test_another_order_of_decoding_is_another_experiment(runs: dict[str, Path], tokenizer: Path) -> None:
+    weights = f"tokenizer.weights={tokenizer}"
+
+    def identity(run: Path, *overrides: str) -> dict:
+        return EXPERIMENTS["exposure"].work(subject(run, weights, *overrides), _single()).identity
+
+    plain = identity(runs["ar"])
+    assert "sample_order" not in plain
+    assert identity(runs["ar"], "sample.order=spiral_in") == {**plain, "sample_order": "spiral_in"}

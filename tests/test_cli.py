@@ -144,3 +144,23 @@ def test_the_next_command_is_started_as_this_one_was(
     monkeypatch.setenv("RANK", "1")
     cli.end("runs/x")
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_of_a_pipe_that_has_ended_is_no_error(
+    end: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `runs.py | head -1`."""
+
+    class Closed:
+        def write(self, text: str) -> None: ...
+
+        def flush(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    broken = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    code, shown = end(broken)  # of another pipe
+    assert code == 1
+    assert "Traceback" in shown
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert end(broken) == (141, "")

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from rear_scale.parallel.ddp import DDPStrategy
 from rear_scale.replay import aspects, tensors
 from rear_scale.replay.aspects import Aspect
 from rear_scale.replay.moment import moment
+from rear_scale.replay.steps import Result
 from rear_scale.shards import writer
 from rear_scale.shards.order import BatchOrder
 from rear_scale.train import setup, start
 from rear_scale.train.loop import Hooks, train
-from rear_scale.world import World
+from rear_scale.world import SingleProcess, World
 
 SAMPLE = int(BatchOrder(100, 12, 0).global_batch(1)[0][3])  # of the first batch
 SINGLE = ("strategy=single", "train.total_steps=3")
@@ -259,7 +261,41 @@ def test_an_update_that_is_skipped_in_silence(tmp_path: Path, tokens: Path, eigh
     found = compared(eight, b)
     assert {name for name, one in found.items() if one.state == "different"} == {"losses"}
     assert found["losses"].lines[0].startswith("first at step 8: ")
-    assert "at step 8, but " in parted(eight, b).notes[0]
+    first, second, *_ = parted(eight, b).notes
+    assert "at step 8, but " in first
+    assert second.startswith(f"without the update of step 7, the replay of {b} has what is logged at step 8")
+
+
+def test_updates_are_left_out_between_the_last_step_as_logged_and_the_first_that_is_not() -> None:
+    def result(step: int, loss: float) -> Result:
+        return Result(step, {"loss": loss, "grad_norm": 1.0})
+
+    results = [result(step, 1 / step) for step in range(5, 10)]
+    logged = {step: {"loss": 1 / step, "grad_norm": 1.0} for step in (6, 8)}
+    assert tensors._around_the_first_unlike(logged, results) is None
+    assert tensors._around_the_first_unlike({**logged, 8: {"loss": 3.0}}, results) == (6, 8)
+    assert tensors._around_the_first_unlike({6: {"loss": 3.0}}, results) is None  # nothing before it is as logged
+    made: list[int] = []
+
+    class Run:
+        world, moment = SingleProcess(), SimpleNamespace(run="r", logged={6: {"loss": 1 / 6}, 8: {"loss": 3.0}})
+
+        def without_update(self, skipped: int, last: int) -> Result:
+            made.append(skipped)
+            return result(last, 3.0 if skipped == 6 else 4.0)
+
+    assert "without the update of step 6" in tensors._skipped_in_silence(Run(), results)[0]
+    assert made == [7, 6]
+
+
+def test_runs_without_a_step_in_common_are_not_said_to_be_equal(
+    tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = edited(first, tmp_path, {}, None, 1.0)
+    lines = [{**line, "step": line["step"] + 100} for line in metrics(first)]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert launched(monkeypatch, first, other) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not known to be equal: no step is logged by both")
 
 
 def edited(first: Path, folder: Path, change: dict[str, Any], event: dict[str, Any] | None, factor: float) -> Path:

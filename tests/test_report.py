@@ -19,7 +19,7 @@ from PIL import Image
 from test_train import run
 
 from rear_scale.config import InputError
-from rear_scale.report import command, run_page, writing
+from rear_scale.report import command, comparison, reading, run_page, writing
 from rear_scale.report.charts import Chart, Line, Mark, short, ticks
 from rear_scale.report.curves import COLUMNS, Curves
 from rear_scale.report.figures import class_rows, grid
@@ -446,3 +446,24 @@ def test_a_quarter_of_a_million_steps_are_a_small_page_in_a_short_time(tmp_path:
     assert path.stat().st_size < 3_000_000
     charts = [json.loads(value) for name, value in Seen(path.read_text()).attributes if name == "data-chart"]
     assert max(charts[0]["lines"][0]["high"]) == 90
+
+
+def test_values_that_no_run_of_ours_writes_leave_a_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 3, time_left_s=float("nan"), step_time_s=1e-300)
+    huge = 10**400
+    lines = [metric_line(step, loss=huge, images_seen=huge) for step in (4, 10**12)]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    write_lines(run / "evaluations.jsonl", [{"step": 3, "fid": huge}, {"step": 3, "is": 1.5}])
+    for name in ("result_gone.json", "samples_gone.png"):
+        (run / name).symlink_to("/nowhere")
+    shown = seen(run)
+    assert "1,000,000,000,000" in shown.text
+    assert "result_gone.json is not shown" in shown.text
+    # A curve at one huge place has a width all the same.
+    chart = Chart("a", [Line("a", np.array([1e18]), np.array([1.0]))])
+    assert chart.path(chart.lines[0]).startswith("M")
+    comparison.write_comparison(tmp_path / "two.html", comparison.compare([run, run]))
+    result = SimpleNamespace(samples=SimpleNamespace(images=3, size=[8]), checkpoint=None, sample=None, tokens=None)
+    with pytest.raises(TypeError, match="values of other types"):
+        reading._check_shape(result)

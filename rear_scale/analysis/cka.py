@@ -22,23 +22,31 @@ from rear_scale.analysis.plots import colour, finish, line, models_of, panels, p
 from rear_scale.analysis.token_sets import TokenWork
 from rear_scale.model import Generator
 from rear_scale.objective.terms import Feature
+from rear_scale.tokenizer import weights_sha256
 
 TARGETS = ("current", "next")
+# Variance below this fraction of the squared mean is rounding: sums are float64 of float32 features, which resolve 1e-7.
+_NO_VARIANCE = 1e-14
 _BLOCKS = 16  # each is a file with the products of all layers, so there are few
 
 
 def linear_cka(sums: dict[str, np.ndarray], count: int) -> float:
     """Eq. 13 with the linear kernel, from sums over `count` rows of features x [n, D] and embeddings y [n, Z].
 
-    sums: "x" [D], "y" [Z], "xx" = x'x [D, D], "yy" [Z, Z] and "xy" [D, Z], float64. NaN for features without variance.
+    sums: "x" [D], "y" [Z], "xx" = x'x [D, D], "yy" [Z, Z] and "xy" [D, Z], float64. NaN where one side has no variance: none
+    above the rounding of its sums.
     """
 
     def centered(name: str) -> np.ndarray:
         a, b = sums[name[0]], sums[name[1]]
         return sums[name] - np.outer(a, b) / count
 
-    norms = np.linalg.norm(centered("xx")) * np.linalg.norm(centered("yy"))
-    return float(np.linalg.norm(centered("xy")) ** 2 / norms) if norms > 0 else float("nan")
+    norms = [float(np.linalg.norm(centered(name))) for name in ("xx", "yy")]
+    if any(
+        not norm > _NO_VARIANCE * np.linalg.norm(sums[name]) for norm, name in zip(norms, ("xx", "yy"), strict=True)
+    ):
+        return float("nan")
+    return float(np.linalg.norm(centered("xy")) ** 2 / (norms[0] * norms[1]))
 
 
 class Cka(TokenWork):
@@ -53,7 +61,10 @@ class Cka(TokenWork):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**super().identity, "batch": self.cfg.evaluate.batch_size}
+        found = {**super().identity, "batch": self.cfg.evaluate.batch_size}
+        if self.val.manifest.codebook_sha256 is None:  # the codebook is that of the tokenizer's weights
+            found["tokenizer"] = self.world.on_main(lambda: weights_sha256(self.cfg.tokenizer))
+        return found
 
     @property
     def taps(self) -> range:
@@ -117,17 +128,19 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
         for tap, value in enumerate(values):
             rows.append({**about, "target": target, "tap": tap, "depth": tap / depth, "cka": float(value),
                          "counted": int(arrays["count"])})  # fmt: skip
-        peak = int(np.nanargmax(values)) if np.isfinite(values).any() else 0
+        peak = int(np.nanargmax(values)) if np.isfinite(values).any() else 0  # peak_cka is NaN without any
         peaks.append({**about, "target": target, "peak_tap": peak, "peak_depth": peak / depth, "peak_cka": float(values[peak]),
                       "first_cka": float(values[0]), "last_cka": float(values[-1]),
                       "falls": float(np.mean(np.diff(values) < 0))})  # fmt: skip
     return {"": rows, "peaks": peaks}
 
 
-def best_taps(analysed: Analysed) -> tuple[int, int]:
+def best_taps(analysed: Analysed) -> tuple[int, int] | None:
     """The taps for heads on the current and the next token: where CKA is largest before the last block's output, which the paper
-    leaves to the prediction itself."""
+    leaves to the prediction itself; None where no tap has a finite value."""
     current, following = (analysed.arrays[target][:-1] for target in TARGETS)
+    if not (np.isfinite(current).any() and np.isfinite(following).any()):
+        return None
     return int(np.nanargmax(current)), int(np.nanargmax(following))
 
 
@@ -136,7 +149,12 @@ def lines(analysed: Sequence[Analysed]) -> list[str]:
     found = []
     for one in analysed:
         current, following = tables(one)["peaks"]
-        depth, (encode, decode) = one.subject.cfg.model.depth, best_taps(one)
+        depth, taps = one.subject.cfg.model.depth, best_taps(one)
+        if taps is None:
+            name = f"{one.subject.model} ({one.subject.cfg.run.name})"
+            found.append(f"{name}: no CKA is finite. Its features or the codebook are not finite, or do not vary")
+            continue
+        encode, decode = taps
         found.append(
             f"{one.subject.model} ({one.subject.cfg.run.name}): CKA with the current token peaks at tap {current['peak_tap']} "
             f"of {depth} ({current['peak_cka']:.3f}), with the next one at tap {following['peak_tap']} "

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from rear_scale.analysis.csv_tables import read_csv, shown
+from rear_scale.analysis.csv_tables import ABOUT, read_csv, shown
 from rear_scale.analysis.experiment import Row
 from rear_scale.analysis.intervals import Interval, difference_interval, mean_interval
 from rear_scale.analysis.kinds import scale_of, title_of
 from rear_scale.analysis.table import EXPERIMENTS
-from rear_scale.config import CONFIG_DIR, InputError, from_dict
+from rear_scale.analysis.throughput import speed_of
+from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, from_dict
 from rear_scale.config.values import leaves
 from rear_scale.evaluate.result import Result, read_result
 
@@ -29,6 +30,7 @@ FILE = CONFIG_DIR / "claims.yaml"
 RESULTS = "result"  # the table of evaluations
 HOLDS, FAILS, UNCLEAR, NOT_RUN = "holds", "does not hold", "not distinguishable", "not run"
 PAPERS = {"rear": "reAR", "rar": "RAR"}
+_MATCHES = ("scale", "size", "length")
 _DIRECTIONS = ("above", "below", "equal")
 _LEAST_SEEDS = 2  # of an interval
 
@@ -49,9 +51,7 @@ class Claim:
     command: str  # that gives the results
     at: float = 0.0
     within: float = 0.0  # for "equal": the largest difference
-    match: str = (
-        "scale"  # what compared rows share: "scale" = data, size and length of the run; "data" = the data alone
-    )
+    match: str = "scale"  # what compared rows share beside their data: scale = size and length, or one of both
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class Verdict:
     measure: str = ""
     interval: Interval | None = None
     runs: list[str] = field(default_factory=list)
+    left_out: list[str] = field(
+        default_factory=list
+    )  # runs that fit too, of another recipe than those that were compared
 
 
 def read_claims(path: Path = FILE) -> list[Claim]:
@@ -91,11 +94,12 @@ def _claim(name: str, entry: Mapping[str, Any], path: Path) -> Claim:
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: claims.{name} lacks or has an unknown {error}. Write it as the others") from None
     known = (RESULTS, *EXPERIMENTS)
-    if claim.direction not in _DIRECTIONS or claim.source.partition("_")[0] not in known or claim.paper not in PAPERS:
-        raise InputError(
-            f"{path}: claims.{name} has claim={claim.direction}, from={claim.source}, paper={claim.paper}. Use one of "
-            f"{', '.join(_DIRECTIONS)}; {', '.join(known)}; {', '.join(PAPERS)}"
-        )
+    for key, value, choices in (
+        ("claim", claim.direction, _DIRECTIONS), ("from", claim.source.partition("_")[0], known),
+        ("paper", claim.paper, tuple(PAPERS)), ("match", claim.match, _MATCHES),
+    ):  # fmt: skip
+        if value not in choices:
+            raise InputError(f"{path}: claims.{name} has {key}={value}. Use one of {', '.join(choices)}")
     return claim
 
 
@@ -104,44 +108,67 @@ def _selections(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def find_tables(folders: Iterable[Path]) -> dict[str, list[Row]]:
-    """The rows of all results in folders, by table. Each has `data_set`, `scale` and `size` beside its own columns.
+    """The rows of all results in folders, by table. Each has `data_set`, `scale`, `size` and `recipe` beside its own columns.
 
-    Raises InputError for a folder that does not exist.
+    Of several analyses of a run, that of the latest step counts, then that of the most images, then the newest. Raises InputError
+    for a folder that does not exist.
     """
     tables: dict[str, list[Row]] = {}
+    records: dict[str, list[_Analysis]] = {name: [] for name in EXPERIMENTS}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"not found: {folder}. Name folders that hold runs, for instance runs/demo")
         for name in EXPERIMENTS:
             for record in sorted(folder.rglob(f"{name}.json")):
-                _add_experiment(tables, name, record)
+                records[name] += _analyses(name, record)
         for path in sorted(folder.rglob("result*.json")):
             # Other settings of sampling count only where the run's own ones were not evaluated.
             if path.name == "result.json" or not (path.parent / "result.json").exists():
                 tables.setdefault(RESULTS, []).extend(_rows_of_result(path))
-    # A checkpoint may have been analysed several times, beside others.
-    return {name: _distinct(rows) for name, rows in tables.items()}
+    for of_name in records.values():
+        best = {}
+        for one in sorted(of_name, key=lambda one: one.rank):
+            best[one.run] = one
+        for one in best.values():
+            for table, rows in one.tables.items():
+                tables.setdefault(table, []).extend(rows)
+    return tables
 
 
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    return list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
+@dataclass(frozen=True)
+class _Analysis:
+    """What one analysis says about one checkpoint."""
+
+    run: tuple[Any, ...]  # that tells the run from others
+    rank: tuple[float, ...]  # step, images, time
+    tables: dict[str, list[Row]]
 
 
-def _add_experiment(tables: dict[str, list[Row]], name: str, record: Path) -> None:
-    """Adds the rows of the tables beside the record of an analysis."""
+def _analyses(name: str, record: Path) -> list[_Analysis]:
+    """The analyses of each checkpoint in the record of a command, with the rows of the tables beside it."""
     try:
-        checkpoints = json.loads(record.read_text())["checkpoints"]
-        about = {(one["run"], one["seed"], one["step"]): one for one in checkpoints}
-    except (ValueError, LookupError, TypeError):
-        return  # a file of another program
-    for path in sorted(record.parent.glob(f"{name}*.csv")):
-        if path.stem == f"{name}_summary":
-            continue
-        for row in read_csv(path):
-            one = about.get((row.get("run"), row.get("seed"), row.get("step")))
-            if one is not None and "kind" in one:
-                extra = {key: one[key] for key in ("data_set", "scale", "size")}
-                tables.setdefault(path.stem, []).append({**row, "model": one["kind"], **extra})
+        values = json.loads(record.read_text())
+        checkpoints, settings = values["checkpoints"], values.get("analyze") or {}
+        about = {tuple(one[column] for column in ABOUT): one for one in checkpoints if "kind" in one}
+        images = [settings.get(setting, 0) for setting in ("images", "images_per_class")]
+        paths = [path for path in sorted(record.parent.glob(f"{name}*.csv")) if path.stem != f"{name}_summary"]
+        tables = {path.stem: read_csv(path) for path in paths}
+        found = []
+        for key, one in about.items():
+            extra = {column: one.get(column) for column in ("data_set", "scale", "size", "recipe")}
+            own = {
+                table: [
+                    {**row, "model": one["kind"], **extra}
+                    for row in rows
+                    if tuple(row.get(column) for column in ABOUT) == key
+                ]
+                for table, rows in tables.items()
+            }
+            rank = tuple(map(float, (one["step"], *images, record.stat().st_mtime)))
+            found.append(_Analysis((one["run"], one["seed"], *extra.values()), rank, own))
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []  # a file of another program
 
 
 def _rows_of_result(path: Path) -> list[Row]:
@@ -158,10 +185,22 @@ def _rows_of_result(path: Path) -> list[Row]:
         {
             **{name: value for name, value in leaves(dict(result.config)).items() if not isinstance(value, list | dict)},
             "model": title_of(cfg), "run": cfg.run.name, "seed": cfg.run.seed, **scale,
-            "steps": cfg.train.total_steps, "decode_depth": _part(cfg.objective.heads.decode_tap, cfg.model.depth),
-            **_numbers(result),
+            "steps": _steps(result, cfg), "decode_depth": _part(cfg.objective.heads.decode_tap, cfg.model.depth),
+            **_numbers(result), **_speed(path.parent),
         }
     ]  # fmt: skip
+
+
+def _steps(result: Result, cfg: ExperimentConfig) -> int | None:
+    """The length of a run, which may be given in epochs."""
+    if cfg.train.total_steps is not None:
+        return cfg.train.total_steps
+    return None if result.checkpoint is None else result.checkpoint.step
+
+
+def _speed(run: Path) -> Row:
+    speed = speed_of(run)
+    return {} if speed is None else {"images_per_s": speed["images_per_s"]}
 
 
 def _part(tap: int | None, depth: int) -> float | None:
@@ -183,59 +222,106 @@ def judge(claim: Claim, rows: Sequence[Row]) -> list[Verdict]:
     found = []
     for data in dict.fromkeys(row["data_set"] for row in rows):
         here = [row for row in rows if row["data_set"] == data]
-        groups = [here]
-        if claim.match == "scale":
-            sizes = sorted({(row["size"], row["scale"]) for row in here}, reverse=True)
-            groups = [[row for row in here if row["scale"] == scale] for _, scale in sizes]
-        # The largest model that has been run on both sides.
-        verdicts = (_judge_group(claim, group) for group in groups)
+        verdicts = (_judge_group(claim, group) for group in _groups(claim, here))
         found += [next((one for one in verdicts if one is not None), None)]
     return [one for one in found if one is not None] or [Verdict(claim, NOT_RUN)]
 
 
+def _groups(claim: Claim, rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that may be compared: those of one size and length of training, or of one of both, and of one form of
+    conditioning. The group with the most different scales comes first, of several such that of the largest model."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        size, _, length = str(row["scale"]).partition(", ")
+        name = {"scale": row["scale"], "size": size, "length": length}[claim.match]
+        groups.setdefault((name, row.get("model.conditioning")), []).append(row)
+
+    def place(group: list[Row]) -> tuple[float, ...]:
+        return len({row["scale"] for row in group}), max(row["size"] for row in group)
+
+    return sorted(groups.values(), key=place, reverse=True)
+
+
 def _judge_group(claim: Claim, rows: Sequence[Row]) -> Verdict | None:
-    plus, minus = (
-        [row for row in rows if any(_matches(row, one, rows) for one in side)] for side in (claim.plus, claim.minus)
-    )
-    if not plus or (claim.minus and not minus):
+    sides = [[[row for row in rows if _matches(row, one, rows)] for one in side] for side in (claim.plus, claim.minus)]
+    if not all(of_one for side in sides for of_one in side):
         return None
+    kept = _one_recipe(claim, sides)
+    plus, minus = map(_flat, kept)
+    compared = {id(row) for row in (*plus, *minus)}
+    left_out = [row for side in sides for row in _flat(side) if id(row) not in compared]
     measure = next((name for name in claim.measure if all(_is_number(row.get(name)) for row in (*plus, *minus))), None)
     if measure is None:
         return None
-    first, second = _by_seed(plus, measure), _by_seed(minus, measure)
+    first, second = (_by_seed(side, measure) for side in kept)
     if not claim.minus:
         interval = mean_interval([value - claim.at for value in first.values()])
-    elif first.keys() == second.keys():  # each run on both sides: its own difference
-        interval = _of_own_differences({run: first[run] - second[run] for run in first})
+    elif both := [run for run in first if run in second]:  # each run on both sides: its own difference
+        interval = _of_own_differences({run: first[run] - second[run] for run in both})
     else:
         interval = difference_interval(list(first.values()), list(second.values()))
     scales = dict.fromkeys(row["scale"] for row in (*plus, *minus))
     runs = list(dict.fromkeys(str(row["run"]) for row in (*plus, *minus)))
-    return Verdict(claim, _verdict(claim, interval), rows[0]["data_set"], "; ".join(scales), measure, interval, runs)
+    others = list(dict.fromkeys(str(row["run"]) for row in left_out))
+    verdict = _verdict(claim, interval)
+    return Verdict(claim, verdict, rows[0]["data_set"], "; ".join(scales), measure, interval, runs, others)
+
+
+def _flat(side: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for rows in side for row in rows]
+
+
+def _one_recipe(claim: Claim, sides: Sequence[Sequence[Sequence[Row]]]) -> list[list[list[Row]]]:
+    """The rows of both sides by selection, of each kind of model those of one recipe: that with the most runs, and of several
+    such the first. Runs of other recipes are no seeds of that model. A selection that names several values of a field of the
+    config means all of their recipes."""
+    found = []
+    for selections, side in zip((claim.plus, claim.minus), sides, strict=True):
+        several = any(
+            "." in name and isinstance(value, list | dict) for one in selections for name, value in one.items()
+        )
+        found.append([rows if several else _of_recipe(rows, _flat(side)) for rows in side])
+    return found
+
+
+def _of_recipe(rows: Sequence[Row], side: Sequence[Row]) -> list[Row]:
+    chosen = {}
+    for model in {row["model"] for row in rows}:
+        runs: dict[Any, set[Any]] = {}
+        for row in side:
+            if row["model"] == model:
+                runs.setdefault(row.get("recipe"), set()).add((row["run"], row["seed"]))
+        chosen[model] = max(runs, key=lambda recipe: len(runs[recipe]))
+    return [row for row in rows if row.get("recipe") == chosen[row["model"]]]
 
 
 def _of_own_differences(differences: Mapping[Any, float]) -> Interval:
-    """The mean of the differences of runs. With two models, half of the difference between them: `plus` and `minus` then hold one
-    half each of both models, with opposite signs."""
+    """The mean of the differences of runs. With two models, the difference between them: `plus` and `minus` then hold one half
+    each of both models, with opposite signs."""
     models: dict[str, list[float]] = {}
     for run, value in differences.items():
         models.setdefault(run[0], []).append(value)
     if len(models) != 2:
         return mean_interval(list(differences.values()))
     one, other = models.values()
-    return difference_interval([value / 2 for value in one], [-value / 2 for value in other])
+    return difference_interval(one, [-value for value in other])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _by_seed(rows: Sequence[Row], measure: str) -> dict[Any, float]:
-    """The mean of a measure over the rows of each run."""
-    runs: dict[Any, list[float]] = {}
-    for row in rows:
-        runs.setdefault((row["model"], row["run"], row["seed"], row["scale"]), []).append(row[measure])
-    return {run: statistics.fmean(values) for run, values in runs.items()}
+def _by_seed(side: Sequence[Sequence[Row]], measure: str) -> dict[Any, float]:
+    """The sum over selections of the mean of a measure over the rows of each run."""
+    found: dict[Any, float] = {}
+    for rows in side:
+        runs: dict[Any, list[float]] = {}
+        for row in rows:
+            run = (row["model"], row["run"], row["seed"], row["scale"], row.get("recipe"))
+            runs.setdefault(run, []).append(row[measure])
+        for run, values in runs.items():
+            found[run] = found.get(run, 0.0) + statistics.fmean(values)
+    return found
 
 
 def _matches(row: Row, selection: Mapping[str, Any], rows: Sequence[Row]) -> bool:
@@ -311,6 +397,7 @@ def csv_rows(verdicts: Sequence[Verdict]) -> list[Row]:
         found.append({
             "claim": one.claim.name, "paper": one.claim.paper, "where": one.claim.where, "says": one.claim.says,
             "verdict": one.verdict, "data": one.data or None, "scale": one.scale or None, "runs": " ".join(one.runs) or None,
+            "left_out": " ".join(one.left_out) or None,
             "measure": one.measure or None, "expected": one.claim.direction,
             "difference": None if interval is None else interval.mean, "low": None if interval is None else interval.low,
             "high": None if interval is None else interval.high, "seeds": None if interval is None else interval.seeds,

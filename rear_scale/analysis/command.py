@@ -14,6 +14,7 @@ from rear_scale import cli, config
 from rear_scale.analysis import claims, throughput
 from rear_scale.analysis.csv_tables import over_seeds, shown, write_csv
 from rear_scale.analysis.experiment import Analysed, Experiment, Row, Subject
+from rear_scale.analysis.groups import check_data, check_runs
 from rear_scale.analysis.job import analyse
 from rear_scale.analysis.kinds import scale_of, title_of
 from rear_scale.analysis.table import EXPERIMENTS
@@ -116,7 +117,7 @@ def _throughput(folders: Sequence[Path], out: Path) -> None:
     write_csv(out / "throughput.csv", rows)
     with atomic_open(out / "throughput.png") as file:
         file.write(throughput.figure(rows))
-    columns = ["method", "type", "fid", "images_per_s", "device"]
+    columns = ["method", "type", "fid", "images", "images_per_s", "device"]
     print(aligned([columns, *([shown(row[name]) for name in columns] for row in rows)], left=(0, 1)))
     for line in lines:
         say(line)
@@ -157,21 +158,21 @@ def analyze(command: AnalyzeCommand) -> None:
         raise InputError(
             f"{command.runs[0]} is neither an override (section.field=value) nor behind --checkpoint or --versus. Put it there"
         )
-    subjects = _named(
-        [_open(command, path) for path in command.checkpoints["checkpoint"]],
-        [_open(command, path) for path in command.checkpoints["versus"]],
-    )
+    groups = [[_open(command, path) for path in command.checkpoints[name]] for name in ("checkpoint", "versus")]
+    notes = check_runs([group for group in groups if group])
+    subjects = _named(*groups)
     out = output_folder(command.overrides, subjects[0].checkpoint.run, experiment.name)
     first = cli.Command(subjects[0].cfg, command.args, discover())
     if command.args.dry_run:
-        _show(first, experiment, subjects, out)
+        _show(first, experiment, subjects, out, notes)
         return
+    notes += check_data([group for group in groups if group])
     with joined(first.ranks, same_for_any_world=True) as world:
         refusal = f"{out} is being written by another process. Wait for it, or write elsewhere with run.dir=FOLDER"
         world.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
         with world.alone(out / ".lock", refusal):
             found = analyse(experiment, subjects, world, out)
-            world.on_main(lambda: write_outputs(experiment, found, out, world))
+            world.on_main(lambda: write_outputs(experiment, found, out, world, notes))
 
 
 def _open(command: AnalyzeCommand, path: str) -> Subject:
@@ -198,13 +199,17 @@ def output_folder(overrides: Sequence[str], run: Path, name: str) -> Path:
     return Path(given[-1]) if given else run / "analysis" / name
 
 
-def _show(command: cli.Command, experiment: Experiment, subjects: Sequence[Subject], out: Path) -> None:
+def _show(
+    command: cli.Command, experiment: Experiment, subjects: Sequence[Subject], out: Path, notes: Sequence[str]
+) -> None:
     """Prints the dry run: the experiment, its checkpoints, and which of its input files exist."""
     if command.ranks.rank != 0:
         return
     print(f"{experiment.name}: {experiment.source}")
     for subject in subjects:
         print(f"{subject.model}: {subject.checkpoint.path}, run.seed={subject.cfg.run.seed}")
+    for note in notes:
+        print(f"note: {note}")
     print(f"output: {out}")
     cli.show_paths(command, inputs=(*experiment.inputs, *_networks(experiment)), outputs=())
 
@@ -215,8 +220,11 @@ def _networks(experiment: Experiment) -> list[str]:
     return [name for name in weight_fields() if name in wanted and "analyze.originals" in experiment.inputs]
 
 
-def write_outputs(experiment: Experiment, found: Sequence[Analysed], out: Path, world: World) -> None:
-    """Writes tables, figures and the record of an experiment, and prints means over seeds. Rank 0 only."""
+def write_outputs(
+    experiment: Experiment, found: Sequence[Analysed], out: Path, world: World, notes: Sequence[str] = ()
+) -> None:
+    """Writes tables, figures and the record of an experiment, and prints means over seeds. notes: on the checkpoints that were
+    compared. Rank 0 only."""
     tables: dict[str, list[Row]] = {}
     for one in found:
         for suffix, rows in experiment.tables(one).items():
@@ -228,7 +236,7 @@ def write_outputs(experiment: Experiment, found: Sequence[Analysed], out: Path, 
     for suffix, png in pictures.items():
         with atomic_open(_file(out, experiment, suffix, "png")) as file:
             file.write(png)
-    lines = experiment.lines(found)
+    lines = [*experiment.lines(found), *(f"note: {note}" for note in notes)]
     write_text_atomically(
         out / f"{experiment.name}.json", json.dumps(_record(experiment, found, lines, world), indent=1) + "\n"
     )

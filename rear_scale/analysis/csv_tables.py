@@ -14,6 +14,7 @@ from rear_scale.analysis.intervals import Interval, difference_interval, mean_in
 from rear_scale.files import write_text_atomically
 
 ABOUT = ("model", "run", "seed", "step")
+_NAMES = ("model", "run")
 COUNTS = ("images", "counted", "predictions", "short_classes")  # columns of sizes, which are no measures
 
 
@@ -42,9 +43,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file, with numbers where a cell holds one, and None where it is empty."""
+    """The rows of a CSV file, with numbers where a cell holds one, None where it is empty, and names as text: a run may be called
+    007."""
     with open(path, newline="") as file:
-        return [{name: _value(text) for name, text in row.items() if name is not None} for row in csv.DictReader(file)]
+        return [
+            {name: text if name in _NAMES else _value(text) for name, text in row.items() if name is not None}
+            for row in csv.DictReader(file)
+        ]
 
 
 def _value(text: str | None) -> Any:

@@ -21,6 +21,7 @@ from rear_scale.analysis.exposure import axis_title
 from rear_scale.analysis.image_quality import MEASURES, ImageWork, mean_and_error
 from rear_scale.analysis.plots import colour, finish, line, models_of, panels, png
 from rear_scale.objective import permutation
+from rear_scale.objective.prediction import perplexity_of
 from rear_scale.sample.grid import contact_sheet
 
 _SEED = 20_251_005  # of the choice of predictions to replace
@@ -127,7 +128,7 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
         images = len(arrays["correct"])
         total = images * cfg.tokenizer.num_tokens
         wrong = int(arrays["wrong"][:, at].sum())
-        perplexity = math.exp(math.fsum(arrays["loss"][:, at]) / total)
+        perplexity = perplexity_of(math.fsum(arrays["loss"][:, at]) / total)
         row: Row = {
             **analysed.subject.about,
             "ratio": ratio,

@@ -7,7 +7,6 @@ Both under teacher forcing: everything else of the context is ground truth.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row
 from rear_scale.analysis.plots import colour, finish, line, models_of, panels, png
 from rear_scale.analysis.token_sets import TokenWork, evenly
 from rear_scale.objective import permutation
+from rear_scale.objective.prediction import perplexity_of
 from rear_scale.objective.terms import Task
 
 _SEED = 20_251_006  # of the wrong tokens
@@ -108,7 +108,7 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
     images = int(arrays["images"])
     positions = [
         {**subject.about, "position": at, "row": row, "column": column, "ctr": float(arrays["correct"][at]) / images,
-         "perplexity": math.exp(float(arrays["loss"][at]) / images), "images": images}
+         "perplexity": perplexity_of(float(arrays["loss"][at]) / images), "images": images}
         for at, (row, column) in enumerate(_places(analysed))
     ]  # fmt: skip
     return {"": rows, "positions": positions}

@@ -27,6 +27,7 @@ from rear_scale.analysis.plots import colour, finish, line, models_of, panels, p
 from rear_scale.config import GuidanceConfig
 from rear_scale.objective import permutation
 from rear_scale.objective.permutation import random_orders
+from rear_scale.objective.prediction import perplexity_of
 from rear_scale.sample.batch import Batch
 from rear_scale.sample.decode import CachedDecoding, Decoder
 
@@ -85,7 +86,18 @@ class Exposure(ImageWork):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**super().identity, "ratios": self.cfg.analyze.ratios, "seed": [self.cfg.sample.seed, _SEED]}
+        return {
+            **super().identity,
+            "ratios": self.cfg.analyze.ratios,
+            "seed": [self.cfg.sample.seed, _SEED],
+            **({} if self.order is None else {"sample_order": self.order}),
+        }
+
+    @property
+    def order(self) -> str | None:
+        """sample.order; where that is not set, random orders for a model that was trained with them to the end."""
+        never_settles = self.cfg.objective.permutation.never_settles
+        return self.cfg.sample.order or ("random" if never_settles else None)
 
     @property
     def block_images(self) -> int:
@@ -95,8 +107,9 @@ class Exposure(ImageWork):
     @cached_property
     def decoding(self) -> Decoder:
         plain = replace(
-            self.cfg.sample, temperature=1.0, top_k=None, top_p=None, guidance=GuidanceConfig(), cuda_graphs=False
-        )
+            self.cfg.sample, temperature=1.0, top_k=None, top_p=None, guidance=GuidanceConfig(), cuda_graphs=False,
+            order=self.order,
+        )  # fmt: skip
         return Decoder(self.model, plain, self.cfg.objective.permutation)
 
     def compute(self, number: int) -> Arrays:
@@ -139,8 +152,8 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
             "protocol": protocol,
             "ratio": ratio,
             "ctr": math.fsum(arrays["correct"][:, at]) / images / tokens,
-            "perplexity": math.exp(math.fsum(arrays["loss"][:, at]) / images / tokens),
-            "perplexity_truth": math.exp(math.fsum(arrays["loss_truth"][:, at]) / images / tokens),
+            "perplexity": perplexity_of(math.fsum(arrays["loss"][:, at]) / images / tokens),
+            "perplexity_truth": perplexity_of(math.fsum(arrays["loss_truth"][:, at]) / images / tokens),
         }
         for name in MEASURES:
             if name in arrays:

@@ -16,7 +16,7 @@ from rear_scale.analysis.intervals import mean_interval
 from rear_scale.analysis.plots import colour, finish, models_of, panels, png
 from rear_scale.analysis.token_prediction import DRAW_SEED
 from rear_scale.analysis.token_sets import TokenWork, labels_of_set, of_each_class
-from rear_scale.objective.prediction import Replacement, ratio_and_loss, sequence_scores
+from rear_scale.objective.prediction import Replacement, perplexity_of, ratio_and_loss, sequence_scores
 from rear_scale.shards.reader import TokenSet
 from rear_scale.world import World
 
@@ -32,7 +32,7 @@ class Generalization(TokenWork):
     def __init__(self, subject: Subject, world: World) -> None:
         super().__init__(subject, world)
         count = self.cfg.analyze.images_per_class
-        chosen = {name: of_each_class(labels_of_set(self.sets[name]), count) for name in SETS}
+        chosen = {name: _of_each_class(self.sets[name], count) for name in SETS}
         self.chosen = {name: ids for name, (ids, _) in chosen.items()}
         self.short = {name: short for name, (_, short) in chosen.items()}
 
@@ -76,6 +76,10 @@ class Generalization(TokenWork):
         return {**{name: np.concatenate(parts) for name, parts in found.items()}, **short}
 
 
+def _of_each_class(tokens: TokenSet, count: int) -> tuple[np.ndarray, int]:
+    return of_each_class(labels_of_set(tokens), count, len(tokens.manifest.label_counts))
+
+
 def tables(analysed: Analysed) -> dict[str, list[Row]]:
     """A row for each set and context. ctr_error: the standard error of the ratio over images."""
     rows = []
@@ -94,7 +98,7 @@ def tables(analysed: Analysed) -> dict[str, list[Row]]:
                     "replaced": cfg.evaluate.replace_rate if context == "noisy" else 0.0,
                     "ctr": ctr,
                     "ctr_error": spread / tokens / math.sqrt(len(scores)),
-                    "perplexity": math.exp(loss),
+                    "perplexity": perplexity_of(loss),
                     "images": len(scores),
                     "short_classes": int(arrays[f"short_{name}"]),
                 }

@@ -21,6 +21,7 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.networks.feature_cache import is_whole
 from rear_scale.files import atomic_open, remove_folder
 from rear_scale.progress import progress
+from rear_scale.sample.job import tied_identity
 from rear_scale.world import World
 
 _FORMAT = 1  # to be increased whenever equal inputs begin to give other results
@@ -34,6 +35,7 @@ def identity_of(experiment: Experiment, work: Work) -> str:
         "experiment": experiment.name,
         "weights": [item["sha256"] for item in subject.checkpoint.meta["files"]],
         "precision": subject.cfg.train.precision,
+        **tied_identity(subject.cfg),
         **work.identity,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

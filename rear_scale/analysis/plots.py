@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from rear_scale.analysis.experiment import Row
 from rear_scale.analysis.intervals import mean_interval
 
+mpl.rcParams["text.parse_math"] = False  # names of runs are text, whatever dollar signs they hold
+
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 

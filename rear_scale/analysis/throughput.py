@@ -7,6 +7,7 @@ A run's FID is that of its evaluation (result.json), its speed what `launchers/b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rear_scale.config import InputError
 from rear_scale.evaluate.published_tables import published_tables
 from rear_scale.evaluate.result import read_result
 
+_PUBLISHED_IMAGES = 50_000  # of an FID
 PUBLISHED = "rar_table5"  # in configs/published.yaml
 
 
@@ -24,8 +26,8 @@ def published_rows() -> list[Row]:
     """The published points."""
     table = published_tables()[PUBLISHED]
     return [
-        {"method": row.label, "type": row.group, "fid": row.fid, "images_per_s": row.images_per_s, "device": "A100",
-         "source": f"{table.source}: {table.note}"}
+        {"method": row.label, "type": row.group, "fid": row.fid, "images": _PUBLISHED_IMAGES,
+         "images_per_s": row.images_per_s, "device": "A100", "source": f"{table.source}: {table.note}"}
         for row in table.rows.values()
     ]  # fmt: skip
 
@@ -36,45 +38,53 @@ def own_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
     Raises InputError for a folder that does not exist.
     """
     rows, lines = [], []
+    runs: dict[Path, Path] = {}  # folders may overlap
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"not found: {folder}. Name folders that hold runs, for instance runs/rear_b")
         for run in sorted({path.parent for path in (*folder.rglob("result*.json"), *folder.rglob("bench*.json"))}):
-            fid, speed = _best_fid(run), _speed(run)
-            if fid is not None and speed is not None:
-                rows.append({"method": run.name, "type": "ours", "fid": fid, "images_per_s": speed["images_per_s"],
-                             "device": speed.get("device"), "source": speed.get("command")})  # fmt: skip
-            elif fid is not None:
-                lines.append(
-                    f"{run} has an FID and no speed: launchers/bench.py sample --config CONFIG --out {run}/bench.json"
-                )
-            elif speed is not None:
-                lines.append(
-                    f"{run} has a speed and no FID: launchers/evaluate.py --checkpoint {run} with Inception's weights"
-                )
+            runs.setdefault(run.resolve(), run)
+    for run in runs.values():
+        best, speed = _best_fid(run), speed_of(run)
+        if best is not None and speed is not None:
+            fid, images = best
+            rows.append({"method": run.name, "type": "ours", "fid": fid, "images": images, "images_per_s": speed["images_per_s"],
+                         "device": speed.get("device"), "source": speed.get("command")})  # fmt: skip
+            if images < _PUBLISHED_IMAGES:
+                lines.append(f"{run}: its FID is of {images:,} images, published ones are of {_PUBLISHED_IMAGES:,}")
+        elif best is not None:
+            lines.append(
+                f"{run} has an FID and no speed: launchers/bench.py sample --config CONFIG --out {run}/bench.json"
+            )
+        elif speed is not None:
+            lines.append(
+                f"{run} has a speed and no FID: launchers/evaluate.py --checkpoint {run} with Inception's weights"
+            )
     return rows, lines
 
 
-def _best_fid(run: Path) -> float | None:
-    """The lowest FID on Inception of the evaluations of a run; None without one."""
+def _best_fid(run: Path) -> tuple[float, int] | None:
+    """The lowest FID on Inception of the evaluations of a run that have the most images, with their number; None without one."""
     found = []
     for path in sorted(run.glob("result*.json")):
         try:
-            numbers = read_result(path).images.numbers()
+            result = read_result(path)
         except InputError:
             continue  # another program's file
-        found += [number.value for number in numbers if number.name == "fid"]
-    return min(found, default=None)
+        numbers, images = result.images.numbers(), result.samples.images
+        found += [(number.value, images) for number in numbers if number.name == "fid" and math.isfinite(number.value)]
+    return min(found, key=lambda one: (-one[1], one[0]), default=None)
 
 
-def _speed(run: Path) -> dict[str, Any] | None:
+def speed_of(run: Path) -> dict[str, Any] | None:
     """The newest timing of sampling in a run's folder; None without one."""
     for path in sorted(run.glob("bench*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             values = json.loads(path.read_text())
         except ValueError:
             continue
-        if isinstance(values, dict) and values.get("mode") == "sample" and "images_per_s" in values:
+        speed = values.get("images_per_s") if isinstance(values, dict) and values.get("mode") == "sample" else None
+        if isinstance(speed, int | float) and speed > 0:
             return values
     return None
 

@@ -5,7 +5,6 @@ B.1 and C.1, Figure 8a)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from rear_scale.objective.prediction import (
     batches_of_rank,
     exact_sums,
     held_out_task,
+    perplexity_of,
     ratio_and_loss,
     sequence_scores,
 )
@@ -83,7 +83,7 @@ def predict_tokens(
     model.train(training)
     loss_sum, correct = exact_sums(world.gather(torch.cat(rows)))
     ctr, loss = ratio_and_loss(loss_sum, correct, len(replacements) * len(tokens) * tokens.manifest.num_tokens)
-    return TokenPrediction(ctr, math.exp(loss), len(tokens), draws)
+    return TokenPrediction(ctr, perplexity_of(loss), len(tokens), draws)
 
 
 def score_tokens(cfg: ExperimentConfig, model: nn.Module, world: World) -> dict[str, dict[str, float]]:

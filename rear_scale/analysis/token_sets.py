@@ -55,11 +55,11 @@ def labels_of_set(tokens: TokenSet) -> np.ndarray:
     return torch.cat([tokens.labels_of(part) for part in ids]).numpy()
 
 
-def of_each_class(labels: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    """The ids (int64 [n], rising) of `count` samples of each class, evenly spaced among its samples, and the number of classes
-    that have fewer, of which all samples are taken."""
+def of_each_class(labels: np.ndarray, count: int, classes: int) -> tuple[np.ndarray, int]:
+    """The ids (int64 [n], rising) of `count` samples of each of `classes` classes, evenly spaced among its samples, and the
+    number of classes that have fewer, of which all samples are taken, or none."""
     chosen, short = [], 0
-    for label in np.unique(labels):
+    for label in range(classes):
         own = np.flatnonzero(labels == label)
         short += len(own) < count
         chosen.append(own[evenly(len(own), count)])

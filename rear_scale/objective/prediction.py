@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from rear_scale.objective import noise, permutation
 from rear_scale.objective.terms import Task
 
+_LARGEST_LOSS = 709.0  # exp of more overflows
 _ROWS = 8192  # positions whose probabilities are in memory at one time
 
 
@@ -75,6 +76,11 @@ def sequence_scores(logits: Tensor, tokens: Tensor) -> Tensor:
 def exact_sums(rows: list[Tensor]) -> list[float]:
     """The sum of each column of float64 [M, n] tables, rounded once, so that it does not depend on the order of the rows."""
     return [math.fsum(column) for column in torch.cat(rows).T.tolist()]
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean negative log-likelihood (reAR Eq. 9); infinite where that is beyond all floats, as for a diverged model."""
+    return math.exp(loss) if not loss > _LARGEST_LOSS else math.inf
 
 
 def ratio_and_loss(loss: float, correct: float, tokens: int) -> tuple[float, float]:

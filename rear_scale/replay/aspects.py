@@ -132,11 +132,17 @@ def aspects(a: Record, b: Record) -> list[Aspect]:
     ]
 
 
+def equal(found: list[Aspect]) -> bool:
+    """Whether two runs are equal in what both record. Runs without a logged step in common are not known to be."""
+    losses = found[-1]
+    return losses.state != UNKNOWN and not any(one.differs for one in found)
+
+
 def verdict(found: list[Aspect]) -> str:
     """One line: equal, or the first difference, and whether the losses differ by more than rounding."""
     different = [one for one in found if one.differs]
     if not different:
-        return "equal"
+        return "equal" if equal(found) else "not known to be equal: no step is logged by both, and nothing else differs"
     first = different[0]
     return f"different, first in {first.name}: {first.lines[0] if first.lines else first.state}"
 

@@ -58,8 +58,8 @@ class Replay:
             cfg, plan, world, load_model(cfg, world, codebook, checkpoint), checkpoint
         )  # as training
 
-    def step(self, recorder: Recorder | None = None) -> Result:
-        """The next step. An update is skipped where loss or gradient are not finite on any rank."""
+    def step(self, recorder: Recorder | None = None, *, skip: bool = False) -> Result:
+        """The next step. An update is skipped where loss or gradient are not finite on any rank, and with `skip`."""
         step, strategy, objective, world = self.done + 1, self.strategy, self.objective, self.world
         batches = self.batches(step)
         if recorder is not None:
@@ -81,7 +81,7 @@ class Replay:
         if recorder is not None:
             recorder.gradients(strategy)
         lr = learning_rate(self.cfg, self.plan, step)
-        if finite:
+        if finite and not skip:
             strategy.step(lr)
         else:
             strategy.skip()

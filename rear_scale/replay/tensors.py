@@ -28,6 +28,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("update", ("update",)),
 )
 
+_MOST_SKIPS = 16  # updates that are tried
+
 # The place of a row that two replays have in common: rank, micro-step, name, kind, and how often the name came before.
 Place = tuple[int, int, str, str, int]
 
@@ -91,6 +93,9 @@ def in_world(ours: Moment, theirs: Moment, datas: list[setup.Data], world: World
     notes = [
         line for one, (results, _) in zip(runs, traces, strict=True) for line in _unlike_the_log(one.moment, results)
     ]
+    notes += [
+        line for one, (results, _) in zip(runs, traces, strict=True) for line in _skipped_in_silence(one, results)
+    ]
     step = _first_step(traces, start, world)
     if step is None:
         return Tensors(None, [], [*notes, f"the replays of steps {start + 1} to {ours.step} are the same in every bit"])
@@ -110,6 +115,13 @@ class _Run:
     data: setup.Data
     world: World
     start: int
+
+    def without_update(self, skipped: int, last: int) -> Result:
+        """The last step of a replay that leaves out the update of another step."""
+        made = self._replay()
+        while made.done < last - 1:
+            made.step(skip=made.done + 1 == skipped)
+        return made.step()
 
     def trace(self) -> tuple[list[Result], list[str]]:
         """The results of all steps, and a hash of this rank's part of the weights after each."""
@@ -209,6 +221,36 @@ def _unlike_the_log(asked: Moment, results: list[Result]) -> list[str]:
                 "logged: something made it that the folder does not hold (ranks, machine, code, or a fault)"
             ]
     return []
+
+
+def _skipped_in_silence(run: _Run, results: list[Result]) -> list[str]:
+    """A line, if the run has logged what a replay without one update computes: then that update was not made, although no event
+    says so. All ranks must call this."""
+    logged = run.moment.logged
+    # The log is rank 0's, and all ranks have to make the same replays.
+    steps = run.world.from_main(_around_the_first_unlike(logged, results))
+    if steps is None:
+        return []
+    agreed, unlike = steps
+    for step in range(unlike - 1, max(agreed, unlike - _MOST_SKIPS) - 1, -1):
+        found = run.without_update(step, unlike)
+        if run.world.from_main(not differing(found, logged[unlike])):
+            return [
+                f"without the update of step {step}, the replay of {run.moment.run} has what is logged at step {unlike}: that "
+                "update was not made, and no event says so"
+            ]
+    return []
+
+
+def _around_the_first_unlike(logged: dict[int, dict[str, object]], results: list[Result]) -> tuple[int, int] | None:
+    """The last step that has the logged numbers before one that has not, and that one; None without the two."""
+    agreed = None
+    for result in results:
+        if result.step in logged:
+            if differing(result, logged[result.step]):
+                return None if agreed is None else (agreed, result.step)
+            agreed = result.step
+    return None
 
 
 def _places(rows: Iterable[Row]) -> dict[Place, Row]:

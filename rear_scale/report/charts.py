@@ -70,7 +70,7 @@ class Chart:
     def x_range(self) -> tuple[float, float]:
         values = np.concatenate([line.x for line in self.lines])
         low, high = float(values.min()), float(values.max())
-        return low, high if high > low else low + 1
+        return low, high if high > low else low + max(1.0, abs(low) * 1e-6)  # 1e18 + 1 is 1e18
 
     @cached_property
     def y_range(self) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from rear_scale.report.charts import Chart, Line, short
 from rear_scale.report.curves import COLUMNS, Curve, Curves
 from rear_scale.report.page import Choice, Head, Picture, Section, Table, write_page
 from rear_scale.report.reading import RunFiles, folder_name
-from rear_scale.report.run_page import duration, evenly, picture_of, rows_of, score_table
+from rear_scale.report.run_page import duration, evenly, is_number, picture_of, rows_of, score_table
 
 _COLORS = 10
 _FEWEST_COLUMNS = 24  # of a curve, however many runs are compared
@@ -229,7 +229,7 @@ def _chart(runs: Sequence[Compared], name: str, axis: str, label: str) -> Chart 
 def _score_chart(runs: Sequence[Compared], name: str, axis: str, label: str) -> Chart | None:
     lines = []
     for run in runs:
-        pairs = [(line["step"], line[name]) for line in run.files.evaluations if type(line.get(name)) in (float, int)]
+        pairs = [(line["step"], line[name]) for line in run.files.evaluations if is_number(line.get(name))]
         curve = next((one for metric in run.files.curves.names if (one := run.files.curves.curve(metric))), None)
         if not pairs or curve is None or (x := run.x_of(curve, axis)) is None:
             continue

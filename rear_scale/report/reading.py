@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from rear_scale.untrusted import read_json
 
 REPORT = "report.html"
 _MOST_STATUS = 1 << 20  # bytes
+_MOST_IMAGES = 10**18
 _MOST_RESULTS = 40  # result files of one run, the newest
 _SILENT_S = 300.0  # without a sign of life for so long, a run whose process cannot be seen from here may have ended
 
@@ -149,8 +151,8 @@ class RunFiles:
         found = []
         for path in _entries(self.folder / CHECKPOINTS):
             if re.fullmatch(r"step_[0-9]{8}(\.damaged[.0-9]*)?", path.name) and path.is_dir():
-                sizes = [entry.stat().st_size for entry in _scan(path) if entry.is_file(follow_symlinks=False)]
-                found.append(Saved(path.name, sum(sizes), path.stat().st_mtime, (Path(path) / META).is_file()))
+                sizes = [_size(entry) for entry in _scan(path) if entry.is_file(follow_symlinks=False)]
+                found.append(Saved(path.name, sum(sizes), _changed(path), (Path(path) / META).is_file()))
         return sorted(found, key=lambda saved: saved.name)
 
     @cached_property
@@ -172,17 +174,19 @@ class RunFiles:
         """The grids (.png) of sampling jobs, the newest first."""
         here = [path for path in _entries(self.folder) if path.name.startswith("samples")]
         grids = [Path(path) for path in [*here, *_entries(self.folder / "samples")] if path.name.endswith(".png")]
-        return sorted(grids, key=lambda path: (-path.stat().st_mtime, path.name))
+        return sorted(grids, key=lambda path: (-_changed(path), path.name))
 
     @cached_property
     def results(self) -> list[Scored]:
         """The results of evaluation, the newest first."""
         files = [path for path in _entries(self.folder) if re.fullmatch(r"result.*\.json", path.name)]
-        files.sort(key=lambda path: (-path.stat().st_mtime, path.name))
+        files.sort(key=lambda path: (-_changed(path), path.name))
         found = []
         for path in files[:_MOST_RESULTS]:
             try:
-                found.append(Scored(path.name, read_result(Path(path))))
+                result = read_result(Path(path))
+                _check_shape(result)
+                found.append(Scored(path.name, result))
             except Exception as error:  # result files of another version hold other fields
                 found.append(Scored(path.name, None, str(error)[:200]))
         return found
@@ -205,12 +209,13 @@ class RunFiles:
         left, step_time = last.get("time_left_s"), last.get("step_time_s")
         if not isinstance(left, (int, float)) or not isinstance(step_time, (int, float)) or step_time <= 0:
             return None
-        return round(last["step"] + left / step_time)
+        total = last["step"] + left / step_time
+        return round(total) if math.isfinite(total) else None
 
     @property
     def images(self) -> int:
         images = self.curves.last.get("images_seen")
-        return images if isinstance(images, int) else 0
+        return images if _is_step(images) and images < _MOST_IMAGES else 0
 
     @property
     def flops(self) -> float | None:
@@ -226,6 +231,23 @@ class RunFiles:
     def command(self) -> str:
         """The command that continues the run, as well as it is known from its last start; empty where it is not."""
         return command_of(self.starts[-1]) if self.starts else ""
+
+
+def _check_shape(result: Result) -> None:
+    """Raises an error for a result whose values are not of the types that reports show."""
+    counts = [
+        result.samples.images,
+        *result.samples.size,
+        *([] if result.checkpoint is None else [result.checkpoint.step]),
+    ]
+    objects = [value for value in (result.sample, result.tokens) if value is not None]
+    if (
+        len(result.samples.size) != 2
+        or not all(map(_is_step, counts))
+        or not all(isinstance(one, dict) for one in objects)
+    ):
+        raise TypeError("it has values of other types than results have")
+    result.images.numbers()
 
 
 def is_run(folder: Path) -> bool:
@@ -317,6 +339,21 @@ def _scan(folder: Path | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except OSError:
         return
+
+
+def _changed(path: Path | os.DirEntry[str]) -> float:
+    """Seconds since the epoch of the last change; 0 for a file that was removed meanwhile, or a link to nothing."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ _MOST_ROWS = 60  # of a table of events or starts
 _MOST_SCORES = 24  # charts of scores during training
 _AS_IT_IS_BYTES = 80_000  # pictures of at most this size are shown as they are
 _PICTURE_WIDTH = 720  # pixels of the others
+_LARGEST = 1e300  # of numbers that are shown
 _LARGEST_PICTURE = 64 << 20  # bytes of a file that is opened
 
 # Metrics that have a place of their own; every other number of metrics.jsonl is shown below them.
@@ -422,7 +422,8 @@ def _token_notes(files: RunFiles) -> list[str]:
             f"{name.replace('_', ', ')}: ratio {short(values['ctr'])}, perplexity {short(values['perplexity'])} "
             f"({values['sequences']:,} sequences)"
             for name, values in scored.result.tokens.items()
-            if {"ctr", "perplexity", "sequences"} <= values.keys()
+            if isinstance(values, dict)
+            and all(is_number(values.get(key)) for key in ("ctr", "perplexity", "sequences"))
         ]
         if parts:
             notes.append(f"Correct token ratio ({scored.file}): {'; '.join(parts)}.")
@@ -433,7 +434,7 @@ def _scores_in_training(files: RunFiles, marks: Sequence[Mark]) -> Section | Non
     charts = []
     names = dict.fromkeys(name for line in files.evaluations for name in line)
     for name in [name for name in names if name not in ("step", "images_seen")][:_MOST_SCORES]:
-        pairs = [(line["step"], line[name]) for line in files.evaluations if _is_number(line.get(name))]
+        pairs = [(line["step"], line[name]) for line in files.evaluations if is_number(line.get(name))]
         if pairs:
             steps, values = zip(*pairs, strict=True)
             charts.append(Chart(name, [plain_line(name, steps, values)], marks=marks))
@@ -448,8 +449,9 @@ def plain_line(label: str, x: Sequence[float], values: Sequence[float], color: i
     return Line(label, np.array(x, dtype=float), np.array(values, dtype=float), color=color)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _checkpoints(files: RunFiles) -> Section | None:

@@ -80,6 +80,12 @@ def load_generator(
     return model.eval().requires_grad_(False)
 
 
+def tied_identity(cfg: ExperimentConfig) -> dict[str, str]:
+    """The hash of the codebook that a model's embeddings are tied to, under "codebook"; empty for other models."""
+    codebook = _tied_codebook(cfg)
+    return {} if codebook is None else {"codebook": hashlib.sha256(codebook.numpy().tobytes()).hexdigest()}
+
+
 def _tied_codebook(cfg: ExperimentConfig) -> Tensor | None:
     """The codebook float32 [K, Z] of a model whose embeddings are tied to it; None for other models."""
     if cfg.model.tie_codebook is None:
@@ -101,12 +107,12 @@ def default_output(cfg: ExperimentConfig, checkpoint: Checkpoint) -> Path:
 
 def job_identity(cfg: ExperimentConfig, checkpoint: Checkpoint) -> str:
     """A hash of everything that the images depend on: weights, codebook, tokenizer, order and sampling settings."""
-    permuted, codebook = cfg.objective.permutation, _tied_codebook(cfg)
+    permuted = cfg.objective.permutation
     sample = {name: value for name, value in asdict(cfg.sample).items() if name not in _NOT_THE_IMAGES}
     parts = {
         "algorithm": _ALGORITHM,
         "weights": [item["sha256"] for item in checkpoint.meta["files"]],
-        "codebook": None if codebook is None else hashlib.sha256(codebook.numpy().tobytes()).hexdigest(),
+        "codebook": tied_identity(cfg).get("codebook"),
         "order": [cfg.sample.order or permuted.order, permuted.prefix],
         "tokenizer": decoder_identity(cfg.tokenizer),
         # Under the old names of fields, so that renaming one does not change the identity of samples made before.
