@@ -113,7 +113,8 @@ def test_checkpoints_of_one_option_are_seeds_of_one_model(runs: dict[str, Path],
     shutil.copytree(runs["ar"], twin)
     (note,) = check_runs([[ar, subject(twin)]])
     assert "several runs have run.seed=1" in note
-    later = dataclasses.replace(ar, checkpoint=dataclasses.replace(subject(twin, "run.seed=7").checkpoint, step=9))
+    checkpoint = subject(twin).checkpoint
+    later = dataclasses.replace(ar, checkpoint=dataclasses.replace(checkpoint, meta={**checkpoint.meta, "step": 9}))
     notes = check_runs([[ar, later]])
     assert any("at step 9" in line for line in notes)
 

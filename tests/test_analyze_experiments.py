@@ -310,7 +310,7 @@ def _diverged(world: World, run: Path, tokenizer: Path, out: Path, value: float)
         with torch.no_grad():
             work.model.lm_head.weight.mul_(value)
             if name == "cka":
-                next(iter(work.model.parameters())).fill_(value)
+                work.model.embeddings.weight.fill_(value)
         lost = dataclasses.replace(experiment, work=lambda subject, world, work=work: work)
         (one,) = analyse(lost, [work.subject], world, out / name)
         found[name] = experiment.tables(one)[""]
@@ -327,6 +327,7 @@ def test_a_diverged_model_is_analysed_to_the_end(
     perplexity = found["generalization"][0]["perplexity"]
     assert math.isnan(perplexity) if math.isnan(value) else perplexity == math.inf
     assert set(found) == set(EXPERIMENTS)
+    assert any(math.isnan(row["cka"]) for row in found["cka"])
 
 
 def test_another_order_of_decoding_is_another_experiment(runs: dict[str, Path], tokenizer: Path) -> None:
