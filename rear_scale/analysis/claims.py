@@ -114,6 +114,7 @@ def find_tables(folders: Iterable[Path]) -> dict[str, list[Row]]:
     for a folder that does not exist.
     """
     tables: dict[str, list[Row]] = {}
+    results: dict[Path, Path] = {}
     records: dict[str, list[_Analysis]] = {name: [] for name in EXPERIMENTS}
     for folder in folders:
         if not folder.is_dir():
@@ -124,7 +125,9 @@ def find_tables(folders: Iterable[Path]) -> dict[str, list[Row]]:
         for path in sorted(folder.rglob("result*.json")):
             # Other settings of sampling count only where the run's own ones were not evaluated.
             if path.name == "result.json" or not (path.parent / "result.json").exists():
-                tables.setdefault(RESULTS, []).extend(_rows_of_result(path))
+                results.setdefault(path.resolve(), path)  # folders may overlap
+    for path in results.values():
+        tables.setdefault(RESULTS, []).extend(_rows_of_result(path))
     for of_name in records.values():
         best = {}
         for one in sorted(of_name, key=lambda one: one.rank):
