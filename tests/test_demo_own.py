@@ -143,7 +143,9 @@ def test_updates_and_time_grow_with_the_images(here: Path) -> None:
     assert seconds(recipes[0], rates=busy) - times[0] == pytest.approx(2 * (4 * 3 + 4 * 6 + 2 * 12 + 4 * 6))
 
 
-def test_work_of_every_kind_is_timed(tmp_path: Path) -> None:
+def test_work_of_every_kind_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_TRAINED": 8, "_LOOKED_AT": 2, "_TOKENS": 512, "_TURNS": 1, "_COMPUTED": 0.01}.items():
+        monkeypatch.setattr(estimate, name, value)
     cfg = fashion(quick=True).load("rear")
     before = torch.get_rng_state()
     rates = estimate.measure(cfg, derive(cfg, 2, None), CPU, 0.001)

@@ -22,7 +22,9 @@ from rear_scale.tokenizer.compact import CompactTokenizer
 
 # Seconds of imports on two idle cores: of one process, of two that torchrun starts, and of two that deepspeed starts.
 _START_OF_ONE, _START, _START_OF_TRAINING = 3.0, 6.0, 12.0
-_TIMED_ON_CPU, _TIMED = 8, 32  # images of a timed step
+# Images of a timed step. With much fewer than in the work itself, the threads of a busy machine mostly wait for each other.
+_TRAINED, _LOOKED_AT, _FEWEST = 64, 16, 8
+_TOKENS = 2048  # of a timed step of the generator, as far as they make at least _FEWEST images
 _TURNS = 2
 _COMPUTED = 0.2  # seconds of computing in which the load is measured
 # From the records of demos, as fractions of the time that a process takes to train reAR on an image:
@@ -140,16 +142,9 @@ def _load() -> float:
     return max(1.0, (time.perf_counter() - started) / (time.process_time() - computed))
 
 
-def _batch(device: torch.device) -> int:
-    return _TIMED_ON_CPU if device.type == "cpu" else _TIMED
-
-
-def _pixels(size: int, device: torch.device) -> torch.Tensor:
-    return torch.rand(_batch(device), 3, size, size, device=device)
-
-
 def _tokenizer_s(cfg: ExperimentConfig, device: torch.device) -> float:
-    tokenizer, pixels = CompactTokenizer.untrained(cfg.tokenizer).to(device), _pixels(cfg.tokenizer.image_size, device)
+    tokenizer = CompactTokenizer.untrained(cfg.tokenizer).to(device)
+    pixels = torch.rand(_TRAINED, 3, *[cfg.tokenizer.image_size] * 2, device=device)
 
     def step() -> None:
         latents = tokenizer.latents(pixels)
@@ -160,7 +155,8 @@ def _tokenizer_s(cfg: ExperimentConfig, device: torch.device) -> float:
 
 
 def _generator_s(cfg: ExperimentConfig, plan: Plan, device: torch.device) -> float:
-    count, tokens = _batch(device), cfg.tokenizer
+    tokens = cfg.tokenizer
+    count = max(_FEWEST, _TOKENS // tokens.num_tokens)
     codebook = torch.randn(tokens.codebook_size, tokens.codebook_dim)
     objective = Objective(cfg, plan, codebook.to(device), device)
     ids = torch.arange(count)
@@ -181,7 +177,7 @@ def _generator_s(cfg: ExperimentConfig, plan: Plan, device: torch.device) -> flo
 
 
 def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
-    pixels = _pixels(cfg.tokenizer.image_size, device)
+    pixels = torch.rand(_TRAINED, 3, *[cfg.tokenizer.image_size] * 2, device=device)
     classifier = Classifier(cfg.tokenizer.image_size, cfg.model.num_classes).to(device)
     labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
 
@@ -196,5 +192,5 @@ def _features_s(device: torch.device) -> float:
     network = EfficientNetLite0().eval()
     network.fold_norms()
     network = network.to(device)
-    pixels = torch.zeros(_batch(device), 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
+    pixels = torch.zeros(_LOOKED_AT, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
     return _timed(device, lambda: network(pixels)) / len(pixels)
