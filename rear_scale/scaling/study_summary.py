@@ -201,12 +201,12 @@ def _fitted_to_data(rows: Sequence[Row], quantity: str) -> list[str]:
         unique = np.array([row["unique_images"] for row in rows], np.float64)
         if (unique < columns["D"]).any():
             form, columns = law.REPEATED_DATA, {**columns, "U": unique}
-    found = law.fit(form, [row[quantity] for row in rows], **columns)
+    found = law.fit(form, [row[quantity] for row in rows], 0, 0, **columns)
     _check_it_depends(found, columns)
     note = law.warning(law.condition(form, found.constants, **columns))
     if note is not None:
         raise InputError(note)
-    found = law.fit(form, [row[quantity] for row in rows], _DRAWS, **columns)
+    found = law.fit(form, [row[quantity] for row in rows], _DRAWS, 0, **columns)
     return [form.name, *_constants(found)]
 
 
