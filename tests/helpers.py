@@ -26,6 +26,7 @@ from rear_scale.checkpoint.folder import Checkpoint, open_checkpoint
 from rear_scale.checkpoint.meta import FORMAT
 from rear_scale.checkpoint.open import newest_or_refuse
 from rear_scale.config import ExperimentConfig, load
+from rear_scale.config.overrides import in_quotes
 from rear_scale.files import file_sha256
 from rear_scale.shards import writer
 from rear_scale.shards.record import Manifest, write_manifest
@@ -33,6 +34,7 @@ from rear_scale.world import Ranks, end_with_parent, free_port, joined
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+TINY = ROOT / "tests/tiny.yaml"
 
 # What tells a process its place among the ranks.
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -96,32 +98,29 @@ def write_token_shards(folder: Path, num_samples: int, seed: int = 0) -> Path:
 def tiny_config_file(folder: Path, tokens: Path) -> Path:
     """A reAR config for the tiny set, as a user would keep one outside configs/."""
     path = folder / "tiny.yaml"
-    sizes = f"num_tokens: {NUM_TOKENS}, codebook_size: {CODEBOOK_SIZE}, codebook_dim: {CODEBOOK_DIM}"
     # Renamed into place: several ranks may write it at once, and read it.
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(
-        f"""
-defaults:
-  - base
-  - override objective: rear
-  - override strategy: zero1
-  - _self_
-run: {{name: tiny, dir: {folder / "run"}}}
-model: {{depth: 2, width: 32, num_heads: 2, num_classes: {NUM_CLASSES}}}
-tokenizer: {{name: compact, image_size: 16, {sizes}}}
-data: {{train: {tokens}, cache_dir: {folder / "cache"}}}
-objective: {{heads: {{hidden: 32}}}}
-optim: {{lr: 5e-3, warmup_steps: 2}}
-train: {{total_steps: 12, global_batch_size: 12, micro_batch_size: 6, precision: fp32, log_every: 1}}
-checkpoint: {{every_steps: 4}}
-""",
-    )
+    text = TINY.read_text()
+    for key, value in _tiny_paths(folder, tokens).items():
+        text = text.replace(key.upper(), str(value))
+    part.write_text(text)
     part.replace(path)
     return path
 
 
+def _tiny_paths(folder: Path, tokens: Path) -> dict[str, Path]:
+    return {"run.dir": folder / "run", "data.train": tokens, "data.cache_dir": folder / "cache"}
+
+
 def tiny_config(folder: Path, tokens: Path, *overrides: str) -> ExperimentConfig:
-    return load(str(tiny_config_file(folder, tokens)), overrides)
+    """The config of that file, which is written too, with overrides.
+
+    Its paths are overrides here as well: a file that is the same for all is composed once in a process, which takes longer than
+    all the rest.
+    """
+    tiny_config_file(folder, tokens)
+    paths = [f"{key}={in_quotes(str(value))}" for key, value in _tiny_paths(folder, tokens).items()]
+    return load(str(TINY), [*paths, *overrides])
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:
