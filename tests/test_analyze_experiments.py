@@ -319,7 +319,7 @@ def _diverged(world: World, run: Path, tokenizer: Path, out: Path, value: float)
     return found
 
 
-@pytest.mark.parametrize("value", [math.nan, 1e30])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(1e30, marks=pytest.mark.long)])
 def test_a_diverged_model_is_analysed_to_the_end(
     runs: dict[str, Path], tokenizer: Path, tmp_path: Path, value: float
 ) -> None:
