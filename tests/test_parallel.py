@@ -46,6 +46,7 @@ def build(world: World, cfg: ExperimentConfig, found: Checkpoint | None = None) 
     strategy = open_strategy(cfg, config.derive(cfg, world.size, 100), world)
     model = build_model(cfg)
     model.init_weights(0)
+    model.set_codebook(codebook_of(cfg))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "adaLN" in name:  # zero at first, and a zero gate hides whatever is behind it
@@ -57,6 +58,12 @@ def build(world: World, cfg: ExperimentConfig, found: Checkpoint | None = None) 
     if found is not None:
         restore(found, strategy)
     return strategy
+
+
+def codebook_of(cfg: ExperimentConfig) -> torch.Tensor:
+    """A codebook for a model that is tied to one."""
+    size = (cfg.tokenizer.codebook_size, cfg.tokenizer.codebook_dim)
+    return 0.2 * torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def run_steps(
@@ -588,6 +595,7 @@ def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
     plain = [build_model(cfg) for _ in range(2)]
     for model in plain:
         model.init_weights(0)
+        model.set_codebook(codebook_of(cfg))
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "adaLN" in name:
@@ -622,6 +630,7 @@ def _in_bf16(world: World, cfg: ExperimentConfig) -> tuple[bool, float]:
         ),
         ("objective.heads.form=released", "objective.heads.positions=all"),
         ("model.conditioning=in_context", "train.activation_checkpointing=full"),
+        ("model.tie_codebook=both",),
     ],
     ids=lambda overrides: overrides[-1],
 )
@@ -631,3 +640,22 @@ def test_fsdp2_in_bf16_computes_as_the_model_in_bf16(tmp_path: Path, tokens: Pat
     for same, difference in run_ranks(2, _in_bf16, cfg):
         assert same
         assert difference < 0.01
+
+
+def _tied(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> dict[tuple[str, str], list]:
+    """Losses and gradient norms of a tied model by strategy and precision."""
+    found = {}
+    for name in names:
+        for precision in ("fp32", "bf16"):
+            overrides = (f"strategy={name}", f"train.precision={precision}", "model.tie_codebook=both")
+            cfg = tiny_config(folder, tokens, *QUIET, f"train.micro_batch_size={12 // world.size}", *overrides)
+            found[name, precision] = run_steps(world, cfg, build(world, cfg), 1, 2)
+    return found
+
+
+def test_a_tied_codebook_trains_alike_under_every_strategy(tmp_path: Path, tokens: Path) -> None:
+    """No strategy casts the codebook otherwise than the weights, or shards it."""
+    alone = run_alone(_tied, tmp_path, tokens, ("single",))
+    for (name, precision), results in run_ranks(2, _tied, tmp_path, tokens, TWO_RANKS)[0].items():
+        bound = 1e-5 if precision == "fp32" else 1e-2
+        assert np.array(results) == pytest.approx(np.array(alone["single", precision]), rel=bound), (name, precision)

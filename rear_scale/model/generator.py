@@ -196,7 +196,8 @@ class Generator(nn.Module, ABC):
         if self.fixed_codes is not None:
             return self.fixed_codes
         assert self.codebook_proj is not None, "nothing is tied"
-        return self.codebook_proj(self.codebook)
+        # FSDP2 casts weights to bf16, and no buffers.
+        return self.codebook_proj(self.codebook.to(self.codebook_proj.weight.dtype))
 
     @torch.no_grad()
     def with_fixed_codes(self) -> Generator:
