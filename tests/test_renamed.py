@@ -55,6 +55,20 @@ def test_an_old_name_is_read_from_saved_files_and_refused_from_users(
         config.load("demo.yaml", [f"{old}={shown}"])
 
 
+def test_an_old_name_in_a_list_of_keys_is_read_and_refused_as_a_key_is(tmp_path: Path) -> None:
+    for old, new in KEYS.items():
+        saved = {**TODAY, "resume": {"allow": ["optim.lr", old]}}
+        assert config.from_file(saved, "meta.json").resume.allow == ["optim.lr", new]
+        refusal = rf"^resume.allow=\[{re.escape(old)}\] names a key that was renamed to {re.escape(new)}"
+        with pytest.raises(InputError, match=refusal):
+            config.load("demo.yaml", [f"resume.allow=[optim.lr,{old}]"])
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(InputError, match=refusal):
+        config.load(str(tmp_path / "own.yaml"))
+    # A damaged file: the check of types names what is wrong in it.
+    assert upgraded({"resume": {"allow": [["optim.lr"], 3]}}) == {"resume": {"allow": [["optim.lr"], 3]}}
+
+
 def test_saved_settings_keep_their_old_names_in_hashes() -> None:
     assert upgraded(BEFORE) == TODAY
     sample = BEFORE["sample"]

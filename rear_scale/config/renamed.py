@@ -39,6 +39,10 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     renamed = copy.deepcopy(dict(values))
     _rename(renamed, KEYS)
     _replace(renamed, VALUES)
+    # The one field whose values are keys.
+    section, name = _section_of(renamed, "resume.allow")
+    if isinstance(section.get(name), list):
+        section[name] = [KEYS.get(one, one) if isinstance(one, str) else one for one in section[name]]
     return renamed
 
 

@@ -13,6 +13,7 @@ from rear_scale.config.derived import branch_point
 from rear_scale.config.errors import InputError
 from rear_scale.config.fields import check_fields
 from rear_scale.config.geometry import fits
+from rear_scale.config.renamed import KEYS
 from rear_scale.config.schema import WHOLE_MATRIX_OPTIMIZERS, ExperimentConfig
 from rear_scale.parallel import facts
 from rear_scale.parallel.facts import Facts
@@ -26,6 +27,9 @@ def _require(ok: bool, name: str, value: Any, rule: str, way_out: str) -> None:
 def validate(cfg: ExperimentConfig) -> None:
     """Raises InputError for the first broken rule of a config. Needs no other machine, file or process."""
     check_fields(cfg)
+    for key in cfg.resume.allow:
+        new = KEYS.get(key, key)
+        _require(new == key, "resume.allow", f"[{key}]", f"names a key that was renamed to {new}", f"Use [{new}]")
     _validate_model(cfg)
     _validate_tokenizer(cfg)
     _validate_objective(cfg)
