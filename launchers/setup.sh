@@ -4,6 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' launchers/setup.sh # help installs nothing
+    exit
+elif (($#)); then
+    echo "error: launchers/setup.sh takes no arguments, but was given $*. Leave them out; --help says what it does" >&2
+    exit 2
+fi
+
 # One set-up at a time: a second caller waits, then finds the environment ready.
 exec 9>.venv.lock
 if ! refusal=$(flock 9 2>&1); then

@@ -33,13 +33,16 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "launchers").glob("*.py"))
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to import from: the unpacked wheel of this checkout."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("rear_scale", "configs", "launchers"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "data").mkdir()
     for path in (ROOT / "data").glob("*.py"):  # a checkout's data/ may hold data sets too
         shutil.copy(path, source / "data")
+    # Left by an earlier build, and removed from the package since.
+    (source / "build/lib/rear_scale").mkdir(parents=True)
+    (source / "build/lib/rear_scale/removed.py").touch()
     build = "from setuptools.build_meta import build_wheel; build_wheel('wheel')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, env=environment())
     (wheel,) = (source / "wheel").glob("rear_scale-*-py3-none-any.whl")

@@ -145,3 +145,16 @@ def test_help_installs_nothing(tmp_path: Path, script: str, expected: str, optio
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert expected in done.stdout
     assert not (tmp_path / "installed").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "said"), [("-h", 0, "PYTHON="), ("--help", 0, "PYTHON="), ("--hlep", 2, "")]
+)
+def test_a_set_up_with_an_option_installs_nothing(tmp_path: Path, option: str, code: int, said: str) -> None:
+    (tmp_path / "launchers").mkdir()
+    shutil.copy(ROOT / "launchers/setup.sh", tmp_path / "launchers")
+    command = ["bash", str(tmp_path / "launchers/setup.sh"), option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, said in done.stdout) == (code, True)
+    assert ("takes no arguments, but was given --hlep" in done.stderr) == (code == 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["launchers"]
