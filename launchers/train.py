@@ -15,6 +15,7 @@ from pathlib import Path
 from rear_scale import cli
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.evaluate.training_scores import check_training_scores, training_hooks
+from rear_scale.peers import LostRanks
 from rear_scale.progress import say
 from rear_scale.report.writing import RunReport
 from rear_scale.run.folder import RunFolder
@@ -49,6 +50,11 @@ def main() -> None:
     except InputError as error:
         if command.ranks.rank == 0:
             RunFolder(cfg.run.dir).refuse(f"InputError: {error}")
+        raise
+    except LostRanks:
+        raise  # the line of the rank that has ended says why
+    except Exception as error:
+        RunFolder(cfg.run.dir).record_traceback(command.ranks.rank, error)
         raise
 
 

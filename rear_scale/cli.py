@@ -38,6 +38,9 @@ from rear_scale.shards.storage import is_remote, not_checked
 
 EXIT_INPUT_ERROR = 2
 _WAIT_FOR_RANK_0_S = 10.0  # before another rank prints its error
+_WAIT_FOR_SAME_ERROR_S = (
+    2.0  # before a rank prints a traceback, so that it can name the other ranks that have the same one
+)
 _WAIT_FOR_ENDED_RANK_S = 1.0  # before the other ranks report that it ended, so that its own error stands above
 _CLOCKS_DIFFER_S = 5.0  # allowed difference between the clocks of a shared file system and of this machine
 # Errors of a file system that mean that the user chose a wrong path, and not that the disk failed.
@@ -64,7 +67,8 @@ class CheckpointCommand(Command):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows commands as they are typed here, in a checkout or an installed copy.
+    """An argument parser that shows commands as they are typed here, in a checkout or an installed copy. Descriptions keep their
+    lines, and options are written out.
 
     Its error for --section.field explains that config values are set without dashes.
     """
@@ -72,6 +76,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         if not places.IN_CHECKOUT:
             settings.setdefault("prog", f"python -m rear_scale {Path(sys.argv[0]).stem}")
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        settings.setdefault("allow_abbrev", False)
         super().__init__(**settings)
 
     def format_help(self) -> str:
@@ -101,8 +107,6 @@ def make_parser(
     """
     parser = Parser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="Overrides have the form section.field=value; --dry-run --full prints every field with its value.",
     )
     if from_checkpoint:
@@ -245,7 +249,7 @@ def run(main: Callable[[], None]) -> None:
         elif isinstance(error, Unwritten):
             _say_error(str(error))
         else:
-            traceback.print_exc()
+            _say_traceback(error)
     except LostRanks as error:
         code = 1
         if error.first:
@@ -257,9 +261,9 @@ def run(main: Callable[[], None]) -> None:
             say(f"stopped; {str(stop) or 'the same command continues, and keeps what is finished'}")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
+    except BaseException as error:
         code = 1
-        traceback.print_exc()
+        _say_traceback(error)
     if not _flushed():
         code = code or _CODE_OF_CLOSED_PIPE
     sys.stderr.flush()
@@ -280,38 +284,82 @@ def _flushed() -> bool:
 def _say_error(line: str) -> None:
     # The line may hold names from untrusted files, whose control characters must not reach the terminal.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in places.as_typed(line))
-    rank = _rank()
-    if rank == 0:
-        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-            _first_to_say(line)
+    if not _has_other_ranks():
         say(f"error: {line}")
         return
     # A launcher stops all ranks when the first one exits. So wait for rank 0 to print the same error; if this rank is
     # still alive after that, the error occurred on ranks other than 0, of which one prints it.
-    time.sleep(_WAIT_FOR_RANK_0_S)
-    if _first_to_say(line):
-        say(f"error on rank {rank}: {line}")
+    ranks = _first_to_say(line, 0.0 if _rank() == 0 else _WAIT_FOR_RANK_0_S)
+    if ranks:
+        say(f"error: {line}" if 0 in ranks else f"error on {_listed(ranks)}: {line}")
 
 
-def _first_to_say(line: str) -> bool:
-    """Whether no other rank of this start has printed the same error. Ranks learn this from a mark file in a folder that they
-    share: that of the logs of a SLURM job, or else the machine's temporary folder."""
+def _say_traceback(error: BaseException) -> None:
+    """Prints the traceback of an error; of several ranks with the same kind of error at the same place, one prints its own."""
+    text = "".join(traceback.format_exception(error))
+    ranks = []
+    if _has_other_ranks():
+        at = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        ranks = _first_to_say("\n".join((type(error).__name__, *at)), _WAIT_FOR_SAME_ERROR_S)
+        if not ranks:
+            return
+    sys.stderr.write(text)
+    if ranks:
+        say(f"error on {_listed(ranks)}: {type(error).__name__}, see above")
+
+
+def _first_to_say(error: str, wait_s: float) -> list[int]:
+    """The ranks that have had the same error in this start, after a wait for them; empty where one of them has printed it.
+
+    Ranks learn this from files in a folder that they share: that of the logs of a SLURM job, or else the machine's temporary
+    folder. Where it cannot be written to, each rank is the only one it knows: an error that is printed twice is better than none.
+    """
     job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT")]
-    mark = hashlib.sha256("\n".join((*job, line)).encode()).hexdigest()[:16]
+    mark = hashlib.sha256("\n".join((*job, error)).encode()).hexdigest()[:16]
     path = Path(os.environ.get("REAR_LOGS") or tempfile.gettempdir()) / f".rear_scale-{os.getuid()}-{mark}"
+    own = path.with_name(f"{path.name}-{_rank()}")
     try:
-        # A mark that is older than this process was left by an earlier start.
-        if path.stat().st_mtime < psutil.Process().create_time() - _CLOCKS_DIFFER_S:
-            path.unlink()
-    except OSError:
-        pass  # there is no mark, or another rank has just removed it
-    try:
+        own.touch()
+        time.sleep(wait_s)
+        others = [other for other in path.parent.glob(f"{path.name}-*") if _is_of_this_start(other)]
+        if not _is_of_this_start(path):
+            path.unlink(missing_ok=True)
         path.touch(exist_ok=False)
+        for other in others:
+            other.unlink(missing_ok=True)
+        return sorted({_rank(), *(int(other.name.rpartition("-")[2]) for other in others)})
     except FileExistsError:
-        return False
+        own.unlink(missing_ok=True)
+        return []
     except OSError:
-        return True  # the folder cannot be written to; an error that is printed twice is better than none
-    return True
+        return [_rank()]
+
+
+def _is_of_this_start(mark: Path) -> bool:
+    """Whether a mark is there and is no older than this process: others were left by an earlier start."""
+    try:
+        return mark.stat().st_mtime >= psutil.Process().create_time() - _CLOCKS_DIFFER_S
+    except OSError:
+        return False
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """Ascending ranks in words: rank 3, or ranks 0-2, 5."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def _has_other_ranks() -> bool:
+    """Whether the launcher's variables give this process a number among others."""
+    sizes = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+    size = next(filter(None, sizes), "1")
+    return size.isdecimal() and int(size) > 1
 
 
 def _rank() -> int:

@@ -88,24 +88,52 @@ def test_ctrl_c_says_how_to_go_on(end) -> None:
     assert end(KeyboardInterrupt("at step 4")) == (130, "stopped; at step 4\n")
 
 
-def test_the_same_error_of_many_ranks_is_said_once(end, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "_WAIT_FOR_RANK_0_S", 0.0)
+@pytest.fixture
+def end_of_rank(end, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """The lines on stderr of a launcher whose main raises, as one rank of 8. others: ranks with the same error meanwhile."""
     monkeypatch.setenv("REAR_LOGS", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "8")
 
+    def run(error: BaseException, rank: int, *others: int) -> list[str]:
+        def wait(seconds: float) -> None:
+            (own,) = tmp_path.glob(f".rear_scale-*-{rank}")
+            for other in others:
+                own.with_name(f"{own.name.removesuffix(str(rank))}{other}").touch()
+
+        monkeypatch.setattr(cli.time, "sleep", wait)
+        monkeypatch.setenv("RANK", str(rank))
+        return end(error)[1].splitlines()
+
+    return run
+
+
+def test_the_same_error_of_many_ranks_is_said_once(end_of_rank, tmp_path: Path) -> None:
     def said(error: str, *ranks: int) -> list[str]:
-        lines = []
-        for rank in ranks:
-            monkeypatch.setenv("RANK", str(rank))
-            lines += end(InputError(error))[1].splitlines()
-        return lines
+        return [line for rank in ranks for line in end_of_rank(InputError(error), rank)]
 
     assert said("no shards", 0, 1, 2) == ["error: no shards"]
     assert said("no GPU on this node", 3, 2, 5) == ["error on rank 3: no GPU on this node"]
     assert said("GPU 1 is gone", 1) == ["error on rank 1: GPU 1 is gone"]
+    assert end_of_rank(InputError("no memory"), 3, 7, 4, 5) == ["error on ranks 3-5, 7: no memory"]
     # What an earlier start of the same job has left silences nobody.
     for mark in tmp_path.iterdir():
         os.utime(mark, (0, 0))
     assert said("no shards", 1, 2) == ["error on rank 1: no shards"]
+
+
+def test_the_same_traceback_of_many_ranks_is_printed_once(end_of_rank, tmp_path: Path) -> None:
+    def fault(rank: int) -> ValueError:
+        return ValueError(f"index out of range on cuda:{rank}")  # one error, although each rank words it otherwise
+
+    lines = end_of_rank(fault(2), 2, 0, 1, 3)
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-2:] == ["ValueError: index out of range on cuda:2", "error on ranks 0-3: ValueError, see above"]
+    assert end_of_rank(fault(0), 0) == []
+    assert end_of_rank(fault(3), 3) == []
+    # Another error is another one, also later.
+    assert end_of_rank(KeyError("x"), 1)[-1] == "error on rank 1: KeyError, see above"
+    # Marks of ranks are gone, so that nothing is left but one per error.
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path, tokens:
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     (event,) = events(tmp_path)
     assert (event["event"], event["step"], set(event["positions"])) == ("nonfinite", 6, {"1"})
+    # Both ranks have the error; one prints it, with its traceback. A late one may be ended before it has recorded its own.
+    assert result.stderr.count("\nFloatingPointError: ") == result.stderr.count("error on rank") == 1
+    recorded = [path.read_text() for path in (tmp_path / "run/tracebacks").iterdir()]
+    assert recorded
+    for text in recorded:
+        assert "\nTraceback (most recent call last):\n" in text
+        assert "FloatingPointError: step 6: the loss is not finite on rank 1" in text
 
 
 def test_updates_are_left_out_up_to_a_bound(tmp_path: Path, tokens: Path) -> None:

@@ -8,6 +8,7 @@ events.jsonl     unusual events: skipped updates, loss spikes, checkpoints that 
                  that left the expected curve
 branch.json      the run and the step from which this one branches off (train.branch_from), with hashes
 fingerprints.json  hashes of the data, the first weights and the first batches, written when a run begins
+tracebacks/      of ranks whose program has failed, the last one of each
 rewind.json      the latest rewind after a loss spike, until the next checkpoint records it in its meta.json
 """
 
@@ -21,6 +22,7 @@ import shlex
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -122,6 +124,15 @@ class RunFolder:
             if self.state() != "done":
                 self.set_status("failed", last_step(self.path), reason)
                 self.note("refused", last_step(self.path), reason=reason)
+
+    def record_traceback(self, rank: int, error: BaseException) -> None:
+        """Writes the traceback of an error that ends a rank, and notes its folder in the error. Never raises."""
+        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            where = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {socket.gethostname()}"
+            path.write_text(f"{where}\n{''.join(traceback.format_exception(error))}", errors="replace")
+            error.add_note(f"The traceback of each rank is in {path.parent}")
 
     def state(self) -> str | None:
         """The state in status.json; None when there is none."""
