@@ -27,7 +27,7 @@ from rear_scale.shards.record import read_manifest
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("import-jsonl", "import-alitok", "export-jsonl", "export-alitok"):
         command = commands.add_parser(name)

@@ -15,7 +15,6 @@ continues after a kill, and leaves a finished folder unchanged; a finished folde
 
 from __future__ import annotations
 
-import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,7 +36,7 @@ from rear_scale.shards.walk import shown
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="centre crop to squares of this side")

@@ -9,7 +9,6 @@ Image shards need no weights.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ _THUMBNAIL = 128  # pixels, for images of different sizes
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of token shards or image shards")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of the tokenizer that made the tokens")
     parser.add_argument("--samples", type=int, default=48, help="samples in the picture, evenly spaced over the set")

@@ -6,7 +6,6 @@ stdout holds only this object; progress goes to stderr. --out FILE also writes i
 measures nothing.
 """
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -27,7 +26,7 @@ from rear_scale.run.versions import commit
 
 def main() -> None:
     modes = [name for name in ("train", "sample", "data") if importlib.util.find_spec(f"rear_scale.bench.{name}")]
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", help=", ".join(modes))
     chosen = None
     for name in modes:

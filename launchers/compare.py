@@ -17,7 +17,7 @@ from rear_scale.replay import aspects, tensors
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="a run folder")
     parser.add_argument("b", type=Path, metavar="B", help="another one")
     parser.add_argument("--tensors", action="store_true", help="replay both at the first step that differs")

@@ -33,7 +33,7 @@ from rear_scale.world import locked
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "--data", default="digits", metavar="digits|fashion|FOLDER", help="what is trained on (default: digits)"
     )

@@ -11,8 +11,8 @@ import json
 
 from rear_scale import cli, config
 from rear_scale.scaling import output
+from rear_scale.scaling.cluster import open_cluster
 from rear_scale.scaling.command import make_plan
-from rear_scale.scaling.devices import open_cluster
 from rear_scale.shards.codebook import classes_of_shards, is_packed
 
 

@@ -19,7 +19,7 @@ from rear_scale.progress import say
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("model", help=f"one of {', '.join(ENTRIES)}")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replaces a value of the config")
     parser.add_argument("--weights", type=Path, default=Path("weights"), metavar="FOLDER", help="default: weights")

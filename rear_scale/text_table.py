@@ -1,8 +1,10 @@
-"""Tables as text for a terminal."""
+"""Tables as text: aligned for a terminal, and as CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import csv
+import io
+from collections.abc import Container, Iterable, Sequence
 from itertools import zip_longest
 
 
@@ -20,3 +22,12 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """The text of a CSV file with a line of names. Floats have all their digits, and the cell of a None is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -17,7 +17,7 @@ from rear_scale.config import InputError
 from rear_scale.config.derived import check_resumable, to_dict
 from rear_scale.model import build_model, fp8, meta_model, recompute
 from rear_scale.model.recompute import prepare_blocks
-from rear_scale.scaling.devices import open_cluster
+from rear_scale.scaling.cluster import open_cluster
 from rear_scale.scaling.planner import choices
 from rear_scale.scaling.simulate import simulate
 from rear_scale.train import setup

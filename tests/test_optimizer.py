@@ -21,8 +21,8 @@ from rear_scale.optim.adamw import adamw_rule, make_adamw, set_step
 from rear_scale.optim.groups import Groups, Rule, register
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.parallel.strategy import Strategy
+from rear_scale.scaling.cluster import cluster_of
 from rear_scale.scaling.cost import step_time
-from rear_scale.scaling.devices import cluster_of
 from rear_scale.world import World
 
 CPU = torch.device("cpu")

@@ -13,14 +13,14 @@ from helpers import launch, tiny_config
 
 from rear_scale import config
 from rear_scale.config import CONFIG_DIR, InputError
-from rear_scale.config.devices import bf16_tflops
+from rear_scale.config.devices import bf16_tflops, devices
 from rear_scale.config.load import NO_EXPERIMENTS
 from rear_scale.config.schema import RECOMPUTE_POLICIES
 from rear_scale.model import build_model, meta_model
 from rear_scale.parallel.memory import memory_per_rank
 from rear_scale.scaling import cost, output
+from rear_scale.scaling.cluster import cluster_of, open_cluster
 from rear_scale.scaling.command import make_plan
-from rear_scale.scaling.devices import cluster_of, devices, open_cluster
 from rear_scale.scaling.planner import GIB, PARTS, USABLE
 from rear_scale.train import dry_run, fit
 from rear_scale.train.setup import check_data

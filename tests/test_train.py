@@ -23,7 +23,7 @@ from rear_scale.world import World, discover
 
 
 def run(world: World, cfg: ExperimentConfig, hooks: Hooks | None = None) -> int:
-    data = setup.check_data(cfg, discover({}))
+    data = setup.check_data(cfg, world.ranks)
     return train(cfg, data.plan, world, *data.open(world), hooks or Hooks())
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row
-from rear_scale.analysis.plots import colour, finish, line, models_of, panels, png
+from rear_scale.analysis.plots import colour, finish, line, models_of, panels
 from rear_scale.analysis.token_sets import TokenWork
+from rear_scale.figures import png
 from rear_scale.model import Generator
 from rear_scale.objective.terms import Feature
 from rear_scale.tokenizer import weights_sha256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rear_scale.analysis.experiment import Row
 from rear_scale.analysis.intervals import Interval, difference_interval, mean_interval
 from rear_scale.files import write_text_atomically
+from rear_scale.text_table import as_csv
 
 ABOUT = ("model", "run", "seed", "step")
 _NAMES = ("model", "run")
@@ -25,11 +25,8 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def csv_text(rows: Sequence[Row]) -> str:
     """The text of a CSV file: floats with all their digits, an empty cell for None."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return buffer.getvalue()
+    columns = columns_of(rows)
+    return as_csv(columns, ([_cell(row.get(name)) for name in columns] for row in rows))
 
 
 def _cell(value: Any) -> Any:

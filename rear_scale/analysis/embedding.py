@@ -19,7 +19,8 @@ from rear_scale import rng
 from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row
 from rear_scale.analysis.exposure import axis_title
 from rear_scale.analysis.image_quality import MEASURES, ImageWork, mean_and_error
-from rear_scale.analysis.plots import colour, finish, line, models_of, panels, png
+from rear_scale.analysis.plots import colour, finish, line, models_of, panels
+from rear_scale.figures import png
 from rear_scale.objective import permutation
 from rear_scale.objective.prediction import perplexity_of
 from rear_scale.sample.grid import contact_sheet

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from rear_scale import rng
 from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row
 from rear_scale.analysis.image_quality import MEASURES, ImageWork, mean_and_error
-from rear_scale.analysis.plots import colour, finish, line, models_of, panels, png
+from rear_scale.analysis.plots import colour, finish, line, models_of, panels
 from rear_scale.config import GuidanceConfig
+from rear_scale.figures import png
 from rear_scale.objective import permutation
 from rear_scale.objective.permutation import random_orders
 from rear_scale.objective.prediction import perplexity_of

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row, Subject
-from rear_scale.analysis.plots import colour, finish, models_of, panels, png
+from rear_scale.analysis.plots import colour, finish, models_of, panels
 from rear_scale.analysis.token_sets import TokenWork, labels_of_set, spread_over_classes
 from rear_scale.evaluate.images.npz import read_samples
+from rear_scale.figures import png
 from rear_scale.sample.grid import contact_sheet
 from rear_scale.sample.job import check_tokenizer, decode_images, job_identity, sample_images
 from rear_scale.tokenizer import open_tokenizer

@@ -1,20 +1,15 @@
-"""Drawing of the figures of experiments, as PNG bytes."""
+"""Parts of the figures of experiments."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rear_scale.analysis.experiment import Row
 from rear_scale.analysis.intervals import mean_interval
+from rear_scale.figures import plt
 
 mpl.rcParams["text.parse_math"] = False  # names of runs are text, whatever dollar signs they hold
 
@@ -34,15 +29,6 @@ def panels(
     for unused in flat[count:]:
         unused.remove()
     return figure, flat[:count]
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG; it is closed."""
-    buffer = io.BytesIO()
-    # Without the version of matplotlib, which would make equal figures unequal.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def colour(number: int) -> str:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.analysis.experiment import Row
-from rear_scale.analysis.plots import COLOURS, finish, panels, png
+from rear_scale.analysis.plots import COLOURS, finish, panels
 from rear_scale.config import InputError
 from rear_scale.evaluate.published_tables import published_tables
 from rear_scale.evaluate.result import read_result
+from rear_scale.figures import png
 
 _PUBLISHED_IMAGES = 50_000  # of an FID
 PUBLISHED = "rar_table5"  # in configs/published.yaml

@@ -18,10 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from rear_scale.config import ExperimentConfig
+from rear_scale.config.devices import devices
 from rear_scale.model import meta_model
 from rear_scale.progress import say
+from rear_scale.scaling.cluster import cluster_of
 from rear_scale.scaling.cost import step_time
-from rear_scale.scaling.devices import cluster_of, devices
 from rear_scale.text_table import aligned
 from rear_scale.world import Ranks
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from rear_scale.files import write_text_atomically
 from rear_scale.replay.recorder import Row, names_of, totals
-from rear_scale.text_table import aligned
+from rear_scale.text_table import aligned, as_csv
 
 COLUMNS = (
     "step",
@@ -29,18 +27,16 @@ COLUMNS = (
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Writes every row under COLUMNS. micro_step is empty for values of the whole step; rms and largest are those of finite
     entries, nonfinite is the fraction of the others and first_nonfinite the index of the first of them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    lines = []
     for row in rows:
         key = row.key
-        micro_step = "" if key.micro_step < 0 else key.micro_step
+        micro_step = None if key.micro_step < 0 else key.micro_step
         shape, first = ("x".join(map(str, row.shape)), " ".join(map(str, row.first or ())))
-        writer.writerow(
+        lines.append(
             (row.step, key.rank, micro_step, key.order, key.name, key.what, shape, row.rms, row.largest, row.nonfinite, first)
         )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, text.getvalue())
+    write_text_atomically(path, as_csv(COLUMNS, lines))
 
 
 def in_words(rows: Sequence[Row]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rear_scale import cli
@@ -14,9 +13,7 @@ from rear_scale.report.run_page import write_report
 
 def report(description: str | None = None) -> None:
     """Parses the command line and writes what it asks for. Raises InputError for a folder that is no run."""
-    parser = cli.Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=description)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.html", help="compare the runs in one page; of one run, its report"

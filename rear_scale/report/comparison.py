@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from rear_scale.report.curves import COLUMNS, Curve, Curves
 from rear_scale.report.page import Choice, Head, Picture, Section, Table, write_page
 from rear_scale.report.reading import RunFiles, folder_name
 from rear_scale.report.run_page import duration, evenly, is_number, picture_of, rows_of, score_table
+from rear_scale.text_table import as_csv
 
 _COLORS = 10
 _FEWEST_COLUMNS = 24  # of a curve, however many runs are compared
@@ -390,11 +389,10 @@ def write_csv(path: Path, runs: Sequence[Compared]) -> None:
                 row |= {f"{name} ({file}) low": score.low, f"{name} ({file}) high": score.high}
         rows.append(row | {key: values[number] for key, values in settings.items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([_cell(column) for column in columns])
-    writer.writerows([[_cell(row.get(column)) for column in columns] for row in rows])
-    write_text_atomically(path, text.getvalue().encode("utf-8", "replace").decode())
+    text = as_csv(
+        [_cell(column) for column in columns], ([_cell(row.get(column)) for column in columns] for row in rows)
+    )
+    write_text_atomically(path, text.encode("utf-8", "replace").decode())
 
 
 def _cell(value: Any) -> Any:

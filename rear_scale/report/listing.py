@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import time
@@ -42,9 +41,7 @@ class Row:
 
 def list_runs(description: str | None = None) -> None:
     """Parses the command line and prints the list. Raises InputError for a folder that does not exist."""
-    parser = cli.Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=description)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     folder = parser.parse_args().folder
     if not folder.is_dir():

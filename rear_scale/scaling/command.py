@@ -10,7 +10,7 @@ from rear_scale.config.values import leaves
 from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part
 from rear_scale.scaling import planner
-from rear_scale.scaling.devices import Cluster, open_cluster
+from rear_scale.scaling.cluster import Cluster, open_cluster
 from rear_scale.scaling.output import Report
 from rear_scale.scaling.planner import Choice
 from rear_scale.scaling.strong_scaling import scaling_rows

@@ -9,29 +9,23 @@ same input (`change`). Under muP neither grows with the width (Yang et al. 2022,
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-
-from rear_scale import cli
+from rear_scale import cli, text_table
 from rear_scale.config import ExperimentConfig, InputError, derive
 from rear_scale.config.schema import OPTIMIZERS
+from rear_scale.figures import plt, png
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.model import Generator
 from rear_scale.model.attention import Attention, sdpa
@@ -253,11 +247,7 @@ def summary(growths: Sequence[Growth]) -> str:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV with a line of names."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
+    return text_table.as_csv([field.name for field in fields(Row)], map(astuple, rows))
 
 
 def figure(rows: Sequence[Row], lr: float, updates: int) -> bytes:
@@ -291,7 +281,4 @@ def figure(rows: Sequence[Row], lr: float, updates: int) -> bytes:
         axes.set_ylabel("multiple of the narrowest width's")
     drawn.suptitle(f"rms of activations after {updates} updates at a learning rate of {lr:g}, and of their change")
     drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110)
-    plt.close(drawn)
-    return buffer.getvalue()
+    return png(drawn)

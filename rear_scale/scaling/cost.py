@@ -20,7 +20,7 @@ from rear_scale.parallel import facts
 from rear_scale.parallel.communication import Traffic, traffic_per_update
 from rear_scale.parallel.memory import elements
 from rear_scale.parallel.whole_matrices import update_flops
-from rear_scale.scaling.devices import Cluster
+from rear_scale.scaling.cluster import Cluster
 
 # Fractions of the data sheet's rates: large bf16 products, reads and writes of memory, rings over NVLink and network.
 PRODUCTS, MEMORY, NVLINK, NETWORK = 0.80, 0.85, 0.78, 0.85

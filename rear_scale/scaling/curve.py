@@ -8,7 +8,6 @@ launchers/train.py says when a run with these settings leaves the band.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rear_scale import cli
@@ -20,8 +19,6 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser(
         prog="study.py curve",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of one config")
     parser.add_argument("--name", required=True, help="of the curve: the name of the config")

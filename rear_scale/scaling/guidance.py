@@ -8,8 +8,6 @@ Each round is one line of launchers/evaluate.py with --sweep, and is not compute
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from rear_scale.files import write_text_atomically
 from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.shards.inputs import Inputs
+from rear_scale.text_table import as_csv
 
 CONFIRMED = "guided.json"
 _FIELDS = {"scale": list, "power": list, "images": int, "rounds": int, "confirm": int, "score": str}
@@ -212,8 +211,5 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def _as_csv(points: Sequence[Point]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["scale", "power", "images", "score"])
-    writer.writerows([f"{point.scale:g}", f"{point.power:g}", point.images, point.score] for point in points)
-    return buffer.getvalue()
+    cells = ([f"{point.scale:g}", f"{point.power:g}", point.images, point.score] for point in points)
+    return as_csv(["scale", "power", "images", "score"], cells)

@@ -20,8 +20,8 @@ from rear_scale.model.recompute import prepare_blocks
 from rear_scale.objective import Objective, Task
 from rear_scale.parallel import open_strategy
 from rear_scale.progress import say
+from rear_scale.scaling.cluster import Cluster, cluster_of
 from rear_scale.scaling.cost import step_time
-from rear_scale.scaling.devices import Cluster, cluster_of
 from rear_scale.world import Ranks, World
 
 # Numbers of blocks and images that suffice to measure a rate and fit on any machine, for a GPU and for a CPU.

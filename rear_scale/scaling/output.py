@@ -8,7 +8,7 @@ from typing import Any
 from rear_scale.config import ExperimentConfig
 from rear_scale.model.flops import train_flops_per_image
 from rear_scale.scaling import cost, strong_scaling
-from rear_scale.scaling.devices import Cluster
+from rear_scale.scaling.cluster import Cluster
 from rear_scale.scaling.planner import PARTS, USABLE, Choice, refused
 from rear_scale.scaling.strong_scaling import ScalingRow
 from rear_scale.text_table import aligned

@@ -11,9 +11,7 @@ command continues after a kill. Writes panel.json and panel.csv into --out.
 from __future__ import annotations
 
 import argparse
-import csv
 import glob
-import io
 import json
 import math
 import os
@@ -36,7 +34,7 @@ from rear_scale.progress import say
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling.seed_noise import Difference, SeedNoise, difference, seed_noise
 from rear_scale.shards.inputs import Inputs, fingerprint
-from rear_scale.text_table import aligned
+from rear_scale.text_table import aligned, as_csv
 
 # Scores of token prediction: name -> (set and context, key) in result.json. They depend on the training seed alone.
 _OF_TOKENS = {
@@ -73,8 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="study.py panel",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("first", metavar="A", help="a config, or a pattern of run folders")
     parser.add_argument("second", metavar="B", help="what is compared with it")
@@ -320,14 +316,14 @@ def _pair(values: Sequence[float | None]) -> str:
 
 def _as_csv(methods: tuple[Method, Method], compared: Sequence[Compared]) -> str:
     """One line per score: method, run, sampling seed, measure, value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "run", "sampling", "measure", "value"])
-    for one in compared:
-        for method, scores in zip(methods, one.scores, strict=True):
-            for run, row in zip(method.runs.values(), scores, strict=True):
-                writer.writerows([method.label, run, number, one.measure, value] for number, value in enumerate(row))
-    return text.getvalue()
+    rows = [
+        (method.label, run, number, one.measure, value)
+        for one in compared
+        for method, scores in zip(methods, one.scores, strict=True)
+        for run, row in zip(method.runs.values(), scores, strict=True)
+        for number, value in enumerate(row)
+    ]
+    return as_csv(["method", "run", "sampling", "measure", "value"], rows)
 
 
 def _label(given: str) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 import yaml
 
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, Plan, derive
+from rear_scale.config.devices import devices
 from rear_scale.config.schema import RECOMPUTE_POLICIES, STRATEGY_KEY, WHOLE_MATRIX_OPTIMIZERS, StrategyConfig
 from rear_scale.config.validate import validate
 from rear_scale.model.activations import head_activation_bytes
@@ -20,8 +21,8 @@ from rear_scale.parallel import facts
 from rear_scale.parallel.facts import Facts
 from rear_scale.parallel.memory import elements, memory_per_rank
 from rear_scale.places import IN_CHECKOUT, as_typed
+from rear_scale.scaling.cluster import Cluster, cluster_of, near
 from rear_scale.scaling.cost import StepTime, step_time
-from rear_scale.scaling.devices import Cluster, cluster_of, devices, near
 
 GIB = 2**30
 # The fraction of a GPU's memory that a plan may fill. The rest is for the runtime and for fragmentation.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.model.generator import Generator
-from rear_scale.scaling.devices import Cluster, cluster_of
+from rear_scale.scaling.cluster import Cluster, cluster_of
 from rear_scale.scaling.planner import Choice, choices, recommend
 
 GPUS = tuple(2**power for power in range(3, 11))

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--config", metavar="study/NAME.yaml", help="a file in configs/study/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="KEY=V,V", help="replaces or adds a word of every grid")
     parser.add_argument(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +22,7 @@ from rear_scale.scaling.study_plan import CellPlanner
 from rear_scale.scaling.study_run import RESULT, THROUGHPUT, UNGUIDED, Runner
 from rear_scale.shards.codebook import is_packed
 from rear_scale.shards.record import read_manifest
+from rear_scale.text_table import as_csv
 
 Row = dict[str, Any]
 FIRST = ("cell",)
@@ -48,11 +47,7 @@ class Collected:
 
     def text(self) -> str:
         """The rows as CSV. An empty field = there is no such value."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in self.rows)
-        return buffer.getvalue()
+        return as_csv(self.columns, ([row.get(name) for name in self.columns] for row in self.rows))
 
 
 def collect(runner: Runner, others: Sequence[Path] = ()) -> Collected:

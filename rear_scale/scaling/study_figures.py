@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import statistics
@@ -10,12 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
+from rear_scale.figures import plt, png
 
 _PROFILES = 4  # budgets of compute of which a profile is drawn
 _FEWEST = 3  # sizes of a profile
@@ -120,7 +116,7 @@ def gap_by_size(gaps: Mapping[str, Sequence[Gap]], against: str) -> bytes:
             axes.axhline(0, color="0.5", linewidth=0.8)
             axes.set(xlabel=label, ylabel=f"{quantity}: {against}", xscale="log")
             axes.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def isoflop_profiles(curves: Sequence[Curve], quantity: str) -> bytes | None:
@@ -176,11 +172,4 @@ def loss_at(curve: Curve, flops: float) -> float | None:
 def _finished(figure: plt.Figure, axes: Any) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    return _png(figure)
-
-
-def _png(figure: plt.Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

@@ -18,8 +18,8 @@ from rear_scale.model import meta_model
 from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.parallel import facts
 from rear_scale.scaling import law
+from rear_scale.scaling.cluster import cluster_of
 from rear_scale.scaling.cost import step_time
-from rear_scale.scaling.devices import cluster_of
 from rear_scale.scaling.planner import USABLE, memory_gib
 from rear_scale.scaling.study_file import StudyFile
 from rear_scale.scaling.study_grid import Cell, training_identity, varied

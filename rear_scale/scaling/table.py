@@ -63,8 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="study.py table",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="a table of configs/published.yaml, such as rear_table4")
     parser.add_argument(

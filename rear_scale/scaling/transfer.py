@@ -12,22 +12,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-
-from rear_scale import cli
+from rear_scale import cli, text_table
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive, override_keys, to_dict
+from rear_scale.figures import plt, png
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.objective import Task, shared_classes
@@ -251,12 +247,8 @@ def _cell_of(result: Result) -> Cell:
 
 def as_csv(results: Sequence[Result]) -> str:
     """The results as CSV with a line of names; a value that is not there is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
-    writer.writeheader()
-    for result in results:
-        writer.writerow({name: "" if value != value else value for name, value in asdict(result).items()})
-    return text.getvalue()
+    cells = ([None if value != value else value for value in astuple(result)] for result in results)
+    return text_table.as_csv([field.name for field in fields(Result)], cells)
 
 
 def read_csv(text: str) -> list[Result]:
@@ -334,7 +326,4 @@ def figure(results: Sequence[Result]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss, mean over seeds")
     panels[0].legend()
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110)
-    plt.close(drawn)
-    return buffer.getvalue()
+    return png(drawn)

@@ -13,8 +13,8 @@ from rear_scale.model.flops import parameters_by_part, train_flops_per_image
 from rear_scale.parallel import facts
 from rear_scale.parallel.engine import missing_package
 from rear_scale.parallel.memory import checkpoint_bytes, memory_per_rank
+from rear_scale.scaling.cluster import cluster_of
 from rear_scale.scaling.cost import step_time
-from rear_scale.scaling.devices import cluster_of
 from rear_scale.shards.codebook import class_note, is_packed, read_checked
 from rear_scale.shards.plain import plain_tars
 from rear_scale.shards.reader import check_agree
