@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rear_scale.model.generator import Generator
+from rear_scale.objective.terms import Feature
 from rear_scale.optim.whole_matrix import Spread, alone
 from rear_scale.parallel.communication import FP32, Traffic
 from rear_scale.parallel.memory import Memory, Update, elements
@@ -60,6 +60,15 @@ class DDPStrategy(TorchStrategy):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16")
 
 
+class _Parts(Protocol):
+    """What a generator says of its parts."""
+
+    features: Sequence[Feature]
+    blocks: nn.ModuleList
+
+    def heads(self) -> dict[str, nn.Module]: ...
+
+
 def reduction_order(model: nn.Module) -> list[nn.Parameter]:
     """All parameters, nearly in the order in which a backward pass completes their gradients: from the last block to the first
     with the heads on their outputs, then all others.
@@ -67,7 +76,7 @@ def reduction_order(model: nn.Module) -> list[nn.Parameter]:
     DDP reduces its buckets in order. A gradient that is complete before its turn waits, which costs little; one that is
     complete after its turn, as an embedding's would be anywhere but at the end, keeps all behind it waiting.
     """
-    generator = cast("Generator", model)
+    generator = cast("_Parts", model)
     # A head's gradient is complete with that of the earliest feature that passes through it.
     taps = {feature.head: feature.tap for feature in sorted(generator.features, key=lambda feature: -feature.tap)}
     modules: list[nn.Module] = []
