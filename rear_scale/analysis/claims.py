@@ -274,7 +274,7 @@ def _flat(side: Sequence[Sequence[Row]]) -> list[Row]:
     return [row for rows in side for row in rows]
 
 
-def _one_recipe(claim: Claim, sides: Sequence[Sequence[Sequence[Row]]]) -> list[list[list[Row]]]:
+def _one_recipe(claim: Claim, sides: Sequence[Sequence[Sequence[Row]]]) -> list[list[Sequence[Row]]]:
     """The rows of both sides by selection, of each kind of model those of one recipe: that with the most runs, and of several
     such the first. Runs of other recipes are no seeds of that model. A selection that names several values of a field of the
     config means all of their recipes."""

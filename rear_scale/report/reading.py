@@ -215,7 +215,7 @@ class RunFiles:
     @property
     def images(self) -> int:
         images = self.curves.last.get("images_seen")
-        return images if _is_step(images) and images < _MOST_IMAGES else 0
+        return images if isinstance(images, int) and _is_step(images) and images < _MOST_IMAGES else 0
 
     @property
     def flops(self) -> float | None:

@@ -120,8 +120,8 @@ def twins(found: Sequence[Place], first: str, second: str) -> list[tuple[list[Pl
     """
     by_setting: dict[tuple[str, Words, Words], dict[int, Place]] = {}
     for place in found:
-        setting = (place.objective, place.size | place.length | place.others, place.variant)
-        by_setting.setdefault(setting, {})[place.row[SEED]] = place
+        key = (place.objective, place.size | place.length | place.others, place.variant)
+        by_setting.setdefault(key, {})[place.row[SEED]] = place
     pairs, seen = [], set()
     for (objective, setting, variant), own in by_setting.items():
         if objective != second:
