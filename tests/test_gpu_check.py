@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 from helpers import ROOT, environment, launch
 
 from rear_scale import config
-from rear_scale.bench import gpu_check, gpu_evaluation, gpu_runs
+from rear_scale.bench import compile_start, gpu_check, gpu_evaluation, gpu_runs
 from rear_scale.bench.gpu_check import Answer, Part
+from rear_scale.bench.gpu_probes import PROBES
 from rear_scale.parallel.memory import memory_per_rank
 
 RUNS = {run.name: run for run in gpu_runs.RUNS}
@@ -214,3 +218,57 @@ def test_rates_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     gpu_check.report([asked], {"evaluation": Answer("done", gpu_check._line(asked, tmp_path, ""))}, tmp_path)
     assert "features alone" in (tmp_path / "report.html").read_text()
     assert "rear_scale.bench.gpu_evaluation --small" in (tmp_path / "readme_rows.md").read_text()
+
+
+def test_the_compilers_time_with_a_cold_and_a_warm_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[str, str]] = []
+
+    def bench(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        mode, cache = command[2], Path(options["env"]["TORCHINDUCTOR_CACHE_DIR"])
+        state = "warm" if (cache / mode).exists() else "cold"
+        (cache / mode).touch()
+        started.append((mode, state))
+        assert f"{mode}.compile=true" in command
+        first = {"cold": 9.0, "warm": 2.0}[state]
+        values = {"images_per_s": 8.0, "first_step_s": first, "first_batch_s": first + 1}
+        return subprocess.CompletedProcess(
+            command, 0, json.dumps({**values, "global_batch_size": 4, "batch_size": 2}), ""
+        )
+
+    monkeypatch.setattr(compile_start.subprocess, "run", bench)
+    monkeypatch.setattr(sys, "argv", ["compile_start", "--small"])
+    compile_start.main()
+    assert started == [("train", "cold"), ("sample", "cold"), ("train", "warm"), ("sample", "warm")]
+    assert capsys.readouterr().out == (
+        "first training step 9.0 s (cold cache), 2.0 s (warm), later 0.500 s; "
+        "first sampled batch 10.0 s (cold cache), 3.0 s (warm), later 0.250 s\n"
+    )
+    fails = subprocess.CompletedProcess([], 1, "", "Traceback\nInvalidCxxCompiler: no C++ compiler")
+    monkeypatch.setattr(compile_start.subprocess, "run", lambda command, **_: fails)
+    compile_start.main()
+    assert (
+        "could not be measured here: launchers/bench.py train ended with exit code 1: InvalidCxx"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.long  # two minutes of the compiler on a CPU
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_the_compiler_is_faster_with_a_warm_cache_on_this_machine(tmp_path: Path) -> None:
+    found = compile_start.measure("bench_cpu.yaml", list(compile_start.TINY), 2, tmp_path)
+    for mode, times in found.items():
+        assert times["cold"] > times["warm"] > times["later"], (mode, times)
+
+
+@pytest.mark.parametrize("name", ["attention_kernels", "modulation_rows", "head_norms"])
+def test_probes_answer_in_their_small_form(name: str) -> None:
+    line = PROBES[name](torch.device("cpu"), True)
+    words = {
+        "attention_kernels": "training ",
+        "modulation_rows": "2 classes: gather",
+        "head_norms": "not measured on a CPU",
+    }
+    assert words[name] in line

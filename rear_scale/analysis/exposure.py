@@ -111,7 +111,7 @@ class Exposure(ImageWork):
             self.cfg.sample, temperature=1.0, top_k=None, top_p=None, guidance=GuidanceConfig(), cuda_graphs=False,
             order=self.order,
         )  # fmt: skip
-        return Decoder(self.model, plain, self.cfg.objective.permutation)
+        return Decoder(self.model, plain, self.cfg.objective.permutation, compiled=False)
 
     def compute(self, number: int) -> Arrays:
         ids = self.blocks[number]

@@ -84,7 +84,10 @@ def parts(out: Path, small: bool) -> list[Part]:
             (
                 "the peak rates of the device",
                 "whether attention dropout has the configured probability",
+                "which attention kernel training should use",
                 "whether a kernel builds a plan for each length of the cache",
+                "what norms of queries and keys cost, and what compiling gives",
+                "when modulation by class is faster than for every image",
                 "layout and precision of decoding",
                 "whether the sampler can use CUDA graphs",
             ),
@@ -94,11 +97,25 @@ def parts(out: Path, small: bool) -> list[Part]:
     tests = Part(
         "tests", "whether kernels agree", 240, [*python, "-m", "pytest", "-q", "-m", "gpu", "tests"], "pytest", 1
     )
+    compiler = [*python, "-m", "rear_scale.bench.compile_start", *tiny]
+    start = Part("compiler_start", "seconds that torch.compile takes, with a cold and a warm cache", 240, compiler)
     train = [_train(out, name, small) for name in ("s", "l")]
     sample = [_sample(out, name, small) for name in ("s", "l")]
     more = [] if small else [make(out, name, small) for name in ("b", "xl", "xxl") for make in (_train, _sample)]
+    variants = [] if small else _variants(out)
     scaling = [_scaling(out, strategy) for strategy in ("ddp", "fsdp2", "zero2")]
-    return [*probes, tests, *train, *sample, *_engines(out, small), _evaluation(out, small), *scaling, *more]
+    return [
+        *probes,
+        tests,
+        *train,
+        *sample,
+        *_engines(out, small),
+        _evaluation(out, small),
+        start,
+        *scaling,
+        *more,
+        *variants,
+    ]
 
 
 def _train(out: Path, size: str, small: bool) -> Part:
@@ -113,6 +130,23 @@ def _sample(out: Path, size: str, small: bool) -> Part:
     words = ["--config", *(["bench_cpu.yaml", *_TINY] if small else [f"rear_{size}.yaml", "sample.batch_size=256"])]
     words += ["--classes", "2" if small else "6"]
     return _bench(out, f"sample_{size}", "images/s of the sampler", "sample", words, 1 if small else 3)
+
+
+def _variants(out: Path) -> list[Part]:
+    """Training and sampling of reAR-S without one of the settings that make them faster, and the plain training step."""
+    batch, classes = _SIZES["s"]
+    alone = ["--config", "rear_s.yaml", f"train.micro_batch_size={batch}", "--global-batch", str(batch)]
+    beside = ["--config", "rear_s.yaml", "train.micro_batch_size=128", "--classes", "54"]
+    sample = ["--config", "rear_s.yaml", "sample.batch_size=256", "--classes", "6", "--alone"]
+    return [
+        _bench(out, "sample_s_uncompiled", "what compiled steps give", "sample", [*sample, "sample.compile=false"], 3),
+        _bench(out, "train_s_uncompiled", "what compiled blocks give", "train",
+            [*alone, "--classes", str(classes), "train.compile=false"], 5),
+        _bench(out, "train_s_per_sample", "what modulation by class gives", "train",
+            [*alone, "--classes", str(batch), "model.modulation=per_sample"], 5),
+        _bench(out, "train_s_plain", "the plain training step", "train", beside, 3),
+        _bench(out, "sample_s_no_graphs", "what CUDA graphs give", "sample", [*sample, "sample.cuda_graphs=false"], 1),
+    ]  # fmt: skip
 
 
 def _engines(out: Path, small: bool) -> list[Part]:

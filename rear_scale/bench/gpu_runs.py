@@ -80,6 +80,7 @@ RUNS = (
         for name in ("fsdp2", "zero1", "zero2", "zero3", "ddp")
     ),
     Run("compiled", ("strategy=single", "train.compile=true")),
+    Run("profiled", ("strategy=single", "profile.steps=[2,3]"), formula=False),
     Run("selective", ("strategy=single", "train.activation_checkpointing=selective")),
     Run("half", ("strategy=single",), 1e-3, half=True, formula=False),
     Run("resumed", ("strategy=fsdp2",), 1e-3, goes_on="half", formula=False),
@@ -169,9 +170,11 @@ def write_tokens(out: Path, sizes: Sizes) -> str:
 
 
 def keep_metrics(run: Run, out: Path) -> None:
-    """Copies the metrics of a finished run to the answers, and removes its folder, which holds gigabytes of checkpoints, unless
-    another run resumes it."""
+    """Copies the metrics of a finished run, and its trace if it was profiled, to the answers, and removes its folder, which holds
+    gigabytes of checkpoints, unless another run resumes it."""
     shutil.copyfile(run_folder(out, run.name) / "metrics.jsonl", _metrics_file(run.name, out))
+    for trace in run_folder(out, run.name).glob("profile/*.json"):
+        shutil.copyfile(trace, out / "parts" / f"{run.name}.trace.json")
     if not run.half:
         shutil.rmtree(run_folder(out, run.name), ignore_errors=True)
 

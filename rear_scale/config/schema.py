@@ -399,6 +399,8 @@ class SampleConfig:
     grid_every_images: int | None = number(None, above=0,
         doc="training images between two image grids of samples, each made at the next checkpoint; null = none")
     cuda_graphs: bool = setting(True, "on a GPU, replay decoding steps as CUDA graphs")
+    compile: bool | str = choice("auto", "torch.compile of decoding steps", among={
+        True: "", False: "", "auto": "on GPUs where it works, not on CPUs"})
     uint8_rounding: str = choice("truncate", "how float images become uint8", among=UINT8_ROUNDINGS)
     guidance: GuidanceConfig = section(GuidanceConfig)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class AliTokDecoding(Decoding):
     """Cached decoding of AliTok's generator."""
 
     def __init__(self, model: AliTokTransformer, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
-        self.model = model
+        self.model, self.blocks = model, list(model.blocks)
         self.first = model.class_embedding(classes)[class_index][:, None]
         self.rotation = model.rotation(order, self.first.device)
         self.targets = model.targets(order)
@@ -151,8 +152,12 @@ class AliTokDecoding(Decoding):
         x = self.model.token_embedding(tokens)[:, None]
         return x if self.targets is None else x + self.targets[:, step + 1 : step + 2]
 
-    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
-        return self.model.blocks[number](x, self.rotation[:, start : start + x.shape[1]], attend)
+    def arguments(self, number: int, start: int, count: int) -> tuple[Tensor]:
+        return (self.rotation[:, start : start + count],)
+
+    @staticmethod
+    def through(block: Any, attend: Attend, x: Tensor, *arguments: Tensor) -> Tensor:
+        return block(x, *arguments, attend)
 
     def logits(self, x: Tensor, position: int) -> Tensor:
         return self.model.token_logits(self.model.norm(x))[:, 0]

@@ -256,6 +256,8 @@ def output_matrix(shape: Shape) -> nn.Module:
 class Decoding(ABC):
     """The precomputed tables of one batch for cached decoding."""
 
+    blocks: Sequence[nn.Module]
+
     @abstractmethod
     def prefix(self) -> Tensor:
         """The input at the positions of the prefix, [R, P, D]."""
@@ -264,9 +266,18 @@ class Decoding(ABC):
     def token(self, tokens: Tensor, step: int) -> Tensor:
         """The input at the position of token `step`, [R, 1, D]; tokens: int64 [R]."""
 
-    @abstractmethod
     def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
         """The output of one block for x [R, s, D], the positions from `start` on."""
+        return self.through(self.blocks[number], attend, x, *self.arguments(number, start, x.shape[1]))
+
+    @abstractmethod
+    def arguments(self, number: int, start: int, count: int) -> tuple[Tensor, ...]:
+        """The tensors besides x that a block needs at `count` positions from `start` on."""
+
+    @staticmethod
+    @abstractmethod
+    def through(block: Any, attend: Attend, x: Tensor, *arguments: Tensor) -> Tensor:
+        """The output of a block. Depends on its arguments alone, so that one compiled form serves all blocks and steps."""
 
     @abstractmethod
     def logits(self, x: Tensor, position: int) -> Tensor:

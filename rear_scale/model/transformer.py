@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +228,7 @@ class ViTDecoding(Decoding):
 
     def __init__(self, model: ViTGenerator, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
         self.model, self.class_index = model, class_index
+        self.blocks = list(model.blocks)
         self.class_embedding = model.class_embedding(classes)
         self.positions = model.positions(order, model.num_tokens + 1)
 
@@ -242,8 +243,12 @@ class ViTDecoding(Decoding):
 class PlainDecoding(ViTDecoding):
     model: PlainTransformer
 
-    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
-        return self.model.blocks[number](x, attend)
+    def arguments(self, number: int, start: int, count: int) -> tuple[()]:
+        return ()
+
+    @staticmethod
+    def through(block: Any, attend: Attend, x: Tensor, *arguments: Tensor) -> Tensor:
+        return block(x, attend)
 
     def logits(self, x: Tensor, position: int) -> Tensor:
         return self.model.token_logits(self.model.norm(x))[:, 0]
@@ -259,7 +264,6 @@ class AdaLNDecoding(ViTDecoding):
 
     def __init__(self, model: AdaLNTransformer, classes: Tensor, class_index: Tensor, order: Tensor | None) -> None:
         super().__init__(model, classes, class_index, order)
-        self.blocks = cast("list[Block]", list(model.blocks))  # a ModuleList does not say what it holds
         condition = model.condition(self.class_embedding, model.num_tokens + 1)
         self.condition = condition.transpose(0, 1).contiguous()  # [S, U, D]
         self.start = self.end = 0  # the positions that the tables hold
@@ -278,7 +282,8 @@ class AdaLNDecoding(ViTDecoding):
         """Makes the tables: [s, U, 6 D] per block and [s, U, 2 D] for the final modulation, with 1 + scale in place of scale."""
         condition = self.condition[start : start + _TABLE_POSITIONS]
         self.start, self.end = start, start + len(condition)
-        self.tables = [block.modulation(condition) for block in self.blocks]
+        # a list of modules does not say what it holds
+        self.tables = [block.modulation(condition) for block in cast("list[Block]", self.blocks)]
         for table in self.tables:
             for scale in (1, 4):
                 table.chunk(6, dim=-1)[scale].add_(1)
@@ -290,10 +295,13 @@ class AdaLNDecoding(ViTDecoding):
         first = position - self.start
         return table[first : first + count].index_select(1, self.class_index).transpose(0, 1)
 
-    def block(self, number: int, x: Tensor, start: int, attend: Attend) -> Tensor:
-        modulation = self._modulation(self.tables[number], start, x.shape[1])
+    def arguments(self, number: int, start: int, count: int) -> tuple[Tensor]:
+        return (self._modulation(self.tables[number], start, count),)
+
+    @staticmethod
+    def through(block: Any, attend: Attend, x: Tensor, *arguments: Tensor) -> Tensor:
+        (modulation,) = arguments
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        block = self.blocks[number]
         x = torch.addcmul(x, gate1, block.attn(torch.addcmul(shift1, block.norm1(x), scale1), attend))
         return torch.addcmul(x, gate2, block.mlp(torch.addcmul(shift2, block.norm2(x), scale2)))
 

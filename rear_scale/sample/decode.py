@@ -1,11 +1,11 @@
 """Decoding with a KV cache and classifier-free guidance.
 
 Tensors that do not depend on the tokens are computed once per batch (`Generator.decoding`). Keys and values are written into a
-cache that is allocated once, of which each step reads only the filled part.
+cache that is allocated once, of which each step reads only the filled part (rear_scale/sample/cached.py). On GPUs, the blocks of
+a step are compiled (rear_scale/sample/compiled.py).
 """
 
-# B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, P prefix positions,
-# S = P + N - 1 positions, H heads, K codes
+# B images, R = 2B rows under guidance (with class, then without) or B, N tokens of an image, K codes
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import PermutationConfig, SampleConfig
 from rear_scale.model import Generator
 from rear_scale.objective import permutation
 from rear_scale.sample.batch import Batch
+from rear_scale.sample.cached import Cache, CachedDecoding, new_caches
+from rear_scale.sample.compiled import CompiledBlocks, compiles_steps
 from rear_scale.sample.graphs import CudaGraph, GraphedSteps
 from rear_scale.sample.guidance import guidance_scale
 from rear_scale.sample.packed import packed_for_decoding
@@ -36,10 +37,18 @@ _ROUNDINGS = {torch.bfloat16: 4.0, torch.float32: 16.0}
 class Decoder:
     """Samples token sequences from a model in eval mode. Image i has the same tokens in any batch of the same size.
 
-    permuted: the orders of prediction of the training; sample.order, if set, replaces their final order.
+    permuted: the orders of prediction of the training; sample.order, if set, replaces their final order. compiled: whether
+    steps are compiled; None = as sample.compile says, see `compiles_steps`.
     """
 
-    def __init__(self, model: Generator, cfg: SampleConfig, permuted: PermutationConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Generator,
+        cfg: SampleConfig,
+        permuted: PermutationConfig | None = None,
+        *,
+        compiled: bool | None = None,
+    ) -> None:
         self.cfg, self.permuted = cfg, permuted or PermutationConfig()
         self.scales = [guidance_scale(step, model.num_tokens, cfg.guidance) for step in range(model.num_tokens)]
         self.guided = any(scale != 1 for scale in self.scales)
@@ -48,7 +57,13 @@ class Decoder:
         self.within_rounding: Tensor | None = None
         dtype = next(model.parameters()).dtype
         self.error = _ROUNDINGS.get(dtype, _ROUNDINGS[torch.float32]) * torch.finfo(dtype).eps
-        self.model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1)).with_fixed_codes()
+        if compiled is None:
+            weight = next(model.parameters())
+            compiled = compiles_steps(cfg.compile, type(model), weight.device, weight.dtype)
+        self.compiled = CompiledBlocks(model) if compiled else None
+        if self.compiled is None:
+            model = packed_for_decoding(model, cfg.batch_size * (2 if self.guided else 1))
+        self.model = model.with_fixed_codes()
         self.graphed: GraphedSteps | None = None
         if cfg.cuda_graphs and next(model.parameters()).device.type == "cuda":
             self.graphed = GraphedSteps(self._draw_steps, CudaGraph)
@@ -74,7 +89,8 @@ class Decoder:
     def _draw_steps(self, batch: Batch, steps: range) -> None:
         """Samples the tokens of these steps of a batch. Must not synchronize with the GPU (CUDA graphs record it)."""
         if steps.start == 0:
-            batch.state = CachedDecoding(self.model, batch, self._caches_for(len(batch.class_index)))
+            caches = self._caches_for(len(batch.class_index))
+            batch.state = CachedDecoding(self.model, batch, caches, self.compiled)
             batch.near_ties.zero_()
             batch.within_rounding.zero_()
         assert batch.state is not None, "the first step comes first"
@@ -99,7 +115,7 @@ class Decoder:
     def _caches_for(self, rows: int) -> list[Cache]:
         if self.caches is None or len(self.caches[0].keys) != rows:
             self.caches = None  # free the old caches before allocating new ones
-            self.caches = new_caches(self.model, rows)
+            self.caches = new_caches(self.model, rows, compiled=self.compiled is not None)
         return self.caches
 
     def orders(self, ids: Tensor) -> Tensor | None:
@@ -153,75 +169,3 @@ def top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
             torch.zeros_like(logits, dtype=torch.bool).scatter(1, codes, before >= top_p), -torch.inf
         )
     return logits
-
-
-class CachedDecoding:
-    """The decoding state of one batch: tables, KV caches and the number of positions in them.
-
-    caches: of an earlier batch with the same number of rows, to be overwritten; None = allocate new ones.
-    """
-
-    def __init__(self, model: Generator, batch: Batch, caches: list[Cache] | None = None) -> None:
-        self.model, self.rows = model, len(batch.class_index)
-        self.tables = model.decoding(batch.classes, batch.class_index, batch.order)
-        self.caches = caches or new_caches(model, self.rows)
-        for cache in self.caches:
-            cache.length = 0
-        self.length = 0
-
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits [R, K] of the next token after tokens (int64 [B, t]), which must grow by one token per call."""
-        start = self.length
-        if start == 0:
-            x = self.tables.prefix()
-        else:
-            x = self.tables.token(tokens[:, -1].repeat(self.rows // len(tokens)), tokens.shape[1] - 1)
-        for number, cache in enumerate(self.caches):
-            x = self.tables.block(number, x, start, cache.attend)
-        self.length = start + x.shape[1]
-        return self.tables.logits(x[:, -1:], self.length - 1)
-
-
-def new_caches(model: Generator, rows: int) -> list[Cache]:
-    """New, uninitialized KV caches, one per block, for decoding batches of so many rows."""
-    shape, weight = model.shape, next(model.parameters())
-    cache_class = TransposedCache if weight.device.type == "cpu" and weight.dtype == torch.float32 else Cache
-    size = (rows, shape.num_heads, model.prefix + model.num_tokens - 1, shape.width // shape.num_heads)
-    return [cache_class(*size, weight) for _ in model.blocks]
-
-
-class Cache:
-    """Keys and values of one block, float [R, H, S, width of a head], allocated once."""
-
-    def __init__(self, rows: int, heads: int, positions: int, width: int, like: Tensor) -> None:
-        self.keys, self.values = like.new_empty(2, rows, heads, positions, width)
-        self.length = 0
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The attention output of the new positions [R, H, s, ...], which are appended and attend causally to all so far."""
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        start, self.length = self.length, self.length + key.shape[2]
-        return self._attend(query, key, value, start, self.length)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
-        self.keys[:, :, start:end], self.values[:, :, start:end] = key, value
-        # Causal masking only in the first call, which has several positions; later calls have one, which attends to all.
-        return F.scaled_dot_product_attention(
-            query, self.keys[:, :, :end], self.values[:, :, :end], is_causal=start == 0 and end > 1
-        )
-
-
-class TransposedCache(Cache):
-    """Keys stored as [R, H, width of a head, S]: on a CPU, the product of one query with many keys is fastest in this layout."""
-
-    def __init__(self, rows: int, heads: int, positions: int, width: int, like: Tensor) -> None:
-        super().__init__(rows, heads, positions, width, like)
-        self.keys = self.keys.view(rows, heads, width, positions)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int) -> Tensor:
-        self.keys[..., start:end], self.values[:, :, start:end] = key.transpose(2, 3), value
-        if start == 0:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        scores = torch.bmm(query.flatten(0, 1) * query.shape[3] ** -0.5, self.keys.flatten(0, 1)[..., :end])
-        attended = torch.bmm(scores.softmax(-1), self.values.flatten(0, 1)[:, :end])
-        return attended.view(query.shape)

@@ -15,7 +15,7 @@ import json
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from rear_scale.checkpoint.restore import load_generator_weights
 from rear_scale.config import ExperimentConfig, InputError
 from rear_scale.config.renamed import downgraded
 from rear_scale.files import write_text_atomically
-from rear_scale.model import Generator, empty_model
+from rear_scale.model import Generator, empty_model, meta_model
 from rear_scale.progress import progress, say, say_once
 from rear_scale.run.folder import provenance
+from rear_scale.sample.compiled import compiles_steps
 from rear_scale.sample.decode import NEAR_TIE, Decoder
 from rear_scale.sample.decode_worker import DecodeWorker
 from rear_scale.sample.files import (
@@ -53,7 +54,9 @@ from rear_scale.untrusted import read_json
 from rear_scale.world import World
 
 _ALGORITHM = 1  # to be increased whenever equal weights and settings begin to give other images
-_NOT_THE_IMAGES = ("also_write", "grid_every_images", "cuda_graphs")  # settings of sampling that no image depends on
+# Settings of sampling that no image depends on. Compiled steps round differently, as another kind of GPU does, on which the
+# identity does not depend either; but one job is made in one form.
+_NOT_THE_IMAGES = ("also_write", "grid_every_images", "cuda_graphs", "compile")
 _AS_TOKENS = " as token ids alone: the images of tokenizer.name={} are not decoded here"
 
 
@@ -70,9 +73,8 @@ def load_generator(
     with_heads: with the heads of the loss, which the checkpoint must have then; sampling needs none. codebook: float32 [K, Z]
     of a model that is tied to it; None = the one beside the training tokens.
     """
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     # Allocated on the device directly: copies on the CPU, one per rank of a node, could exceed the host's memory.
-    model = empty_model(cfg, device, dtype, with_heads=with_heads)
+    model = empty_model(cfg, device, _precision(cfg), with_heads=with_heads)
     load_generator_weights(checkpoint, model)
     codebook = _tied_codebook(cfg) if codebook is None else codebook
     if codebook is not None:
@@ -175,6 +177,7 @@ class _Job:
     output: Path
     tokenizer: Tokenizer | None  # None = its images are not decoded here
     identity: str
+    compiled: bool = False  # whether decoding steps are compiled
 
     @property
     def result(self) -> Path:
@@ -187,9 +190,9 @@ class _Job:
 
     @cached_property
     def batch_files(self) -> BatchFiles:
-        return BatchFiles(
-            self.output.with_suffix(".parts") / self.identity[:16], with_images=self.tokenizer is not None
-        )
+        # Compiled steps round differently, so a job that continues in the other form makes all batches again.
+        name = self.identity[:16] + ("_compiled" if self.compiled else "")
+        return BatchFiles(self.output.with_suffix(".parts") / name, with_images=self.tokenizer is not None)
 
 
 def sample_images(cfg: ExperimentConfig, checkpoint: Checkpoint, world: World, output: Path) -> None:
@@ -228,7 +231,8 @@ def _sample(job: _Job) -> None:
     world.on_main(lambda: remove_unfinished(job.output))
     if is_done(job.output, job.identity, job.result):
         if world.is_main:
-            job.batch_files.remove()  # left behind if the job was killed before it removed them
+            for compiled in (False, True):  # left behind if the job was killed before it removed them
+                replace(job, compiled=compiled).batch_files.remove()
             say(f"{job.result} is complete")
     else:
         _make(job)
@@ -243,6 +247,7 @@ def _sample(job: _Job) -> None:
 
 def _make(job: _Job) -> None:
     cfg, world, planned = job.cfg, job.world, batches_of(job.cfg)
+    job = replace(job, compiled=same_compile(cfg, world))
     missing = [number for number in range(len(planned)) if not job.batch_files.finished(number)]
     to_make = sum(len(planned[number]) for number in missing)
     if world.is_main and len(planned) < world.size:
@@ -251,7 +256,8 @@ def _make(job: _Job) -> None:
             f"are idle. With sample.batch_size={max(1, cfg.sample.num_images // world.size)} all ranks have work"
         )
     world.on_main(lambda: check_space(job.output, job.batch_files, to_make, cfg.sample.num_images, cfg.tokenizer))
-    decoder = Decoder(load_generator(cfg, job.checkpoint, world.device), cfg.sample, cfg.objective.permutation)
+    model = load_generator(cfg, job.checkpoint, world.device)
+    decoder = Decoder(model, cfg.sample, cfg.objective.permutation, compiled=job.compiled)
     # All ranks use rank 0's list and take batches from it by a shared counter. Its random name is not used by any other job.
     missing, name = world.from_main((missing, secrets.token_hex(8)))
     with (
@@ -272,6 +278,16 @@ def _make(job: _Job) -> None:
         assemble(job.output, job.batch_files, planned, job.labels, cfg.tokenizer.image_size)
         _write_settings(job, job.batch_files.near_ties(planned))
         job.batch_files.remove()
+
+
+def same_compile(cfg: ExperimentConfig, world: World) -> bool:
+    """Whether decoding steps are compiled: on all ranks, or on none if one of them cannot. All ranks must call this."""
+    kind = type(meta_model(cfg, with_heads=False))
+    return all(world.gather(compiles_steps(cfg.sample.compile, kind, world.device, _precision(cfg))))
+
+
+def _precision(cfg: ExperimentConfig) -> torch.dtype:
+    return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
 
 
 def labels_of(cfg: ExperimentConfig, ids: np.ndarray) -> np.ndarray:
@@ -340,6 +356,7 @@ def _write_settings(job: _Job, near_ties: np.ndarray) -> None:
         **({AVERAGE: job.checkpoint.meta[AVERAGE]} if AVERAGE in job.checkpoint.meta else {}),
         "sample": asdict(cfg.sample),
         "uint8_rounding": cfg.sample.uint8_rounding,
+        "compiled_steps": job.compiled,
         "labels": "image id mod number of classes" if cfg.sample.labels is None else "sample.labels in turn",
         # The number of tokens whose two best logits differ by less than this, or by less than the rounding error in this
         # precision. From such a token on, another batch size, device or precision may give other tokens.

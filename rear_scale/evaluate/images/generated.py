@@ -14,7 +14,7 @@ from rear_scale.config import ExperimentConfig
 from rear_scale.evaluate.images.image_set import Generation, ImageSet
 from rear_scale.model import Generator
 from rear_scale.sample.decode import Decoder
-from rear_scale.sample.job import batches_of, decode_images, job_identity, labels_of, make_tokens
+from rear_scale.sample.job import batches_of, decode_images, job_identity, labels_of, make_tokens, same_compile
 from rear_scale.shards.record import read_manifest
 from rear_scale.tokenizer.base import Tokenizer
 from rear_scale.world import World
@@ -26,9 +26,10 @@ def generated_images(
     """The image set of the samples of cfg.sample. Its blocks are the batches of a sampling job, so that image i equals the one
     that launchers/sample.py writes.
 
-    The caller opens the model and the tokenizer, so that several settings can be scored with them.
+    All ranks must call this. The caller opens the model and the tokenizer, so that several settings can be scored with them.
     """
-    decoder = Decoder(model, cfg.sample, cfg.objective.permutation)
+    compiled = same_compile(cfg, world)
+    decoder = Decoder(model, cfg.sample, cfg.objective.permutation, compiled=compiled)
 
     def draw(numbers: np.ndarray) -> Tensor:
         return make_tokens(decoder, numbers, cfg, world.device)
@@ -41,7 +42,8 @@ def generated_images(
 
     size = cfg.tokenizer.image_size
     name = f"{cfg.run.name}, step {checkpoint.step}"
-    identity = f"generated {job_identity(cfg, checkpoint)}"
+    # Compiled steps round differently, so features that were stored in the other form are not used.
+    identity = f"generated {job_identity(cfg, checkpoint)}{' compiled' if compiled else ''}"
     blocks = batches_of(cfg)
     return ImageSet(
         name,
