@@ -38,6 +38,12 @@ ALITOK = (
 )
 
 
+def compact() -> CompactTokenizer:
+    tokenizer = CompactTokenizer(16, 32, 8, 16)
+    tokenizer.codes.normal_()  # zero at first
+    return tokenizer
+
+
 def one_step(world: World, cfg: ExperimentConfig) -> tuple[Objective, MicroBatch]:
     """The objective of a config and a micro-batch of random tokens on the device."""
     tokenizer, B = cfg.tokenizer, cfg.train.micro_batch_size
@@ -103,7 +109,7 @@ def test_256_images_are_decoded_in_parts_that_take_a_tenth_of_the_memory(
 ) -> None:
     torch.manual_seed(0)
     device = torch.device(kind)
-    tokenizer = (MaskgitVqgan() if kind == "cuda" else CompactTokenizer(16, 32, 8, 16)).to(device).eval()
+    tokenizer = (MaskgitVqgan() if kind == "cuda" else compact()).to(device).eval()
     if kind == "cpu":
         monkeypatch.setattr(base, "images_at_once", lambda largest, device: 64)
     ids = torch.randint(tokenizer.codebook_size, (256, tokenizer.num_tokens), device=device)
@@ -166,7 +172,7 @@ class _Pixels:
 def _features(world: World, cfg: ExperimentConfig, folder: Path) -> list[np.ndarray]:
     """Of three generated blocks: in series, and overlapped as an evaluation does it."""
     torch.manual_seed(0)
-    tokenizer = CompactTokenizer(16, 32, 8, 16).to(world.device).eval()
+    tokenizer = compact().to(world.device).eval()
     model = random_model(cfg, world.device, with_heads=False).eval()
     decoder = Decoder(model, SampleConfig(batch_size=4, guidance=GuidanceConfig("constant", 2.0)))
 
