@@ -71,11 +71,11 @@ def attention_kernels(device: torch.device, small: bool) -> str:
 def _attention_step(device: torch.device, name: str, width: int, small: bool) -> str:
     """Milliseconds of a training step's attention by one kernel, or why it cannot run."""
     shape = (2, 2, 17, width) if small else (256, 16, 257, width)
-    tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 
     def step() -> None:
         with sdpa_kernel([getattr(SDPBackend, name)]):
-            F.scaled_dot_product_attention(*tensors, dropout_p=0.1, is_causal=True).sum().backward()
+            F.scaled_dot_product_attention(query, key, value, dropout_p=0.1, is_causal=True).sum().backward()
 
     try:
         return f"{1e3 * _seconds(device, step, 3):.2f}"
