@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import ReinplaceCounters
 from helpers import run_ranks, tiny_config
 from test_reference import drawn, generator
 from test_sample import prepared
@@ -229,9 +230,9 @@ def test_kernels_of_a_gpu_give_the_logits_and_copy_no_cache() -> None:
 
 def check_kernels(device: str) -> None:
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    ReinplaceCounters.clear()
     for architecture, size in (("rar", 16), ("alitok", 20)):
         for dtype in (torch.float32, torch.bfloat16):
             check_logits(generator(architecture, size).eval().to(device, dtype))
     # A cache that is not written in place would be copied at every step.
-    assert torch._dynamo.utils.counters["inductor"]["possibly_missed_reinplacing_bytes"] == 0
+    assert ReinplaceCounters.get_total_missed() == 0
