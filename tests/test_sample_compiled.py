@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.utils import ReinplaceCounters
 from helpers import run_ranks, tiny_config
 from test_reference import drawn, generator
 from test_sample import prepared
 from test_sample_graphs import BATCHES, Replayed
 from torch import Tensor
+from torch._dynamo.utils import ReinplaceCounters
 
 from rear_scale import config
 from rear_scale.bench.model import random_model
