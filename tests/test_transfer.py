@@ -20,7 +20,7 @@ def test_a_killed_study_continues_with_the_cells_that_are_missing(
     transfer.main([*command, "--dry-run"])
     assert "8 runs of 8 updates: widths [32, 64], rates [0.001, 0.01], 1 seeds" in capsys.readouterr().out
     assert not out.exists()
-    transfer.main(command)
+    transfer.main([*command, "--jobs", "2"])
     whole = read_csv((out / "transfer.csv").read_text())
     assert len({(one.parametrization, one.width, one.rate) for one in whole}) == len(whole) == 8
     losses = {(one.parametrization, one.width, one.rate): (one.loss, one.val_loss) for one in whole}
@@ -37,7 +37,7 @@ def test_a_killed_study_continues_with_the_cells_that_are_missing(
     trained = []
     train = transfer._Study._train
     monkeypatch.setattr(transfer._Study, "_train", lambda study, cell: trained.append(cell) or train(study, cell))
-    transfer.main(command)
+    transfer.main([*command, "--jobs", "1"])
     again = read_csv((out / "transfer.csv").read_text())
     assert [(cell.parametrization, cell.width, cell.rate) for cell in trained] == [("mup", 64, 0.01)]
     assert [replace(one, seconds=0) for one in again] == [replace(one, seconds=0) for one in whole]
@@ -84,6 +84,7 @@ def test_the_sentence_says_how_far_the_best_rate_moves() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--jobs", "0"], r"--jobs=0 must be at least 1"),
         (["--rates", "0.1"], r"--rates=0.1 must be two or more increasing numbers above 0"),
         (["--rates", "0.1,nan"], r"--rates=0.1,nan must be"),
         (["--widths", "64,130"], r"model.width=130 is not a multiple of model.num_heads=4"),

@@ -1,7 +1,8 @@
 """Learning-rate transfer across widths (launchers/study.py transfer): how far the best learning rate moves as the model widens.
 
-Trains every width with every rate and seed under `standard` and `mup`, on token shards, in one process. The base width of `mup`
-is the narrowest one. The same command continues a killed study: finished cells are in the CSV, and are not trained again.
+Trains every width with every rate and seed under `standard` and `mup`, on token shards: on a CPU in several processes of one
+thread, which is faster for small models than one process with several threads, and on a GPU in one. The base width of `mup` is
+the narrowest one. The same command continues a killed study: finished cells are in the CSV, and are not trained again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from rear_scale import cli, text_table
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive, override_keys, to_dict
+from rear_scale.device import uses_cuda
 from rear_scale.figures import plt, png
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.locks import locked
@@ -30,6 +33,7 @@ from rear_scale.objective import Task, shared_classes
 from rear_scale.objective.prediction import held_out_task
 from rear_scale.optim.schedule import learning_rate
 from rear_scale.progress import progress, say
+from rear_scale.scaling.study_run import side_by_side
 from rear_scale.scaling.widths import PARAMETRIZATIONS, SmallRun, at_width, numbers_of, world_of_one
 from rear_scale.shards.codebook import codebook_of, read_both
 from rear_scale.shards.reader import TokenSet, open_tokens
@@ -85,6 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rates", metavar="R,R", help=f"peak learning rates ({_USUAL.rates})")
     parser.add_argument("--seeds", type=int, help=f"seeds of weights and of the order of data ({_USUAL.seeds})")
     parser.add_argument("--updates", type=int, help=f"updates of a run ({_USUAL.updates})")
+    parser.add_argument("--jobs", type=int, help="runs at a time on a CPU, which share its cores (one for each core)")
     parser.add_argument("--quick", action="store_true", help="a tiny grid, which takes seconds and shows nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/study/transfer"), help="folder of the CSV and the PNG")
     first = parser.parse_intermixed_args([*_SETTINGS, *arguments])
@@ -101,6 +106,7 @@ def main(arguments: Sequence[str]) -> None:
             f"{ignored[0]} is set for each run of the grid, by --widths and --rates, with a warm-up over a tenth of the updates "
             f"and a cosine to 0. Leave {ignored[0]} out"
         )
+    jobs = _jobs_of(first.jobs)
     command = cli.parse(parser, [*_SETTINGS, *arguments, *_FIXED, f"train.total_steps={updates}"])
     widths, rates = numbers_of(widths_text, "--widths"), _rates_of(rates_text)
     cells = [
@@ -116,18 +122,58 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{len(cells)} runs of {updates} updates: widths {widths}, rates {rates}, {seeds} seeds -> {first.out}")
         return
     with locked(first.out / ".lock", f"--out={first.out} is in use by another process. Wait for it, or name another"):
+        if jobs > 1:  # before any work, after which a process with threads could not be forked
+            torch.set_num_threads(max(1, _cores() // jobs))
         study = _Study(command.cfg, widths[0], first.out)
+        if jobs > 1:
+            _train_side_by_side(study, cells, jobs)
         with progress("transfer", len(cells), "run") as bar:
+            results = []
             for cell in cells:
-                study.result(cell)
+                results.append(study.result(cell))
                 bar.update()
-        results = [study.result(cell) for cell in cells]
         with atomic_open(first.out / "transfer.png") as file:
             file.write(figure(results))
     text = table(results)
     write_text_atomically(first.out / "transfer.txt", text + "\n")
     print(text)
     cli.end(first.out / "transfer.png")
+
+
+def _jobs_of(asked: int | None) -> int:
+    """The number of processes. Raises InputError for less than one, and for several that would share a GPU."""
+    if asked is not None and asked < 1:
+        raise InputError(f"--jobs={asked} must be at least 1. Leave it out for one run per core")
+    if not uses_cuda():
+        return asked or _cores()
+    if asked not in (None, 1):
+        raise InputError(f"--jobs={asked} is for CPUs: on a GPU, runs are made one after another. Leave --jobs out")
+    return 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _train_side_by_side(study: _Study, cells: Sequence[Cell], jobs: int) -> None:
+    """Trains the cells that have no result, in so many processes at a time, the widest first: the last ones are then short."""
+    missing = [number for number, cell in enumerate(cells) if study.is_to_train(cell)]
+    missing.sort(key=lambda number: -cells[number].width)
+
+    def train(number: int) -> None:
+        result = study.result(cells[number])
+        left = sum(study.is_to_train(cell) for cell in cells)
+        say(
+            f"{result.parametrization}, width {result.width}, rate {result.rate:g}, seed {result.seed}: loss {result.loss:.4f} "
+            f"after {result.seconds:.0f} s; {left} runs are left"
+        )
+
+    ended = side_by_side(jobs, missing, train)
+    study.read()
+    if ended is not None:
+        raise RuntimeError(
+            f"a process that trains runs {ended}. The same command continues with the runs that are left"
+        )
 
 
 def _rates_of(text: str) -> list[float]:
@@ -161,9 +207,21 @@ class _Study:
         self.codebook = codebook_of(cfg, manifest)
         self.results: dict[Cell, Result] = {}
         self._check_settings(out / "settings.json", manifest.fingerprint)
+        self.read()
+
+    def read(self) -> None:
+        """Takes over the results of the CSV, which other processes may have added to."""
         if self.path.exists():
             for result in read_csv(self.path.read_text()):
                 self.results[_cell_of(result)] = result
+
+    def is_to_train(self, cell: Cell) -> bool:
+        """Whether a cell has no result, and none of its own can be taken from another cell."""
+        return cell not in self.results and self._twin(cell) == cell
+
+    def _twin(self, cell: Cell) -> Cell:
+        """The cell whose result this one has: at the base width, mup is standard with the same bits."""
+        return replace(cell, parametrization="standard") if cell.width == self.base_width else cell
 
     def _check_settings(self, path: Path, fingerprint: str) -> None:
         """Writes the settings that all cells share, or raises InputError where the folder's results have others."""
@@ -182,14 +240,16 @@ class _Study:
 
     def result(self, cell: Cell) -> Result:
         if cell not in self.results:
-            # At the base width, mup is standard with the same bits.
-            twin = replace(cell, parametrization="standard")
-            if cell.width == self.base_width and twin in self.results:
+            twin = self._twin(cell)
+            if twin != cell and twin in self.results:
                 values = asdict(self.results[twin]) | {"parametrization": cell.parametrization, "seconds": 0.0}
-                self.results[cell] = Result(**values)
+                result = Result(**values)
             else:
-                self.results[cell] = self._train(cell)
-            write_text_atomically(self.path, as_csv(list(self.results.values())))
+                result = self._train(cell)
+            with locked(self.path.with_name(".transfer.csv.lock")):
+                self.read()
+                self.results[cell] = result
+                write_text_atomically(self.path, as_csv(sorted(self.results.values(), key=_place)))
         return self.results[cell]
 
     def _train(self, cell: Cell) -> Result:
@@ -243,6 +303,10 @@ def _val_loss(run: SmallRun, cfg: ExperimentConfig, tokens: TokenSet) -> float:
 
 def _cell_of(result: Result) -> Cell:
     return Cell(result.parametrization, result.width, result.rate, result.seed)
+
+
+def _place(result: Result) -> tuple[int, int, float, int]:
+    return result.width, PARAMETRIZATIONS.index(result.parametrization), result.rate, result.seed
 
 
 def as_csv(results: Sequence[Result]) -> str:
