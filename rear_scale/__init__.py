@@ -13,7 +13,7 @@ each. parallel/facts.py, the table of strategies, imports nothing and stands bef
     places, config, device, untrusted, progress, text_table, figures, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> sample
         -> evaluate -> analysis -> scaling -> train -> replay -> report -> api
-        -> bench, demo, __main__
+        -> bench, demo, fresh_build, __main__
 """
 
 import os

@@ -33,7 +33,7 @@ LAUNCHERS = sorted(path.stem for path in (ROOT / "launchers").glob("*.py"))
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to import from: the unpacked wheel of this checkout."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("rear_scale", "configs", "launchers"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
