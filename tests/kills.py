@@ -337,7 +337,10 @@ class Harness:
         else:
             found.not_reached += 1
             where += f"{interruption} (not reached: {ended.codes}); "
-            if ended.hung or any(code not in (0, -signal.SIGKILL) for code in ended.codes):
+            refused = any(code not in (0, -signal.SIGKILL) for code in ended.codes) and not _refuses_what_is_there(
+                job, ended
+            )
+            if ended.hung or refused:
                 found.failed.append(f"{where}{ended.codes}{' hung' * ended.hung}: {_last_lines(ended)}")
         return where, newest_published(ended.calls[0])
 
@@ -468,12 +471,17 @@ class Harness:
         self, job: Job, ended: Ended, files: dict[str, str], where: str, found: Report, kept: tuple[str, ...] = ()
     ) -> None:
         now = tree(self.case)
-        complete = job.launcher == "convert.py" and ended.codes == [2] and "exists" in ended.text and now == files
+        complete = _refuses_what_is_there(job, ended) and now == files
         if ended.hung or (any(ended.codes) and not complete) or "Traceback" in ended.text or "damaged" in ended.text:
             found.failed.append(f"{where}the same command: {ended.codes}{' hung' * ended.hung}: {_last_lines(ended)}")
         found.stray += [f"{where}{name}" for name in sorted(set(now) - set(files)) if not name.startswith(kept)]
         found.lost += [f"{where}{name}" for name in sorted(set(files) - set(now))]
         found.differing += [f"{where}{name}" for name in sorted(set(files) & set(now)) if files[name] != now[name]]
+
+
+def _refuses_what_is_there(job: Job, ended: Ended) -> bool:
+    """A kill after the last file leaves a whole conversion, which the same command does not write again."""
+    return job.launcher == "convert.py" and ended.codes == [2] and "exists" in ended.text
 
 
 def _import_everything() -> None:
