@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 
-from rear_scale.bench.model import synchronize
+from rear_scale.bench.model import best_s
 
 _SIZE = {"cuda": 8192, "cpu": 1024}  # side of the square matrices
 _BYTES = {"cuda": 2**31, "cpu": 2**27}  # read from memory; far larger than the caches
@@ -18,22 +15,10 @@ def product_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product (the best of several)."""
     size = _SIZE[device.type]
     one = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _best_s(device, lambda: one @ one)
+    return 2 * size**3 / best_s(device, lambda: one @ one, _TURNS)
 
 
 def read_bytes_per_s(device: torch.device) -> float:
     """Bytes per second of a sum over a large array (the best of several)."""
     values = torch.ones(_BYTES[device.type] // 4, device=device)
-    return _BYTES[device.type] / _best_s(device, values.sum)
-
-
-def _best_s(device: torch.device, call: Callable[[], object]) -> float:
-    call()
-    taken = []
-    for _ in range(_TURNS):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+    return _BYTES[device.type] / best_s(device, values.sum, _TURNS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from rear_scale.config import ExperimentConfig
@@ -23,6 +26,19 @@ def synchronize(device: torch.device) -> None:
     """Waits until all work submitted to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def best_s(device: torch.device, call: Callable[[], object], turns: int) -> float:
+    """Seconds of a call: the best of several turns, after one that is not counted."""
+    call()
+    taken = []
+    for _ in range(turns):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def random_model(cfg: ExperimentConfig, device: torch.device, *, with_heads: bool) -> Generator:

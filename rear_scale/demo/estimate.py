@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from rear_scale.bench.model import random_model, synchronize
+from rear_scale.bench.model import best_s, random_model
 from rear_scale.config import ExperimentConfig, Plan
 from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.evaluate.networks.efficientnet import INPUT_SIZE, EfficientNetLite0
@@ -121,19 +121,6 @@ def _threads(processes: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _timed(device: torch.device, step: Callable[[], object]) -> float:
-    """Seconds of a step, the better of two after one that is not counted."""
-    step()
-    taken = []
-    for _ in range(_TURNS):
-        synchronize(device)
-        started = time.perf_counter()
-        step()
-        synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
-
-
 def _load() -> float:
     """Seconds that pass in one second of computing. Other processes on the same cores make it more than 1."""
     started, computed = time.perf_counter(), time.process_time()
@@ -151,7 +138,7 @@ def _tokenizer_s(cfg: ExperimentConfig, device: torch.device) -> float:
         tokenizer.nearest(latents.detach())
         F.mse_loss(tokenizer.pixels(latents, len(pixels)), pixels).backward()
 
-    return _timed(device, step) / len(pixels)
+    return best_s(device, step, _TURNS) / len(pixels)
 
 
 def _generator_s(cfg: ExperimentConfig, plan: Plan, device: torch.device) -> float:
@@ -173,7 +160,7 @@ def _generator_s(cfg: ExperimentConfig, plan: Plan, device: torch.device) -> flo
         total, _ = objective.loss(model(task.context, batch.classes, batch.class_index, task.order), task)
         total.backward()
 
-    return _timed(device, step) / count
+    return best_s(device, step, _TURNS) / count
 
 
 def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
@@ -184,7 +171,7 @@ def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
     def step() -> None:
         F.cross_entropy(classifier(pixels), labels).backward()
 
-    return _timed(device, step) / len(pixels)
+    return best_s(device, step, _TURNS) / len(pixels)
 
 
 @torch.inference_mode()
@@ -193,4 +180,4 @@ def _features_s(device: torch.device) -> float:
     network.fold_norms()
     network = network.to(device)
     pixels = torch.zeros(_LOOKED_AT, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
-    return _timed(device, lambda: network(pixels)) / len(pixels)
+    return best_s(device, lambda: network(pixels), _TURNS) / len(pixels)

@@ -122,7 +122,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{len(cells)} runs of {updates} updates: widths {widths}, rates {rates}, {seeds} seeds -> {first.out}")
         return
     with locked(first.out / ".lock", f"--out={first.out} is in use by another process. Wait for it, or name another"):
-        if jobs > 1:  # before any work, after which a process with threads could not be forked
+        if jobs > 1:
+            # Before any work, after which a process with threads could not be forked.
             torch.set_num_threads(max(1, _cores() // jobs))
         study = _Study(command.cfg, widths[0], first.out)
         if jobs > 1:
