@@ -22,7 +22,7 @@ from rear_scale import cli
 from rear_scale.bench.model import use_device
 from rear_scale.config import InputError, derive
 from rear_scale.demo import estimate
-from rear_scale.demo.commands import check, num_processes, open_folder, stages
+from rear_scale.demo.commands import check, num_processes, open_folder, planned, runs_at_a_time
 from rear_scale.demo.own import SIZES, Folder, describe, look_at, recipe_of
 from rear_scale.demo.recipe import DIGITS, Recipe, fashion
 from rear_scale.demo.report import write_report
@@ -49,18 +49,18 @@ def main() -> None:
         raise InputError(f"--seeds={args.seeds} must be at least 1. Use --seeds 1")
     recipe = _recipe(args)
     seeds = list(range(args.seeds))
-    planned = stages(recipe, seeds, args.overrides)
+    plan = planned(recipe, seeds, args.overrides)
     if args.dry_run:
-        print("\n".join(as_typed(stage.line) for stage in planned))
+        print("\n".join(as_typed(stage.line) for stage in plan.stages))
         return
     recipe.check_packages()
     in_use = f"{recipe.folder} is in use by another demo. Wait for it, or start in another folder"
     # The lock file is beside the folder and not in it, because open_folder may rename the folder.
     with locked(recipe.folder.with_name(f".{recipe.folder.name}.lock"), in_use):
         folder = open_folder(recipe, args.overrides)
-        folder.run_all(planned)
+        folder.run_all(plan.data, plan.runs, runs_at_a_time())
         summary = write_summary(recipe, seeds)
-        report = write_report(recipe, summary, planned, folder)
+        report = write_report(recipe, summary, plan.stages, folder)
         print_table(recipe, summary, report)
     best = f"class accuracy of reAR's samples {accuracy(summary)}"
     cli.end(report, best, cli.typed("sample", "--checkpoint", summary["rear"]["run_dir"]))
@@ -95,11 +95,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _say_plan(recipe: Recipe, images: Folder | None, args: argparse.Namespace, device: torch.device) -> None:
     """Prints what will be trained and how long that takes. images: the user's folder, if there is one."""
     cfg = recipe.load("rear", args.overrides)
-    plan = derive(cfg, num_processes(), None)
-    lines = [] if images is None else describe(images, cfg, plan)
-    rates = estimate.measure(cfg, plan, device, recipe.read_s)
+    processes, jobs = num_processes(), runs_at_a_time()
+    lines = [] if images is None else describe(images, cfg, derive(cfg, processes // jobs, None))
+    rates = estimate.measure(cfg, processes, device, recipe.read_s)
     counts = estimate.Counts(cfg.data.assumed_images or 0, recipe.val_images, recipe.passes)
-    lines += estimate.lines(estimate.seconds(cfg, plan, rates, counts, args.seeds))
+    lines += estimate.lines(estimate.seconds(cfg, processes, rates, counts, args.seeds, jobs))
     change = "overrides change" if images is None else "--size and overrides change"
     for line in (*lines, f"all files go to {recipe.folder}; {change} the size and the time"):
         say(line)

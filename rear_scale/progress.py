@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 _LOG_INTERVAL_S = 10.0
+LINES_VARIABLE = (
+    "REAR_PROGRESS_LINES"  # of the environment: lines in a terminal too, which other processes write to as well
+)
 
 
 def progress(description: str, total: int, unit: str, *, done: int = 0, show: bool = True) -> tqdm[Any]:
@@ -17,7 +21,7 @@ def progress(description: str, total: int, unit: str, *, done: int = 0, show: bo
 
     Set postfixes with refresh=False: in a log file every refresh becomes a line.
     """
-    live = sys.stderr.isatty()
+    live = sys.stderr.isatty() and LINES_VARIABLE not in os.environ
     return tqdm(
         desc=description,
         total=total,

@@ -20,7 +20,7 @@ from notebook import execute
 
 from rear_scale.config import CONFIG_DIR, InputError
 from rear_scale.demo import report
-from rear_scale.demo.commands import open_folder, stages
+from rear_scale.demo.commands import open_folder, planned
 from rear_scale.demo.recipe import DIGITS, MODELS
 from rear_scale.demo.summary import scores_of
 from rear_scale.world import locked
@@ -95,7 +95,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     [
         ("model.depht=3", "did you mean model.depth"),
         ("train.global_batch_size=63", "is not a multiple of"),
-        ("strategy=single", "strategy=single runs in one process"),
+        ("strategy=hsdp", "strategy=hsdp "),
     ],
 )
 def test_wrong_arguments_leave_good_results_where_they_are(
@@ -163,7 +163,7 @@ def check_results(folder: Path, seeds: int) -> dict:
     report = (demo / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 3
     assert report.count("<svg ") == 2
-    for stage in stages(DIGITS, list(range(seeds)), SHORT):
+    for stage in planned(DIGITS, list(range(seeds)), SHORT).stages:
         assert " ".join(stage.command[-3:]) in report.replace("&#39;", "")
     return summary
 
@@ -231,7 +231,7 @@ def test_a_kill_in_every_stage_changes_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0
     kills = 0
     chance = random.Random(0)
-    for stage in stages(DIGITS, [0, 1], SHORT):
+    for stage in planned(DIGITS, [0, 1], SHORT).stages:
         log = tmp_path / "killed/runs/demo/logs" / f"{stage.name}.log"
         kill_when(start_demo(tmp_path / "killed", *arguments, fresh=True), log, delay=chance.uniform(0, 6))
         kills += 1

@@ -20,7 +20,7 @@ from test_demo import kill_when, start_demo
 
 from rear_scale.config import InputError, derive, load, to_dict
 from rear_scale.demo import estimate, summary
-from rear_scale.demo.commands import check, num_processes, open_folder, stages
+from rear_scale.demo.commands import check, open_folder, planned
 from rear_scale.demo.own import SIZES, Folder, describe, look_at, recipe_of
 from rear_scale.demo.recipe import MODELS, Recipe, fashion
 from rear_scale.demo.summary import scores_of, table
@@ -106,7 +106,7 @@ def test_a_folder_is_described_and_planned(here: Path) -> None:
         assert cfg.sample.num_images % 2 == 0
         assert cfg.evaluate.efficientnet_weights == "package"
         assert (cfg.objective.heads.encode_tap is None) == (model == "ar")
-    commands = [stage.line for stage in stages(recipe, [0], [])]
+    commands = [stage.line for stage in planned(recipe, [0], []).stages]
     assert f"--images '{here / 'my photos'}'" in commands[0]
     assert len(commands) == len({*commands}) == 14
     # Where few images cannot be read, most of them may be in a small part.
@@ -128,7 +128,7 @@ def test_the_size_follows_the_machine_and_the_images(here: Path, device: str, si
 def seconds(recipe: Recipe, overrides: Sequence[str] = (), seeds: int = 1, rates: estimate.Rates = RATES) -> float:
     cfg = recipe.load("rear", overrides)
     counts = estimate.Counts(cfg.data.assumed_images, recipe.val_images, recipe.passes)
-    return sum(estimate.seconds(cfg, derive(cfg, num_processes(), None), rates, counts, seeds).values())
+    return sum(estimate.seconds(cfg, 2, rates, counts, seeds, jobs=2).values())
 
 
 def test_updates_and_time_grow_with_the_images(here: Path) -> None:
@@ -140,7 +140,7 @@ def test_updates_and_time_grow_with_the_images(here: Path) -> None:
     assert seconds(recipes[0], ["train.total_steps=800"]) - times[0] == pytest.approx(400 * 64 * 0.01 * 1.9 * 1.15 / 2)
     assert seconds(recipes[0], seeds=3) > 2 * times[0]
     busy = dataclasses.replace(RATES, load=3.0)
-    assert seconds(recipes[0], rates=busy) - times[0] == pytest.approx(2 * (4 * 3 + 4 * 6 + 2 * 12 + 4 * 6))
+    assert seconds(recipes[0], rates=busy) - times[0] == pytest.approx(2 * (4 * 3 + 4 * 6 + 12 + 2 * 6))
 
 
 def test_work_of_every_kind_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +148,9 @@ def test_work_of_every_kind_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(estimate, name, value)
     cfg = fashion(quick=True).load("rear")
     before = torch.get_rng_state()
-    rates = estimate.measure(cfg, derive(cfg, 2, None), CPU, 0.001)
+    rates = estimate.measure(cfg, 2, CPU, 0.001)
     assert torch.equal(torch.get_rng_state(), before)
-    assert 0 < rates.classifier < rates.tokenizer < rates.generator < 10
-    assert 0 < rates.features < 10
+    assert all(0 < rate < 10 for rate in (rates.classifier, rates.tokenizer, rates.generator, rates.features))
     assert rates.load >= 1
 
 
@@ -198,7 +197,7 @@ def test_a_dry_run_writes_nothing(
     monkeypatch.setattr("sys.argv", ["demo.py", "--data", "photos", "--dry-run", "optim.lr=1e-4"])
     runpy.run_path(str(ROOT / "launchers/demo.py"))["main"]()
     out, err = capsys.readouterr()
-    assert "deepspeed --num_gpus 2 launchers/train.py --config runs/demo_photos/rear.yaml" in out
+    assert "deepspeed --num_gpus 1 launchers/train.py --config runs/demo_photos/rear.yaml" in out
     assert out.count("optim.lr=1e-4") == 7
     assert "in all, as estimated from the speed of this machine now" in err
     assert "all files go to runs/demo_photos" in err
@@ -307,7 +306,7 @@ def test_a_kill_in_and_after_every_stage_changes_nothing(tmp_path: Path) -> None
     to_the_end(tmp_path / "unbroken")
     recipe = recipe_of(look_at(tmp_path / "unbroken/photos"), None, CPU)
     chance, inside = random.Random(0), 0
-    for stage in stages(recipe, [0], TINY):
+    for stage in planned(recipe, [0], TINY).stages:
         log, record = (broken / name for name in (f"logs/{stage.name}.log", f"stages/{stage.name}.json"))
         seconds = json.loads((whole / f"stages/{stage.name}.json").read_text())["seconds"]
         kill_when(start_demo(tmp_path / "killed", *arguments, fresh=True), log, delay=chance.uniform(0, 0.9 * seconds))

@@ -134,7 +134,8 @@ def test_the_commands_of_configs_are_those_that_anybody_types(
 
 def _stages(config: Path, steps: int) -> list[panel.Stage]:
     made = Panel(Path("out"), 1, 1, (f"train.total_steps={steps}",))
-    return made.stages(made._method(str(config), "tiny", 1))
+    (stages,) = made.lanes(made._method(str(config), "tiny", 1))
+    return stages
 
 
 @pytest.mark.parametrize(

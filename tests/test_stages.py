@@ -151,3 +151,47 @@ def test_commands_find_the_programs_and_files_of_the_project(here: Path, monkeyp
         assert (file, given) == (str(root / "launchers/train.py"), str(threads))
     record = json.loads(Path("study/stages/by_1.json").read_text())
     assert record["command"].endswith("launchers/train.py")
+
+
+def a_lane(name: str, script: str = "") -> list[Stage]:
+    """Two stages; the script is that of the first."""
+    first = a_stage(f"{name}_1", script)
+    return [first, a_stage(f"{name}_2", before=first.key)]
+
+
+def wait_for(path: str) -> str:
+    return f"for turn in $(seq 600); do test -e {path} && break; sleep 0.1; done; test -e {path}"
+
+
+def test_lanes_run_side_by_side_after_what_all_of_them_need(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each of two lanes waits for a file that the other one makes; a third takes the place of the one that ends first."""
+    lanes = [
+        a_lane("a", f"echo > a_is_here; {wait_for('b_is_here')}"),
+        a_lane("b", f"echo > b_is_here; {wait_for('a_is_here')}"),
+    ]
+    StageFolder("study").run_all([a_stage("data")], [*lanes, a_lane("c")], jobs=2)
+    ran = Path("ran").read_text().split()
+    assert ran[0] == "data"
+    assert sorted(ran) == ["a_1", "a_2", "b_1", "b_2", "c_1", "c_2", "data"]
+    assert all(ran.index(f"{name}_1") < ran.index(f"{name}_2") for name in "abc")
+    assert "[6/7] make c_1" in capfd.readouterr().err
+    StageFolder("study").run_all([a_stage("data")], [*lanes, a_lane("c")], jobs=2)
+    assert capfd.readouterr().err.count("finished before") == 7
+
+
+def test_a_lane_that_fails_leaves_the_others_alone(here: Path) -> None:
+    lanes = [a_lane("a", "exit 3"), a_lane("b"), a_lane("c")]
+    with pytest.raises(InputError, match="the stage 'make a_1' failed with exit code 3"):
+        StageFolder("study").run_all([], lanes, jobs=2)
+    assert sorted(Path("ran").read_text().split()) == ["a_1", "b_1", "b_2", "c_1", "c_2"]
+
+
+def test_a_process_of_lanes_that_is_killed_is_told(here: Path) -> None:
+    with pytest.raises(InputError, match="a process that runs stages was ended by SIGKILL. The same command continues"):
+        StageFolder("study").run_all([], [a_lane("a", "kill -9 $PPID"), a_lane("b")], jobs=2)
+    assert Path("b_2").exists()
+
+
+def test_ctrl_c_in_lanes_says_how_much_is_left(here: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match="2 of 4 stages are left; the same command continues"):
+        StageFolder("study").run_all([], [a_lane("a", "kill -INT $PPID; sleep 0.2"), a_lane("b")], jobs=2)

@@ -24,6 +24,7 @@ from PIL import Image
 from rear_scale.config import CONFIG_DIR, InputError, load, to_yaml
 from rear_scale.evaluate.result import ClassifierScores, ImageScores, Result, SamplesRecord, SetScores
 from rear_scale.locks import locked
+from rear_scale.run.side_by_side import devices_of
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling import study, study_run, study_summary
 from rear_scale.scaling.guidance import Point, Search, Space, around
@@ -32,7 +33,7 @@ from rear_scale.scaling.study_figures import Curve, Gap, loss_at
 from rear_scale.scaling.study_file import read_study
 from rear_scale.scaling.study_grid import Cell, expand, identity, varied
 from rear_scale.scaling.study_plan import dry_run
-from rear_scale.scaling.study_run import Runner, devices_of
+from rear_scale.scaling.study_run import Runner
 from rear_scale.scaling.study_series import places
 from rear_scale.scaling.study_summary import write_summary
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from rear_scale.bench.model import best_s, random_model
-from rear_scale.config import ExperimentConfig, Plan
+from rear_scale.config import ExperimentConfig, Plan, derive
 from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.evaluate.networks.efficientnet import INPUT_SIZE, EfficientNetLite0
 from rear_scale.objective import Objective
@@ -28,7 +28,7 @@ _TOKENS = 2048  # of a timed step of the generator, as far as they make at least
 _TURNS = 2
 _COMPUTED = 0.2  # seconds of computing in which the load is measured
 # From the records of demos, as fractions of the time that a process takes to train reAR on an image:
-_STEP = 1.15  # with the optimizer and the sum of gradients over two processes
+_STEP = 1.15  # with the optimizer, and the sum of gradients where two processes train together
 _PLAIN = 0.9  # the same of vanilla AR
 _SAMPLED = 1.15  # an image that is sampled with guidance, token by token
 _SCORED = 0.35  # a sequence whose tokens are predicted
@@ -56,12 +56,16 @@ class Rates:
     load: float = 1.0  # seconds that pass in one second of computing: 1 on an idle machine
 
 
-def measure(cfg: ExperimentConfig, plan: Plan, device: torch.device, read: float) -> Rates:
-    """The rates on this machine with its present load, measured in a few seconds. cfg, plan: of reAR."""
+def measure(cfg: ExperimentConfig, processes: int, device: torch.device, read: float) -> Rates:
+    """The rates on this machine with its present load, measured in a few seconds.
+
+    cfg: of reAR. processes: those at a time, of one model or of several.
+    """
+    plan = derive(cfg, 1, None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with _threads(1):
             tokenizer = _tokenizer_s(cfg, device)
-        with _threads(plan.world_size):
+        with _threads(processes):
             generator = _generator_s(cfg, plan, device)
             rates = Rates(read, tokenizer, generator, _classifier_s(cfg, device), _features_s(device), _load())
     if device.type == "cuda":
@@ -69,15 +73,18 @@ def measure(cfg: ExperimentConfig, plan: Plan, device: torch.device, read: float
     return rates
 
 
-def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, seeds: int) -> dict[str, float]:
-    """The estimates, by what the user reads. cfg, plan: of reAR."""
-    evaluate, training, processes = cfg.evaluate, cfg.tokenizer.training, plan.world_size
+def seconds(
+    cfg: ExperimentConfig, processes: int, rates: Rates, counts: Counts, seeds: int, jobs: int
+) -> dict[str, float]:
+    """The estimates, by what the user reads. cfg: of reAR. processes: those at a time. jobs: models at a time."""
+    evaluate, training = cfg.evaluate, cfg.tokenizer.training
+    last_step = derive(cfg, processes // jobs, None).last_step
     assert training is not None
     assert evaluate.classifier is not None
     images = counts.train + counts.val
     cores = len(os.sched_getaffinity(0))
     one, two, trained = (rates.load * start for start in (_START_OF_ONE, _START, _START_OF_TRAINING))
-    seen = seeds * plan.last_step * cfg.train.global_batch_size * rates.generator * _STEP / processes
+    seen = seeds * last_step * cfg.train.global_batch_size * rates.generator * _STEP / processes
     sampled = cfg.sample.num_images
     classified = evaluate.classifier.steps * evaluate.classifier.batch_size * rates.classifier
     predicted = counts.val * (1 + evaluate.replace_draws) + counts.train
@@ -88,10 +95,9 @@ def seconds(cfg: ExperimentConfig, plan: Plan, rates: Rates, counts: Counts, see
         "tokenizer": one + training.steps * training.batch_size * rates.tokenizer,
         "token shards": 2 * two + encoded,
         "scores of the tokenizer and of real images": 2 * two + classified + 3 * counts.val * rates.features / processes,
-        "training of vanilla AR": seeds * trained + _PLAIN * seen,
-        "training of reAR": seeds * trained + seen,
-        "samples of both": 2 * seeds * (two + sampled * rates.generator * _SAMPLED / processes),
-        "scores of both": 2 * seeds * (two + scored / processes),
+        "training of vanilla AR and reAR": 2 * seeds * trained / jobs + (1 + _PLAIN) * seen,
+        "samples of both": 2 * seeds * (two / jobs + sampled * rates.generator * _SAMPLED / processes),
+        "scores of both": 2 * seeds * (two / jobs + scored / processes),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     train = Stage("train", "train at 1e-4", ["deepspeed", "launchers/train.py", ...], (run / "checkpoints/latest",))
     sample = Stage("sample", "sample at 1e-4", [...], (run / "samples.npz",), {"training": train.key})
     StageFolder("runs/study").run_all([train, sample])
+    StageFolder("runs/demo").run_all([data], [[train_a, sample_a], [train_b, sample_b]], jobs=2)
 
 FOLDER/stages/NAME.json     command, inputs and seconds of a finished stage
 FOLDER/logs/NAME.log        standard output of every start of a stage
@@ -11,13 +12,14 @@ FOLDER/logs/NAME.log        standard output of every start of a stage
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
 from rear_scale.places import ROOT, as_typed
 from rear_scale.progress import say
+from rear_scale.run.side_by_side import side_by_side
 from rear_scale.shards.inputs import Inputs, fingerprint
 from rear_scale.world import end_with_parent, free_port
 
@@ -61,17 +64,45 @@ class StageFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def run_all(self, stages: Sequence[Stage]) -> None:
-        """Runs the unfinished stages in order. Raises InputError for the first stage that fails, as `run` does, and
-        KeyboardInterrupt with a message that names the interrupted stage."""
-        names = [stage.name for stage in stages]
-        assert len({*names}) == len(names), names
-        for number, stage in enumerate(stages, start=1):
+    def run_all(self, stages: Sequence[Stage], lanes: Sequence[Sequence[Stage]] = (), jobs: int = 1) -> None:
+        """Runs the unfinished stages in order, and then those of the lanes: each lane in order, so many lanes at a time.
+
+        Raises InputError for the first stage that fails, as `run` does, after the other lanes have ended; and KeyboardInterrupt
+        with a message that says what is left.
+        """
+        every = [*stages, *(stage for lane in lanes for stage in lane)]
+        place = {stage.name: f"[{number}/{len(every)}] " for number, stage in enumerate(every, start=1)}
+        assert len(place) == len(every), [stage.name for stage in every]
+        in_turn = every if jobs == 1 else stages
+        for number, stage in enumerate(in_turn, start=1):
             try:
-                self.run(stage, f"[{number}/{len(stages)}] ")
+                self.run(stage, place[stage.name])
             except KeyboardInterrupt:
-                again = f"the same command continues with stage {number} of {len(stages)}, {stage.title}"
+                again = f"the same command continues with stage {number} of {len(every)}, {stage.title}"
                 raise KeyboardInterrupt(again) from None
+        if jobs > 1:
+            try:
+                self._run_side_by_side(lanes, jobs, place)
+            except KeyboardInterrupt:
+                left = sum(not self.is_finished(stage) for stage in every)
+                raise KeyboardInterrupt(f"{left} of {len(every)} stages are left; the same command continues") from None
+
+    def _run_side_by_side(self, lanes: Sequence[Sequence[Stage]], jobs: int, place: Mapping[str, str]) -> None:
+        reasons: multiprocessing.SimpleQueue[str] = multiprocessing.SimpleQueue()
+
+        def run(number: int) -> None:
+            try:
+                for stage in lanes[number]:
+                    self.run(stage, place[stage.name])
+            except InputError as error:
+                say(f"error: {error}")
+                reasons.put(str(error))
+
+        ended = side_by_side(min(jobs, len(lanes)), range(len(lanes)), run)
+        if not reasons.empty():
+            raise InputError(reasons.get())
+        if ended is not None:
+            raise InputError(f"a process that runs stages {ended}. The same command continues with those that are left")
 
     def run(self, stage: Stage, place: str = "") -> None:
         """Runs a stage unless it is finished. place: text before its title, such as "[1/3] ".

@@ -54,11 +54,11 @@ def main(arguments: list[str]) -> None:
     out = args.out or Path("runs") / f"panel_{_label(args.first)}_{_label(args.second)}"
     panel = Panel(out, args.samplings, args.processes, tuple(args.overrides))
     methods = panel.methods((args.first, args.second), args.seeds)
-    stages = [stage for method in methods for stage in panel.stages(method)]
+    lanes = [lane for method in methods for lane in panel.lanes(method)]
     if args.dry_run:
-        print(*(as_typed(stage.line) for stage in stages), sep="\n")
+        print(*(as_typed(stage.line) for lane in lanes for stage in lane), sep="\n")
         return
-    StageFolder(out).run_all(stages)
+    StageFolder(out).run_all([], lanes, panel.jobs)
     compared = panel.compared(methods)
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / "panel.json", json.dumps([one.to_json() for one in compared], indent=1) + "\n")
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds of each config (default 3)")
     parser.add_argument("--samplings", type=int, default=2, metavar="N", help="sampling seeds of each run (default 2)")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="processes of each command (default: one per GPU or core)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes of each command (default: one per GPU; on CPUs one, for two runs side by side)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of runs and results (default runs/panel_A_B)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and stop")
@@ -155,10 +158,16 @@ class Panel:
                 raise InputError(f"{run} holds no checkpoint to be scored. Continue its training, or leave it out")
         return Method(label, {f"{label}_{number}": run for number, run in enumerate(runs)}, None)
 
-    def stages(self, method: Method) -> list[Stage]:
-        """The training and scoring of a method, without results that its run folders hold."""
-        stages: list[Stage] = []
+    @property
+    def jobs(self) -> int:
+        """Runs at a time."""
+        return 1 if self.given_processes or torch.cuda.device_count() else min(2, len(os.sched_getaffinity(0)))
+
+    def lanes(self, method: Method) -> list[list[Stage]]:
+        """The training and scoring of each run of a method, without results that its folder holds."""
+        lanes: list[list[Stage]] = []
         for seed, (name, run) in enumerate(method.runs.items()):
+            stages: list[Stage] = []
             inputs: Inputs = {"step": last_step(run)} if method.config is None else {}
             if method.config is not None:
                 stages.append(self._training(method, name, run, seed))
@@ -166,7 +175,8 @@ class Panel:
             for sampling in range(self.samplings):
                 if self._held(method, run, sampling) is None:
                     stages.append(self._scoring(name, run, sampling, inputs, method.config is None))
-        return stages
+            lanes.append(stages)
+        return lanes
 
     def _training(self, method: Method, name: str, run: Path, seed: int) -> Stage:
         assert method.config is not None
@@ -195,11 +205,12 @@ class Panel:
         )
 
     def _start(self, cfg: ExperimentConfig | None) -> tuple[list[str], int]:
-        """The words in front of a command, and its processes. cfg: of a training; None = of an evaluation."""
-        count = self.given_processes or torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+        """The words in front of a command, and the processes that share the machine. cfg: of a training; None = of an
+        evaluation."""
+        count = self.given_processes or torch.cuda.device_count() or 1
         if cfg is not None and facts.of(cfg.strategy).alone:
             count = 1
-        return (["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]), count
+        return (["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]), count * self.jobs
 
     def _result(self, name: str, sampling: int) -> Path:
         return self.folder / "results" / f"{name}_sampling{sampling}.json"

@@ -7,17 +7,13 @@ run by one of them.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
-import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
@@ -25,11 +21,11 @@ from rear_scale.locks import locked
 from rear_scale.places import IN_CHECKOUT, ROOT, as_typed
 from rear_scale.progress import say
 from rear_scale.run.requeue import read_status
+from rear_scale.run.side_by_side import side_by_side
 from rear_scale.run.stages import Stage, StageFolder
 from rear_scale.scaling.study_file import StudyFile
 from rear_scale.scaling.study_grid import Cell, sampling_overrides, training_identity
 from rear_scale.shards.inputs import Inputs
-from rear_scale.world import end_with_parent
 
 RESULT, UNGUIDED, THROUGHPUT = "result.json", "unguided.json", "throughput.json"
 WITHOUT_GUIDANCE = ("sample.guidance.schedule=constant", "sample.guidance.scale=1.0")
@@ -227,70 +223,6 @@ class Runner:
         given = ["--samples", str(samples)] if "sample" in self.study.commands else []
         out = ["--out", str(run / RESULT)] if trained is not cell else []
         return [*words, *given, *out, *evaluate], run / RESULT
-
-
-def side_by_side(jobs: int, numbers: Sequence[int], run: Callable[[int], None]) -> str | None:
-    """Calls `run` with each number, in so many processes at a time. Returns how one of them has ended by itself; None = none.
-
-    The processes end with this one. Raises KeyboardInterrupt once all of them have ended.
-    """
-    context = multiprocessing.get_context("fork")
-    # The numbers wait in a pipe. Each process reads the next one when it is free, so that one that is killed loses no other.
-    reader, writer = os.pipe()
-    os.write(writer, b"".join(number.to_bytes(4, "little") for number in numbers))
-    os.close(writer)
-    devices = torch.cuda.device_count()
-
-    def work(job: int) -> None:
-        end_with_parent(signal.SIGTERM)
-        if devices:
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices_of(job, jobs, devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        try:
-            while number := os.read(reader, 4):
-                run(int.from_bytes(number, "little"))
-        except KeyboardInterrupt:
-            os._exit(130)
-        except InputError as error:
-            say(str(error))
-            os._exit(2)
-
-    workers = [context.Process(target=work, args=(job,)) for job in range(jobs)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.join(1)  # Ctrl-C in a terminal reaches all processes; a signal of kill only this one
-            if worker.is_alive() and worker.pid is not None:
-                os.kill(worker.pid, signal.SIGINT)
-            worker.join()
-        raise
-    finally:
-        os.close(reader)
-    codes = [worker.exitcode or 0 for worker in workers]
-    if 130 in codes:
-        raise KeyboardInterrupt
-    code = next(filter(None, codes), 0)
-    return (
-        None
-        if not code
-        else f"was ended by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code}"
-    )
-
-
-def devices_of(job: int, jobs: int, devices: int, visible: str | None) -> str:
-    """The part of this machine's GPUs that one of several jobs uses, for CUDA_VISIBLE_DEVICES.
-
-    Each GPU has one job, or each job one of the GPUs where there are fewer of them. visible: the variable's value before.
-    """
-    names = visible.split(",") if visible else [str(number) for number in range(devices)]
-    if jobs >= devices:
-        return names[job % devices]
-    return ",".join(names[job * devices // jobs : (job + 1) * devices // jobs])
 
 
 def processes_of(words: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ from rear_scale.objective import Task, shared_classes
 from rear_scale.objective.prediction import held_out_task
 from rear_scale.optim.schedule import learning_rate
 from rear_scale.progress import progress, say
-from rear_scale.scaling.study_run import side_by_side
+from rear_scale.run.side_by_side import side_by_side
 from rear_scale.scaling.widths import PARAMETRIZATIONS, SmallRun, at_width, numbers_of, world_of_one
 from rear_scale.shards.codebook import codebook_of, read_both
 from rear_scale.shards.reader import TokenSet, open_tokens
@@ -172,9 +172,7 @@ def _train_side_by_side(study: _Study, cells: Sequence[Cell], jobs: int) -> None
     ended = side_by_side(jobs, missing, train)
     study.read()
     if ended is not None:
-        raise RuntimeError(
-            f"a process that trains runs {ended}. The same command continues with the runs that are left"
-        )
+        raise InputError(f"a process that trains runs {ended}. The same command continues with the runs that are left")
 
 
 def _rates_of(text: str) -> list[float]:
