@@ -10,7 +10,7 @@ their arguments and results within a minor version (`__version__`); everything e
 Its folders and files in their import order: each imports only those before it, and itself. docs/architecture.md has a line for
 each. parallel/facts.py, the table of strategies, imports nothing and stands before all of them.
 
-    places, config, device, untrusted, progress, text_table, figures, rng, files, locks, weight_file, peers, world
+    places, config, device, untrusted, progress, text_table, figures, intervals, rng, files, locks, weight_file, peers, world
         -> tokenizer -> shards -> objective -> model -> optim -> parallel -> checkpoint -> run -> cli -> sample
         -> evaluate -> analysis -> scaling -> train -> replay -> report -> api
         -> bench, demo, fresh_build, __main__

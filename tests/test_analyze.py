@@ -15,7 +15,6 @@ from helpers import launch, run_alone, write_token_shards
 from rear_scale.analysis import command
 from rear_scale.analysis.csv_tables import csv_text, over_seeds, read_csv
 from rear_scale.analysis.groups import check_data, check_runs
-from rear_scale.analysis.intervals import difference_interval, mean_interval, t_quantile
 from rear_scale.analysis.job import analyse
 from rear_scale.analysis.kinds import title_of
 from rear_scale.analysis.plots import panels
@@ -24,6 +23,7 @@ from rear_scale.analysis.token_prediction import score_tokens
 from rear_scale.analysis.token_sets import evenly, of_each_class, spread_over_classes
 from rear_scale.config import InputError
 from rear_scale.figures import png
+from rear_scale.intervals import difference_interval, mean_interval, t_quantile
 from rear_scale.objective.prediction import perplexity_of
 from rear_scale.report.reading import RunFiles
 from rear_scale.report.run_page import sections_of

@@ -18,13 +18,13 @@ import yaml
 
 from rear_scale.analysis.csv_tables import ABOUT, read_csv, shown
 from rear_scale.analysis.experiment import Row
-from rear_scale.analysis.intervals import Interval, difference_interval, mean_interval
 from rear_scale.analysis.kinds import scale_of, title_of
 from rear_scale.analysis.table import EXPERIMENTS
 from rear_scale.analysis.throughput import speed_of
 from rear_scale.config import CONFIG_DIR, ExperimentConfig, InputError, from_dict
 from rear_scale.config.values import leaves
 from rear_scale.evaluate.result import Result, read_result
+from rear_scale.intervals import Interval, difference_interval, mean_interval
 
 FILE = CONFIG_DIR / "claims.yaml"
 RESULTS = "result"  # the table of evaluations

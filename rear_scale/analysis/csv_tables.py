@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rear_scale.analysis.experiment import Row
-from rear_scale.analysis.intervals import Interval, difference_interval, mean_interval
 from rear_scale.files import write_text_atomically
+from rear_scale.intervals import Interval, difference_interval, mean_interval
 from rear_scale.text_table import as_csv
 
 ABOUT = ("model", "run", "seed", "step")

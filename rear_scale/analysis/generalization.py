@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from rear_scale.analysis.experiment import Analysed, Arrays, Experiment, Row, Subject
-from rear_scale.analysis.intervals import mean_interval
 from rear_scale.analysis.plots import colour, finish, models_of, panels
 from rear_scale.analysis.token_prediction import DRAW_SEED
 from rear_scale.analysis.token_sets import TokenWork, labels_of_set, of_each_class
 from rear_scale.figures import png
+from rear_scale.intervals import mean_interval
 from rear_scale.objective.prediction import Replacement, perplexity_of, ratio_and_loss, sequence_scores
 from rear_scale.shards.reader import TokenSet
 from rear_scale.world import World

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rear_scale.analysis.experiment import Row
-from rear_scale.analysis.intervals import mean_interval
 from rear_scale.figures import plt
+from rear_scale.intervals import mean_interval
 
 mpl.rcParams["text.parse_math"] = False  # names of runs are text, whatever dollar signs they hold
 

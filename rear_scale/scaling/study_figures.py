@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rear_scale.figures import plt, png
+from rear_scale.intervals import t_quantile
 
 _PROFILES = 4  # budgets of compute of which a profile is drawn
 _FEWEST = 3  # sizes of a profile
@@ -48,16 +49,11 @@ class Gap:
         """Half of the 90% interval of the mean over seeds (Student's t); None for a single seed."""
         if len(self.differences) < 2:
             return None
-        return t_90(len(self.differences) - 1) * statistics.stdev(self.differences) / math.sqrt(len(self.differences))
-
-
-# The 95% quantile of Student's t distribution by degrees of freedom; for more, that of the normal distribution is close.
-_T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-
-
-def t_90(degrees: int) -> float:
-    """Half of the width of a 90% interval in standard errors."""
-    return _T_95[degrees - 1] if degrees <= len(_T_95) else 1.645 * (1 + 1 / (2 * degrees))
+        return (
+            t_quantile(len(self.differences) - 1, 0.9)
+            * statistics.stdev(self.differences)
+            / math.sqrt(len(self.differences))
+        )
 
 
 def loss_curves(curves: Sequence[Curve], quantity: str) -> bytes:
