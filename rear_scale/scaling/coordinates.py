@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rear_scale import cli, text_table
 from rear_scale.config import ExperimentConfig, InputError, derive
 from rear_scale.config.schema import OPTIMIZERS
-from rear_scale.figures import plt, png
+from rear_scale.figures import logarithmic, plt, png
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.model import Generator
 from rear_scale.model.attention import Attention, sdpa
@@ -270,9 +270,8 @@ def figure(rows: Sequence[Row], lr: float, updates: int) -> bytes:
                 if values[0] > 0:
                     shown = [value / values[0] for value in values]
                     axes.plot(list(by_width), shown, marker=".", color=colours[layer], label=layer, linewidth=1.2)
-            axes.set(xscale="log", yscale="log", title=f"{parametrization}, {optimizer}: {quantity}")
-            axes.set_xticks(list(by_width), map(str, by_width))
-            axes.minorticks_off()
+            axes.set(yscale="log", title=f"{parametrization}, {optimizer}: {quantity}")
+            logarithmic(axes, by_width)
             axes.axhline(1, color="black", linewidth=0.6)
             axes.grid(alpha=0.3)
     for axes in panels[-1]:

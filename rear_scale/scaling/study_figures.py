@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rear_scale.figures import plt, png
+from rear_scale.figures import logarithmic, plt, png
 from rear_scale.intervals import t_quantile
 
 _PROFILES = 4  # budgets of compute of which a profile is drawn
@@ -80,7 +80,8 @@ def scores_by_size(points: Mapping[str, Sequence[tuple[float, float]]], score: s
         means = [statistics.mean(value for other, value in pairs if other == size) for size in sizes]
         (line,) = axes.plot(sizes, means, linewidth=1.3, label=name)
         axes.scatter([size for size, _ in pairs], [value for _, value in pairs], s=12, color=line.get_color())
-    axes.set(xlabel="parameters without heads", ylabel=score, xscale="log")
+    axes.set(xlabel="parameters without heads", ylabel=score)
+    logarithmic(axes, [size for pairs in points.values() for size, _ in pairs], "M")
     return _finished(figure, axes)
 
 
@@ -110,7 +111,11 @@ def gap_by_size(gaps: Mapping[str, Sequence[Gap]], against: str) -> bytes:
             if len({gap.series for gap in of_quantity}) > 1:
                 axes.legend(fontsize=6)
             axes.axhline(0, color="0.5", linewidth=0.8)
-            axes.set(xlabel=label, ylabel=f"{quantity}: {against}", xscale="log")
+            axes.set(xlabel=label, ylabel=f"{quantity}: {against}")
+            if field == "parameters":
+                logarithmic(axes, [gap.parameters for gap in of_quantity], "M")
+            else:
+                axes.set_xscale("log")
             axes.grid(alpha=0.3)
     return png(figure)
 
@@ -137,7 +142,8 @@ def isoflop_profiles(curves: Sequence[Curve], quantity: str) -> bytes | None:
             means = [statistics.mean(value for other, value in points if other == size) for size in sizes]
             label = " ".join(filter(None, (method, f"{budget:.1e} FLOPs")))
             axes.plot(sizes, means, style, marker="o", markersize=4, linewidth=1.2, label=label)
-    axes.set(xlabel="parameters without heads", ylabel=quantity, xscale="log")
+    axes.set(xlabel="parameters without heads", ylabel=quantity)
+    logarithmic(axes, [curve.parameters for curve in curves], "M")
     return _finished(figure, axes)
 
 

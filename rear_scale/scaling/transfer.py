@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rear_scale import cli, text_table
 from rear_scale.config import ExperimentConfig, InputError, Plan, derive, override_keys, to_dict
 from rear_scale.device import uses_cuda
-from rear_scale.figures import plt, png
+from rear_scale.figures import logarithmic, plt, png
 from rear_scale.files import atomic_open, write_text_atomically
 from rear_scale.locks import locked
 from rear_scale.objective import Task, shared_classes
@@ -385,7 +385,8 @@ def figure(results: Sequence[Result]) -> bytes:
             if points:  # not all rates diverged
                 axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=f"width {width}")
                 axes.plot(best[width], curve[best[width]], marker="*", markersize=13, color=colour)
-        axes.set(xscale="log", xlabel="peak learning rate", title=parametrization)
+        axes.set(xlabel="peak learning rate", title=parametrization)
+        logarithmic(axes, [result.rate for result in results])
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss, mean over seeds")
     panels[0].legend()
