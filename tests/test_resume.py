@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers import TIMES, command_line, environment, find, launch, metrics, run_ranks, tiny_config, tiny_config_file
+from helpers import TIMES, find, launch, metrics, run_ranks, start, tiny_config, tiny_config_file
 from test_parallel import QUIET, build, run_steps
 
 from rear_scale.checkpoint.folder import open_checkpoint
@@ -129,9 +129,11 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
     lost = 0
     while sum((counts["rank"], counts["group"])) < kills:
         before, last = checkpoint_steps(root), modified(status)
-        process = subprocess.Popen(
-            command_line(*commands["killed"]),
-            env=environment(),
+        # Every tenth start is a real one, with its imports; the others are forked and reach their training at once.
+        fresh = (counts["rank"] + counts["group"]) % 10 == 0
+        process = start(
+            *commands["killed"],
+            fresh=fresh,
             start_new_session=True,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -144,7 +146,7 @@ def _kill_and_restart(folder: Path, tokens: Path, kills: int, seed: int, steps: 
         time.sleep(draw.random() * 0.2)
         counts["while writing"] += bool(list(root.glob("step_*.tmp")))
         whole = draw.random() < 0.5
-        ranks = ranks_of(process)
+        ranks = ranks_of(process, fresh=fresh)
         if whole or not ranks:
             for child in [*ranks, process.pid]:
                 kill(child)
@@ -183,11 +185,16 @@ def checkpoint_steps(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_????????"))
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process: subprocess.Popen, *, fresh: bool) -> list[int]:
     try:
         # Its own children alone: what a rank starts has the rank's command line until it becomes another program.
         children = psutil.Process(process.pid).children()
-        return [child.pid for child in children if any(word.endswith("launchers/train.py") for word in child.cmdline())]
+        return [
+            child.pid
+            for child in children
+            # A forked rank has the command line of the server, and nothing but ranks is forked here.
+            if not fresh or any(word.endswith("launchers/train.py") for word in child.cmdline())
+        ]
     except psutil.Error:
         return []
 
