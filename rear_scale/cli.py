@@ -7,14 +7,17 @@ import errno
 import hashlib
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -42,6 +45,7 @@ _WAIT_FOR_SAME_ERROR_S = (
     2.0  # before a rank prints a traceback, so that it can name the other ranks that have the same one
 )
 _WAIT_FOR_ENDED_RANK_S = 1.0  # before the other ranks report that it ended, so that its own error stands above
+_RUNNERS = ("deepspeed", "ds")  # the commands of the package
 _CLOCKS_DIFFER_S = 5.0  # allowed difference between the clocks of a shared file system and of this machine
 # Errors of a file system that mean that the user chose a wrong path, and not that the disk failed.
 _CODE_OF_CLOSED_PIPE = 141  # that of programs which SIGPIPE ends
@@ -377,12 +381,33 @@ def _end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
         return  # Started by hand or by srun: the parent process may legitimately exit first.
     world.end_with_parent(signal.SIGKILL)
+    _stop_with_runner()
     # The launcher may already be dead and this process reparented to PID 1 (in a container PID 1 may be the launcher itself).
     parent = os.getppid()
     if parent == 1 and not re.search(
         rb"python|torch|deepspeed|accelerate", Path(f"/proc/{parent}/cmdline").read_bytes()
     ):
         os._exit(1)
+
+
+def _stop_with_runner() -> None:
+    """Sends this process SIGTERM when the command `deepspeed` ends that has started its launcher on this machine.
+
+    That command starts a second process, which starts the ranks and does not notice when the first one is killed: they would
+    train on unseen.
+    """
+    with suppress(psutil.Error, OSError):
+        launcher = psutil.Process().parent()
+        runner = None if launcher is None else launcher.parent()
+        if runner is None or not any(Path(word).name in _RUNNERS for word in runner.cmdline()):
+            return
+        ended = os.pidfd_open(runner.pid)
+
+        def wait() -> None:
+            select.select([ended], [], [])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=wait, name="runner", daemon=True).start()
 
 
 def show_paths(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import (
@@ -166,6 +167,29 @@ def test_a_signal_to_the_deepspeed_launcher_saves_and_wants_to_go_on(tmp_path: P
                     f"train.stop_at_step={more}", "strategy=single")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, more + 1))
+
+
+def test_training_saves_and_ends_when_the_deepspeed_command_is_killed(tmp_path: Path, tokens: Path) -> None:
+    """The command alone, which starts the launcher that starts the ranks."""
+    process = start(
+        "deepspeed", "--num_gpus", "1", "launchers/train.py", "--config", tiny_config_file(tmp_path, tokens),
+        "strategy=single", "train.total_steps=100000", "checkpoint.every_steps=10",
+        fresh=True,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    wait_for_checkpoint(tmp_path, process)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "--local_rank=0" in child.cmdline()
+    ]
+    process.kill()
+    process.communicate(timeout=60)
+    assert ranks
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    state = status(tmp_path)
+    assert state["state"] == "preempted"
+    assert (tmp_path / f"run/checkpoints/step_{state['step']:08d}/meta.json").exists()
 
 
 def srun(config_file: Path, *overrides: str) -> list[subprocess.Popen]:

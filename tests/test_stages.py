@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rear_scale.config import InputError
@@ -130,6 +132,17 @@ def test_ctrl_c_names_the_stage_that_is_next(here: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="the same command continues with stage 2 of 3, make two"):
         run_all(stages)
     assert run_all(stages) == ["two", "three"]
+
+
+def test_after_ctrl_c_nothing_goes_on_unseen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal reaches this process alone, and the command of the stage ends without those that it has started."""
+    monkeypatch.setattr("rear_scale.run.stages._PASSED_ON_AFTER_S", 0.1)
+    script = "(sleep 300 & echo $! > first; setsid sleep 300 & echo $! > second); kill -INT $PPID"
+    with pytest.raises(KeyboardInterrupt, match="stage 1 of 1, make one"):
+        run_all([a_stage("one", script)])
+    for name in ("first", "second"):
+        with suppress(psutil.NoSuchProcess):
+            assert psutil.Process(int(Path(name).read_text())).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_program_that_is_not_there_is_named(here: Path) -> None:

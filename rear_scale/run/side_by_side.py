@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -25,8 +26,15 @@ def side_by_side(jobs: int, numbers: Sequence[int], run: Callable[[int], None]) 
     os.write(writer, b"".join(number.to_bytes(4, "little") for number in numbers))
     os.close(writer)
     devices = torch.cuda.device_count()
+    interrupted = context.RawArray("b", jobs)
 
     def work(job: int) -> None:
+        def interrupt(*_: object) -> NoReturn:
+            interrupted[job] = 1
+            raise KeyboardInterrupt
+
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as nohup and scripts set it
+            signal.signal(signal.SIGINT, interrupt)
         end_with_parent(signal.SIGTERM)
         os.environ[LINES_VARIABLE] = "1"  # two bars that are redrawn in place would overwrite each other
         if devices:
@@ -47,10 +55,13 @@ def side_by_side(jobs: int, numbers: Sequence[int], run: Callable[[int], None]) 
         for worker in workers:
             worker.join()
     except KeyboardInterrupt:
-        for worker in workers:
-            worker.join(1)  # Ctrl-C in a terminal reaches all processes; a signal of kill only this one
-            if worker.is_alive() and worker.pid is not None:
+        # Ctrl-C in a terminal reaches all processes, a signal of kill only this one. A second one would keep a process from
+        # waiting for what it has started.
+        for job, worker in enumerate(workers):
+            worker.join(1)
+            if worker.is_alive() and worker.pid is not None and not interrupted[job]:
                 os.kill(worker.pid, signal.SIGINT)
+        for worker in workers:
             worker.join()
         raise
     finally:

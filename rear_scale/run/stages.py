@@ -20,10 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
@@ -33,7 +36,9 @@ from rear_scale.run.side_by_side import side_by_side
 from rear_scale.shards.inputs import Inputs, fingerprint
 from rear_scale.world import end_with_parent, free_port
 
-STAGE_VARIABLE = "REAR_STAGE"  # of the environment: says to a command that it is a stage of a longer job
+# Of the environment: says to a command that it is a stage of a longer job, and of which process.
+STAGE_VARIABLE = "REAR_STAGE"
+_PASSED_ON_AFTER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,17 +170,22 @@ class StageFolder:
         with open(log, "ab") as output:
             # Only standard output goes to the log: progress bars and errors on standard error stay visible in the terminal.
             try:
-                code = subprocess.run(
+                process = subprocess.Popen(
                     _arguments([*stage.start, *stage.command]),
                     stdout=output,
                     env=_environment(stage.processes),
                     preexec_fn=partial(end_with_parent, signal.SIGTERM),
-                ).returncode
+                )
             except FileNotFoundError as error:
                 raise InputError(
                     f"the stage '{stage.title}' needs the program {shlex.split(stage.line)[0]}, which was not found. Install it, "
                     "or add its folder to PATH"
                 ) from error
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                _wait_for_the_end_of_all()
+                raise
         if code:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise InputError(f"the stage '{stage.title}' {how}; see above and {log}. The same command continues it")
@@ -202,10 +212,29 @@ def _arguments(command: Sequence[str]) -> list[str]:
     return [program, *arguments]
 
 
+def _wait_for_the_end_of_all() -> None:
+    """Waits, after Ctrl-C, until a stage and all that it has started have ended, so that nothing goes on unseen.
+
+    They are found by their environment: a launcher may have ended before its ranks. Ctrl-C in a terminal has reached them, but
+    a signal of kill this process alone, so that those which live on are asked to end as well; SIGTERM, because a second Ctrl-C
+    would keep a training from saving its step.
+    """
+    family = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(STAGE_VARIABLE) == str(os.getpid()):
+                family.append(process)
+    _, left = psutil.wait_procs(family, timeout=_PASSED_ON_AFTER_S)
+    for process in left:
+        with suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(left)
+
+
 def _environment(processes: int) -> dict[str, str]:
     """The environment of a command. This Python's folder comes first in PATH, because deepspeed starts `python` by name."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    environment = {**os.environ, "PATH": path, STAGE_VARIABLE: "1"}
+    environment = {**os.environ, "PATH": path, STAGE_VARIABLE: str(os.getpid())}
     if processes > 1:
         # Set here: otherwise torchrun sets 1 and prints a warning.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
