@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rear_scale.bench.model import best_s, random_model
 from rear_scale.config import ExperimentConfig, Plan, derive
+from rear_scale.evaluate.networks.base import for_inference
 from rear_scale.evaluate.networks.classifier import Classifier
 from rear_scale.evaluate.networks.efficientnet import INPUT_SIZE, EfficientNetLite0
 from rear_scale.objective import Objective
@@ -182,8 +183,8 @@ def _classifier_s(cfg: ExperimentConfig, device: torch.device) -> float:
 
 @torch.inference_mode()
 def _features_s(device: torch.device) -> float:
-    network = EfficientNetLite0().eval()
+    network = EfficientNetLite0()
     network.fold_norms()
-    network = network.to(device)
+    network = for_inference(network, device)
     pixels = torch.zeros(_LOOKED_AT, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
     return best_s(device, lambda: network(pixels), _TURNS) / len(pixels)

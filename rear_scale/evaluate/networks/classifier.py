@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from rear_scale import rng
 from rear_scale.config import ClassifierConfig, InputError
+from rear_scale.evaluate.networks.base import for_inference
 from rear_scale.files import file_sha256
 from rear_scale.progress import progress, say
 from rear_scale.shards.images import ImageShards, open_images, read_image_index
@@ -71,7 +72,7 @@ class ClassifierFeatures:
     name = "classifier"
 
     def __init__(self, cfg: ClassifierConfig, device: torch.device) -> None:
-        self.classifier = Classifier.from_file(cfg.weights).to(device).eval()
+        self.classifier = for_inference(Classifier.from_file(cfg.weights), device)
         self.device = device
         self.image_size = self.classifier.image_size
         self.weights_sha256 = file_sha256(cfg.weights)
@@ -141,6 +142,7 @@ def train_classifier(cfg: ClassifierConfig, device: torch.device, image_size: in
     pixels, labels, size = torch.from_numpy(images), torch.from_numpy(classes), images.shape[1]
     torch.manual_seed(cfg.seed)
     classifier = Classifier(size, num_classes).to(device)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this argument
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=cfg.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps)
     with progress("train classifier", cfg.steps, "step") as bar:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic
+from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic, for_inference
 from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
 
 DINOV2_VITL14 = PublishedFile(
@@ -110,7 +110,7 @@ class DinoV2Features:
         weights = read_weight_file(path, "evaluate.dinov2_weights", DINOV2_VITL14)
         network = DinoV2()
         fill(network, weights.state, f"evaluate.dinov2_weights={path}")
-        self.network = network.to(device).eval().requires_grad_(False)
+        self.network = for_inference(network, device)
         self.device = device
         self.weights_sha256, self.is_published = weights.sha256, weights.is_published
         self.identity = f"dinov2-vitl14 {weights.sha256} antialiased bicubic to 224 pixels, float32"

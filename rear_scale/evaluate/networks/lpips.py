@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rear_scale.evaluate.networks.base import as_batch, exact_arithmetic
+from rear_scale.evaluate.networks.base import as_batch, exact_arithmetic, for_inference
 from rear_scale.evaluate.networks.weights import PublishedFile, fill, read_weight_file
 
 VGG16 = PublishedFile("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
@@ -86,7 +86,7 @@ class LpipsDistance:
         linear = read_weight_file(lpips_weights, "evaluate.lpips_weights", LPIPS_VGG)
         network = Lpips()
         fill(network, {**vgg.state, **linear.state}, f"evaluate.vgg_weights={vgg_weights} with {lpips_weights}")
-        self.network = network.to(device).eval().requires_grad_(False)
+        self.network = for_inference(network, device)
         self.device = device
         self.identity = f"lpips-vgg-0.1 {vgg.sha256} {linear.sha256}"
 
