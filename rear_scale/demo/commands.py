@@ -130,12 +130,15 @@ class _Maker:
         """Training, sampling and evaluation of one model with one seed. with_sheets: of samples during training."""
         label = f"{TITLES[model]}, seed {seed}"
         run, samples = self.recipe.run_folder(model, seed), self.recipe.samples_file(model, seed)
-        sheets = [f"sample.grid_every_images={self.recipe.grid_every_images}"] if with_sheets else []
+        own = [f"sample.grid_every_images={self.recipe.grid_every_images}"] if with_sheets else []
+        if not any(override.startswith("train.micro_batch_size=") for override in self.overrides):
+            batch = self.recipe.load(model, self.overrides).train.global_batch_size
+            own.append(f"train.micro_batch_size={batch // processes_of_a_run()}")  # in one micro-step, which is faster
         train = Stage(
             f"train_{model}_{seed}",
             f"train {label}",
             ["deepspeed", "--num_gpus", str(processes_of_a_run()), "launchers/train.py", "--config", self.recipe.config(model),
-             f"run.name={run.name}", f"run.dir={run}", f"run.seed={seed}", *sheets, *self.overrides],
+             f"run.name={run.name}", f"run.dir={run}", f"run.seed={seed}", *own, *self.overrides],
             (run / "checkpoints/latest",),
             {stage.name: stage.key for stage in tokens},
             num_processes(),  # those that share the cores, of this run and of the one beside it
