@@ -654,8 +654,8 @@ def _tied(world: World, folder: Path, tokens: Path, names: tuple[str, ...]) -> d
 
 
 def test_a_tied_codebook_trains_alike_on_one_rank_and_on_two(tmp_path: Path, tokens: Path) -> None:
-    """Neither engine of torch casts the codebook otherwise than the weights, or shards it."""
+    """No engine casts the codebook otherwise than the weights, or shards it."""
     alone = run_alone(_tied, tmp_path, tokens, ("single",))
-    for (name, precision), results in run_ranks(2, _tied, tmp_path, tokens, ("ddp", "fsdp2"))[0].items():
+    for (name, precision), results in run_ranks(2, _tied, tmp_path, tokens, TWO_RANKS)[0].items():
         bound = 1e-5 if precision == "fp32" else 1e-2
         assert np.array(results) == pytest.approx(np.array(alone["single", precision]), rel=bound), (name, precision)
