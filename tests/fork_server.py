@@ -289,7 +289,7 @@ def _fork_children(connection: socket.socket, children: dict[int, socket.socket]
         if not message:
             return
         start = json.loads(message)
-        child = os.fork()
+        child = _fork()
         if child == 0:
             kind, what, arguments, unbuffered = start["program"]
             become(
@@ -370,6 +370,15 @@ def _place_descriptors(fds: Mapping[int, int]) -> None:
             os.closerange(low + 1, high)
 
 
+def _fork() -> int:
+    """As os.fork, with all signals blocked in the child until `_reset_signals`: its handlers are still those of this process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return child
+
+
 def _reset_signals() -> None:
     """What an exec does, and then Python when it starts. What is ignored stays so."""
     signal.set_wakeup_fd(-1)
@@ -377,6 +386,7 @@ def _reset_signals() -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _as_fresh() -> None:
@@ -448,7 +458,7 @@ def _fork_here(process: Any, base: Mapping[str, str], *given: Any) -> None:
     fds = {number: number if fd == -1 else fd for number, fd in enumerate(standard)}
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    child = _fork()
     if child == 0:
         become(
             program,

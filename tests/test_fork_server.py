@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_signals_reach_it_and_time_runs_out() -> None:
         assert process.wait(300) == -signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+def test_a_signal_right_after_the_start_is_not_lost() -> None:
+    """It may come before the child has put the server's own handlers away."""
+    for delay in range(30):
+        with Popen([sys.executable, "-c", "import time; time.sleep(3600)"], env=environment()) as process:
+            time.sleep(delay * 1e-4)
+            process.terminate()
+            assert process.wait(20) == -signal.SIGTERM
 
 
 def test_the_stand_in_for_torchrun_ends_all_ranks_with_one(tmp_path: Path) -> None:
