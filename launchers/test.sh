@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The test suite, in the project's own environment. Arguments go to pytest: launchers/test.sh -k shards, -m long, ...
-# Without them the suite runs four files at a time.
+# Without them the suite runs three files at a time.
 # With --install-slurm as the first argument, SLURM and MUNGE are installed with apt if they are missing, so that
 # tests/test_slurm.py can run its two nodes; where that is not possible, its tests are skipped.
 set -euo pipefail
@@ -41,10 +41,10 @@ if [[ "${1:-}" == --install-slurm ]]; then
     install_slurm
 fi
 if (($# == 0)); then
-    # The whole suite, four files at a time on two cores: many tests wait for processes that they started. The longest files
+    # The whole suite, three files at a time on two cores: many tests wait for processes that they started. The longest files
     # come first (tests/conftest.py), so that none of them is left for the end, alone.
     # One thread each: two would wait for one another.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    set -- --numprocesses 4 --dist loadfile --no-loadscope-reorder
+    set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 15 --durations-min 20
 fi
 exec .venv/bin/python -m pytest "$@"
