@@ -126,7 +126,8 @@ def figures(analysed: Sequence[Analysed]) -> dict[str, bytes]:
                 x = at + (number - (len(models) - 1) / 2) * 0.8 / len(models)
                 axes.bar(x, interval.mean, 0.8 / len(models), yerr=error, capsize=3, color=colour(number),
                          label=model if at == 0 else None)  # fmt: skip
-                axes.annotate(f"{interval.mean:.3g}", (x, interval.mean), ha="center", va="bottom", fontsize=7)
+                axes.annotate(f"{interval.mean:.3g}", (x, interval.mean + (error or 0)), (0, 3), textcoords="offset points",
+                              ha="center", va="bottom", fontsize=7)  # fmt: skip
         axes.set_xticks(range(len(places)), [f"{data},\n{context}" for data, context in places])
         axes.margins(y=0.12)
     finish(ratios, "", "correct token ratio (%)")
