@@ -31,6 +31,7 @@ SHORT = [
     "checkpoint.every_steps=2",
     f"sample.num_images={IMAGES}",
     "evaluate.classifier.steps=60",
+    "evaluate.replace_draws=2",
 ]
 
 
