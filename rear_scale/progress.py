@@ -11,9 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 _LOG_INTERVAL_S = 10.0
-LINES_VARIABLE = (
-    "REAR_PROGRESS_LINES"  # of the environment: lines in a terminal too, which other processes write to as well
-)
+# Of the environment: lines in a terminal too, because other processes write to it as well.
+LINES_VARIABLE = "REAR_PROGRESS_LINES"
 
 
 def progress(description: str, total: int, unit: str, *, done: int = 0, show: bool = True) -> tqdm[Any]:
