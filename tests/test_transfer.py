@@ -71,6 +71,7 @@ def test_the_sentence_says_how_far_the_best_rate_moves() -> None:
     grid = results(best)
     assert (moved(grid, "standard"), moved(grid, "mup")) == (2, 1)
     text = table(grid)
+    assert text.startswith("validation loss, mean over seeds")
     assert "mup: from width 64 to 256 the best rate goes from 4 to 4; it moves by at most 1 step of the grid." in text
     assert "from 4 to 1; it moves by at most 2 steps of the grid (at the edge of the grid at width 128" in text
     # The loss of a run that diverged, in one seed alone, is never the best; without data.val, the training loss counts.
@@ -79,6 +80,7 @@ def test_the_sentence_says_how_far_the_best_rate_moves() -> None:
     assert read_csv(as_csv(grid)) == grid
     trained = [replace(one, loss=one.val_loss, val_loss=float("nan")) for one in grid]
     assert moved(trained, "standard") == 2
+    assert table(trained).startswith("training loss, mean over seeds")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ run by one of them.
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from rear_scale.config import InputError
 from rear_scale.files import write_text_atomically
 from rear_scale.locks import locked
-from rear_scale.places import IN_CHECKOUT, ROOT, as_typed
+from rear_scale.places import IN_CHECKOUT, as_typed
 from rear_scale.progress import say
 from rear_scale.run.requeue import read_status
 from rear_scale.run.side_by_side import side_by_side
@@ -248,7 +247,7 @@ def submit(runner: Runner, words: Sequence[str], nodes: int) -> str:
     command = ["sbatch", f"--array={array}", "--nodes", str(nodes), "launchers/slurm/study.sbatch", *words]
     line = shlex.join(command)
     try:
-        done = subprocess.run(command, cwd=ROOT if Path.cwd() == ROOT else os.getcwd(), capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise InputError(
             f"--slurm needs the program sbatch, which was not found. On a login node, type: {line}"

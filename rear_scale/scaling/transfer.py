@@ -165,8 +165,8 @@ def _train_side_by_side(study: _Study, cells: Sequence[Cell], jobs: int) -> None
         result = study.result(cells[number])
         left = sum(study.is_to_train(cell) for cell in cells)
         say(
-            f"{result.parametrization}, width {result.width}, rate {result.rate:g}, seed {result.seed}: loss {result.loss:.4f} "
-            f"after {result.seconds:.0f} s; {left} runs are left"
+            f"{result.parametrization}, width {result.width}, rate {result.rate:g}, seed {result.seed}: training loss "
+            f"{result.loss:.4f} after {result.seconds:.0f} s; {left} runs are left"
         )
 
     ended = side_by_side(jobs, missing, train)
@@ -323,10 +323,15 @@ def read_csv(text: str) -> list[Result]:
     ]
 
 
+def is_validated(results: Sequence[Result]) -> bool:
+    """Whether the runs are compared by their losses of data.val, and not by those of training."""
+    return any(not math.isnan(result.val_loss) for result in results)
+
+
 def losses_by_rate(results: Sequence[Result], parametrization: str) -> dict[int, dict[float, float]]:
     """width -> rate -> loss of data.val, or the training loss without one; the mean over seeds, infinite where one diverged."""
     found: dict[int, dict[float, list[float]]] = {}
-    validated = any(not math.isnan(result.val_loss) for result in results)
+    validated = is_validated(results)
     for result in results:
         if result.parametrization == parametrization:
             loss = result.val_loss if validated else result.loss
@@ -356,7 +361,7 @@ def table(results: Sequence[Result]) -> str:
     """For each parametrization the losses by width and rate with the best of each width in stars, and a sentence about how far
     the best rate moves."""
     rates = sorted({result.rate for result in results})
-    lines = []
+    lines = [f"{_quantity(results)}; * marks the best rate of a width"]
     for parametrization in PARAMETRIZATIONS:
         best = best_rates(results, parametrization)
         lines.append(f"{parametrization:<8}  {'  '.join(f'{rate:>9g}' for rate in rates)}")
@@ -374,6 +379,10 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _quantity(results: Sequence[Result]) -> str:
+    return f"{'validation' if is_validated(results) else 'training'} loss, mean over seeds"
+
+
 def figure(results: Sequence[Result]) -> bytes:
     """A PNG: the loss against the learning rate, a curve for each width with its best rate marked, under each parametrization."""
     drawn, panels = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, layout="constrained")
@@ -388,6 +397,6 @@ def figure(results: Sequence[Result]) -> bytes:
         axes.set(xlabel="peak learning rate", title=parametrization)
         logarithmic(axes, [result.rate for result in results])
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("loss, mean over seeds")
+    panels[0].set_ylabel(_quantity(results))
     panels[0].legend()
     return png(drawn)
