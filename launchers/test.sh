@@ -47,4 +47,5 @@ if (($# == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 15 --durations-min 20
 fi
+unset PYTHONDONTWRITEBYTECODE # the suite starts many processes, and each would compile the package anew
 exec .venv/bin/python -m pytest "$@"
