@@ -50,7 +50,7 @@ def small(name: str, folder: Path, tokens: Path) -> config.ExperimentConfig:
         },  # fmt: skip
         "data": {"train": tokens, "val": "null", "cache_dir": folder / "cache"},
         "objective.heads": {"hidden": 32},
-        "train": {"total_steps": STEPS, "global_batch_size": 24, "micro_batch_size": 12, "precision": "fp32"},
+        "train": {"total_steps": STEPS, "global_batch_size": 24, "micro_batch_size": 6, "precision": "fp32"},
         "optim": {"lr": 5e-3, "warmup_steps": 3},
         "run": {"name": "small", "dir": folder / name.replace("/", "_")},
         "checkpoint": {"every_steps": STEPS},
